@@ -9,7 +9,8 @@ import numba
 import numpy as np
 import torch
 
-from kmem.memory.row_optimizers import RowOptimizer, RowOptimizerSettings, RowUpdate, kernels
+from kmem.config import RowOptimizerConfig
+from kmem.memory.row_optimizers import RowOptimizer, RowUpdate, kernels
 from kmem.memory.row_threads import RowThreads
 from kmem.memory.segments import Segments
 from kmem.memory.stores import ArrayLayout, Store
@@ -35,7 +36,7 @@ def adam_rates(rows: int, touched: int, dim: int = 256, threads: int = 1, repeat
     ids = generator.integers(0, rows, touched)
     gradients = generator.standard_normal((touched, dim), dtype=np.float32)
 
-    optimizer = RowOptimizer(RowOptimizerSettings("lazy_adam"), dim, 0, "bench", RowThreads(threads))
+    optimizer = RowOptimizer(RowOptimizerConfig(name="lazy_adam"), dim, 0, "bench", RowThreads(threads))
     store = Store("host", rows, {"rows": ArrayLayout(dim, torch.float32), **optimizer.state()})
     for name in store.arrays:
         store[name].fill_(0.1)
@@ -59,7 +60,7 @@ def adam_rates(rows: int, touched: int, dim: int = 256, threads: int = 1, repeat
     return RowRates(touched / our_seconds / 1e6, touched / torch_seconds / 1e6)
 
 
-def update_rate(rows: int, touched: int, settings: RowOptimizerSettings, dtype: torch.dtype, dim: int = 256) -> float:
+def update_rate(rows: int, touched: int, settings: RowOptimizerConfig, dtype: torch.dtype, dim: int = 256) -> float:
     """Millions of rows per second of one core for the update alone: unique rows, summed gradients."""
     optimizer = RowOptimizer(settings, dim, 0, "bench")
     store = Store("host", rows, {"rows": ArrayLayout(dim, dtype), **optimizer.state()})

@@ -1,9 +1,18 @@
 """Typed configuration: YAML files, dotted overrides, errors that name the field."""
 
 from kmem.config.data import DataConfig, Source
+from kmem.config.engram import EngramConfig
 from kmem.config.errors import ConfigError, UserError
 from kmem.config.load import dump_config, load_config, packaged_configs, parse_config
-from kmem.config.model import ChainOfExperts, GroupedQueryAttention, LatentAttention, MixtureOfExperts, ModelConfig
+from kmem.config.memory import MemoryConfig, RowOptimizerConfig
+from kmem.config.model import (
+    ChainOfExperts,
+    GroupedQueryAttention,
+    HyperConnectionsConfig,
+    LatentAttention,
+    MixtureOfExperts,
+    ModelConfig,
+)
 from kmem.config.run import CheckpointConfig, Config, EvaluationConfig, ParallelConfig, TrackingConfig
 from kmem.config.train import OptimizerConfig, ScheduleConfig, TrainConfig
 
@@ -13,13 +22,17 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "EngramConfig",
     "EvaluationConfig",
     "GroupedQueryAttention",
+    "HyperConnectionsConfig",
     "LatentAttention",
+    "MemoryConfig",
     "MixtureOfExperts",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "RowOptimizerConfig",
     "ScheduleConfig",
     "Source",
     "TrackingConfig",

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from kmem.config.engram import EngramConfig
 from kmem.config.section import Section
 
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -161,6 +162,19 @@ class MixtureOfExperts(Section):
         return self
 
 
+class HyperConnectionsConfig(Section):
+    """A residual stream of several branches with learned mixing around every sublayer (mHC, arXiv 2512.24880)."""
+
+    branches: PositiveInt = 4
+    """Branches of the residual stream; 1 is the plain residual."""
+    sinkhorn_iterations: PositiveInt = 20
+    """Passes that make the mixing of branches doubly stochastic."""
+    dynamic_scale: NonNegativeFloat = 0.01
+    """Initial factor of the part of the mixing that depends on the token."""
+    residual_logit: float = 4.0
+    """Initial lead of a branch over the others in its own mixture."""
+
+
 class ModelConfig(Section):
     """A decoder-only language model."""
 
@@ -188,6 +202,10 @@ class ModelConfig(Section):
     """Attention of every layer; `kind` selects GQA or MLA."""
     moe: MixtureOfExperts | None = None
     """Experts; null makes a dense model."""
+    hyper_connections: HyperConnectionsConfig | None = None
+    """Branches of the residual stream; null is the plain residual."""
+    engram: EngramConfig | None = None
+    """N-gram lookup memory; null makes a model without. Its tables are described in the section `memory`."""
 
     @field_validator("attention", mode="before")
     @classmethod
@@ -213,6 +231,22 @@ class ModelConfig(Section):
             ):
                 if size % 8:
                     raise ValueError(f"{name}={size} must be a multiple of 8: grouped products need aligned rows")
+        branches = 1 if self.hyper_connections is None else self.hyper_connections.branches
+        if branches > 1 and self.moe is not None and self.moe.chain is not None:
+            raise ValueError(
+                f"hyper_connections.branches={branches} does not go with moe.chain, whose layers contain their "
+                "residual connection; use 1 branch or no chain"
+            )
+        if self.engram is not None:
+            if max(self.engram.layers) >= self.num_layers:
+                raise ValueError(
+                    f"engram.layers={list(self.engram.layers)} is out of range for num_layers={self.num_layers}; "
+                    "layers count from 0"
+                )
+            if (self.engram.pad_token_id or 0) >= self.vocab_size:
+                raise ValueError(
+                    f"engram.pad_token_id={self.engram.pad_token_id} is no id of vocab_size={self.vocab_size}"
+                )
         dense = self.num_layers if self.moe is None else self.moe.first_dense_layers
         if dense > self.num_layers:
             raise ValueError(f"moe.first_dense_layers={dense} is out of range for num_layers={self.num_layers}")

@@ -6,6 +6,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from kmem.config.data import DataConfig
 from kmem.config.errors import ConfigError
+from kmem.config.memory import MemoryConfig
 from kmem.config.model import ModelConfig
 from kmem.config.section import Section
 from kmem.config.train import TrainConfig
@@ -85,6 +86,8 @@ class Config(Section):
     """Training and held-out text."""
     train: TrainConfig
     """Optimisation."""
+    memory: MemoryConfig = MemoryConfig()
+    """Tables of memory layers."""
     parallel: ParallelConfig = ParallelConfig()
     """Mesh of ranks."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -111,6 +114,11 @@ class Config(Section):
             raise ValueError(
                 "parallel.zero_stage=0 does not go with train.precision=bf16: DeepSpeed's bf16 optimizer is always "
                 "sharded; use 1"
+            )
+        if self.model.engram is not None and self.checkpoint.asynchronous:
+            raise ValueError(
+                "checkpoint.asynchronous=true does not go with model.engram: tables are written from where they lie, "
+                "and a copy of them may not fit; set it to false"
             )
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise ValueError(

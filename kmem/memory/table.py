@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from kmem.checkpoint.pieces import Pieces
-from kmem.config import UserError
+from kmem.config import RowOptimizerConfig, UserError
 from kmem.memory import counter_random
 from kmem.memory.device_copy import DeviceCopy
 from kmem.memory.exchange import Request
 from kmem.memory.hazards import Hazards
-from kmem.memory.row_optimizers import RowOptimizerSettings, RowUpdate, build_optimizer, kernels
+from kmem.memory.row_optimizers import RowOptimizer, RowUpdate, kernels
 from kmem.memory.row_optimizers.update import host_array
 from kmem.memory.row_threads import RowThreads
 from kmem.memory.segments import Segments
@@ -175,7 +175,7 @@ class Table:
     def __init__(
         self,
         spec: TableSpec,
-        optimizer: RowOptimizerSettings,
+        optimizer: RowOptimizerConfig,
         worker: MemoryWorker,
         device: torch.device | str = "cpu",
         staleness: int = 0,
@@ -188,8 +188,10 @@ class Table:
         self.local = row_range(spec.rows, self._exchange.ranks, self._exchange.rank)
         dtype = DTYPES[spec.dtype]
         self._threads = RowThreads(threads)
-        self._optimizer = build_optimizer(
-            optimizer, spec.store, dtype, spec.dim, spec.seed, spec.name, self._threads, self._exchange.sum_over_ranks
+        assert not (optimizer.is_dense and spec.store == "mmap"), "a mapped file cannot serve several passes per step"
+        assert not optimizer.stochastic_rounding or dtype == torch.bfloat16
+        self._optimizer = RowOptimizer(
+            optimizer, spec.dim, spec.seed, spec.name, self._threads, self._exchange.sum_over_ranks
         )
         path = None if spec.folder is None else spec.folder / f"{spec.name}.rank-{self._exchange.rank}.rows"
         self._state = self._optimizer.state()

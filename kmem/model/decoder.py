@@ -1,10 +1,14 @@
 """The decoder-only language model: embedding, pre-norm layers, final norm and head."""
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from .attention import KeyValueCache, build_attention
 from .chain_of_experts import ChainOfExperts
+from .engram import Engram, EngramInput
 from .feed_forward import FeedForward
+from .hyper_connections import HyperConnection, collapse_branches, expand_branches
 from .loss import linear_cross_entropy
 from .matmul import Linear, linear
 from .moe import MoE
@@ -21,17 +25,21 @@ class Embedding(nn.Embedding):
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)); the feed-forward is dense, a MoE or a chain of experts,
-    which contains its residual connection.
+    """x + memory(x), where the layer has one, x + attention(norm(x)), then x + feed_forward(norm(x)); the feed-forward
+    is dense, a MoE or a chain of experts, which contains its residual connection.
 
-    `local_experts` are the global numbers of the experts held here (default: all).
+    With hyper-connections x has M branches: attention and feed-forward read a mixture of them, and the memory updates
+    each. `local_experts` are the global numbers of the experts held here (default: all).
     """
 
     def __init__(self, shape: Shape, index: int, local_experts: range | None = None) -> None:
         super().__init__()
         self.shape = shape
+        self.engram = build_engram(shape) if shape.has_memory(index) else None
+        self.attention_connection = build_connection(shape)
         self.attention_norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.attention = build_attention(shape, index)
+        self.feed_forward_connection = build_connection(shape)
         self.feed_forward_norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.feed_forward = build_feed_forward(shape, index, local_experts)
 
@@ -42,19 +50,50 @@ class DecoderLayer(nn.Module):
         mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
         rotary: Rotation | None = None,
+        memory: EngramInput | None = None,
     ) -> Tensor:
-        """hidden [B, T, H], position_ids int64 [B, T] -> [B, T, H].
+        """hidden [B, T, H] or [B, T, M, H], position_ids int64 [B, T] -> the same shape.
 
         mask: bool [B, 1, T, S], True where a query may attend; None is plain causal attention. `rotary` is
-        `rotation(shape, position_ids)` where the caller computes it once for all layers.
+        `rotation(shape, position_ids)` where the caller computes it once for all layers. `memory` holds the rows of a
+        layer that has a memory.
         """
-        if rotary is None:
-            rotary = rotation(self.shape, position_ids)
-        hidden = hidden + self.attention(self.attention_norm(hidden), rotary, mask, cache)
-        normed = self.feed_forward_norm(hidden)
-        if isinstance(self.feed_forward, ChainOfExperts):
-            return self.feed_forward(hidden, normed)
-        return hidden + self.feed_forward(normed)
+        rotated = rotation(self.shape, position_ids) if rotary is None else rotary
+        if self.engram is not None:
+            assert memory is not None, "a layer with a memory needs its rows"
+            hidden = hidden + self.engram(hidden, memory)
+
+        def attend(x: Tensor) -> Tensor:
+            return self.attention(self.attention_norm(x), rotated, mask, cache)
+
+        hidden = self.attention_connection(hidden, attend)
+        feed_forward = self.feed_forward
+        if isinstance(feed_forward, ChainOfExperts):
+            return feed_forward(hidden, self.feed_forward_norm(hidden))
+        return self.feed_forward_connection(hidden, lambda x: feed_forward(self.feed_forward_norm(x)))
+
+
+def build_engram(shape: Shape) -> Engram:
+    """The memory of a layer, without its table."""
+    engram = shape.memory
+    return Engram(
+        shape.hidden_size,
+        len(engram.orders) * engram.heads * engram.row_dim,
+        shape.branches,
+        norm_eps=shape.norm_eps,
+        conv_dilation=engram.conv_dilation or engram.orders[-1],
+        bias=engram.bias,
+        zero_centered_norm=engram.zero_centered_norm,
+        conv_kernel=engram.conv_kernel,
+        conv_within_documents=engram.conv_within_documents,
+    )
+
+
+def build_connection(shape: Shape) -> HyperConnection:
+    """The connection around a sublayer; with one branch the plain residual, without parameters."""
+    section = shape.get("hyper_connections")
+    chosen = {} if section is None else {name: value for name, value in section.items() if name != "branches"}
+    return HyperConnection(shape.hidden_size, shape.branches, norm_eps=shape.norm_eps, **chosen)
 
 
 def build_feed_forward(shape: Shape, index: int, local_experts: range | None) -> FeedForward | MoE | ChainOfExperts:
@@ -71,6 +110,7 @@ class Head(nn.Module):
     def __init__(self, shape: Shape, embedding: Embedding | None = None) -> None:
         super().__init__()
         assert shape.tie_embeddings == (embedding is not None), "a tied head, and no other, is given the embedding"
+        self.branches = shape.branches
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.head = None if shape.tie_embeddings else Linear(shape.hidden_size, shape.vocab_size, bias=False)
         self._tied_to = (embedding,)  # in a tuple, so that it is not registered as a second owner
@@ -83,12 +123,17 @@ class Head(nn.Module):
         return owner.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., H] of the last layer -> logits [..., V]."""
-        return linear(self.norm(hidden), self.projection_weight)
+        """hidden [B, T, H] or [B, T, M, H] of the last layer -> logits [B, T, V]."""
+        return linear(self.normed(hidden), self.projection_weight)
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Summed cross entropy (fp32 scalar) of hidden [..., H] against labels int64 [...]; -100 is left out."""
-        return linear_cross_entropy(self.norm(hidden), self.projection_weight, labels)
+        """Summed cross entropy (fp32 scalar) of the last layer's hidden against labels int64 [B, T]; -100 is left
+        out."""
+        return linear_cross_entropy(self.normed(hidden), self.projection_weight, labels)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The branches of hidden [B, T, H] or [B, T, M, H] collapsed and normed, [B, T, H]."""
+        return self.norm(collapse_branches(hidden, self.branches))
 
 
 class Decoder(Head):
@@ -102,11 +147,17 @@ class Decoder(Head):
         self.layers = nn.ModuleList(DecoderLayer(shape, index) for index in range(shape.num_layers))
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        memory: Mapping[int, EngramInput] | None = None,
     ) -> Tensor:
-        """Token ids and positions [B, T] -> the last layer's hidden [B, T, H], for `logits` or `loss`."""
-        hidden = self.embedding(input_ids)
+        """Token ids and positions [B, T] -> the last layer's hidden [B, T, H] or, with M branches, [B, T, M, H], for
+        `logits` or `loss`. `memory` is what `EngramMemory.read` has for these tokens, by layer."""
+        hidden = expand_branches(self.embedding(input_ids), self.branches)
         rotary = rotation(self.shape, position_ids)
-        for layer in self.layers:
-            hidden = layer(hidden, position_ids, mask, cache, rotary)
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, position_ids, mask, cache, rotary, (memory or {}).get(index))
         return hidden

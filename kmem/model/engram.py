@@ -1,12 +1,12 @@
-"""Engram's path from looked-up rows to the residual stream (arXiv 2601.07372, section 2; variants in the presets).
+"""Engram's path from looked-up rows to the residual stream (arXiv 2601.07372, section 2).
 
 The concatenated rows of a token give one value and, for each residual branch, a key. A gate compares the branch with
 its key and scales the value; a short causal convolution may add the values of tokens just before.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .matmul import Linear
+from .recomputation import recomputing
 
 # Shape letters: B sequences, T tokens, N = B * T, M residual branches, D hidden size, E width of the rows of a token,
 # K kernel of the convolution.
@@ -22,11 +23,18 @@ GATE_FLOOR = 1e-6
 """Scores nearer to 0 than this are taken as this far away: the square root has no finite slope at 0."""
 HISTOGRAM_BINS = 20
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "deepseek": {"bias": True, "zero_centered_norm": False, "conv_kernel": 4},
-    "deepseek-v4.1": {"bias": False, "zero_centered_norm": False, "conv_kernel": 0},
-    "qwen": {"bias": False, "zero_centered_norm": True, "conv_kernel": 4},
-}
+
+class EngramInput(NamedTuple):
+    """What a layer's memory holds for a batch of tokens."""
+
+    rows: Tensor
+    """[B, T, E], the rows of each token one after another."""
+    present: Tensor | None = None
+    """bool [B, T], False where a token is missing; None: all are there."""
+    document_ids: Tensor | None = None
+    """int64 [B, T], read by a convolution that keeps within documents."""
+    state: "ConvolutionState | None" = None
+    """In generation, the convolution's inputs of the tokens before; advanced in place."""
 
 
 @dataclass(frozen=True)
@@ -82,23 +90,11 @@ class Engram(nn.Module):
             self.conv_norm = BranchNorm(branches, hidden_size, norm_eps, zero_centered_norm)
             self.conv = ShortConvolution(branches * hidden_size, conv_kernel, conv_dilation)
         self.on_gate: Callable[[GateStatistics], None] | None = None
-        """Called in forward, when set."""
+        """Called in forward, when set, but not in a recomputation."""
 
-    def forward(
-        self,
-        hidden: Tensor,
-        rows: Tensor,
-        present: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        state: "ConvolutionState | None" = None,
-    ) -> Tensor:
-        """The update of `hidden` [B, T, D] or [B, T, M, D] by `rows` [B, T, E].
-
-        Args:
-            present: bool [B, T]; a token marked False is missing, gets no update and gives none to later ones.
-            document_ids: int64 [B, T], read by a convolution that keeps within documents.
-            state: in generation, the convolution's inputs of the tokens before; advanced in place.
-        """
+    def forward(self, hidden: Tensor, memory: EngramInput) -> Tensor:
+        """The update of `hidden` [B, T, D] or [B, T, M, D]; a missing token gets none and gives none to later ones."""
+        rows, present = memory.rows.to(self.key_proj.weight.dtype), memory.present
         batch, tokens = hidden.shape[:2]
         streams = hidden.reshape(batch, tokens, self.branches, self.hidden_size)
         keys = self.key_proj(rows).view_as(streams)
@@ -107,13 +103,13 @@ class Engram(nn.Module):
         gated, gate = branch_gate(streams, keys, value, weight, self.query_norm.eps)
         if present is not None:
             gated = gated * present[:, :, None, None]
-        if self.on_gate is not None:
+        if self.on_gate is not None and not recomputing():
             self.on_gate(_statistics(gate, value, present))
         if self.conv is not None and self.conv_norm is not None:
             # A missing token's norm is 0 because its value is: the norm has no bias.
             normed = self.conv_norm(gated).flatten(2)
-            documents = document_ids if self.conv_within_documents else None
-            recent = F.silu(self.conv(normed, documents, state)).view_as(gated)
+            documents = memory.document_ids if self.conv_within_documents else None
+            recent = F.silu(self.conv(normed, documents, memory.state)).view_as(gated)
             gated = gated + (recent if present is None else recent * present[:, :, None, None])
         return gated.view_as(hidden)
 

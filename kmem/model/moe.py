@@ -15,6 +15,7 @@ from .balance import (
 from .dispatcher import Dispatcher, LocalDispatcher, combine_rows, gather_rows, sort_by_expert
 from .experts import Experts
 from .feed_forward import FeedForward
+from .recomputation import recomputing
 from .router import Router, Routing, count_choices, stable_top_k
 from .shape import Shape
 
@@ -70,7 +71,7 @@ class ExpertLayer(nn.Module):
         moe = self.moe
         losses = {"aux_loss": moe.aux_loss, "sequence_aux_loss": moe.sequence_aux_loss, "z_loss": moe.z_loss}
         inject = torch.is_grad_enabled() and any(losses.values())
-        observe = None if _recomputing() else self.on_routing
+        observe = None if recomputing() else self.on_routing
         if not (inject or observe):
             return routing, None
         values = dict.fromkeys(losses, routing.scores_TE.new_zeros(()))
@@ -127,8 +128,3 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         return grad, torch.full((), ctx.scale, dtype=ctx.dtype, device=grad.device), None
-
-
-def _recomputing() -> bool:
-    """Whether this forward is run by a backward pass, as activation checkpointing does."""
-    return torch._C._current_graph_task_id() != -1

@@ -24,37 +24,6 @@ Hash = Literal["pcg64", "splitmix64"]
 MISSING = -1
 """Id of a missing token, and the row ids of a token that is missing itself."""
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # The paper's model and DeepSeek's demo; the paper's tables are 2,262,400 or 7,239,680 rows per head.
-    "deepseek": {
-        "orders": (2, 3),
-        "heads": 8,
-        "rows_per_head": 646_400,
-        "boundary": "none",
-        "hash": "pcg64",
-        "seed": 0,
-        "row_multiple": 1,
-    },
-    "deepseek-v4.1": {
-        "orders": (2, 3, 4),
-        "heads": 8,
-        "rows_per_head": 16_000_000,
-        "boundary": "document",
-        "hash": "pcg64",
-        "seed": 0,
-        "row_multiple": 1,
-    },
-    "qwen": {
-        "orders": (2, 3),
-        "heads": 8,
-        "rows_per_head": 20_000_000,
-        "boundary": "eos",
-        "hash": "splitmix64",
-        "seed": 1234,
-        "row_multiple": 128,
-    },
-}
-
 
 @dataclass(frozen=True)
 class NgramAddressing:
@@ -64,7 +33,7 @@ class NgramAddressing:
     """
 
     variant: str
-    """Name of the preset the choices came from, or of the caller's own."""
+    """Name of the published variant the choices came from, or of the caller's own."""
     hash: Hash
     """How the multipliers were drawn."""
     boundary: Boundary
@@ -169,13 +138,6 @@ class NgramAddressing:
             compression_digest=compression_digest,
             tokenizer_fingerprint=tokenizer_fingerprint,
         )
-
-    @classmethod
-    def from_preset(cls, name: str, **choices: Any) -> "NgramAddressing":
-        """`build` with the choices of a preset; `layers`, the vocabulary sizes and `pad_id` are always the caller's."""
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
-        return cls.build(**{"variant": name, **PRESETS[name], **choices})
 
     @property
     def vocab_size(self) -> int:

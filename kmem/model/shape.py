@@ -58,6 +58,21 @@ class Shape(Mapping[str, Any]):
         return None if self.moe is None else self.moe.get("chain")  # models saved before chains lack the field
 
     @property
+    def memory(self) -> Any:
+        """The section of the n-gram memory, or None."""
+        return self.get("engram")  # models saved before memories lack the field
+
+    def has_memory(self, layer: int) -> bool:
+        """Whether this layer has an n-gram memory."""
+        return self.memory is not None and layer in self.memory.layers
+
+    @property
+    def branches(self) -> int:
+        """Branches of the residual stream."""
+        connections = self.get("hyper_connections")
+        return 1 if connections is None else connections.branches
+
+    @property
     def head_dim(self) -> int:
         """Width of one query or key head of GQA."""
         return self.attention.head_dim or self.hidden_size // self.attention.num_heads

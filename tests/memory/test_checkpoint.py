@@ -9,11 +9,11 @@ from torch.distributed import checkpoint as dcp
 
 from kmem.checkpoint import pieces
 from kmem.checkpoint.pieces import PiecesLoadPlanner, PiecesSavePlanner
-from kmem.memory.row_optimizers import RowOptimizerSettings
+from kmem.config import RowOptimizerConfig
 from kmem.memory.table import Table
 from tests.memory.toy import SPEC, rank_ids, start_worker
 
-OPTIMIZER = RowOptimizerSettings("adam_catchup")
+OPTIMIZER = RowOptimizerConfig(name="adam_catchup")
 
 
 def steps(table, first, last, world):

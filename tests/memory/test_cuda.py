@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kmem.memory.row_optimizers import RowOptimizerSettings
+from kmem.config import RowOptimizerConfig
 from kmem.memory.table import Table, TableSpec
 from kmem.memory.worker import MemoryWorker
 from tests.memory.toy import DIM, ROWS, assert_nothing_is_left, rank_ids
@@ -39,7 +39,7 @@ def train(device, spec, optimizer, prefetch):
 @pytest.mark.parametrize("name", ["lazy_adam", "rowwise_adagrad", "sinkhorn_momentum"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_tables_under_a_gpu_model(store, name, dtype, tmp_path):
-    optimizer = RowOptimizerSettings(name, dense=False, stochastic_rounding=dtype == "bf16")
+    optimizer = RowOptimizerConfig(name=name, dense=False, stochastic_rounding=dtype == "bf16")
     spec = TableSpec("toy.memory", ROWS, DIM, dtype, store, tmp_path, init_std=0.5)
     on, off = (train("cuda", spec, optimizer, prefetch) for prefetch in (True, False))
     assert torch.equal(on, off)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from kmem.config import RowOptimizerConfig
 from kmem.memory.counter_random import key, normal_rows
-from kmem.memory.row_optimizers import RowOptimizerSettings
 from kmem.memory.table import Table, TableSpec
 from tests.memory.toy import (
     DIM,
@@ -81,10 +81,10 @@ def test_prefetch_is_exact_and_the_controls_are_not(ranks, world):
 @pytest.mark.parametrize(
     "optimizer",
     [
-        RowOptimizerSettings("adam_catchup", weight_decay=0.01, clip_norm=0.1),
-        RowOptimizerSettings("rowwise_adagrad"),
-        RowOptimizerSettings("sinkhorn_momentum", dense=False),
-        RowOptimizerSettings("lazy_adam", stochastic_rounding=True),
+        RowOptimizerConfig(name="adam_catchup", weight_decay=0.01, clip_norm=0.1),
+        RowOptimizerConfig(name="rowwise_adagrad"),
+        RowOptimizerConfig(name="sinkhorn_momentum", dense=False),
+        RowOptimizerConfig(name="lazy_adam", stochastic_rounding=True),
     ],
     ids=lambda settings: settings.name,
 )
@@ -139,7 +139,7 @@ def test_shards_are_the_full_table(ranks, world):
 @pytest.mark.parametrize("world", [2, 4])
 def test_dense_sinkhorn_is_sharded_exactly_enough(ranks, world):
     """Column statistics are summed over ranks: any number of them moves every row as one does."""
-    arguments = [{"steps": 10, "optimizer": RowOptimizerSettings("sinkhorn_momentum")}]
+    arguments = [{"steps": 10, "optimizer": RowOptimizerConfig(name="sinkhorn_momentum")}]
     one = ranks.run(1, case, 1, arguments)
     many = ranks.run(world, case, world, arguments)
     difference = torch.cat([rank[0].rows for rank in many]) - one[0][0].rows
@@ -165,7 +165,7 @@ def two_tables(world, prefetch):
     rank = worker.exchange.rank
     specs = [SPEC, TableSpec("toy.other", ROWS - 10, DIM, "bf16", init_std=0.5)]
     with contextlib.ExitStack() as stack:
-        tables = [stack.enter_context(Table(spec, RowOptimizerSettings(), worker)) for spec in specs]
+        tables = [stack.enter_context(Table(spec, RowOptimizerConfig(), worker)) for spec in specs]
 
         def begin(step):
             return [table.begin(rank_ids(step, rank, world) % table.spec.rows) for table in tables]

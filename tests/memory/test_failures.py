@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from kmem.config import UserError
+from kmem.config import RowOptimizerConfig, UserError
 from kmem.memory import stores
 from kmem.memory.exchange import ExchangeError
-from kmem.memory.row_optimizers import RowOptimizerSettings
 from kmem.memory.table import Table, TableSpec
 from kmem.memory.worker import MemoryWorker
 from tests.memory.toy import ROWS, SPEC, assert_nothing_is_left, rank_ids, start_worker
@@ -28,7 +27,7 @@ def worker():
 
 
 def open_table(worker, **arguments):
-    return Table(SPEC, RowOptimizerSettings(), worker, **arguments)
+    return Table(SPEC, RowOptimizerConfig(), worker, **arguments)
 
 
 def ids(step):
@@ -94,7 +93,7 @@ def test_closing_with_steps_in_flight(worker):
 
 
 def test_a_closed_table_gives_its_file_and_mapping_back(worker, tmp_path):
-    table = Table(replace(SPEC, store="mmap", folder=tmp_path), RowOptimizerSettings(), worker)
+    table = Table(replace(SPEC, store="mmap", folder=tmp_path), RowOptimizerConfig(), worker)
     (file,) = tmp_path.iterdir()
     step_through(table.begin(ids(0)))
     table.close()
@@ -226,7 +225,7 @@ def memory_of_training(rows, folder):
     gc.collect()
     before, most = anonymous_bytes(), 0
     spec = TableSpec("big", rows, 32, store="mmap", folder=Path(folder))
-    optimizer = RowOptimizerSettings("adam_catchup")
+    optimizer = RowOptimizerConfig(name="adam_catchup")
     with Table(spec, optimizer, worker) as table:
         apply = table._optimizer.apply
 

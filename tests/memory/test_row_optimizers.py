@@ -4,14 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from kmem.config import UserError
+from kmem.config import RowOptimizerConfig
 from kmem.memory import stores
 from kmem.memory.counter_random import key, normal_rows
 from kmem.memory.row_optimizers import (
     RowOptimizer,
-    RowOptimizerSettings,
     RowUpdate,
-    build_optimizer,
     kernels,
     reference,
 )
@@ -22,12 +20,12 @@ from kmem.memory.stores import ArrayLayout, Store
 
 ROWS, DIM, RATE = 40, 5, 0.05
 LAZY = [
-    RowOptimizerSettings("lazy_adam"),
-    RowOptimizerSettings("adam_catchup", weight_decay=0.1),
-    RowOptimizerSettings("rowwise_adagrad"),
-    RowOptimizerSettings("sinkhorn_momentum", dense=False),
+    RowOptimizerConfig(name="lazy_adam"),
+    RowOptimizerConfig(name="adam_catchup", weight_decay=0.1),
+    RowOptimizerConfig(name="rowwise_adagrad"),
+    RowOptimizerConfig(name="sinkhorn_momentum", dense=False),
 ]
-DENSE = RowOptimizerSettings("sinkhorn_momentum")
+DENSE = RowOptimizerConfig(name="sinkhorn_momentum")
 names = pytest.mark.parametrize("settings", LAZY, ids=lambda s: s.name)
 
 
@@ -147,7 +145,7 @@ def test_lazy_adam_is_torchs_sparse_adam():
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_caught_up_adam_is_dense_adam(weight_decay):
     """Moments of every row after a virtual catch-up; weights of the rows that every step touches."""
-    optimizer = optimizer_for(replace(LAZY[1], weight_decay=weight_decay))
+    optimizer = optimizer_for(LAZY[1].model_copy(update={"weight_decay": weight_decay}))
     store = table(optimizer)
     weight = torch.nn.Parameter(store["rows"].clone())
     oracle = torch.optim.AdamW([weight], lr=RATE, weight_decay=weight_decay)
@@ -255,7 +253,7 @@ def test_the_device_form_agrees(settings, monkeypatch):
 @pytest.mark.parametrize("name", ["lazy_adam", "rowwise_adagrad"])
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_bf16_rows_are_the_rounded_fp32_rows(name, stochastic):
-    settings = RowOptimizerSettings(name, stochastic_rounding=stochastic)
+    settings = RowOptimizerConfig(name=name, stochastic_rounding=stochastic)
     optimizer = optimizer_for(settings)
     rounded, exact = table(optimizer, torch.bfloat16), table(optimizer)
     exact["rows"].copy_(rounded["rows"])
@@ -271,7 +269,7 @@ def test_bf16_rows_are_the_rounded_fp32_rows(name, stochastic):
 
 
 def test_the_device_form_rounds_the_same_way(monkeypatch):
-    settings = RowOptimizerSettings("rowwise_adagrad", stochastic_rounding=True)
+    settings = RowOptimizerConfig(name="rowwise_adagrad", stochastic_rounding=True)
     one, two = (table(optimizer_for(settings), torch.bfloat16) for _ in range(2))
     update = next(updates(1))
     optimizer_for(settings).apply(one, update, 9)
@@ -289,7 +287,7 @@ def test_stochastic_rounding_keeps_the_mean_and_nearest_does_not():
 
 
 def test_rounding_differs_by_step_and_row_but_not_by_sharding():
-    optimizer = optimizer_for(RowOptimizerSettings(stochastic_rounding=True))
+    optimizer = optimizer_for(RowOptimizerConfig(stochastic_rounding=True))
     first, second = list(updates(2))
     rows = np.array([3, 8])
     assert np.array_equal(optimizer._noise(rows, 10, first), optimizer._noise(rows - 2, 12, first))
@@ -299,29 +297,10 @@ def test_rounding_differs_by_step_and_row_but_not_by_sharding():
 
 @names
 def test_own_clip_norm(settings):
-    optimizer, plain = optimizer_for(replace(settings, clip_norm=0.1)), optimizer_for(settings)
+    optimizer, plain = optimizer_for(settings.model_copy(update={"clip_norm": 0.1})), optimizer_for(settings)
     one, two = table(optimizer), table(plain)
     update = next(updates(1))
     optimizer.apply(one, update, 0)
     norm = float(np.linalg.norm(update.gradients.astype(np.float64) * update.scale))
     plain.apply(two, replace(update, scale=update.scale * 0.1 / (norm + 1e-6)), 0)
     assert all(torch.allclose(one[name].float(), two[name].float(), rtol=1e-6) for name in one.arrays)
-
-
-@pytest.mark.parametrize(
-    "settings, kind, dtype, match",
-    [
-        (DENSE, "mmap", torch.float32, "dense sinkhorn_momentum passes over every row"),
-        (RowOptimizerSettings(stochastic_rounding=True), "host", torch.float32, "stochastic_rounding is for bf16"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(settings, kind, dtype, match):
-    with pytest.raises(UserError, match=match):
-        build_optimizer(settings, kind, dtype, 4, 0, "t", RowThreads(), lambda _: None)
-
-
-def test_decay_of_rows_that_are_not_caught_up_is_refused():
-    with pytest.raises(UserError, match="would miss their decay"):
-        RowOptimizerSettings("lazy_adam", weight_decay=0.1)
-    with pytest.raises(UserError, match="must be odd"):
-        RowOptimizerSettings("sinkhorn_momentum", passes=10)

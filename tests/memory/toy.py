@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from kmem.config import RowOptimizerConfig
 from kmem.memory.exchange import Exchange, join_groups
-from kmem.memory.row_optimizers import RowOptimizerSettings
 from kmem.memory.table import StepMetrics, Table, TableSpec
 from kmem.memory.worker import MemoryWorker
 
@@ -86,7 +86,7 @@ def train(
     prefetch: int = 1,
     kind: type[Table] = Table,
     spec: TableSpec = SPEC,
-    optimizer: RowOptimizerSettings = RowOptimizerSettings(),  # noqa: B008 (frozen)
+    optimizer: RowOptimizerConfig = RowOptimizerConfig(),  # noqa: B008 (frozen)
     staleness: int = 0,
     skip: tuple[int, ...] = (),
     evaluate_every: int = 0,

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kmem.model.engram import HISTOGRAM_BINS, PRESETS, Engram, ShortConvolution, branch_gate
+from kmem.config.engram import PRESETS
+from kmem.model.engram import HISTOGRAM_BINS, Engram, EngramInput, ShortConvolution, branch_gate
 from kmem.model.init import initialise_
 from kmem.model.ngram_addresses import NgramAddressing
 from tests.model.tiny import shape
@@ -15,10 +16,14 @@ from tests.model.tiny import shape
 BATCH, TOKENS, HIDDEN, WIDTH = 2, 13, 16, 12
 
 
+def module_choices(preset, **choices):
+    chosen = {name: PRESETS[preset][name] for name in ("bias", "zero_centered_norm", "conv_kernel")}
+    return {"conv_dilation": 3, "norm_eps": 1e-6, **chosen, **choices}
+
+
 def engram(preset="deepseek", branches=4, dtype=torch.float64, seed=0, **choices):
     """With every parameter drawn, so that no path is at its neutral start."""
-    choices = {"conv_dilation": 3, "norm_eps": 1e-6, **PRESETS[preset], **choices}
-    module = Engram(HIDDEN, WIDTH, branches, **choices).to(dtype)
+    module = Engram(HIDDEN, WIDTH, branches, **module_choices(preset, **choices)).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -94,7 +99,7 @@ def test_every_parameter_and_input_has_its_gradient(preset, branches):
     names, parameters = zip(*module.named_parameters(), strict=True)
 
     def update(hidden, rows, *values):
-        return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (hidden, rows))
+        return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (hidden, EngramInput(rows)))
 
     assert torch.autograd.gradcheck(update, (*tensors, *parameters), fast_mode=True)
     assert ("conv.weight" in names) == (preset != "deepseek-v4.1")
@@ -112,15 +117,17 @@ def test_starts_without_convolution():
         torch.ones(4, HIDDEN, dtype=torch.float64),
         1e-6,
     )
-    torch.testing.assert_close(module(hidden, rows), gate, rtol=0, atol=1e-12)
-    assert torch.equal(module(hidden, torch.zeros_like(rows)), torch.zeros_like(hidden))  # empty tables: a no-op
+    torch.testing.assert_close(module(hidden, EngramInput(rows)), gate, rtol=0, atol=1e-12)
+    assert torch.equal(
+        module(hidden, EngramInput(torch.zeros_like(rows))), torch.zeros_like(hidden)
+    )  # empty tables: a no-op
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_initialisation_sets_constants(preset):
     module = engram(preset, dtype=torch.float32)
     initialise_(module, shape(), 0, "layers.1.engram")
-    fresh = Engram(HIDDEN, WIDTH, 4, norm_eps=1e-6, conv_dilation=3, **PRESETS[preset]).state_dict()
+    fresh = Engram(HIDDEN, WIDTH, 4, **module_choices(preset)).state_dict()
     for name, tensor in module.state_dict().items():
         if name.endswith("proj.weight"):
             assert 0 < tensor.std() < 0.1
@@ -133,8 +140,8 @@ def test_initialisation_sets_constants(preset):
 def test_bfloat16_follows_float32(preset, branches):
     module = engram(preset, branches, torch.float32)
     hidden, rows = (item.to(torch.bfloat16) for item in inputs(branches, torch.float32))
-    expected = module(hidden.float(), rows.float())
-    got = module.to(torch.bfloat16)(hidden, rows)
+    expected = module(hidden.float(), EngramInput(rows.float()))
+    got = module.to(torch.bfloat16)(hidden, EngramInput(rows))
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.1)
 
@@ -156,8 +163,8 @@ def test_generation_equals_the_whole(kernel, dilation, tokens, size):
     hidden, rows = inputs(tokens=tokens)
     state = module.start(BATCH)
     chunks = zip(hidden.split(size, dim=1), rows.split(size, dim=1), strict=True)
-    got = torch.cat([module(part, part_rows, state=state) for part, part_rows in chunks], dim=1)
-    torch.testing.assert_close(got, module(hidden, rows), rtol=0, atol=1e-12)
+    got = torch.cat([module(part, EngramInput(part_rows, state=state)) for part, part_rows in chunks], dim=1)
+    torch.testing.assert_close(got, module(hidden, EngramInput(rows)), rtol=0, atol=1e-12)
     assert state.inputs.shape == (BATCH, (kernel - 1) * dilation, 4 * HIDDEN)
 
 
@@ -168,10 +175,10 @@ def test_left_padding_changes_nothing():
     present = torch.arange(4 + TOKENS).expand(BATCH, -1) >= 4
     state = module.start(BATCH)
     padded = torch.cat((filler, hidden), dim=1), torch.cat((filler_rows, rows), dim=1)
-    got = [module(padded[0][:, part], padded[1][:, part], present[:, part], state=state) for part in
+    got = [module(padded[0][:, part], EngramInput(padded[1][:, part], present[:, part], state=state)) for part in
            (slice(0, 3), slice(3, 9), slice(9, None))]  # fmt: skip
     got = torch.cat(got, dim=1)
-    torch.testing.assert_close(got[:, 4:], module(hidden, rows), rtol=0, atol=1e-12)
+    torch.testing.assert_close(got[:, 4:], module(hidden, EngramInput(rows)), rtol=0, atol=1e-12)
     assert not got[:, :4].any()
 
 
@@ -180,33 +187,37 @@ def test_missing_tokens_get_and_give_nothing():
     hidden, rows = inputs()
     present = torch.ones(BATCH, TOKENS, dtype=torch.bool)
     present[0, 5:7] = present[1, 9:] = False
-    got = module(hidden, rows, present)
+    got = module(hidden, EngramInput(rows, present))
     assert not got[~present].any()
     noise = torch.where(present[:, :, None], rows, 100 * rows)
-    torch.testing.assert_close(module(hidden, noise, present), got, rtol=0, atol=1e-12)
+    torch.testing.assert_close(module(hidden, EngramInput(noise, present)), got, rtol=0, atol=1e-12)
 
 
 def test_state_follows_beams():
     module = engram()
     hidden, rows = inputs(batch=3)
     state = module.start(3)
-    module(hidden[:, :8], rows[:, :8], state=state)
+    module(hidden[:, :8], EngramInput(rows[:, :8], state=state))
     order = torch.tensor([2, 0, 2, 1])
     state.reorder(order)
-    got = module(hidden[order, 8:], rows[order, 8:], state=state)
-    torch.testing.assert_close(got, module(hidden, rows)[order, 8:], rtol=0, atol=1e-12)
+    got = module(hidden[order, 8:], EngramInput(rows[order, 8:], state=state))
+    torch.testing.assert_close(got, module(hidden, EngramInput(rows))[order, 8:], rtol=0, atol=1e-12)
 
 
 def test_documents_keep_apart():
     hidden, rows = inputs(batch=1)
     document_ids = torch.tensor([[0] * 5 + [1] * 2 + [2] * 6])
     separate = engram(conv_within_documents=True)
-    got = separate(hidden, rows, document_ids=document_ids)
-    alone = [separate(hidden[:, part], rows[:, part]) for part in (slice(0, 5), slice(5, 7), slice(7, None))]
+    memory = EngramInput(rows, document_ids=document_ids)
+    got = separate(hidden, memory)
+    parts = (slice(0, 5), slice(5, 7), slice(7, None))
+    alone = [separate(hidden[:, part], EngramInput(rows[:, part])) for part in parts]
     torch.testing.assert_close(got, torch.cat(alone, dim=1), rtol=0, atol=1e-12)
     crossing = engram()
-    assert torch.equal(crossing(hidden, rows, document_ids=document_ids), crossing(hidden, rows))
-    assert not torch.equal(got, crossing(hidden, rows))
+    assert torch.equal(
+        crossing(hidden, EngramInput(rows, document_ids=document_ids)), crossing(hidden, EngramInput(rows))
+    )
+    assert not torch.equal(got, crossing(hidden, EngramInput(rows)))
 
 
 def test_recomputation_gives_the_same_bits():
@@ -215,7 +226,7 @@ def test_recomputation_gives_the_same_bits():
     for run in (module, lambda *items: checkpoint(module, *items, use_reentrant=False)):
         hidden, rows = (item.requires_grad_() for item in inputs(dtype=torch.float32))
         module.zero_grad()
-        out = run(hidden, rows)
+        out = run(hidden, EngramInput(rows))
         out.square().sum().backward()
         results.append([out, hidden.grad, rows.grad, *(parameter.grad for parameter in module.parameters())])
     for one, other in zip(*results, strict=True):
@@ -229,8 +240,8 @@ def test_gate_statistics():
     module.on_gate = seen.append
     present = torch.ones(BATCH, TOKENS, dtype=torch.bool)
     present[0, :4] = False
-    module(hidden, rows)
-    module(hidden, rows, present)
+    module(hidden, EngramInput(rows))
+    module(hidden, EngramInput(rows, present))
     keys, value = module.key_proj(rows).view_as(hidden), module.value_proj(rows)
     gate = branch_gate(hidden, keys, value, module.query_norm.factor() * module.key_norm.factor(), 1e-6)[1]
     for statistics, gates, count in ((seen[0], gate.flatten(0, 1), 26), (seen[1], gate[present], 22)):
@@ -271,9 +282,10 @@ def test_matches_transformers_qwen(masked):
             getattr(theirs, name).weight.copy_(norm.weight.flatten())
         theirs.conv1d.weight.copy_(ours.conv.weight[:, None])
 
-    addressing = NgramAddressing.from_preset(
-        "qwen", layers=[1], raw_vocab_size=vocab_size, compressed_vocab_size=None, pad_id=end,
-        heads=heads, rows_per_head=rows_per_head,
+    chosen = {name: PRESETS["qwen"][name] for name in ("orders", "boundary", "hash", "seed", "row_multiple")}
+    addressing = NgramAddressing.build(
+        variant="qwen", layers=[1], raw_vocab_size=vocab_size, compressed_vocab_size=None, pad_id=end,
+        heads=heads, rows_per_head=rows_per_head, **chosen,
     )  # fmt: skip
     table = theirs.ple_embedding.ngram_embedding.weight
     assert len(table) == addressing.padded_rows(0)
@@ -286,5 +298,5 @@ def test_matches_transformers_qwen(masked):
     expected = theirs(hidden.flatten(2), ids.where(present, end), None, present.double() if masked else None)
     rows = addressing.row_ids(0, ids.where(present, -1))
     looked_up = table[rows.clamp_min(0)].flatten(2)
-    got = ours(hidden, looked_up, present if masked else None)
+    got = ours(hidden, EngramInput(looked_up, present if masked else None))
     torch.testing.assert_close(got.flatten(2)[present], expected[present], rtol=0, atol=5e-6)  # its norms are fp32

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from kmem.config.engram import PRESETS
 from kmem.model.ngram_addresses import MISSING, NgramAddressing, differences
 from kmem.model.ngram_hash import (
     INT64_MAX,
@@ -20,18 +21,24 @@ from kmem.model.ngram_hash import (
 TINY = {"layers": [0, 1], "raw_vocab_size": 100, "compressed_vocab_size": None, "heads": 2, "rows_per_head": 10}
 
 
+def of_preset(name, **choices):
+    """The addressing of a preset with a vocabulary and layers, some choices changed."""
+    names = ("orders", "heads", "rows_per_head", "boundary", "hash", "seed", "row_multiple")
+    return NgramAddressing.build(**{"variant": name, **{key: PRESETS[name][key] for key in names}, **choices})
+
+
 def v41(**choices):
     defaults = {"layers": [1, 14], "raw_vocab_size": 129_280, "compressed_vocab_size": 99_092, "pad_id": 2}
-    return NgramAddressing.from_preset("deepseek-v4.1", **{**defaults, **choices})
+    return of_preset("deepseek-v4.1", **{**defaults, **choices})
 
 
 def qwen(**choices):
     defaults = {"layers": [1], "raw_vocab_size": 248_320, "compressed_vocab_size": None, "pad_id": 5}
-    return NgramAddressing.from_preset("qwen", **{**defaults, **choices})
+    return of_preset("qwen", **{**defaults, **choices})
 
 
 def tiny(boundary="document", **choices):
-    return NgramAddressing.from_preset("deepseek", **{**TINY, "pad_id": 2, "boundary": boundary, **choices})
+    return of_preset("deepseek", **{**TINY, "pad_id": 2, "boundary": boundary, **choices})
 
 
 def test_primes():
@@ -41,9 +48,7 @@ def test_primes():
     assert (first[-1], second[0], second[-1]) == (16000463, 16000477, 16000889)
     assert (tables.rows(0), tables.rows(1)) == (384_006_168, 384_016_682)
 
-    demo = NgramAddressing.from_preset(
-        "deepseek", layers=[1, 15], raw_vocab_size=129_280, compressed_vocab_size=99_092, pad_id=2
-    )
+    demo = of_preset("deepseek", layers=[1, 15], raw_vocab_size=129_280, compressed_vocab_size=99_092, pad_id=2)
     assert demo.sizes[0][:4] == (646403, 646411, 646421, 646423)
     assert demo.sizes[1][0] == 646631
     assert (demo.rows(0), demo.rows(1)) == (10_344_164, 10_348_242)

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from kmem.config import UserError
+from kmem.config import RowOptimizerConfig
 from kmem.memory import counter_random
 from kmem.memory.row_optimizers import kernels, reference
-from kmem.memory.row_optimizers.settings import RowOptimizerSettings
 from kmem.memory.row_optimizers.sinkhorn import sinkhorn_step
 from kmem.memory.row_optimizers.update import RowUpdate, host_array, take_missed_steps, write_rows
 from kmem.memory.row_threads import RowThreads
@@ -31,7 +30,7 @@ class RowOptimizer:
 
     def __init__(
         self,
-        settings: RowOptimizerSettings,
+        settings: RowOptimizerConfig,
         dim: int,
         seed: int,
         table: str,
@@ -91,7 +90,7 @@ class RowOptimizer:
 
     def _adam_step(self, update: RowUpdate) -> reference.AdamStep:
         make = reference.AdamStep.lazy if self.settings.name == "lazy_adam" else reference.AdamStep.dense
-        return make(self.settings.beta1, self.settings.beta2, self.settings.eps, update.learning_rate, update.step)
+        return make(*self.settings.betas, self.settings.eps, update.learning_rate, update.step)
 
     def _decays(self, store: Store, update: RowUpdate) -> list[np.ndarray]:
         """[U, 1] fp32 factors on first moment, second moment and weight for missed steps; marks the rows as updated."""
@@ -100,8 +99,7 @@ class RowOptimizer:
         missed = take_missed_steps(store, update)
         shrink = 1 - update.learning_rate * self.settings.weight_decay
         return [
-            reference.missed_steps_decay(self.settings.beta1, missed),
-            reference.missed_steps_decay(self.settings.beta2, missed),
+            *(reference.missed_steps_decay(beta, missed) for beta in self.settings.betas),
             reference.missed_steps_decay(shrink, missed + 1),
         ]
 
@@ -170,28 +168,3 @@ class RowOptimizer:
         for name, values in moments.items():
             store[name][rows] = values
         write_rows(table, rows, weights, self._noise(update.rows, first_row, update))
-
-
-def build_optimizer(
-    settings: RowOptimizerSettings,
-    store_kind: str,
-    dtype: torch.dtype,
-    dim: int,
-    seed: int,
-    table: str,
-    threads: RowThreads,
-    sum_over_ranks: Callable[[np.ndarray], None],
-) -> RowOptimizer:
-    """The optimizer of a table, checked against its store.
-
-    Raises:
-        UserError: the store or the row type does not go with the optimizer.
-    """
-    if settings.is_dense and store_kind == "mmap":
-        raise UserError(
-            f"table {table}: dense sinkhorn_momentum passes over every row several times per step, which a mapped "
-            "file cannot serve; use its lazy form, or the host or device store"
-        )
-    if settings.stochastic_rounding and dtype != torch.bfloat16:
-        raise UserError(f"table {table}: stochastic_rounding is for bf16 rows, these are {dtype}")
-    return RowOptimizer(settings, dim, seed, table, threads, sum_over_ranks)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kmem.config import RowOptimizerConfig
 from kmem.memory.row_optimizers.reference import missed_steps_decay
-from kmem.memory.row_optimizers.settings import RowOptimizerSettings
 from kmem.memory.row_optimizers.update import RowUpdate, take_missed_steps, write_rows
 from kmem.memory.stores import Store, chunk_ranges
 
@@ -20,7 +20,7 @@ _EPS = 1e-20
 
 
 def sinkhorn_step(
-    settings: RowOptimizerSettings,
+    settings: RowOptimizerConfig,
     store: Store,
     update: RowUpdate,
     sum_over_ranks: Callable[[np.ndarray], None],
@@ -63,7 +63,7 @@ def _by_rows(h: Tensor, scales: Tensor, least: float) -> Tensor:
 class _Sweep:
     """Chunks of H = beta * M + (1 - beta) * G in fp64, computed again in every sweep from the momentum M [rows, D]."""
 
-    def __init__(self, settings: RowOptimizerSettings, store: Store, update: RowUpdate) -> None:
+    def __init__(self, settings: RowOptimizerConfig, store: Store, update: RowUpdate) -> None:
         self._settings, self._store, self._update = settings, store, update
         self._momentum = store["momentum"]
         self.dim, self.device = self._momentum.shape[1], self._momentum.device

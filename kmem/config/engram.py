@@ -1,0 +1,139 @@
+"""Engram: which n-grams address which rows, and how the rows enter the residual stream."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from kmem.config.section import Section
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Order = Annotated[int, Field(ge=2)]
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # The demo of arXiv 2601.07372. Its 27B and 40B models have 2,262,400 and 7,239,680 rows per head of 80 values.
+    "deepseek": {
+        "orders": (2, 3),
+        "heads": 8,
+        "rows_per_head": 646_400,
+        "row_dim": 64,
+        "compression": True,
+        "boundary": "none",
+        "hash": "pcg64",
+        "seed": 0,
+        "row_multiple": 1,
+        "bias": True,
+        "zero_centered_norm": False,
+        "conv_kernel": 4,
+    },
+    # arXiv 2609.19969, sections 2.4.2 and 4.2
+    "deepseek-v4.1": {
+        "orders": (2, 3, 4),
+        "heads": 8,
+        "rows_per_head": 16_000_000,
+        "row_dim": 256,
+        "compression": True,
+        "boundary": "document",
+        "hash": "pcg64",
+        "seed": 0,
+        "row_multiple": 1,
+        "bias": False,
+        "zero_centered_norm": False,
+        "conv_kernel": 0,
+    },
+    # Qwen3.8-Flash-Next (Transformers: qwen4_exp)
+    "qwen": {
+        "orders": (2, 3),
+        "heads": 8,
+        "rows_per_head": 20_000_000,
+        "row_dim": 160,
+        "compression": False,
+        "boundary": "eos",
+        "hash": "splitmix64",
+        "seed": 1234,
+        "row_multiple": 128,
+        "bias": False,
+        "zero_centered_norm": True,
+        "conv_kernel": 4,
+    },
+}
+"""Choices of the published models."""
+
+
+class EngramConfig(Section):
+    """N-gram lookup memory (Engram, arXiv 2601.07372) at the entrance of the listed layers.
+
+    What is left out comes from the preset; the saved configuration names every choice. `docs/memory.md` explains them.
+    """
+
+    preset: Literal["deepseek", "deepseek-v4.1", "qwen"] = "deepseek"
+    """Where choices that are left out come from: the paper's demo, DeepSeek-V4.1-Flash or Qwen3.8-Flash-Next."""
+    layers: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+    """Decoder layers that have a memory, counted from 0 (the paper's 2 and 15 are 1 and 14)."""
+    orders: Annotated[tuple[Order, ...], Field(min_length=1)] | None = None
+    """Lengths of the n-grams, ascending."""
+    heads: PositiveInt | None = None
+    """Hash heads per order; each has rows of its own."""
+    rows_per_head: PositiveInt | Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
+    """Rows of a head, one number or one per order. Sizes are rounded up to primes that differ between all heads of all
+    layers."""
+    row_dim: PositiveInt | None = None
+    """Values per row; a token reads orders * heads rows."""
+    compression: bool | None = None
+    """Address by compressed ids: tokens that read alike but for case, accents and blanks share one."""
+    boundary: Literal["none", "document", "eos"] | None = None
+    """Where look-back ends. none: nowhere within a sequence. document: at a document's first token. eos: after an end
+    of text."""
+    pad_token_id: NonNegativeInt | None = None
+    """Token that stands for missing context, an id of the tokenizer. Default: its end of text."""
+    hash: Literal["pcg64", "splitmix64"] | None = None
+    """How multipliers are drawn: DeepSeek's or Qwen's way."""
+    seed: NonNegativeInt | None = None
+    """Seed of the multipliers."""
+    seeding_ids: tuple[NonNegativeInt, ...] | None = None
+    """Number of each layer that enters its seed. Default: the layer, counted from 0, or with splitmix64 0, 1, .."""
+    row_multiple: PositiveInt | None = None
+    """Rows of a layer are padded up to a multiple of this."""
+    bias: bool | None = None
+    """Biases of the key and value projections."""
+    zero_centered_norm: bool | None = None
+    """Norms multiply with 1 + weight."""
+    conv_kernel: NonNegativeInt | None = None
+    """Taps of the short causal convolution; 0 for none."""
+    conv_dilation: PositiveInt | None = None
+    """Tokens between two taps. Default: the largest order."""
+    conv_within_documents: bool = False
+    """Taps do not reach into another document. The published models' do."""
+    init_std: NonNegativeFloat = 0.02
+    """Standard deviation of the first rows. 0 makes memory that is added to a trained model an exact no-op at first."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        preset = values.get("preset", "deepseek")
+        known = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        given = {name: value for name, value in values.items() if value is not None or name not in known}
+        return {**known, **given}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EngramConfig":
+        assert self.orders is not None
+        if list(self.orders) != sorted(set(self.orders)):
+            raise ValueError(f"orders={list(self.orders)} must ascend")
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers={list(self.layers)} names one twice")
+        for name, entries, wanted in (
+            ("seeding_ids", self.seeding_ids, len(self.layers)),
+            ("rows_per_head", self.rows_per_head, len(self.orders)),
+        ):
+            if isinstance(entries, tuple) and len(entries) != wanted:
+                what = "layers" if name == "seeding_ids" else "orders"
+                raise ValueError(f"{name}={list(entries)} must have one entry for each of the {wanted} {what}")
+        bases = self.rows_per_head if isinstance(self.rows_per_head, tuple) else (self.rows_per_head,)
+        assert self.heads is not None
+        if max(base or 1 for base in bases) > (2**63 - 1) // (2 * len(self.orders) * self.heads):
+            raise ValueError(f"rows_per_head={self.rows_per_head}: the ids of all heads must fit in 64 bits")
+        return self
