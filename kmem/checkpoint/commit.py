@@ -70,6 +70,9 @@ class Commit:
     """Canonical name -> shape of every model tensor."""
     tensors: dict[str, StoredTensor]
     files: dict[str, StoredFile]
+    addressing: dict[str, Any] | None = None
+    """Manifest of the n-gram addressing (`NgramAddressing.to_manifest`): without it rows mean nothing. None for a model
+    without tables."""
 
     def write(self, folder: Path) -> None:
         """Write the commit file into a folder whose other files are complete and durable."""
@@ -115,6 +118,7 @@ class Commit:
                 for name, entry in body["tensors"].items()
             },
             files={name: StoredFile(**entry) for name, entry in body["files"].items()},
+            addressing=body.get("addressing"),
         )
         for name, file in commit.files.items():
             try:

@@ -116,6 +116,20 @@ def tokenizer_fingerprint(folder: Path) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The Transformers tokenizer of a folder, without running code of the folder's.
+
+    Raises:
+        UserError: there is none, or Transformers cannot load it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # Transformers raises many kinds
+        raise UserError(f"{folder}: no tokenizer that transformers.AutoTokenizer loads: {error}") from error
+
+
 class Encoder:
     """Text to token ids, one EOS after each document. Used inside worker processes."""
 

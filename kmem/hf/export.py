@@ -13,6 +13,7 @@ import torch
 from kmem.checkpoint.safetensors_file import SafetensorsWriter, sync_folder
 from kmem.config import Config, UserError
 from kmem.data.progress import Progress
+from kmem.data.tokenizer import load_tokenizer
 from kmem.hf.architectures import KMEM, Choice, choose, to_fields
 from kmem.hf.custom_code import AUTO_MAP, code_files, register
 from kmem.hf.folder import INDEX_FILE, WEIGHTS_FILE
@@ -230,16 +231,11 @@ def _token_ids(tokenizer: Path, vocab_size: int) -> dict[str, int]:
     Raises:
         UserError: no tokenizer there, or one with ids that the model has no embedding for.
     """
-    from transformers import AutoTokenizer
-
     if not tokenizer.is_dir():
         raise UserError(
             f"{tokenizer}: no tokenizer here; copy the folder `tokenizer` of the prepared data to that place"
         )
-    try:
-        loaded = AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # Transformers raises many kinds
-        raise UserError(f"{tokenizer}: not loadable by transformers.AutoTokenizer: {error}") from error
+    loaded = load_tokenizer(tokenizer)
     largest = max(loaded.get_vocab().values(), default=0)
     if largest >= vocab_size:
         raise UserError(

@@ -7,6 +7,7 @@ import torch
 
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import UserError
+from kmem.data.tokenizer import load_tokenizer
 from kmem.hf.custom_code import register
 from kmem.hf.folder import ModelFolder
 from kmem.hf.key_map import account
@@ -26,7 +27,7 @@ def load(path: Path) -> tuple[Any, Any]:
     if (path / "config.json").is_file():
         return _load_folder(path)
     reader = CheckpointReader(path)
-    return _load_checkpoint(reader), _tokenizer(reader.tokenizer_path)
+    return _load_checkpoint(reader), load_tokenizer(reader.tokenizer_path)
 
 
 def _load_folder(path: Path) -> tuple[Any, Any]:
@@ -40,7 +41,7 @@ def _load_folder(path: Path) -> tuple[Any, Any]:
         )
     except Exception as error:  # Transformers raises many kinds
         raise UserError(f"{path}: not loadable by transformers.AutoModelForCausalLM: {error}") from error
-    return model.eval(), _tokenizer(path)
+    return model.eval(), load_tokenizer(path)
 
 
 def _load_checkpoint(reader: CheckpointReader) -> Any:
@@ -58,12 +59,3 @@ def _load_checkpoint(reader: CheckpointReader) -> Any:
         model = KmemForCausalLM(KmemConfig(model=model_section.model_dump(mode="json")))
     model.load_state_dict({name: reader.read(name) for name in reader.tensors}, assign=True)
     return model.eval()
-
-
-def _tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # Transformers raises many kinds
-        raise UserError(f"{path}: no tokenizer that transformers.AutoTokenizer loads: {error}") from error

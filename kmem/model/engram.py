@@ -78,6 +78,7 @@ class Engram(nn.Module):
     ) -> None:
         super().__init__()
         self.hidden_size = hidden_size
+        self.width = width
         self.branches = branches
         self.conv_within_documents = conv_within_documents
         self.key_proj = Linear(width, branches * hidden_size, bias=bias)

@@ -70,7 +70,7 @@ class Shape(Mapping[str, Any]):
     def branches(self) -> int:
         """Branches of the residual stream."""
         connections = self.get("hyper_connections")
-        return 1 if connections is None else connections.branches
+        return 1 if connections is None else connections["branches"]
 
     @property
     def head_dim(self) -> int:

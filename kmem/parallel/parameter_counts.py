@@ -8,6 +8,7 @@ from torch import nn
 from kmem.config import ModelConfig
 from kmem.model.chain_of_experts import ChainOfExperts
 from kmem.model.decoder import Decoder, DecoderLayer
+from kmem.model.engram_memory import table_name, table_rows
 from kmem.model.moe import ExpertLayer
 from kmem.model.shape import Shape
 
@@ -22,7 +23,7 @@ class ParameterCounts:
     C iterations counts the C * top_k experts that a token can visit at most, or top_k where the choice is frozen; what
     several iterations use is counted once."""
     memory: int
-    """Elements in lookup tables and banks."""
+    """Elements in lookup tables, padding rows included; of these a token touches a few rows."""
     embedding: int
     """Embedding, and the head when it is not tied."""
     components: dict[str, int]
@@ -45,6 +46,8 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     """Count a model of this shape."""
     with torch.device("meta"):
         decoder = Decoder(Shape(config.model_dump()))
+    shape = decoder.shape
+    tables = {layer: rows * shape.memory.row_dim for layer, rows in table_rows(shape).items()}
     components = {
         "embedding": _size(decoder.embedding),
         "attention": 0,
@@ -55,6 +58,10 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
         "norms": _size(decoder.norm),
         "head": 0 if config.tie_embeddings else config.vocab_size * config.hidden_size,
     }
+    if config.engram is not None:
+        components |= {"engram": 0, "memory": sum(tables.values())}
+    if shape.branches > 1:
+        components["hyper_connections"] = 0
     active = embedding = components["embedding"] + components["head"]
     active += components["norms"]
     layers = []
@@ -72,12 +79,21 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
         else:
             touched = multiplied = _size(feed_forward)
             components["feed_forward"] += touched
-        active += norms + _size(layer.attention) + touched
-        layers.append(norms + _size(layer.attention) + multiplied)
+        always = norms + _size(layer.attention)
+        connections = _size(layer.attention_connection) + _size(layer.feed_forward_connection)
+        if connections:
+            components["hyper_connections"] += connections
+            always += connections
+        if layer.engram is not None:
+            components["engram"] += _size(layer.engram)
+            always += _size(layer.engram)
+            active += layer.engram.width  # the rows of a token
+        active += always + touched
+        layers.append(always + multiplied)
     return ParameterCounts(
         total=sum(components.values()),
         active=active,
-        memory=0,
+        memory=sum(tables.values()),
         embedding=embedding,
         components=components,
         layers=layers,
@@ -118,7 +134,10 @@ def _size(module: nn.Module) -> int:
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, list[int]]:
-    """Canonical name -> unsharded shape of every parameter and persistent buffer."""
+    """Canonical name -> unsharded shape of every parameter, persistent buffer and table."""
     with torch.device("meta"):
         decoder = Decoder(Shape(config.model_dump()))
-    return {name: list(tensor.shape) for name, tensor in decoder.state_dict().items()}
+    shapes = {name: list(tensor.shape) for name, tensor in decoder.state_dict().items()}
+    for layer, rows in table_rows(decoder.shape).items():
+        shapes[table_name(layer)] = [rows, decoder.shape.memory.row_dim]
+    return shapes

@@ -1,0 +1,45 @@
+"""A table is meaningless without its addressing: a checkpoint's is compared with the one in use at every load."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kmem.checkpoint.pieces import CheckpointError
+from kmem.model.engram_memory import EngramAddresses
+from kmem.model.ngram_addresses import differences
+
+REASONS = {
+    "tokenizer_fingerprint": "The tokenizer is another one: use the one that the run was trained with",
+    "compression_digest": "The vocabulary is compressed otherwise: use the tokenizer and the version of the tokenizers "
+    "library, that the run was trained with",
+    "sizes": "Rows per head decide the prime of every hash, so no row of a table of another size keeps its address: "
+    "a table cannot grow; start a run of another name",
+}
+_REMEDY = "Correct model.engram, or start a run of another name"
+
+
+def check_addressing(folder: Path, stored: Mapping[str, Any] | None, used: EngramAddresses | None) -> None:
+    """Refuse rows that would be read by other addresses than they were trained with.
+
+    A checkpoint without tables fits every model: memory may be added to it.
+
+    Raises:
+        CheckpointError: names every field that differs, and why it matters.
+    """
+    if stored is None:
+        return
+    if used is None:
+        raise CheckpointError(f"{folder} holds memory tables, and model.engram is null; a run keeps its memory")
+    here = used.addressing.to_manifest()
+    fields = differences(stored, here)
+    if fields:
+        shown = [f"{name} is {_short(here.get(name))} here and {_short(stored.get(name))} there" for name in fields]
+        reasons = [reason for name, reason in REASONS.items() if name in fields] or [_REMEDY]
+        raise CheckpointError(
+            f"model.engram: addresses differ from those of {folder}: {'; '.join(shown)}. {'. '.join(reasons)}"
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
