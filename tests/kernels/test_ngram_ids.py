@@ -4,14 +4,10 @@ import pytest
 import torch
 
 from kmem.model.ngram_addresses import NgramAddressing
+from tests.kernels.devices import DEVICES
 
 pytest.importorskip("triton")
 from kmem_kernels.ngram_ids.op import ngram_ids
-
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the same cases")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 
 
 def addressing(boundary, orders, heads, vocab_size, pad_id, rows_per_head):
@@ -49,7 +45,7 @@ def test_kernel_equals_reference_and_model(device, boundary, orders, heads, batc
         history, homes = tables._history(ids, documents, before)
         for table in (0, 1):
             constants = (orders, tables.multipliers[table], tables.sizes[table], tables.offsets(table))
-            expected = ngram_ids(history, homes, *constants, boundary, pad_id, backend="reference")
+            expected = ngram_ids(history, homes, *constants, boundary, pad_id, backend="torch")
             on_device = history.to(device), None if homes is None else homes.to(device)
             rows = ngram_ids(*on_device, *constants, boundary, pad_id, backend="triton")
             torch.testing.assert_close(rows.cpu(), expected, rtol=0, atol=0)
@@ -61,6 +57,6 @@ def test_non_contiguous_and_empty(device):
     tables = addressing("none", (2, 3), 2, 100, 2, 10)
     history = torch.arange(60, device=device).view(6, 10).T  # [10, 6], transposed
     constants = ((2, 3), tables.multipliers[0], tables.sizes[0], tables.offsets(0))
-    expected = ngram_ids(history.cpu().contiguous(), None, *constants, "none", 2, backend="reference")
+    expected = ngram_ids(history.cpu().contiguous(), None, *constants, "none", 2, backend="torch")
     assert torch.equal(ngram_ids(history, None, *constants, "none", 2, backend="triton").cpu(), expected)
     assert ngram_ids(history[:, :2], None, *constants, "none", 2, backend="triton").shape == (10, 0, 4)

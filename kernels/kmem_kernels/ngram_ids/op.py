@@ -1,18 +1,12 @@
-"""Row ids of hashed n-grams: the kernel on CUDA and under Triton's interpreter, the reference elsewhere.
-
-Importing this without Triton raises ImportError; kmem's own torch implementation then serves every device.
-"""
+"""Row ids of hashed n-grams: the kernel on CUDA and under Triton's interpreter, the reference elsewhere."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Literal
 
 from torch import Tensor
 
+from ..backend import Backend, chosen
 from . import reference
-
-if find_spec("triton") is None:
-    raise ImportError("kmem_kernels needs Triton: pip install 'kmem[kernels]'")
 
 
 def ngram_ids(
@@ -24,7 +18,7 @@ def ngram_ids(
     offsets: Sequence[int],
     boundary: Literal["none", "document", "eos"],
     pad_id: int,
-    backend: Literal["triton", "reference"] | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Rows int64 [B, T, orders * heads]; all -1 for a token whose own id is below 0.
 
@@ -35,9 +29,9 @@ def ngram_ids(
         sizes, offsets: rows and first row of each head, orders outermost.
         boundary: where look-back ends: `none`, `document` (another document or a missing token) or `eos` (`pad_id`).
         pad_id: the id in place of context that is missing or out of bounds.
-        backend: default `triton` for CUDA tensors, else `reference`.
+        backend: default `triton` for CUDA tensors, else `torch`.
     """
-    if (backend or ("triton" if history.is_cuda else "reference")) == "reference":
+    if chosen(backend, history) == "torch":
         return reference.ngram_ids(history, documents, orders, multipliers, sizes, offsets, boundary, pad_id)
     from .triton import ngram_ids as kernel  # a CPU run never compiles
 
