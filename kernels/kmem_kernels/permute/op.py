@@ -1,0 +1,90 @@
+"""Tokens into rows sorted by expert, and the weighted sums of rows back into tokens, with gradients.
+
+Deterministic without atomics. `place_TK` says at which row the choice (t, k) of a token stands; no two choices share a
+row. Rows that are nobody's place are padding: `permute` sets them to zero and `combine` never reads them, nor do their
+gradients.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backend import Backend, chosen
+from . import reference
+
+# Shape letters: T tokens, K experts per token, N >= T * K rows, H hidden size.
+
+
+def permute(hidden_TH: Tensor, place_TK: Tensor, num_rows: int | None = None, backend: Backend | None = None) -> Tensor:
+    """The token of every row, [N, H]; the gradient of a token is the sum of its rows', in the order of its choices.
+
+    Args:
+        place_TK: int64.
+        num_rows: N, where there is padding; default T * K.
+        backend: default `triton` for CUDA tensors, else `torch`.
+
+    Raises:
+        ValueError: fewer rows than choices.
+    """
+    num_rows = place_TK.numel() if num_rows is None else num_rows
+    _check(num_rows, place_TK)
+    if chosen(backend, hidden_TH) == "torch":
+        return reference.permute(hidden_TH, place_TK, num_rows)
+    return _Permute.apply(hidden_TH, place_TK, num_rows)
+
+
+def combine(rows_NH: Tensor, weights_TK: Tensor, place_TK: Tensor, backend: Backend | None = None) -> Tensor:
+    """The weighted sum of each token's rows, [T, H] in the rows' dtype; products and sums in fp32 (fp64 for fp64 rows).
+
+    Args:
+        weights_TK: any float dtype.
+        place_TK: int64.
+        backend: default `triton` for CUDA tensors, else `torch`.
+
+    Raises:
+        ValueError: fewer rows than choices.
+    """
+    _check(len(rows_NH), place_TK)
+    if chosen(backend, rows_NH) == "torch":
+        return reference.combine(rows_NH, weights_TK, place_TK)
+    return _Combine.apply(rows_NH, weights_TK, place_TK)
+
+
+def _check(num_rows: int, place_TK: Tensor) -> None:
+    if num_rows < place_TK.numel():
+        raise ValueError(f"{num_rows} rows cannot hold {place_TK.numel()} choices")
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TH: Tensor, place_TK: Tensor, num_rows: int) -> Tensor:
+        from .triton import scatter
+
+        ctx.save_for_backward(place_TK)
+        return scatter(hidden_TH, place_TK, num_rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor, None, None]:
+        from .triton import gather_sum
+
+        (place_TK,) = ctx.saved_tensors
+        return gather_sum(grad_NH, None, place_TK), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_NH: Tensor, weights_TK: Tensor, place_TK: Tensor) -> Tensor:
+        from .triton import gather_sum
+
+        ctx.save_for_backward(rows_NH, weights_TK, place_TK)
+        return gather_sum(rows_NH, weights_TK, place_TK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None]:
+        from .triton import combine_backward
+
+        return *combine_backward(grad_TH, *ctx.saved_tensors), None

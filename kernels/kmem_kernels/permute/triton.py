@@ -1,0 +1,185 @@
+"""Every program works for a block of tokens and walks their K places, so each token is read or written once.
+
+The gather of N = T * K rows therefore moves T + N rows instead of 2 N, no two programs write the same row, and a sum
+over a token's rows is one program's, in the order of its choices: there are no atomics, and rows that belong to no
+token are not touched.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backend import interpreted
+
+# Shape letters: T tokens, K experts per token, N >= T * K rows, H hidden size.
+
+BLOCK_TOKENS = 4
+BLOCK_HIDDEN = 512
+"""With 4 tokens and 128 threads, 16 values of each array in a thread: two loads of 16 bytes in bf16."""
+
+
+@triton.jit
+def _scatter(
+    hidden_ptr,  # [T, H]
+    place_ptr,  # int64 [T, K]
+    rows_ptr,  # [N, H], of hidden's dtype
+    tokens,
+    TOP_K: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    token_live = token < tokens
+    for start in range(0, HIDDEN, BLOCK_HIDDEN):
+        column = start + tl.arange(0, BLOCK_HIDDEN)[None, :]
+        live = token_live & (column < HIDDEN)
+        values = tl.load(hidden_ptr + token * HIDDEN + column, mask=live)
+        for k in tl.static_range(TOP_K):
+            place = tl.load(place_ptr + token * TOP_K + k, mask=token_live, other=0)
+            tl.store(rows_ptr + place * HIDDEN + column, values, mask=live)
+
+
+@triton.jit
+def _gather_sum(
+    rows_ptr,  # [N, H]
+    weights_ptr,  # [T, K], read if HAS_WEIGHTS
+    place_ptr,  # int64 [T, K]
+    out_ptr,  # [T, H], of the rows' dtype
+    tokens,
+    TOP_K: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    token_live = token < tokens
+    for start in range(0, HIDDEN, BLOCK_HIDDEN):
+        column = start + tl.arange(0, BLOCK_HIDDEN)[None, :]
+        live = token_live & (column < HIDDEN)
+        total = tl.zeros((BLOCK, BLOCK_HIDDEN), WIDE)
+        for k in tl.static_range(TOP_K):
+            place = tl.load(place_ptr + token * TOP_K + k, mask=token_live, other=0)
+            values = tl.load(rows_ptr + place * HIDDEN + column, mask=live, other=0.0).to(WIDE)
+            if HAS_WEIGHTS:
+                values *= tl.load(weights_ptr + token * TOP_K + k, mask=token_live, other=0.0).to(WIDE)
+            total += values
+        tl.store(out_ptr + token * HIDDEN + column, total.to(out_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _combine_backward(
+    grad_ptr,  # [T, H]
+    rows_ptr,  # [N, H]
+    weights_ptr,  # [T, K]
+    place_ptr,  # int64 [T, K]
+    grad_rows_ptr,  # [N, H], of the rows' dtype
+    grad_weights_ptr,  # [T, K], of the weights' dtype
+    tokens,
+    TOP_K: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    token_live = token < tokens
+    for k in range(TOP_K):  # from the second on, the token's gradient comes from the cache
+        choice = token * TOP_K + k
+        place = tl.load(place_ptr + choice, mask=token_live, other=0)
+        weight = tl.load(weights_ptr + choice, mask=token_live, other=0.0).to(WIDE)
+        products = tl.zeros((BLOCK, BLOCK_HIDDEN), WIDE)
+        for start in range(0, HIDDEN, BLOCK_HIDDEN):
+            column = start + tl.arange(0, BLOCK_HIDDEN)[None, :]
+            live = token_live & (column < HIDDEN)
+            grad = tl.load(grad_ptr + token * HIDDEN + column, mask=live, other=0.0).to(WIDE)
+            products += grad * tl.load(rows_ptr + place * HIDDEN + column, mask=live, other=0.0).to(WIDE)
+            grad_row = (grad * weight).to(grad_rows_ptr.dtype.element_ty)
+            tl.store(grad_rows_ptr + place * HIDDEN + column, grad_row, mask=live)
+        dots = tl.sum(products, 1)[:, None].to(grad_weights_ptr.dtype.element_ty)
+        tl.store(grad_weights_ptr + choice, dots, mask=token_live)
+
+
+def scatter(hidden_TH: Tensor, place_TK: Tensor, num_rows: int) -> Tensor:
+    """`reference.permute`, bit for bit: rows [N, H] of the tokens, and zeros where no token has its place."""
+    hidden_TH, place_TK = hidden_TH.contiguous(), place_TK.contiguous()
+    rows_NH = _rows(place_TK, num_rows, hidden_TH)
+    if rows_NH.numel() and place_TK.numel():
+        grid, tiling = _tiling(hidden_TH)
+        _scatter[grid](
+            hidden_TH,
+            place_TK,
+            rows_NH,
+            len(hidden_TH),
+            TOP_K=place_TK.shape[1],
+            HIDDEN=hidden_TH.shape[1],
+            **tiling,
+        )
+    return rows_NH
+
+
+def gather_sum(rows_NH: Tensor, weights_TK: Tensor | None, place_TK: Tensor) -> Tensor:
+    """`reference.combine`; without weights, the sum of each token's rows."""
+    rows_NH, place_TK = rows_NH.contiguous(), place_TK.contiguous()
+    out_TH = rows_NH.new_empty(len(place_TK), rows_NH.shape[1])
+    if out_TH.numel():
+        grid, tiling = _tiling(out_TH)
+        _gather_sum[grid](
+            rows_NH,
+            rows_NH if weights_TK is None else weights_TK.contiguous(),
+            place_TK,
+            out_TH,
+            len(out_TH),
+            TOP_K=place_TK.shape[1],
+            HIDDEN=out_TH.shape[1],
+            HAS_WEIGHTS=weights_TK is not None,
+            WIDE=_wide(rows_NH),
+            **tiling,
+        )
+    return out_TH
+
+
+def combine_backward(grad_TH: Tensor, rows_NH: Tensor, weights_TK: Tensor, place_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the rows, zeros for those without a token, and of the weights."""
+    grad_TH, rows_NH = grad_TH.contiguous(), rows_NH.contiguous()
+    weights_TK, place_TK = weights_TK.contiguous(), place_TK.contiguous()
+    grad_rows_NH = _rows(place_TK, len(rows_NH), rows_NH)
+    grad_weights_TK = torch.zeros_like(weights_TK) if grad_TH.numel() == 0 else torch.empty_like(weights_TK)
+    if grad_TH.numel():
+        grid, tiling = _tiling(grad_TH)
+        _combine_backward[grid](
+            grad_TH,
+            rows_NH,
+            weights_TK,
+            place_TK,
+            grad_rows_NH,
+            grad_weights_TK,
+            len(grad_TH),
+            TOP_K=place_TK.shape[1],
+            HIDDEN=grad_TH.shape[1],
+            WIDE=_wide(rows_NH),
+            **tiling,
+        )
+    return grad_rows_NH, grad_weights_TK
+
+
+def _rows(place_TK: Tensor, num_rows: int, like: Tensor) -> Tensor:
+    """[N, H]; only rows that tokens leave out are cleared before the kernel writes."""
+    new = like.new_empty if num_rows == place_TK.numel() else like.new_zeros
+    return new(num_rows, like.shape[1])
+
+
+def _tiling(of_tokens: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    tokens, hidden = of_tokens.shape
+    block = 64 if interpreted() else BLOCK_TOKENS
+    return (triton.cdiv(tokens, block),), {
+        "BLOCK": block,
+        "BLOCK_HIDDEN": min(triton.next_power_of_2(hidden), BLOCK_HIDDEN),
+    }
+
+
+def _wide(values: Tensor) -> tl.dtype:
+    return tl.float64 if values.dtype == torch.float64 else tl.float32
