@@ -1,0 +1,1 @@
+"""Sums of rows that belong together, in an order that is always the same."""
