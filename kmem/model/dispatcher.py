@@ -1,6 +1,6 @@
 """Bringing tokens to their experts and the experts' outputs back."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -40,11 +40,15 @@ def sort_by_expert(experts_TK: Tensor) -> tuple[Tensor, Tensor]:
 
 def gather_rows(hidden_TH: Tensor, order_N: Tensor, place_TK: Tensor) -> Tensor:
     """The token of every row, [N, H]."""
+    if _kernels_serve(hidden_TH):
+        return _permute_op.permute(hidden_TH, place_TK, backend="triton")
     return _Gather.apply(hidden_TH, order_N, place_TK)
 
 
 def combine_rows(rows_NH: Tensor, weights_TK: Tensor, order_N: Tensor, place_TK: Tensor) -> Tensor:
     """The weighted sum of each token's rows, [T, H] in the rows' dtype; products and sums in fp32."""
+    if _kernels_serve(rows_NH):
+        return _permute_op.combine(rows_NH, weights_TK, place_TK, backend="triton")
     return _Combine.apply(rows_NH, weights_TK, order_N, place_TK)
 
 
@@ -80,3 +84,18 @@ class _Combine(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _kernels() -> Any:
+    try:
+        from kmem_kernels.permute import op
+    except ImportError:  # an exported model brings this folder alone
+        return None
+    return op
+
+
+_permute_op = _kernels()
+
+
+def _kernels_serve(rows: Tensor) -> bool:
+    return _permute_op is not None and rows.is_cuda

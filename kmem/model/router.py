@@ -48,6 +48,8 @@ class Router(nn.Module):
         wide = torch.promote_types(hidden_TH.dtype, torch.float32)
         with torch.autocast(hidden_TH.device.type, enabled=False):
             logits_TE = F.linear(hidden_TH.to(wide), self.weight.to(wide))
+            if _kernel_serves(logits_TE):
+                return self._routed_by_kernel(logits_TE)
             scores_TE = logits_TE.softmax(-1) if moe.score_function == "softmax" else logits_TE.sigmoid()
             with torch.no_grad():
                 preference_TE = scores_TE if self.selection_bias is None else scores_TE + self.selection_bias
@@ -62,6 +64,22 @@ class Router(nn.Module):
             if moe.scaling_factor != 1:
                 weights_TK = weights_TK * moe.scaling_factor
         return Routing(experts_TK, weights_TK, logits_TE, scores_TE, count_choices(experts_TK, moe.num_experts))
+
+    def _routed_by_kernel(self, logits_TE: Tensor) -> Routing:
+        moe = self.moe
+        choice = _route(
+            logits_TE,
+            self.selection_bias,
+            top_k=moe.top_k,
+            score_function=moe.score_function,
+            num_groups=moe.num_groups,
+            top_groups=moe.top_groups,
+            group_score_top_k=moe.group_score_top_k,
+            renormalize=moe.renormalize,
+            scaling_factor=moe.scaling_factor,
+            backend="triton",
+        )
+        return Routing(choice.experts_TK, choice.weights_TK, logits_TE, choice.scores_TE, choice.counts_E)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Router":
         # A bias of thousandths steps would stand still in bf16: moving the module to a dtype leaves it in fp32.
@@ -100,3 +118,18 @@ def count_choices(experts: Tensor, num_experts: int) -> Tensor:
     return torch.zeros(num_experts, dtype=torch.int64, device=experts.device).scatter_add_(
         0, experts, torch.ones_like(experts)
     )
+
+
+def _kernel() -> Any:
+    try:
+        from kmem_kernels.route.op import route
+    except ImportError:  # an exported model brings this folder alone; the choice is the same
+        return None
+    return route
+
+
+_route = _kernel()
+
+
+def _kernel_serves(logits: Tensor) -> bool:
+    return _route is not None and logits.is_cuda and logits.dtype == torch.float32
