@@ -1,0 +1,285 @@
+"""Times the kernels and the MoE layer against what the same process copies and multiplies: one table, and JSON.
+
+    python kernels/benchmarks/run.py --out kernels.json         # on a GPU, within eight minutes
+    python kernels/benchmarks/run.py --tiny --out tiny.json     # anywhere: on a CPU kernels are interpreted
+
+Bytes are those that an operation cannot avoid: every input read once, every output written once. FLOP are those of the
+experts' products, 2 * T * K * 3 * H * I forward and three times that with backward; router, permutation and activation
+count as time alone.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+from cases import SIZES, Case, all_cases
+
+ROUNDS = 5
+LONGEST_ROUND = 0.5
+"""Seconds; short calls are repeated up to this."""
+PROFILED_KERNELS = 15
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this process reaches without any of the kernels."""
+
+    copy_bytes_per_second: float
+    """Read and written, of one large copy."""
+    gemm_flop_per_second: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    case: Case
+    seconds: float | None
+    """None: not measured."""
+    reason: str = ""
+
+    def share(self, ceilings: Ceilings) -> float | None:
+        """Of the ceiling that bounds the case: the GEMM rate where it has FLOP, else the copy."""
+        if self.seconds is None:
+            return None
+        if self.case.flop:
+            return self.case.flop / self.seconds / ceilings.gemm_flop_per_second
+        return self.case.bytes / self.seconds / ceilings.copy_bytes_per_second
+
+    def value(self, unit: str, ceilings: Ceilings) -> float | None:
+        if self.seconds is None:
+            return None
+        share = self.share(ceilings)
+        rates = {"us": 1e6 * self.seconds, "TFLOP/s": self.case.flop / self.seconds / 1e12, "%": 100 * (share or 0)}
+        return rates[unit]
+
+    def meets_goal(self, ceilings: Ceilings) -> bool | None:
+        """None where there is no goal or no figure."""
+        goal = self.case.goal
+        value = None if goal is None else self.value(goal.unit, ceilings)
+        if goal is None or value is None:
+            return None
+        return value <= goal.limit if goal.at_most else value >= goal.limit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes: shows that everything runs, not how fast")
+    parser.add_argument("--minutes", type=float, default=7.0, help="no case begins after this long")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available() and not options.tiny:
+        parser.error("full sizes need a CUDA device; on a CPU kernels are interpreted: add --tiny")
+
+    began = time.monotonic()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = SIZES["tiny" if options.tiny else "full"]
+    ceilings = measure_ceilings(device, sizes.copy_bytes, sizes.gemm)
+    measurements = []
+    for case in all_cases(device, sizes):
+        if options.only not in case.name:
+            continue
+        if time.monotonic() - began > 60 * options.minutes:
+            measurements.append(Measurement(case, None, f"{options.minutes:g} minutes had passed"))
+        else:
+            measurements.append(measure(case, device))
+        gc.collect()
+        torch.cuda.empty_cache()
+    profiles = {
+        case.name: profile(case, device)
+        for case in all_cases(device, sizes)
+        if case.profiled and options.only in case.name and time.monotonic() - began < 60 * options.minutes
+    }
+    report = {
+        "environment": environment(device, options.tiny),
+        "ceilings": vars(ceilings),
+        "measurements": [as_json(measurement, ceilings, options.tiny) for measurement in measurements],
+        "profiles": profiles,
+        "seconds": time.monotonic() - began,
+    }
+    print_report(report)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+    failed = [f"{m.case.name}: {m.reason}" for m in measurements if m.reason.startswith("failed")]
+    print("\n".join(failed), file=sys.stderr, end="\n" if failed else "")
+    return 1 if failed else 0
+
+
+def measure_ceilings(device: torch.device, copy_bytes: int, gemm: int) -> Ceilings:
+    source = torch.ones(copy_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    copy = seconds_of([lambda: target.copy_(source)], device, "events")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = (torch.randn(gemm, gemm, device=device).to(dtype) for _ in range(2))
+    product = seconds_of([lambda: a @ b], device, "events")
+    return Ceilings(2 * source.nbytes / copy, 2 * gemm**3 / product)
+
+
+def measure(case: Case, device: torch.device) -> Measurement:
+    torch.manual_seed(0)
+    try:
+        return Measurement(case, seconds_of(case.prepare(), device, case.timing))
+    except torch.cuda.OutOfMemoryError:
+        return Measurement(case, None, "out of memory")
+    except Exception as error:  # the other cases of a rare hour on a GPU are still wanted; the exit status tells
+        return Measurement(case, None, f"failed: {type(error).__name__}: {error}")
+
+
+def seconds_of(calls: Sequence[Callable[[], Any]], device: torch.device, timing: Literal["graph", "events"]) -> float:
+    """Median time of one of the calls, which do the same work on different data.
+
+    `graph` replays all of them as one CUDA graph: no launch shows in a time of microseconds, and data of many calls
+    together does not fit the L2 cache. `events` runs them as they are.
+    """
+    for call in calls:
+        call()
+    if device.type == "cpu":
+        return statistics.median(_on_cpu(calls) for _ in range(3)) / len(calls)
+    torch.cuda.synchronize()
+    if timing == "graph":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = [call() for call in calls]  # or each would write where the one before did
+        run: Callable[[], Any] = graph.replay
+    else:
+        kept = []
+
+        def run() -> None:
+            for call in calls:
+                call()
+
+    once = _on_gpu(run, 1)
+    repeats = max(1, min(50, int(LONGEST_ROUND / once)))
+    seconds = statistics.median(_on_gpu(run, repeats) for _ in range(ROUNDS))
+    del kept
+    return seconds / len(calls)
+
+
+def _on_cpu(calls: Sequence[Callable[[], Any]]) -> float:
+    began = time.perf_counter()
+    for call in calls:
+        call()
+    return time.perf_counter() - began
+
+
+def _on_gpu(run: Callable[[], Any], repeats: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+def profile(case: Case, device: torch.device) -> list[dict[str, Any]]:
+    """Where the time of one call goes: the longest kernels (operators on a CPU) and their share."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    (call,) = case.prepare()
+    call()
+    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    with profiler(activities=[activity]) as trace:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    name = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    rows = [(getattr(event, name), event.key, event.count) for event in trace.key_averages()]
+    total = sum(row[0] for row in rows) or 1.0
+    return [
+        {"kernel": key[:120], "calls": count, "us": us, "share": us / total}
+        for us, key, count in sorted(rows, reverse=True)[:PROFILED_KERNELS]
+    ]
+
+
+def environment(device: torch.device, tiny: bool) -> dict[str, Any]:
+    import triton
+    from kmem_kernels.backend import interpreted
+
+    facts: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "tiny": tiny,
+        "interpreted": interpreted(),
+    }
+    if device.type == "cuda" and shutil.which("nvidia-smi"):
+        fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+        command = [
+            "nvidia-smi",
+            f"--query-gpu={fields}",
+            "--format=csv,noheader",
+            f"--id={torch.cuda.current_device()}",
+        ]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        facts["nvidia-smi"] = dict(zip(fields.split(","), map(str.strip, answer.stdout.split(",")), strict=False))
+    return facts
+
+
+def as_json(measurement: Measurement, ceilings: Ceilings, tiny: bool) -> dict[str, Any]:
+    case, seconds = measurement.case, measurement.seconds
+    return {
+        "name": case.name,
+        "shape": case.shape,
+        "dtype": case.dtype,
+        "us": measurement.value("us", ceilings),
+        "gigabytes_per_second": case.bytes / seconds / 1e9 if seconds and case.bytes else None,
+        "tflop_per_second": measurement.value("TFLOP/s", ceilings) if case.flop else None,
+        "ceiling": "gemm" if case.flop else "copy",
+        "share_of_ceiling": measurement.share(ceilings),
+        "goal": None if case.goal is None else str(case.goal),
+        "meets_goal": None if tiny else measurement.meets_goal(ceilings),  # goals are for full sizes
+        "not_measured": measurement.reason or None,
+    }
+
+
+def print_report(report: dict[str, Any]) -> None:
+    print(", ".join(f"{key} {value}" for key, value in report["environment"].items()))
+    ceilings = report["ceilings"]
+    print(
+        f"copy {ceilings['copy_bytes_per_second'] / 1e9:,.0f} GB/s (read + written), "
+        f"GEMM {ceilings['gemm_flop_per_second'] / 1e12:,.2f} TFLOP/s\n"
+    )
+    if report["environment"]["interpreted"]:
+        print("Kernels are interpreted: these times say nothing about a GPU.\n")
+    table = [("", "shape", "dtype", "time", "rate", "of ceiling", "goal")]
+    for row in report["measurements"]:
+        if row["us"] is None:
+            table.append((row["name"], row["shape"], row["dtype"], "not measured", "", "", row["goal"] or ""))
+            continue
+        in_flop = row["tflop_per_second"] is not None
+        rate = f"{row['tflop_per_second']:,.3g} TFLOP/s" if in_flop else f"{row['gigabytes_per_second']:,.4g} GB/s"
+        met = {True: " (met)", False: " (missed)", None: ""}[row["meets_goal"]]
+        share = f"{100 * row['share_of_ceiling']:.1f} % {'GEMM' if in_flop else 'copy'}"
+        time_text = f"{row['us']:,.1f} us" if row["us"] < 1e4 else f"{row['us'] / 1e3:,.2f} ms"
+        table.append((row["name"], row["shape"], row["dtype"], time_text, rate, share, (row["goal"] or "") + met))
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    for line in table:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    for name, rows in report["profiles"].items():
+        print(f"\n{name}, one call:")
+        for row in rows:
+            print(f"  {100 * row['share']:5.1f} %  {row['us']:10,.0f} us  {row['calls']:4d} x  {row['kernel']}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""The kernels compile for a GPU, here without one, into what they promise."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+KERNELS = {
+    "_route",
+    "_route_backward",
+    "_scatter",
+    "_gather_sum",
+    "_combine_backward",
+    "_running_sums",
+    "_ngram_ids",
+}
+MOVES = ("_scatter", "_gather_sum", "_combine_backward")
+
+
+def test_kernels_compile_without_atomics_on_floats(tmp_path):
+    script = Path(__file__).parent / "compile_kernels.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {facts["kernel"] for facts in compiled} == KERNELS
+    for facts in compiled:
+        if facts["kernel"] == "_route":  # its counts are integers
+            assert facts["atomics"]
+            assert all(name.endswith((".u64", ".s64", ".b64")) for name in facts["atomics"]), facts
+        else:
+            assert facts["atomics"] == [], facts
+    for kernel in MOVES:  # rows of a multiple of 16 bytes move 16 bytes at a time
+        assert any(facts["wide_loads"] and facts["wide_stores"] for facts in compiled if facts["kernel"] == kernel)
