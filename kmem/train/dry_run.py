@@ -2,12 +2,49 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
 
 from kmem.config import Config, dump_config
+from kmem.memory.row_optimizers import RowOptimizer
+from kmem.memory.sharding import row_range
+from kmem.memory.stores import ArrayLayout, StoreKind
+from kmem.memory.table import DTYPES
+from kmem.model.engram_memory import table_name, table_rows
+from kmem.model.shape import Shape
 from kmem.parallel.mesh import Mesh, environment_rank
 from kmem.parallel.parameter_counts import ParameterCounts, count_parameters, tensor_shapes
 from kmem.parallel.stages import stage_bounds
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class TableMemory:
+    """The table of a memory layer, on the rank of the layer's stage that owns most of its rows."""
+
+    layer: int
+    rows: int
+    """Of this rank."""
+    row_bytes: int
+    state_bytes: int
+    """Optimizer state of a row."""
+    busy_bytes: int
+    """Count of the steps that hold a row; beside a device store it is in host memory."""
+    store: StoreKind
+    working_set: int
+    """At most, for the running step, on the compute device: unique rows and their gradient in fp32, and an index of
+    all look-ups. Text repeats itself, so a step has fewer unique rows than look-ups, the bound taken here."""
+    prefetched: int
+    """At most, in host memory: rows and indices of the steps that are fetched ahead."""
+
+    @property
+    def bytes(self) -> int:
+        """Rows with state and counts. Every array starts at a page, so up to a page for each comes on top."""
+        return self.rows * (self.row_bytes + self.state_bytes + self.busy_bytes)
 
 
 @dataclass(frozen=True)
@@ -16,17 +53,25 @@ class RankMemory:
 
     stage: int
     parameters: int
-    """Elements of this rank."""
+    """Elements of this rank, without tables."""
     weights: int
     gradients: int
     optimizer: int
     """Masters and moments."""
     activations: int
     """Estimate for the micro-batches in flight on this stage."""
+    tables: tuple[TableMemory, ...] = ()
+    """Of the stage's memory layers."""
+
+    @property
+    def working_set(self) -> int:
+        return sum(table.working_set for table in self.tables)
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        """On the compute device."""
+        tables = sum(table.bytes for table in self.tables if table.store == "device")
+        return self.weights + self.gradients + self.optimizer + self.activations + self.working_set + tables
 
 
 def print_dry_run(config: Config, ranks: int | None, *, as_json: bool) -> int:
@@ -54,15 +99,20 @@ def to_json(config: Config, mesh: Mesh, counts: ParameterCounts, memory: list[Ra
         "active_non_embedding": counts.active_non_embedding,
         "components": counts.components,
         "mesh": {"pipeline": mesh.pipeline, "data": mesh.data, "expert": mesh.expert, "world": mesh.world},
-        "rank_memory": [{**vars(stage), "total": stage.total} for stage in memory],
+        "rank_memory": [_stage_json(stage) for stage in memory],
         "config": config.model_dump(mode="json"),
     }
+
+
+def _stage_json(stage: RankMemory) -> dict:
+    tables = [{**asdict(table), "bytes": table.bytes} for table in stage.tables]
+    return {**asdict(stage), "tables": tables, "working_set": stage.working_set, "total": stage.total}
 
 
 def rank_memory(config: Config, mesh: Mesh) -> list[RankMemory]:
     """Memory of a rank of each stage."""
     bounds, train = stage_bounds(config), config.train
-    sizes = _layer_sizes(config)
+    sizes, tables = _layer_sizes(config), _tables(config, mesh)
     stages = []
     for stage in range(mesh.pipeline):
         layers = range(bounds[stage], bounds[stage + 1])
@@ -81,19 +131,52 @@ def rank_memory(config: Config, mesh: Mesh) -> list[RankMemory]:
         micro_batches = train.global_batch_size // (train.micro_batch_size * mesh.data)
         in_flight = min(micro_batches, mesh.pipeline - stage)
         activations = in_flight * sum(_activation_bytes(config, layer) for layer in layers)
-        stages.append(RankMemory(stage, own, weights, gradients, optimizer, activations))
+        own_tables = tuple(table for table in tables if table.layer + 1 in layers)
+        stages.append(RankMemory(stage, own, weights, gradients, optimizer, activations, own_tables))
     return stages
+
+
+def _tables(config: Config, mesh: Mesh) -> list[TableMemory]:
+    """All tables of the model; the rows of each are divided over the data-parallel ranks of its layer's stage."""
+    engram, memory = config.model.engram, config.memory
+    if engram is None:
+        return []
+    assert engram.orders is not None
+    assert engram.heads is not None
+    assert engram.row_dim is not None
+    dim = engram.row_dim
+    tokens = config.train.global_batch_size // mesh.data * config.data.sequence_length
+    addresses = tokens * len(engram.orders) * engram.heads
+    tables = []
+    for layer, rows in table_rows(Shape(config.model.model_dump())).items():
+        state = RowOptimizer(memory.optimizer, dim, config.train.init_seed, table_name(layer)).state()
+        row_bytes, unique = ArrayLayout(dim, DTYPES[memory.dtype]).row_bytes, min(addresses, rows)
+        index = addresses * torch.int64.itemsize
+        tables.append(
+            TableMemory(
+                layer=layer,
+                rows=len(row_range(rows, mesh.data, 0)),
+                row_bytes=row_bytes,
+                state_bytes=sum(array.row_bytes for array in state.values()),
+                busy_bytes=torch.uint8.itemsize,
+                store=memory.store,
+                working_set=2 * unique * dim * torch.float32.itemsize + index,
+                prefetched=memory.prefetch_depth * (unique * row_bytes + index),
+            )
+        )
+    return tables
 
 
 def _layer_sizes(config: Config) -> list[tuple[int, int]]:
     """(replicated, expert) elements of each pipeline layer."""
     tied = config.model.tie_embeddings
     sizes = [[0, 0] for _ in range(config.model.num_layers + 2 + tied)]
+    tables = {table_name(layer) for layer in table_rows(Shape(config.model.model_dump()))}
     for name, shape in tensor_shapes(config.model).items():
         elements = 1
         for length in shape:
             elements *= length
-        if name.endswith("selection_bias"):
+        if name.endswith("selection_bias") or name in tables:
             continue
         first, *rest = name.split(".")
         place = {"embedding": 0, "norm": config.model.num_layers + 1, "head": config.model.num_layers + 1}
@@ -108,11 +191,21 @@ def _activation_bytes(config: Config, layer: int) -> int:
     """Kept for the backward pass of one micro-batch by one pipeline layer: a rule of thumb, not a measurement."""
     train, model = config.train, config.model
     tokens, width = train.micro_batch_size * config.data.sequence_length, 2 if train.precision == "bf16" else 4
-    if layer == 0 or layer > model.num_layers:
-        return tokens * model.hidden_size * width
-    if train.activation_checkpointing:
-        return tokens * model.hidden_size * width
+    branches = 1 if model.hyper_connections is None else model.hyper_connections.branches
+    stream = branches * model.hidden_size
+    if layer == 0 or layer > model.num_layers or train.activation_checkpointing:
+        return tokens * stream * width
     values = 10 * model.hidden_size  # norms, projections, attention output and residuals
+    if branches > 1:
+        # The streams around both sublayers, and what a sublayer gave; in bf16 also copies in fp32 to mix in.
+        values += 2 * (stream + model.hidden_size if width == 4 else 5 * stream + 2 * model.hidden_size)
+    if model.engram is not None and layer - 1 in model.engram.layers:
+        engram = model.engram
+        assert engram.orders is not None
+        assert engram.heads is not None
+        assert engram.row_dim is not None
+        values += 2 * stream + model.hidden_size + len(engram.orders) * engram.heads * engram.row_dim
+        values += (5 if width == 4 else 12) * stream if engram.conv_kernel else 0
     if model.moe is not None and layer > model.moe.first_dense_layers:
         chain = model.moe.chain
         passes = 1 if chain is None else chain.iterations
@@ -147,14 +240,41 @@ def _print_tables(config: Config, mesh: Mesh, counts: ParameterCounts, memory: l
         "stage", "parameters", "weights", "gradients", "optimizer", "activations (estimate)", "total",
         title=f"memory per rank at {mesh} = {mesh.world} ranks",
     )  # fmt: skip
+    if any(stage.tables for stage in memory):
+        per_rank.columns[-1].header = "total with rows in use"
     for stage in memory:
         parts = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.total)
         per_rank.add_row(str(stage.stage), f"{stage.parameters:,}", *map(_bytes, parts))
-    for column in (*parameters.columns[1:], *per_rank.columns[1:]):
-        column.justify = "right"
-    console = Console(width=max(Console().width, 110))
-    console.print(parameters)
-    console.print(per_rank)
+    shown = [parameters, per_rank]
+    if config.model.engram is not None:
+        shown.append(_tables_for_people(config, memory))
+    console = Console(width=max(Console().width, 120))
+    for table in shown:
+        for column in table.columns[1:]:
+            column.justify = "right"
+        console.print(table)
+
+
+def _tables_for_people(config: Config, memory: list[RankMemory]) -> "Table":
+    from rich.table import Table
+
+    place = {"device": "device memory", "host": "host memory", "mmap": "a mapped file"}[config.memory.store]
+    tables = Table(
+        "stage", "layer", "rows", "bytes of a row + state", f"in {place}", "in use (at most)", "prefetched (at most)",
+        title=f"tables per rank: {config.memory.dtype} rows, {config.memory.optimizer.name}",
+    )  # fmt: skip
+    for stage in memory:
+        for table in stage.tables:
+            tables.add_row(
+                str(stage.stage),
+                str(table.layer),
+                f"{table.rows:,}",
+                f"{table.row_bytes:,} + {table.state_bytes + table.busy_bytes:,}",
+                _bytes(table.bytes),
+                _bytes(table.working_set),
+                _bytes(table.prefetched),
+            )
+    return tables
 
 
 def _bytes(count: int) -> str:

@@ -5,10 +5,12 @@ from itertools import pairwise
 import pytest
 
 from kmem.config import parse_config
+from kmem.memory.table import Table, TableSpec
+from kmem.memory.worker import MemoryWorker
 from kmem.parallel.mesh import Mesh
 from kmem.parallel.parameter_counts import count_parameters
 from kmem.parallel.stages import stage_bounds
-from kmem.train.dry_run import rank_memory
+from kmem.train.dry_run import print_dry_run, rank_memory
 from tests.distributed.training_case import build, small_config
 
 
@@ -46,3 +48,78 @@ def test_parameters_per_rank_are_those_of_the_built_pipeline(ranks, changes):
 def parameters_case(tree):
     """Elements of the parameters this rank holds."""
     return sum(parameter.numel() for parameter in build(tree).module.parameters())
+
+
+ENGRAM = {"layers": [0, 2], "heads": 2, "rows_per_head": 100, "row_dim": 8, "compression": False}
+
+
+def with_memory(memory, **changes):
+    return parse_config(small_config(model__engram=ENGRAM, memory=memory, **changes))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer", ["lazy_adam", "adam_catchup", "rowwise_adagrad", "sinkhorn_momentum"])
+def test_table_bytes_are_those_of_the_built_table(optimizer, dtype):
+    config = with_memory({"dtype": dtype, "optimizer": {"name": optimizer}})
+    (stage,) = rank_memory(config, Mesh(0, 1, 1, 1))
+    assert len(stage.tables) == 2
+    for planned in stage.tables:
+        worker = MemoryWorker()
+        with Table(TableSpec("table", planned.rows, 8, dtype), config.memory.optimizer, worker) as table:
+            assert planned.bytes == sum(array.nbytes for array in table.store.arrays.values())
+        worker.close()
+
+
+def test_rows_are_divided_over_the_ranks_of_the_stage_that_owns_the_layer():
+    config = with_memory({}, parallel__pipeline=2)
+    stages = rank_memory(config, Mesh(0, 2, 4, 1))
+    bounds = stage_bounds(config)
+    whole = rank_memory(config, Mesh(0, 2, 1, 1))
+    for number, (stage, alone) in enumerate(zip(stages, whole, strict=True)):
+        assert all(bounds[number] <= table.layer + 1 < bounds[number + 1] for table in stage.tables)
+        assert [table.rows for table in stage.tables] == [-(-table.rows // 4) for table in alone.tables]
+    assert [table.layer for stage in stages for table in stage.tables] == [0, 2]
+    assert sum(t.rows for stage in whole for t in stage.tables) * 8 == count_parameters(config.model).memory
+    counts = count_parameters(config.model)
+    assert sum(stage.parameters for stage in whole) == counts.total - counts.memory
+
+
+def test_a_step_uses_no_more_rows_than_it_looks_up_nor_than_there_are():
+    """Rows and gradients in fp32 and an index of 8 bytes; prefetched steps keep their rows as stored."""
+    few = with_memory({"dtype": "bf16", "prefetch_depth": 3})
+    look_ups = few.train.global_batch_size * few.data.sequence_length * 4
+    (stage,) = rank_memory(few, Mesh(0, 1, 1, 1))
+    for table in stage.tables:
+        unique = min(look_ups, table.rows)
+        assert unique < look_ups
+        assert table.working_set == unique * 8 * 4 * 2 + look_ups * 8
+        assert table.prefetched == 3 * (unique * 8 * 2 + look_ups * 8)
+    many = parse_config(small_config(model__engram=ENGRAM | {"rows_per_head": 10**7}))
+    assert {table.working_set for table in rank_memory(many, Mesh(0, 1, 1, 1))[0].tables} == {look_ups * (8 * 8 + 8)}
+
+
+def test_only_tables_on_the_device_count_as_its_memory():
+    totals = {
+        store: rank_memory(with_memory({"store": store}), Mesh(0, 1, 1, 1))[0] for store in ("device", "host", "mmap")
+    }
+    tables = sum(table.bytes for table in totals["device"].tables)
+    assert totals["device"].total - totals["host"].total == tables > 0
+    assert totals["mmap"].total == totals["host"].total
+
+
+def test_branches_multiply_the_activations_between_layers():
+    """With recomputation nothing else is kept."""
+
+    def activations(branches):
+        tree = small_config(model__hyper_connections={"branches": branches}, train__activation_checkpointing=True)
+        return rank_memory(parse_config(tree), Mesh(0, 1, 1, 1))[0].activations
+
+    assert activations(4) == 4 * activations(1)
+
+
+def test_a_table_beyond_any_machine_is_only_counted(capsys):
+    huge = ENGRAM | {"rows_per_head": 10**12, "heads": 1, "layers": [0]}
+    assert print_dry_run(parse_config(small_config(model__engram=huge)), 2, as_json=False) == 0
+    printed = capsys.readouterr().out
+    assert "tables per rank" in printed
+    assert "TiB" in printed

@@ -13,13 +13,68 @@ CHAINS_OF_EXPERTS = {
     "coe/n64-l8-c1": (1_141_912_576, "1089.01"),
 }
 
+ENGRAM = {  # total, active without the embedding, memory; as printed by the paper in billions
+    "moe-27b": ((26_717_336_660, 3_807_917_140, 0), ("26.7", "3.8", "0.0")),
+    "engram-27b": ((26_725_685_460, 3_839_594_580, 5_792_338_560), ("26.7", "3.8", "5.7")),
+    "engram-40b": ((39_467_658_260, 3_839_594_580, 18_534_311_360), ("39.5", "3.8", "18.5")),
+}
+
+
+def dry_run(name, capsys):
+    assert main(["train", "--config", name, "--dry-run", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
 
 @pytest.mark.parametrize("name", CHAINS_OF_EXPERTS)
 def test_chain_of_experts(name, capsys):
     """arXiv 2506.18945 counts in units of 2^20, without embeddings."""
-    assert main(["train", "--config", name, "--dry-run", "--json"]) == 0
-    figures = json.loads(capsys.readouterr().out)
+    figures = dry_run(name, capsys)
     expected, printed = CHAINS_OF_EXPERTS[name]
     assert figures["non_embedding"] == expected
     assert f"{figures['non_embedding'] / 2**20:.2f}" == printed
     assert figures["total"] == sum(figures["components"].values()) == expected + 2 * 102400 * 1024
+
+
+@pytest.mark.parametrize("name", ENGRAM)
+def test_engram(name, capsys):
+    """arXiv 2601.07372 counts in 10^9 and rounds, but for its memory of 2 * 2,262,400 * 1280 = 5.79B, which it cuts."""
+    figures = dry_run(name, capsys)
+    found = tuple(figures[count] for count in ("total", "active_non_embedding", "memory"))
+    exact, (total, active, memory) = ENGRAM[name]
+    assert found == exact
+    assert figures["total"] == sum(figures["components"].values())
+    assert (f"{found[0] / 1e9:.1f}", f"{found[1] / 1e9:.1f}") == (total, active)
+    assert f"{found[2] // 10**8 / 10:.1f}" == memory
+    # What the configurations say they count: without mHC's own parameters the experts' model has 26.70B and 3.79B.
+    connections = figures["components"]["hyper_connections"]
+    assert connections == 30 * 2 * (24 * 4 * 2560 + 24 + 3)
+    if name == "moe-27b":
+        assert [f"{(count - connections) / 1e9:.2f}" for count in found[:2]] == ["26.70", "3.79"]
+
+
+def test_engram_rows_are_the_published_ones_up_to_primes(capsys):
+    for name, vocabulary in (("engram-27b", 2_262_400), ("engram-40b", 7_239_680)):
+        figures = dry_run(name, capsys)
+        tables = [table for stage in figures["rank_memory"] for table in stage["tables"]]
+        assert [table["layer"] for table in tables] == [1, 14]
+        assert 0 <= figures["memory"] - 2 * vocabulary * 1280 < 2e-4 * figures["memory"]
+
+
+def test_allocation_of_engram_27b(capsys):
+    """Section 5 of arXiv 2601.07372: what a token does not use is 74.3 % experts; both models have as much of it."""
+    moe, engram = dry_run("moe-27b", capsys), dry_run("engram-27b", capsys)
+    unused = [figures["total"] - figures["active"] for figures in (moe, engram)]
+    assert f"{1 - engram['memory'] / unused[1]:.3f}" == "0.743"
+    assert abs(unused[0] / unused[1] - 1) < 2e-3
+
+
+def test_deepseek_v41_flash(capsys):
+    """arXiv 2609.19969: the rows of both tables and their 196.6B parameters; the backbone, a stand-in, has 552B too."""
+    figures = dry_run("deepseek-v4.1-flash", capsys)
+    assert figures["memory"] == (384_006_168 + 384_016_682) * 256 == 768_022_850 * 256
+    assert f"{figures['memory'] / 1e9:.1f}" == "196.6"
+    backbone = figures["total"] - figures["memory"] - figures["components"]["engram"]
+    assert f"{backbone / 1e9:.0f}" == "552"
+    data = figures["mesh"]["data"]
+    owned = {table["layer"]: table["rows"] for stage in figures["rank_memory"] for table in stage["tables"]}
+    assert owned == {1: -(-384_006_168 // data), 14: -(-384_016_682 // data)}
