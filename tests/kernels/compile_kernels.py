@@ -12,6 +12,7 @@ import triton
 from kmem_kernels.ngram_ids.triton import ngram_ids
 from kmem_kernels.permute.triton import combine_backward, gather_sum, scatter
 from kmem_kernels.route.triton import route, route_backward
+from kmem_kernels.segment_reduce.op import segments_of
 from kmem_kernels.segment_reduce.triton import segment_reduce
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -23,7 +24,7 @@ TYPES = {
     torch.int64: "*i64",
     torch.int32: "*i32",
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
 def compile_instead(kernel, *arguments, grid, warmup, **keywords):
@@ -38,9 +39,15 @@ def compile_instead(kernel, *arguments, grid, warmup, **keywords):
             constants[(index,)] = value
         elif torch.is_tensor(value):
             signature[parameter.name] = TYPES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            if value.data_ptr() % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        elif value == 1:  # Triton compiles for it apart
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
         else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            signature[parameter.name] = "i32"
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     facts = {
@@ -54,21 +61,22 @@ def compile_instead(kernel, *arguments, grid, warmup, **keywords):
 
 def main() -> None:
     JITFunction.run = compile_instead
-    for kind, groups in (("softmax", 1), ("sigmoid", 8)):
-        for experts in (256, 24):
-            logits, bias = torch.zeros(64, experts), torch.zeros(experts)
+    for tokens in (64, 1):
+        for kind, groups, experts in (("softmax", 1, 256), ("sigmoid", 8, 256), ("sigmoid", 8, 24)):
+            logits, bias = torch.zeros(tokens, experts), torch.zeros(experts)
             choice = route(logits, bias if groups > 1 else None, 4, kind, groups, groups // 2 or 1, 2, True, 2.5)
-            choice.experts_TK.zero_()
             route_backward(choice.scores_TE, choice.experts_TK, choice.weights_TK, logits, kind, True, 2.5)
-    for dtype, hidden_size in ((torch.bfloat16, 2048), (torch.float32, 40)):
-        hidden, weights = torch.zeros(64, hidden_size, dtype=dtype), torch.zeros(64, 8)
-        place = torch.arange(512).view(64, 8)
-        rows = scatter(hidden, place, 512)
-        gather_sum(rows, None, place)
-        gather_sum(rows, weights, place)
-        combine_backward(hidden, rows, weights, place)
-        segment_reduce(rows, place.flatten(), torch.tensor([0, 3, 512]), None)
-        segment_reduce(rows, place.flatten(), torch.tensor([0, 3, 512]), torch.zeros(2, hidden_size))
+        for dtype, hidden_size in ((torch.bfloat16, 2048), (torch.float32, 40)):
+            hidden, weights = torch.zeros(tokens, hidden_size, dtype=dtype), torch.zeros(tokens, 8)
+            place = torch.arange(8 * tokens).view(tokens, 8)
+            rows = scatter(hidden, place, 8 * tokens)
+            gather_sum(rows, None, place)
+            gather_sum(rows, weights, place)
+            combine_backward(hidden, rows, weights, place)
+    for columns, segments in ((40, 1), (256, 9)):
+        values, ids = torch.zeros(600, columns), torch.arange(600) % segments
+        segment_reduce(values, *segments_of(ids, segments), None)
+        segment_reduce(values.bfloat16(), *segments_of(ids, segments), torch.zeros(segments, columns))
     ids = torch.zeros(2, 130, dtype=torch.int64)
     ngram_ids(ids, ids, (2, 3), (3, 5, 7), (11, 13, 17, 19), (0, 11, 24, 41), "document", 1)
 

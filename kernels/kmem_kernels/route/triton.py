@@ -217,6 +217,8 @@ def route(
             SOFTMAX=score_function == "softmax",
             HAS_BIAS=selection_bias_E is not None,
             RENORMALIZE=renormalize,
+            # A score fused into the addition of its bias would not be the score that is returned.
+            enable_fp_fusion=False,
             **tiling,
         )
     return Choice(chosen_TK, weights_TK, scores_TE, counts_E)
