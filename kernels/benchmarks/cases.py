@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 import torch
 from kmem_kernels.ngram_ids.op import ngram_ids
-from kmem_kernels.permute.triton import combine_backward, gather_sum, scatter
+from kmem_kernels.permute import reference
+from kmem_kernels.permute.triton import combine_backward, gather_sum, scatter, sort_by_expert
 from kmem_kernels.route.triton import route, route_backward
 from kmem_kernels.segment_reduce.op import segment_reduce, segments_of
 from torch import Tensor
 
-from kmem.model.dispatcher import sort_by_expert
 from kmem.model.moe import MoE
 from kmem.model.ngram_addresses import NgramAddressing
 from kmem.model.shape import Shape
@@ -164,7 +164,7 @@ def permute_cases(device: torch.device, layer: Layer) -> list[Case]:
         return torch.rand(tokens, layer.experts, device=device).topk(top_k).indices
 
     def places() -> Tensor:
-        return sort_by_expert(chosen())[1]
+        return sort_by_expert(chosen(), layer.experts)[1]
 
     def weights() -> Tensor:
         return torch.rand(tokens, top_k, device=device)
@@ -185,13 +185,18 @@ def permute_cases(device: torch.device, layer: Layer) -> list[Case]:
         grad, values, weight, place = normal(tokens, layer.hidden), normal(rows, layer.hidden), weights(), places()
         return [lambda: combine_backward(grad, values, weight, place)]
 
+    def torch_sort() -> list[Callable[[], Any]]:
+        experts = chosen()
+        return [lambda: reference.sort_by_expert(experts)]
+
     def sort() -> list[Callable[[], Any]]:
         experts = chosen()
-        return [lambda: sort_by_expert(experts)]
+        return [lambda: sort_by_expert(experts, layer.experts)]
 
-    shape = f"T{tokens} K{top_k} H{layer.hidden}"
+    shape, of_choices = f"T{tokens} K{top_k} H{layer.hidden}", f"T{tokens} E{layer.experts} K{top_k}"
     return [
-        Case("sort by expert (torch)", f"T{tokens} E{layer.experts} K{top_k}", "int64", sort, bytes=3 * place_bytes),
+        Case("sort by expert (torch)", of_choices, "int64", torch_sort, bytes=3 * place_bytes),
+        Case("sort by expert", of_choices, "int64", sort, bytes=3 * place_bytes, timing="graph"),
         Case("permute forward", shape, "bf16", permute, bytes=once, goal=goal),
         Case("permute backward", shape, "bf16", permute_backward, bytes=once, goal=goal),
         Case("combine forward", shape, "bf16", combine, bytes=once + 4 * rows, goal=goal),

@@ -10,7 +10,7 @@ import sys
 import torch
 import triton
 from kmem_kernels.ngram_ids.triton import ngram_ids
-from kmem_kernels.permute.triton import combine_backward, gather_sum, scatter
+from kmem_kernels.permute.triton import combine_backward, gather_sum, scatter, sort_by_expert
 from kmem_kernels.route.triton import route, route_backward
 from kmem_kernels.segment_reduce.op import segments_of
 from kmem_kernels.segment_reduce.triton import segment_reduce
@@ -69,6 +69,7 @@ def main() -> None:
         for dtype, hidden_size in ((torch.bfloat16, 2048), (torch.float32, 40)):
             hidden, weights = torch.zeros(tokens, hidden_size, dtype=dtype), torch.zeros(tokens, 8)
             place = torch.arange(8 * tokens).view(tokens, 8)
+            sort_by_expert(place, 8 * tokens)
             rows = scatter(hidden, place, 8 * tokens)
             gather_sum(rows, None, place)
             gather_sum(rows, weights, place)

@@ -13,6 +13,8 @@ pytest.importorskip("triton")
 KERNELS = {
     "_route",
     "_route_backward",
+    "_count_choices",
+    "_place_choices",
     "_scatter",
     "_gather_sum",
     "_combine_backward",

@@ -9,6 +9,7 @@ from tests.kernels.devices import DEVICES, random
 
 pytest.importorskip("triton")
 from kmem_kernels.permute.op import combine, permute
+from kmem_kernels.permute.op import sort_by_expert as sort_kernel
 
 SIZES = [  # tokens, experts, experts per token, hidden size
     (1, 4, 1, 8),
@@ -48,6 +49,23 @@ def test_values_and_gradients(tokens, experts, top_k, hidden_size, device):
     for name, ours, wanted, theirs in zip(names, found, definition, model, strict=True):
         torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "tokens, experts, top_k", [(1, 1, 1), (7, 5, 3), (33, 200, 4), (700, 13, 2), (1300, 1, 1), (0, 4, 2)]
+)
+def test_sorting_is_stable(tokens, experts, top_k, device):
+    experts_TK = torch.randint(experts, (tokens, top_k), generator=torch.Generator().manual_seed(tokens))
+    experts_TK[: tokens // 2] //= 2  # uneven, some experts empty
+    expected = sort_by_expert(experts_TK)
+    for found in (
+        sort_kernel(experts_TK.to(device), experts, backend="triton"),
+        sort_kernel(experts_TK.T.contiguous().T.to(device), experts, backend="triton"),
+        sort_kernel(experts_TK, experts, backend="torch"),
+    ):
+        for ours, wanted in zip(found, expected, strict=True):
+            assert torch.equal(ours.cpu(), wanted)
 
 
 @pytest.mark.parametrize("device", DEVICES)

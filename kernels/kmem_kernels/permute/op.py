@@ -17,6 +17,22 @@ from . import reference
 # Shape letters: T tokens, K experts per token, N >= T * K rows, H hidden size.
 
 
+def sort_by_expert(experts_TK: Tensor, num_experts: int, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
+    """The choices in order of expert, then token, as int64 (order_N, place_TK) with N = T * K.
+
+    order_N: which choice t * K + k stands at row n; place_TK: at which row the choice (t, k) stands.
+
+    Args:
+        experts_TK: int64, each from 0 up to `num_experts`.
+        backend: default `triton` for CUDA tensors, else `torch`.
+    """
+    if chosen(backend, experts_TK) == "torch":
+        return reference.sort_by_expert(experts_TK)
+    from .triton import sort_by_expert as kernel
+
+    return kernel(experts_TK, num_experts)
+
+
 def permute(hidden_TH: Tensor, place_TK: Tensor, num_rows: int | None = None, backend: Backend | None = None) -> Tensor:
     """The token of every row, [N, H]; the gradient of a token is the sum of its rows', in the order of its choices.
 

@@ -6,6 +6,14 @@ from torch import Tensor
 # Shape letters: T tokens, K experts per token, N >= T * K rows, H hidden size.
 
 
+def sort_by_expert(experts_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """See `op.sort_by_expert`."""
+    order_N = experts_TK.flatten().argsort(stable=True)
+    place_N = torch.empty_like(order_N)
+    place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+    return order_N, place_N.view_as(experts_TK)
+
+
 def permute(hidden_TH: Tensor, place_TK: Tensor, num_rows: int) -> Tensor:
     """See `op.permute`."""
     copies_TKH = hidden_TH.repeat_interleave(place_TK.shape[1], dim=0)

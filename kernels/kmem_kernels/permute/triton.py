@@ -1,8 +1,11 @@
-"""Every program works for a block of tokens and walks their K places, so each token is read or written once.
+"""Rows move by programs that work for a block of tokens and walk their K places: each token is read or written once.
 
 The gather of N = T * K rows therefore moves T + N rows instead of 2 N, no two programs write the same row, and a sum
 over a token's rows is one program's, in the order of its choices: there are no atomics, and rows that belong to no
 token are not touched.
+
+The places come from a counting sort: how often each expert occurs in each block of choices, a running sum over experts
+and then blocks, and the rank of a choice among the equal ones of its block.
 """
 
 import torch
@@ -17,6 +20,46 @@ from ..backend import interpreted
 BLOCK_TOKENS = 4
 BLOCK_HIDDEN = 512
 """With 4 tokens and 128 threads, 16 values of each array in a thread: two loads of 16 bytes in bf16."""
+
+BLOCK_CHOICES = 128
+"""Choices that are compared with each other, all pairs."""
+
+
+@triton.jit
+def _count_choices(
+    experts_ptr,  # int64 [N]
+    counts_ptr,  # int32 [E, blocks], zeros
+    choices,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(experts_ptr + place, mask=place < choices, other=-1).to(tl.int32)
+    equal = (expert[:, None] == expert[None, :]).to(tl.int32)
+    # Equal choices store the same number at the same address.
+    counts = counts_ptr + expert * tl.num_programs(0) + tl.program_id(0)
+    tl.store(counts, tl.sum(equal, 1), mask=place < choices)
+
+
+@triton.jit
+def _place_choices(
+    experts_ptr,  # int64 [N]
+    counts_ptr,  # int32 [E, blocks]
+    ends_ptr,  # int32 [E, blocks]: running sum of the counts
+    order_ptr,  # int64 [N]
+    place_ptr,  # int64 [N]
+    choices,
+    BLOCK: tl.constexpr,
+):
+    slot = tl.arange(0, BLOCK)
+    choice = tl.program_id(0) * BLOCK + slot
+    live = choice < choices
+    expert = tl.load(experts_ptr + choice, mask=live, other=-1).to(tl.int32)
+    earlier = (expert[:, None] == expert[None, :]) & (slot[None, :] < slot[:, None])
+    cell = expert * tl.num_programs(0) + tl.program_id(0)
+    start = tl.load(ends_ptr + cell, mask=live, other=0) - tl.load(counts_ptr + cell, mask=live, other=0)
+    place = (start + tl.sum(earlier.to(tl.int32), 1)).to(tl.int64)
+    tl.store(place_ptr + choice, place, mask=live)
+    tl.store(order_ptr + place, choice.to(tl.int64), mask=live)
 
 
 @triton.jit
@@ -101,6 +144,23 @@ def _combine_backward(
             tl.store(grad_rows_ptr + place * HIDDEN + column, grad_row, mask=live)
         dots = tl.sum(products, 1)[:, None].to(grad_weights_ptr.dtype.element_ty)
         tl.store(grad_weights_ptr + choice, dots, mask=token_live)
+
+
+def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """`reference.sort_by_expert`, number for number."""
+    experts_TK = experts_TK.contiguous()
+    choices, device = experts_TK.numel(), experts_TK.device
+    assert choices < 2**31, f"{choices} choices"
+    order_N = torch.empty(choices, dtype=torch.int64, device=device)
+    place_TK = torch.empty_like(experts_TK)
+    if choices:
+        block = 512 if interpreted() else BLOCK_CHOICES
+        blocks = triton.cdiv(choices, block)
+        counts = torch.zeros(num_experts, blocks, dtype=torch.int32, device=device)
+        _count_choices[(blocks,)](experts_TK, counts, choices, BLOCK=block)
+        ends = counts.flatten().cumsum(0, dtype=torch.int32)
+        _place_choices[(blocks,)](experts_TK, counts, ends, order_N, place_TK, choices, BLOCK=block)
+    return order_N, place_TK
 
 
 def scatter(hidden_TH: Tensor, place_TK: Tensor, num_rows: int) -> Tensor:
