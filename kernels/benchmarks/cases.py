@@ -8,6 +8,7 @@ import torch
 from kmem_kernels.ngram_ids.op import ngram_ids
 from kmem_kernels.permute import reference
 from kmem_kernels.permute.triton import combine_backward, gather_sum, scatter, sort_by_expert
+from kmem_kernels.route import reference as route_reference
 from kmem_kernels.route.triton import route, route_backward
 from kmem_kernels.segment_reduce.op import segment_reduce, segments_of
 from torch import Tensor
@@ -134,19 +135,26 @@ def route_cases(device: torch.device, sizes: Sizes) -> list[Case]:
             for choice, grad in zip(choices, grads, strict=True)
         ]
 
+    def in_torch() -> list[Callable[[], Any]]:
+        logits = torch.randn(tokens, experts, device=device)
+        return [lambda: route_reference.route(logits, None, top_k, "softmax", 1, 1, 1, True, 1.0)]
+
     of_scores, of_choices = 2 * tokens * experts * 4, tokens * top_k * (8 + 4)
     return [
-        Case(
-            f"route {direction} ({kind})",
-            shape,
-            "fp32",
-            lambda make=make, kind=kind: make(kind),  # type: ignore[misc]
-            bytes=of_scores + of_choices,
-            goal=Goal(15, "us", at_most=True) if kind == "softmax" else None,
-            timing="graph",
-        )
-        for kind in kinds
-        for direction, make in (("forward", forward), ("backward", backward))
+        *(
+            Case(
+                f"route {direction} ({kind})",
+                shape,
+                "fp32",
+                lambda make=make, kind=kind: make(kind),  # type: ignore[misc]
+                bytes=of_scores + of_choices,
+                goal=Goal(15, "us", at_most=True) if kind == "softmax" else None,
+                timing="graph",
+            )
+            for kind in kinds
+            for direction, make in (("forward", forward), ("backward", backward))
+        ),
+        Case("route forward (softmax, torch)", shape, "fp32", in_torch, bytes=of_scores + of_choices),
     ]
 
 
@@ -185,6 +193,14 @@ def permute_cases(device: torch.device, layer: Layer) -> list[Case]:
         grad, values, weight, place = normal(tokens, layer.hidden), normal(rows, layer.hidden), weights(), places()
         return [lambda: combine_backward(grad, values, weight, place)]
 
+    def torch_permute() -> list[Callable[[], Any]]:
+        hidden, place = normal(tokens, layer.hidden), places()
+        return [lambda: reference.permute(hidden, place, rows)]
+
+    def torch_combine() -> list[Callable[[], Any]]:
+        values, weight, place = normal(rows, layer.hidden), weights(), places()
+        return [lambda: reference.combine(values, weight, place)]
+
     def torch_sort() -> list[Callable[[], Any]]:
         experts = chosen()
         return [lambda: reference.sort_by_expert(experts)]
@@ -197,6 +213,8 @@ def permute_cases(device: torch.device, layer: Layer) -> list[Case]:
     return [
         Case("sort by expert (torch)", of_choices, "int64", torch_sort, bytes=3 * place_bytes),
         Case("sort by expert", of_choices, "int64", sort, bytes=3 * place_bytes, timing="graph"),
+        Case("permute forward (torch)", shape, "bf16", torch_permute, bytes=once),
+        Case("combine forward (torch)", shape, "bf16", torch_combine, bytes=once + 4 * rows),
         Case("permute forward", shape, "bf16", permute, bytes=once, goal=goal),
         Case("permute backward", shape, "bf16", permute_backward, bytes=once, goal=goal),
         Case("combine forward", shape, "bf16", combine, bytes=once + 4 * rows, goal=goal),

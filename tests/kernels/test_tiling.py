@@ -1,0 +1,43 @@
+"""Programs of the sizes that a GPU gets, interpreted: many of them for a few tokens. Results are the same bits."""
+
+import pytest
+import torch
+
+from tests.kernels.devices import random
+
+pytest.importorskip("triton")
+from kmem_kernels.permute import triton as permute
+from kmem_kernels.route import triton as route
+from kmem_kernels.segment_reduce import triton as segment_reduce
+from kmem_kernels.segment_reduce.op import segments_of
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has these sizes in every test")
+
+
+def routed():
+    logits, bias = random(13, 96), random(96, seed=1)
+    choice = route.route(logits, bias, 3, "sigmoid", 6, 2, 2, True, 2.0)
+    grad = random(13, 3, seed=2)
+    return [*choice, route.route_backward(choice.scores_TE, choice.experts_TK, grad, logits, "softmax", True, 2.0)]
+
+
+def permuted():
+    experts = torch.randint(9, (75, 2), generator=torch.Generator().manual_seed(0))
+    order, place = permute.sort_by_expert(experts, 9)
+    hidden, weights = random(75, 40), random(75, 2, seed=1)
+    rows = permute.scatter(hidden, place, 150)
+    out = permute.gather_sum(rows, weights, place)
+    return [order, place, rows, out, *permute.combine_backward(out, rows, weights, place)]
+
+
+def summed():
+    ids = torch.arange(600) % 5 * (torch.arange(600) % 3)
+    return [segment_reduce.segment_reduce(random(600, 24), *segments_of(ids, 11), None)]
+
+
+@pytest.mark.parametrize("operation, module", [(routed, route), (permuted, permute), (summed, segment_reduce)])
+def test_sizes_of_programs_do_not_show(operation, module, monkeypatch):
+    wide = operation()
+    monkeypatch.setattr(module, "interpreted", lambda: False)
+    for found, expected in zip(operation(), wide, strict=True):
+        assert torch.equal(found, expected)
