@@ -32,12 +32,12 @@ def _count_choices(
     choices,
     BLOCK: tl.constexpr,
 ):
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(experts_ptr + place, mask=place < choices, other=-1).to(tl.int32)
+    choice = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(experts_ptr + choice, mask=choice < choices, other=-1).to(tl.int32)
     equal = (expert[:, None] == expert[None, :]).to(tl.int32)
     # Equal choices store the same number at the same address.
     counts = counts_ptr + expert * tl.num_programs(0) + tl.program_id(0)
-    tl.store(counts, tl.sum(equal, 1), mask=place < choices)
+    tl.store(counts, tl.sum(equal, 1), mask=choice < choices)
 
 
 @triton.jit
