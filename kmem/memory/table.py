@@ -10,6 +10,7 @@ All ranks that share the table make the same calls in the same order.
 
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -221,14 +222,14 @@ class Table:
                 ),
             )
 
-    def begin(self, ids: Tensor) -> Ticket:
-        """Start fetching a step's rows. ids [M, B, T, K] int64 in host memory, unchanged until the
-        rows are there."""
+    def begin(self, ids: Tensor | Callable[[], Tensor]) -> Ticket:
+        """Start fetching a step's rows. ids [M, B, T, K] int64 in host memory, unchanged until the rows are there, or a
+        function that the worker calls for them."""
         assert len(self._open) <= self.depth, f"{len(self._open)} steps are begun, prefetch depth is {self.depth}"
         step = _Step(self._begun, self._worker.promise())
         self._begun += 1
         self._open.append(step)
-        self._worker.submit(lambda: self._fetch(step, ids))
+        self._worker.submit(lambda: self._fetch(step, ids() if callable(ids) else ids))
         return Ticket(self, step)
 
     def evaluate(self, ids: Tensor) -> WorkingSet:
@@ -253,20 +254,32 @@ class Table:
         self._worker.call(lambda: None)
 
     def pieces(self) -> dict[str, Pieces]:
-        """Rows, their state and the step as intervals of global tensors: live views of what the last commit left.
+        """Array (`rows`, the state of its optimizer, `step`) -> this rank's part: live views of what the last commit
+        left.
 
         A save must end before the next commit; a load must come before the first `begin`, which it does not reach.
         """
         self.drain()
-        pieces = {self.spec.name: self._interval("rows")}
-        pieces |= {f"{self.spec.name}.{name}": self._interval(name) for name in self._state}
-        return pieces | {f"{self.spec.name}.step": Pieces.interval(1, 0, self._optimizer_step)}
+        pieces = {name: self._interval(name) for name in ("rows", *self._state)}
+        return pieces | {"step": Pieces.interval(1, 0, self._optimizer_step)}
 
     def read_rows(self, start: int, stop: int) -> Tensor:
         """[stop - start, D] fp32 copy of rows of this rank, by their numbers in the table, after the last commit."""
         assert self.local.start <= start <= stop <= self.local.stop, "these rows belong to another rank"
         self.drain()
         return self.store["rows"][start - self.local.start : stop - self.local.start].float().cpu()
+
+    def row_norms(self, count: int) -> Tensor:
+        """fp64 [count]: 2-norms of `count` rows evenly spaced over the whole table, 0 where another rank owns them."""
+        numbers = torch.arange(count) * self.spec.rows // count
+
+        def norms() -> Tensor:
+            mine = (numbers >= self.local.start) & (numbers < self.local.stop)
+            rows = self.store["rows"]
+            values = rows[(numbers[mine] - self.local.start).to(rows.device)].double().norm(dim=1)
+            return torch.zeros(count, dtype=torch.float64).masked_scatter_(mine, values.cpu())
+
+        return self._worker.call(norms)
 
     def close(self) -> None:
         """Skip what is in flight and give back the memory; a mapped file is deleted. The worker goes on."""

@@ -193,6 +193,37 @@ class NgramAddressing:
     ) -> "np.ndarray[Any, Any]":
         """`row_ids` for numpy arrays."""
         batch, tokens = ids.shape
+        grams = self._grams(ids, document_ids, context)
+        products = grams * np.array(self.multipliers[table], dtype=np.int64)
+        mixes = np.bitwise_xor.accumulate(products, axis=-1)[..., [order - 1 for order in self.orders]]
+        shape = (len(self.orders), self.heads)
+        sizes = np.array(self.sizes[table], dtype=np.int64).reshape(shape)
+        offsets = np.array(self.offsets(table), dtype=np.int64).reshape(shape)
+        rows = (mixes[..., None] % sizes + offsets).reshape(batch, tokens, self.total_heads)
+        rows[ids < 0] = MISSING
+        return rows
+
+    def distinct_grams(
+        self, ids: "np.ndarray[Any, Any]", document_ids: "np.ndarray[Any, Any] | None" = None
+    ) -> list[int]:
+        """How many different n-grams end at these tokens [B, T], none missing, for each order."""
+        grams = self._grams(ids, document_ids, None).reshape(-1, self.context + 1)
+        number, counts = grams[:, 0], []
+        for back in range(1, self.context + 1):
+            # Numbering the shorter n-grams first keeps the product with the vocabulary within 64 bits.
+            distinct, number = np.unique(number * self.vocab_size + grams[:, back], return_inverse=True)
+            if back + 1 in self.orders:
+                counts.append(len(distinct))
+        return counts
+
+    def _grams(
+        self,
+        ids: "np.ndarray[Any, Any]",
+        document_ids: "np.ndarray[Any, Any] | None",
+        context: "np.ndarray[Any, Any] | None",
+    ) -> "np.ndarray[Any, Any]":
+        """[B, T, N]: a token and those before it, nearest first; pad_id where they are missing or out of bounds."""
+        batch, tokens = ids.shape
         before = np.full((batch, self.context), MISSING, dtype=np.int64) if context is None else context
         history = np.concatenate((before, ids.astype(np.int64)), axis=1)
         if document_ids is None:
@@ -210,14 +241,7 @@ class NgramAddressing:
         present[..., 0] = True
         if self.boundary != "none":
             present = np.logical_and.accumulate(present, axis=-1)
-        products = np.where(present, grams, self.pad_id) * np.array(self.multipliers[table], dtype=np.int64)
-        mixes = np.bitwise_xor.accumulate(products, axis=-1)[..., [order - 1 for order in self.orders]]
-        shape = (len(self.orders), self.heads)
-        sizes = np.array(self.sizes[table], dtype=np.int64).reshape(shape)
-        offsets = np.array(self.offsets(table), dtype=np.int64).reshape(shape)
-        rows = (mixes[..., None] % sizes + offsets).reshape(batch, tokens, self.total_heads)
-        rows[ids < 0] = MISSING
-        return rows
+        return np.where(present, grams, self.pad_id)
 
     def start(self, batch: int, device: torch.device | str | None = None) -> Tensor:
         """The state before a sequence's first token, int64 [B, N-1]."""

@@ -16,6 +16,7 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from kmem.parallel.gradients import GradientNorm
+from kmem.parallel.stage_memory import finite
 from kmem.parallel.step_context import StepContext
 
 
@@ -57,19 +58,28 @@ class StepEngine(PipelineEngine):
     context: StepContext
     gradient_norm: GradientNorm
     clip_norm: float | None
+    on_sound_step: Callable[[], None]
+    """Called when all ranks have found a step finite, before any weight changes."""
     grad_norm: float
     """Global 2-norm of the last step's gradients before clipping."""
     phase_seconds: dict[str, float]
     """Host seconds of the last schedule by phase; on a GPU kernels run on while the host goes ahead."""
 
     @classmethod
-    def adopt(cls, engine: PipelineEngine, context: StepContext, gradient_norm: GradientNorm, clip_norm: float | None):
+    def adopt(
+        cls,
+        engine: PipelineEngine,
+        context: StepContext,
+        gradient_norm: GradientNorm,
+        clip_norm: float | None,
+    ) -> "StepEngine":
         """Turn an engine built by `deepspeed.initialize` into this class."""
         assert type(engine) is PipelineEngine, f"expected DeepSpeed's own PipelineEngine, got {type(engine)}"
         engine.__class__ = cls
         engine.context = context
         engine.gradient_norm = gradient_norm
         engine.clip_norm = clip_norm
+        engine.on_sound_step = lambda: None
         engine.grad_norm = 0.0
         engine.phase_seconds = {}
         return engine
@@ -99,6 +109,7 @@ class StepEngine(PipelineEngine):
 
     def _exec_optimizer_step(self, lr_kwargs=None):
         self._guard_and_clip()
+        self.on_sound_step()
         super()._exec_optimizer_step(lr_kwargs)
 
     def _guard_and_clip(self) -> None:
@@ -109,10 +120,11 @@ class StepEngine(PipelineEngine):
         different groups.
         """
         loss_ok = self.total_loss is None or bool(torch.isfinite(self.total_loss))
-        squares, bad_losses = self.gradient_norm.reduce(0.0 if loss_ok else 1.0)
+        flags = [not loss_ok, not finite(self.context.working_sets)]
+        squares, bad_losses, bad_rows = self.gradient_norm.reduce([float(flag) for flag in flags])
         self.grad_norm = squares**0.5
-        if bad_losses or not torch.isfinite(torch.tensor(self.grad_norm)):
-            what = "loss" if bad_losses else "gradient norm"
+        if bad_losses or bad_rows or not torch.isfinite(torch.tensor(self.grad_norm)):
+            what = "loss" if bad_losses else "gradient of memory rows" if bad_rows else "gradient norm"
             raise NonFiniteStepError(f"the {what} is not finite (gradient norm {self.grad_norm})")
         if self.clip_norm is not None and self.grad_norm > self.clip_norm:
             self.gradient_norm.scale(self.clip_norm / (self.grad_norm + 1e-6))

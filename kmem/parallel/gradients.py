@@ -4,7 +4,7 @@ Where gradients lie depends on the optimizer DeepSpeed chose: on the parameters 
 partitions (fp32, ZeRO-1), or in flat fp32 buffers (bf16).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -29,14 +29,14 @@ class GradientNorm:
         self.optimizer = optimizer
         self.mesh = mesh
 
-    def reduce(self, extra: float) -> tuple[float, float]:
-        """(sum of squares over the whole model, sum of `extra`) over all ranks, in one fp64 all-reduce."""
+    def reduce(self, extra: Sequence[float]) -> list[float]:
+        """Sum of squares over the whole model, then the sums of `extra`, over all ranks, in one fp64 all-reduce."""
         norms = [torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in self._counted()]
-        total = torch.tensor([0.0, extra], dtype=torch.float64, device=local_device())
+        total = torch.tensor([0.0, *extra], dtype=torch.float64, device=local_device())
         if norms:  # a rank may hold copies only
             total[0] = torch.stack(norms).double().square().sum()
         dist.all_reduce(total)
-        return total[0].item(), total[1].item()
+        return total.tolist()
 
     def scale(self, factor: float) -> None:
         """Multiply every gradient this rank will step with."""

@@ -18,15 +18,20 @@ from torch import Tensor, nn
 
 from kmem.config import Config, OptimizerConfig
 from kmem.data.batch import SequenceBatch
+from kmem.memory.working_set import WorkingSet
+from kmem.model.engram import Engram
+from kmem.model.engram_memory import EngramAddresses
 from kmem.model.init import initialise_
 from kmem.model.moe import ExpertLayer
 from kmem.model.shape import Shape
 from kmem.parallel.engine import StepEngine, UnclippedBF16Optimizer
 from kmem.parallel.expert_dispatch import AllToAllDispatcher
 from kmem.parallel.gradients import GradientNorm
+from kmem.parallel.memory_ledger import LayerMemory, MemoryLedger
 from kmem.parallel.mesh import Mesh, expert_group, limit_waiting, local_device
 from kmem.parallel.routing_ledger import RoutingLedger, StepRouting
 from kmem.parallel.stage_layers import EmbeddingLayer, LossLayer, NormLayer, StageLayer, TransformerLayer, tied_loss
+from kmem.parallel.stage_memory import BegunStep, StageMemory
 from kmem.parallel.stages import stage_bounds
 from kmem.parallel.step_context import MicroBatch, StepContext
 
@@ -43,17 +48,26 @@ class StepResult:
     tokens: int
     """Trained tokens of the global batch (labels that are not masked)."""
     grad_norm: float
-    """Global 2-norm of the gradients before clipping."""
+    """Global 2-norm of the gradients before clipping; rows of memory tables are not in it."""
     routing: StepRouting | None
+    memory: dict[int, LayerMemory] | None = None
+    """By layer."""
 
 
 class Pipeline:
-    """One rank's stage of the model with its engine.
+    """One rank's stage of the model with its engine and its memory tables.
 
-    Canonical parameter names are the same on every mesh; see `named_parameters`.
+    Canonical parameter names are the same on every mesh; see `named_parameters`. `close` gives back what tables hold.
+
+    Args:
+        addresses: of a model with memory, which follow from its tokenizer.
+
+    Raises:
+        UserError: a memory table does not fit its store; on every rank alike.
     """
 
-    def __init__(self, config: Config, mesh: Mesh):
+    def __init__(self, config: Config, mesh: Mesh, addresses: EngramAddresses | None = None):
+        assert (addresses is None) == (config.model.engram is None), "a model with memory, and no other, has addresses"
         self.config = config
         self.mesh = mesh
         self.device = local_device()
@@ -69,6 +83,12 @@ class Pipeline:
         self.ledger = None
         if config.model.moe is not None:
             self.ledger = RoutingLedger(self.moe_layers, shape, mesh, self.context)
+        self.memory: StageMemory | None = None
+        self.memory_ledger: MemoryLedger | None = None
+        if addresses is not None:
+            modules = self._memory_layers()
+            self.memory = StageMemory(config, mesh, addresses, sorted(modules), self.device)
+            self.memory_ledger = MemoryLedger(self.memory, modules, shape, mesh, self.context)
 
     @property
     def micro_batches(self) -> int:
@@ -93,41 +113,65 @@ class Pipeline:
                 if name not in parameters:
                     yield layer.prefix + name, value
 
-    def train_step(self, micro_batches: Sequence[SequenceBatch], lr: float, coactivation: bool = False) -> StepResult:
+    def begin_step(self, micro_batches: Sequence[SequenceBatch]) -> BegunStep:
+        """Start fetching the rows of a step to come, at most `memory.prefetch_depth` beyond the running one. Steps are
+        trained in the order in which they are begun, the same on every rank."""
+        assert len(micro_batches) == self.micro_batches
+        return BegunStep(list(micro_batches)) if self.memory is None else self.memory.begin(micro_batches)
+
+    def train_step(self, step: BegunStep | Sequence[SequenceBatch], lr: float, sampled: bool = False) -> StepResult:
         """Forward, backward and update on this rank's micro-batches of one step.
 
-        `coactivation` asks for the pairs of experts that tokens visit in neighbouring iterations of a chain; it is the
-        same on every rank.
+        Args:
+            step: micro-batches, or a step that was begun with them.
+            lr: learning rate.
+            sampled: also collect what is too costly for every step: the pairs of experts that tokens visit in
+                neighbouring iterations of a chain, collisions of n-grams and norms of rows. The same on every rank.
 
         Raises:
             NonFiniteStepError: on all ranks, before any weight has changed.
         """
-        assert len(micro_batches) == self.micro_batches
-        tokens = self._load(micro_batches)
+        begun = step if isinstance(step, BegunStep) else self.begin_step(step)
+        working_sets = {} if self.memory is None else self.memory.activate(begun)
+        tokens = self._load(begun.micro_batches, working_sets)
         # DeepSpeed averages over micro-batches and data-parallel ranks; the loss is a mean over the step's tokens.
         self.context.loss_factor = self.micro_batches * self.mesh.data / max(tokens, 1)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         if self.ledger is not None:
-            self.ledger.begin_step(coactivation)
+            self.ledger.begin_step(sampled)
+        memory = self.memory
+        if memory is not None:
+            self.engine.on_sound_step = lambda: memory.commit(begun, lr)
         loss = float(self.engine.train_batch(self._inputs()))
+        self.context.unload()
         routing = None
         if self.ledger is not None:
             assert self.config.model.moe is not None
             routing = self.ledger.close_step(self.micro_batches)
             self.ledger.update_biases(routing, self.config.model.moe.bias_update_rate)
-        return StepResult(loss, tokens, self.engine.grad_norm, routing)
+        figures = None if self.memory_ledger is None else self.memory_ledger.close_step(begun, sampled)
+        return StepResult(loss, tokens, self.engine.grad_norm, routing, figures)
 
     def evaluate(self, micro_batches: Sequence[SequenceBatch]) -> tuple[float, int]:
         """(sum of cross entropy in nats, tokens) of all ranks' micro-batches; every rank passes equally many."""
-        tokens = self._load(micro_batches)
+        working_sets = {} if self.memory is None else self.memory.evaluate(micro_batches)
+        tokens = self._load(micro_batches, working_sets)
         self.context.loss_factor = 1.0
         mean = self.engine.eval_batch(self._inputs(), num_micro_batches=len(micro_batches))
+        self.context.unload()
         return float(mean) * len(micro_batches) * self.mesh.data, tokens
 
-    def _load(self, micro_batches: Sequence[SequenceBatch]) -> int:
+    def close(self, error: BaseException | None = None) -> None:
+        """Skip the steps that are begun and give back the memory of tables. After an error that other ranks may not
+        share, `error` says so, and nothing is exchanged any more."""
+        if self.memory is not None:
+            self.memory.close(error)
+
+    def _load(self, micro_batches: Sequence[SequenceBatch], working_sets: dict[int, WorkingSet]) -> int:
         """Make these the running micro-batches; returns the trained tokens over all data-parallel ranks."""
-        self.context.load([MicroBatch.on_device(batch, self.shape, self.device) for batch in micro_batches])
+        on_device = [MicroBatch.on_device(batch, self.shape, self.device) for batch in micro_batches]
+        self.context.load(on_device, working_sets)
         count = torch.stack([(micro.sequences.labels >= 0).sum() for micro in self.context.micro_batches]).sum()
         dist.all_reduce(count, group=self.engine.grid.get_data_parallel_group())
         return int(count)
@@ -136,6 +180,14 @@ class Pipeline:
         """What the first and last stage pull from their iterators; labels reach the last layer by the context."""
         no_labels = torch.empty(0)
         return ((micro.sequences.input_ids, no_labels) for micro in self.context.micro_batches)
+
+    def _memory_layers(self) -> dict[int, Engram]:
+        """The memory modules of this stage by layer."""
+        found = {}
+        for layer in self.layers():
+            if isinstance(layer, TransformerLayer) and isinstance(layer.module.engram, Engram):
+                found[layer.index] = layer.module.engram
+        return found
 
     def _connect_experts(self) -> dict[int, ExpertLayer]:
         found = {}
@@ -211,6 +263,7 @@ def parameter_groups(
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, parameter in named:
         decayed = parameter.ndim >= 2 and (optimizer.decay_embeddings or not name.startswith(("embedding.", "head.")))
+        decayed = decayed and not name.endswith("_norm.weight")  # a memory has norm weights for each branch
         expert = not getattr(parameter, "allreduce", True)
         if (expert, decayed) not in groups:
             mark = {"moe": True, "name": mesh.expert_group_name} if expert else {}

@@ -6,6 +6,7 @@ Each layer knows the canonical prefix of its parameters, so that names do not de
 from torch import Tensor, nn
 
 from kmem.model.decoder import DecoderLayer, Embedding, Head
+from kmem.model.hyper_connections import collapse_branches, expand_branches
 from kmem.model.loss import linear_cross_entropy
 from kmem.model.norm import RMSNorm
 from kmem.model.shape import Shape
@@ -27,13 +28,14 @@ class StageLayer(nn.Module):
 
 
 class EmbeddingLayer(StageLayer):
-    """Token ids [B, T] to hidden states [B, T, H]."""
+    """Token ids [B, T] to hidden states [B, T, H], or with M residual branches [B, T, M, H]."""
 
     def __init__(self, shape: Shape):
         super().__init__(Embedding(shape), "embedding.")
+        self.branches = shape.branches
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.module(input_ids)
+        return expand_branches(self.module(input_ids), self.branches)
 
 
 class TransformerLayer(StageLayer):
@@ -45,11 +47,14 @@ class TransformerLayer(StageLayer):
 
     def forward(self, hidden: Tensor) -> Tensor:
         micro = self.context.micro_batch()
-        return self.module(hidden, micro.sequences.position_ids, self.context.mask(), rotary=micro.rotary)
+        memory = self.context.memory(self.index)
+        return self.module(
+            hidden, micro.sequences.position_ids, self.context.mask(), rotary=micro.rotary, memory=memory
+        )
 
 
 class LossLayer(StageLayer):
-    """Final norm, projection and cross entropy: hidden states [B, T, H] to the micro-batch's scaled loss."""
+    """Final norm, projection and cross entropy: hidden states to the micro-batch's scaled loss."""
 
     def __init__(self, shape: Shape):
         super().__init__(Head(shape), "")
@@ -61,13 +66,14 @@ class LossLayer(StageLayer):
 
 
 class NormLayer(StageLayer):
-    """The final norm on its own, for models whose head is the embedding matrix."""
+    """The final norm on its own, [B, T, H], for models whose head is the embedding matrix."""
 
     def __init__(self, shape: Shape):
         super().__init__(RMSNorm(shape.hidden_size, shape.norm_eps), "norm.")
+        self.branches = shape.branches
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.module(hidden)
+        return self.module(collapse_branches(hidden, self.branches))
 
 
 def tied_loss(layer: EmbeddingLayer, hidden: Tensor) -> Tensor:

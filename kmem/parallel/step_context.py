@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from kmem.data.batch import SequenceBatch
+from kmem.memory.working_set import WorkingSet
+from kmem.model.engram import EngramInput
 from kmem.model.mask import packed_mask, several_documents
 from kmem.model.rope import Rotation, rotation
 from kmem.model.shape import Shape
@@ -45,6 +47,8 @@ class StepContext:
     """True while training, False in evaluation, whose statistics do not count."""
     loss_factor: float = 1.0
     """Factor on the summed cross entropy of a micro-batch."""
+    working_sets: dict[int, WorkingSet] = field(default_factory=dict)
+    """By layer: the rows that the step's micro-batches look up."""
     _mask: tuple[int, Tensor] | None = None
 
     def micro_batch(self) -> MicroBatch:
@@ -62,6 +66,19 @@ class StepContext:
             self._mask = self.current, packed_mask(micro.sequences.document_ids)
         return self._mask[1]
 
-    def load(self, micro_batches: list[MicroBatch]) -> None:
-        """Make these the micro-batches of the running step."""
-        self.micro_batches, self._mask = micro_batches, None
+    def memory(self, layer: int) -> EngramInput | None:
+        """What a layer's memory holds for the running micro-batch; None where the layer has none."""
+        working_set = self.working_sets.get(layer)
+        if working_set is None:
+            return None
+        assert self.current is not None
+        rows = working_set.lookup(self.current).flatten(-2)
+        return EngramInput(rows, document_ids=self.micro_batch().sequences.document_ids)
+
+    def load(self, micro_batches: list[MicroBatch], working_sets: dict[int, WorkingSet]) -> None:
+        """Make these the micro-batches of the running step, and these the rows they look up."""
+        self.micro_batches, self.working_sets, self._mask = micro_batches, working_sets, None
+
+    def unload(self) -> None:
+        """Let go of the rows of a step that is done."""
+        self.working_sets = {}

@@ -3,6 +3,7 @@
     weight/NAME       fp32 master weights, and persistent buffers such as selection biases
     exp_avg/NAME      first moments
     exp_avg_sq/NAME   second moments
+    ARRAY/NAME        of a memory table: the state of its row optimizer, such as first_moment, and its `step`
 
 NAME is canonical. bf16 weights are not stored: they are the cast of the masters. Adam's step counter is one number,
 since every parameter is updated in every step.
@@ -51,6 +52,11 @@ def model_state(pipeline: Pipeline, *, saving: bool, moments: bool) -> dict[str,
             state[f"{kind}/{fragment.name}"] = Pieces.interval(fragment.size, fragment.start, values)
     for name, buffer in pipeline.named_buffers():
         state[WEIGHT + name] = Pieces.interval(buffer.numel(), 0, buffer)
+    tables = {} if pipeline.memory is None else pipeline.memory.pieces()
+    for name, arrays in tables.items():
+        state[WEIGHT + name] = arrays.pop("rows")
+        if moments:
+            state |= {f"{array}/{name}": pieces for array, pieces in arrays.items()}
     return state
 
 
@@ -70,14 +76,15 @@ def finish_load(pipeline: Pipeline, steps: int) -> None:
         update()
 
 
-def check_names(pipeline: Pipeline, shapes: dict[str, list[int]]) -> None:
-    """Every tensor of this stage is in a checkpoint's list of shapes.
+def check_names(pipeline: Pipeline, shapes: dict[str, list[int]], new_memory: bool) -> None:
+    """Every tensor of this stage, but for those of a `new_memory`, is in a checkpoint's list of shapes.
 
     Raises:
         CheckpointError: names a tensor that is not.
     """
-    for name, _ in (*pipeline.named_parameters(), *pipeline.named_buffers()):
-        if name not in shapes:
+    tables = () if pipeline.memory is None else (table.spec.name for table in pipeline.memory.tables.values())
+    for name in (*(name for name, _ in (*pipeline.named_parameters(), *pipeline.named_buffers())), *tables):
+        if name not in shapes and not (new_memory and ".engram." in name):
             raise CheckpointError(f"{name} is not in the checkpoint")
 
 

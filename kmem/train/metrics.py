@@ -65,6 +65,9 @@ class StepRecord:
     """Of a chain of experts, in steps that a held-out evaluation follows: "layer/iteration" -> [expert of the pass
     before][expert of this pass], tokens that chose both."""
 
+    memory: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Per layer with an n-gram memory: the fields of `kmem.parallel.memory_ledger.LayerMemory`, and dedup_ratio."""
+
     def to_json(self) -> dict[str, Any]:
         return {"kind": "step", **asdict(self)}
 

@@ -59,6 +59,8 @@ class WandbTracking(Callback):
             del figures["coactivation"]  # matrices; they are in metrics.jsonl
             figures |= {f"phase/{name}": seconds for name, seconds in phases.items()}
             figures |= {f"experts/{layer}/{name}": v for layer, load in experts.items() for name, v in load.items()}
+            for layer, memory in figures.pop("memory").items():
+                figures |= _flat(f"memory/{layer}", memory)
             self._run.log(figures, step=record.step)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
@@ -95,3 +97,22 @@ def _stored_login() -> bool:
         return netrc.netrc().authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def _flat(path: str, value: Any) -> dict[str, Any]:
+    """Numbers under the paths of their nesting; the gates' histograms as histograms."""
+    if value is None:
+        return {}
+    if path.endswith("gate_histogram"):
+        import numpy as np
+        import wandb
+
+        edges = [np.linspace(0, 1, len(counts) + 1) for counts in value]
+        return {
+            f"{path}/{branch}": wandb.Histogram(np_histogram=(counts, edges[branch]))
+            for branch, counts in enumerate(value)
+        }
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {name: number for key, inner in items for name, number in _flat(f"{path}/{key}", inner).items()}
+    return {path: value}

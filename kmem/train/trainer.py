@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,11 +16,13 @@ from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import find_checkpoint
 from kmem.checkpoint.store import CheckpointStore
 from kmem.config import Config, UserError
+from kmem.data.addresses import model_addresses
 from kmem.data.reader import PreparedData
 from kmem.parallel.engine import NonFiniteStepError
 from kmem.parallel.mesh import Mesh, any_rank, gather
 from kmem.parallel.parameter_counts import count_parameters
 from kmem.parallel.pipeline import Pipeline, StepResult, split_samples
+from kmem.parallel.stage_memory import BegunStep
 from kmem.parallel.training_state import optimizer_steps
 from kmem.train.callback import Callback
 from kmem.train.evaluation import EvaluationRecord, held_out_loss
@@ -66,7 +69,9 @@ class Trainer:
         self._counts = count_parameters(config.model)
         self._flops = flops_per_token(config, self._counts)
         self.store = CheckpointStore(self.folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every)
-        self.pipeline = Pipeline(config, mesh)
+        self.pipeline = Pipeline(config, mesh, model_addresses(config.model, data.tokenizer_path))
+        self._begun: deque[BegunStep] = deque()
+        """Steps whose rows are being fetched, the next one first."""
         self._saved_at = -1
         self._callback_problem: str | None = None
         self._restore()
@@ -106,6 +111,10 @@ class Trainer:
                 self.store.wait()
                 self._asked_to_stop(interruption)
                 self._notify("on_end", end)
+                self.pipeline.close()
+            except BaseException as error:
+                self.pipeline.close(error)
+                raise
             finally:
                 for callback in self.callbacks:
                     callback.close()
@@ -138,12 +147,12 @@ class Trainer:
         config, began = self.config, time.perf_counter()
         train = config.train
         torch.manual_seed(train.init_seed + self.step)  # randomness of a step is a function of its number
-        plan = split_samples(self.consumed_samples, train.global_batch_size, train.micro_batch_size, self.mesh)
-        batches = [self.data.training.read(samples) for samples in plan]
+        while len(self._begun) <= config.memory.prefetch_depth and self.step + len(self._begun) < train.steps:
+            self._begun.append(self._begin(self.step + len(self._begun)))
         read = time.perf_counter() - began
         lr = learning_rate(train, self.step)
         try:
-            result = self.pipeline.train_step(batches, lr, coactivation=self._evaluation_due(self.step + 1))
+            result = self.pipeline.train_step(self._begun.popleft(), lr, sampled=self._evaluation_due(self.step + 1))
         except NonFiniteStepError as error:
             self.store.wait()  # a save in the background decides which checkpoint is the last good one
             raise TrainingError(self._explain(error)) from None
@@ -154,6 +163,13 @@ class Trainer:
         record = self._record(result, lr, time.perf_counter() - began)
         record.phases = {"data": read, **self.pipeline.engine.phase_seconds}
         self._notify("on_step", record)
+
+    def _begin(self, step: int) -> BegunStep:
+        """Read this rank's micro-batches of a step to come and start fetching their rows."""
+        train = self.config.train
+        first = self.consumed_samples + (step - self.step) * train.global_batch_size
+        plan = split_samples(first, train.global_batch_size, train.micro_batch_size, self.mesh)
+        return self.pipeline.begin_step([self.data.training.read(samples) for samples in plan])
 
     def _record(self, result: StepResult, lr: float, seconds: float) -> StepRecord:
         train = self.config.train
@@ -181,6 +197,11 @@ class Trainer:
             )
             record.experts = expert_figures(result.routing, positions * moe.top_k, chained=moe.chain is not None)
             record.coactivation = coactivation(result.routing)
+        if result.memory is not None:
+            record.memory = {
+                str(layer): {**asdict(figures), "dedup_ratio": figures.dedup_ratio}
+                for layer, figures in result.memory.items()
+            }
         return record
 
     def _evaluation_due(self, step: int) -> bool:

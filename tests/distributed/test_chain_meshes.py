@@ -63,7 +63,7 @@ def test_pipeline_depth_and_recomputation_are_bitwise(ranks):
 def observation_case(tree):
     """One step with co-activation, one without."""
     pipeline = build(tree)
-    first = train_step(pipeline, 0, coactivation=True).routing
+    first = train_step(pipeline, 0, sampled=True).routing
     second = train_step(pipeline, 1).routing
     assert second.coactivation is None
     return first.counts, first.means, first.coactivation

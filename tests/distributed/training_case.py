@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,10 @@ from kmem.config import parse_config
 from kmem.data.batch import SequenceBatch
 
 if TYPE_CHECKING:
+    from kmem.config import Config
+    from kmem.model.engram_memory import EngramAddresses
     from kmem.parallel.pipeline import Pipeline, StepResult
+    from kmem.parallel.stage_memory import BegunStep
 
 VOCABULARY, LENGTH = 96, 16
 
@@ -73,14 +77,26 @@ def synthetic_sequences(samples: list[int]) -> SequenceBatch:
     return SequenceBatch(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
-def train_case(tree: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Train `steps` steps from scratch; losses, gradient norms and expert loads."""
+def train_case(tree: dict[str, Any], steps: int, evaluate_every: int = 0) -> dict[str, Any]:
+    """Train `steps` steps from scratch; losses, gradient norms, expert loads, and this rank's rows of tables."""
     pipeline = build(tree)
-    results = [train_step(pipeline, step) for step in range(steps)]
+    begun: deque[BegunStep] = deque()
+    results = []
+    for step in range(steps):
+        while len(begun) <= pipeline.config.memory.prefetch_depth and step + len(begun) < steps:
+            begun.append(pipeline.begin_step(step_batches(pipeline, step + len(begun))))
+        results.append(pipeline.train_step(begun.popleft(), lr=pipeline.config.train.optimizer.lr))
+        if evaluate_every and step % evaluate_every == 0:
+            pipeline.evaluate(step_batches(pipeline, 1000 + step))
+    tables = {} if pipeline.memory is None else pipeline.memory.tables
+    rows = {name: (t.local.start, t.read_rows(t.local.start, t.local.stop)) for name, t in tables.items()}
+    pipeline.close()
     return {
         "losses": [result.loss for result in results],
         "norms": [result.grad_norm for result in results],
         "counts": [result.routing.counts.tolist() if result.routing else None for result in results],
+        "rows": rows,
+        "memory": results[-1].memory,
     }
 
 
@@ -123,6 +139,7 @@ def checkpoint_case(
         losses[step] = train_step(pipeline, step).loss
         step += 1
     store.wait()
+    pipeline.close()
     return {"losses": losses, "checksums": checksums}
 
 
@@ -132,17 +149,45 @@ def build(tree: dict[str, Any]) -> Pipeline:
     from kmem.parallel.pipeline import Pipeline
 
     config = parse_config(tree)
-    return Pipeline(config, join_mesh(config))
+    return Pipeline(config, join_mesh(config), synthetic_addresses(config))
 
 
-def train_step(pipeline: Pipeline, step: int, coactivation: bool = False) -> StepResult:
+def synthetic_addresses(config: Config) -> EngramAddresses | None:
+    """Addresses of the synthetic vocabulary, which needs no tokenizer. Its compression pairs neighbouring ids."""
+    from kmem.model.engram_memory import EngramAddresses
+    from kmem.model.shape import Shape
+
+    if config.model.engram is None:
+        return None
+    return EngramAddresses.build(Shape(config.model.model_dump()), eos_token_id=0, tokenizer=PairingTokenizer())
+
+
+class PairingTokenizer:
+    """Tokens 2k and 2k + 1 read alike."""
+
+    def get_vocab_size(self, with_added_tokens: bool) -> int:
+        return VOCABULARY
+
+    def id_to_token(self, token: int) -> str:
+        return f"token {token}"
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        return f"{'Word' if tokens[0] % 2 else 'word'} {tokens[0] // 2}"
+
+
+def train_step(pipeline: Pipeline, step: int, sampled: bool = False) -> StepResult:
     """Step number `step` of the synthetic data."""
+    lr = pipeline.config.train.optimizer.lr
+    return pipeline.train_step(step_batches(pipeline, step), lr=lr, sampled=sampled)
+
+
+def step_batches(pipeline: Pipeline, step: int) -> list[SequenceBatch]:
+    """This rank's micro-batches of a step."""
     from kmem.parallel.pipeline import split_samples
 
     train = pipeline.config.train
     plan = split_samples(step * train.global_batch_size, train.global_batch_size, train.micro_batch_size, pipeline.mesh)
-    batches = [synthetic_sequences(samples) for samples in plan]
-    return pipeline.train_step(batches, lr=train.optimizer.lr, coactivation=coactivation)
+    return [synthetic_sequences(samples) for samples in plan]
 
 
 def state_checksums(pipeline: Pipeline) -> dict[str, str]:
