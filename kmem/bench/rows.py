@@ -1,6 +1,5 @@
 """Row optimizers and gathers on the host, against torch's own, in one process on one table."""
 
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ import numba
 import numpy as np
 import torch
 
+from kmem.bench.machine import processor
 from kmem.config import RowOptimizerConfig
 from kmem.memory.row_optimizers import RowOptimizer, RowUpdate, kernels
 from kmem.memory.row_threads import RowThreads
@@ -102,7 +102,7 @@ def gather_rates(rows: int, touched: int, dim: int = 256, threads: int = 1, repe
 
 def versions() -> str:
     """What the figures were measured with."""
-    return f"torch {torch.__version__}, numba {numba.__version__}, numpy {np.__version__}, {platform.processor()}"
+    return f"torch {torch.__version__}, numba {numba.__version__}, numpy {np.__version__}, {processor()}"
 
 
 def _in_turn(repeats: int, *works: Callable[[], object]) -> list[float]:

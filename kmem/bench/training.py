@@ -1,7 +1,7 @@
 """The same training step in kmem and in plain Transformers: same weights, batch, dtype and optimizer."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def kmem_runner(tree: dict[str, Any]) -> Runner:
 
     config = parse_config(tree)
     pipeline = Pipeline(config, join_mesh(config))
-    batches = _batches(config)
+    batches = sequence_batches(config, _tokens(config))
 
     def run(steps: int) -> dict[str, Any]:
         phases: dict[str, float] = {}
@@ -128,9 +128,10 @@ def _tokens(config: Config) -> Iterator[Tensor]:
         step += 1
 
 
-def _batches(config: Config) -> Iterator[list[SequenceBatch]]:
+def sequence_batches(config: Config, steps: Iterable[Tensor]) -> Iterator[list[SequenceBatch]]:
+    """Micro-batches of steps of tokens [global batch, T + 1], a row being one document."""
     rows = config.train.micro_batch_size
-    for tokens in _tokens(config):
+    for tokens in steps:
         positions = torch.arange(tokens.shape[1] - 1).expand(rows, -1)
         yield [
             SequenceBatch(part[:, :-1], part[:, 1:], positions, torch.zeros_like(positions))

@@ -1,0 +1,13 @@
+"""What a figure was measured on."""
+
+import platform
+
+import torch
+
+
+def processor() -> str:
+    """Name of the CPU and the wide instructions that it has."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    wide = [name for name in ("amx_tile", "avx512_f", "avx512_bf16") if capabilities.get(name)]
+    name = capabilities.get("cpu_name") or platform.processor() or platform.machine()
+    return f"{name} ({', '.join(wide) or 'no AVX-512'})"

@@ -1,0 +1,151 @@
+"""`kmem bench rows`: gathers and row optimizers of tables on the host, against torch's in the same process."""
+
+import argparse
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kmem.config import ConfigError, RowOptimizerConfig
+
+if TYPE_CHECKING:
+    from kmem.bench.rows import RowRates
+
+GOALS = {"adam_rate": 1.0, "adam_ratio": 8.0, "gather_share": 0.85}
+"""Rows of 256 values in fp32: millions of rows per second and core; times SparseAdam; share of cores x one core."""
+GOAL_DIM, GOAL_BYTES = 256, 1 << 28
+"""Goals are for rows of this width and tables of at least this size."""
+
+
+@dataclass(frozen=True)
+class RowsMeasurement:
+    """Rates in millions of rows per second, the best of the repeats."""
+
+    work: str
+    threads: int
+    rate: float
+    peer: str | None = None
+    peer_rate: float | None = None
+    """Of the peer on its own threads; a gather's peer has one."""
+    ratio: float | None = None
+    """Lazy Adam: to the peer at equal threads. Gather: share of `threads` times the peer's one core."""
+    met: bool | None = None
+    """The goal, where there is one for this work and shape; it is not for tables that caches could hold."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=int, default=500_000, help="rows of the table (default: 500000)")
+    parser.add_argument("--touched", type=int, default=131_072, help="look-ups of a step (default: 131072)")
+    parser.add_argument("--dim", type=int, default=256, help="values of a row (default: 256)")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)),
+        help="threads of both sides; Adam is measured with one thread too (default: all cores, %(default)s here)",
+    )  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=5, help="the best of this many counts (default: 5)")
+    parser.add_argument("--optimizers", action="store_true", help="also the update alone, of every row optimizer")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurement as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    for name in ("rows", "touched", "dim", "threads", "repeats"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name}: at least 1")
+    from kmem.bench.rows import versions
+
+    measured = [
+        *(_adam(arguments, threads) for threads in sorted({1, arguments.threads})),
+        _gather(arguments),
+        *(_updates(arguments) if arguments.optimizers else []),
+    ]
+    shape = (
+        f"{arguments.touched:,} uniform look-ups in {arguments.rows:,} fp32 rows of {arguments.dim} values, "
+        f"best of {arguments.repeats}"
+    )
+    _print(measured, shape)
+    print(versions())
+    if arguments.json:
+        record = {"shape": shape, "versions": versions(), "goals": GOALS, "measured": [asdict(row) for row in measured]}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def _adam(arguments: argparse.Namespace, threads: int) -> RowsMeasurement:
+    import torch
+
+    from kmem.bench.rows import adam_rates
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rates = adam_rates(arguments.rows, arguments.touched, arguments.dim, threads, arguments.repeats)
+    finally:
+        torch.set_num_threads(before)
+    met = rates.ours / threads >= GOALS["adam_rate"] and rates.ratio >= GOALS["adam_ratio"]
+    return _compared("lazy Adam", threads, "SparseAdam", rates, rates.ratio, met, arguments)
+
+
+def _gather(arguments: argparse.Namespace) -> RowsMeasurement:
+    from kmem.bench.rows import gather_rates
+
+    threads = arguments.threads
+    rates = gather_rates(arguments.rows, arguments.touched, arguments.dim, threads, arguments.repeats)
+    share = rates.ratio / threads
+    met = share >= GOALS["gather_share"]
+    return _compared("gather", threads, "index_select(out=), 1 core", rates, share, met, arguments)
+
+
+def _compared(
+    work: str,
+    threads: int,
+    peer: str,
+    rates: "RowRates",
+    ratio: float,
+    met: bool,
+    arguments: argparse.Namespace,
+) -> RowsMeasurement:
+    judged = arguments.dim == GOAL_DIM and arguments.rows * arguments.dim * 4 >= GOAL_BYTES
+    return RowsMeasurement(work, threads, rates.ours, peer, rates.torch, ratio, met if judged else None)
+
+
+def _updates(arguments: argparse.Namespace) -> list[RowsMeasurement]:
+    import torch
+
+    from kmem.bench.rows import update_rate
+
+    return [
+        RowsMeasurement(
+            f"update, {name} {label}",
+            1,
+            update_rate(
+                arguments.rows,
+                min(arguments.touched, arguments.rows),
+                RowOptimizerConfig(name=name, dense=False),
+                dtype,
+                arguments.dim,
+            ),
+        )
+        for name in ("lazy_adam", "adam_catchup", "rowwise_adagrad", "sinkhorn_momentum")
+        for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    ]
+
+
+def _print(measured: list[RowsMeasurement], shape: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("work", "threads", "M rows/s", "per core", "peer", "M rows/s", "ratio", "goal", title=shape)
+    for row in measured:
+        peer_rate = "" if row.peer_rate is None else f"{row.peer_rate:.3f}"
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        goal = {None: "", True: "met", False: "missed"}[row.met]
+        rates = (f"{row.rate:.3f}", f"{row.rate / row.threads:.3f}")
+        table.add_row(row.work, str(row.threads), *rates, row.peer or "", peer_rate, ratio, goal)
+    for place in (1, 2, 3, 5, 6):
+        table.columns[place].justify = "right"
+    Console(width=max(Console().width, 130)).print(table)
+    print(
+        f"lazy Adam deduplicates and sums, as its peer does. Goals with {GOAL_DIM} values and at least "
+        f"{GOAL_BYTES >> 20} MiB of rows:\n{GOALS['adam_rate']:.1f} M rows/s and core and {GOALS['adam_ratio']:.0f} "
+        f"times SparseAdam at equal threads; gather {GOALS['gather_share']:.2f} of threads times one core"
+    )

@@ -1,0 +1,139 @@
+"""`kmem bench train`: a training step against plain Transformers, or against another precision."""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from kmem.bench.contest import Contestant, ratios, run_in_turn
+from kmem.bench.machine import processor
+from kmem.bench.training import EXPERT_IMPLEMENTATIONS, export_initial_model, kmem_runner, transformers_runner
+from kmem.config import Config, ConfigError, load_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", default="bench/train", help="YAML file or packaged config (default: bench/train)")
+    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="FIELD=VALUE", dest="overrides")
+    parser.add_argument(
+        "--peer", choices=("transformers", "fp32"), default="transformers",
+        help="transformers: its fastest expert implementation. fp32: kmem itself in fp32, for a bf16 config",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of each contestant, in turn (default: 7)")
+    parser.add_argument("--steps", type=int, default=4, help="steps of a round (default: 4)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each contestant (default: 2)")
+    parser.add_argument("--profile", action="store_true", help="also print the operators that take kmem's time")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurement as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    for name in ("rounds", "steps", "threads"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name}: at least 1")
+    train = config.train
+    if train.global_batch_size != train.micro_batch_size or config.parallel.pipeline != 1:
+        raise ConfigError("kmem bench train: one process and one micro-batch per step on both sides")
+    if arguments.peer == "fp32" and train.precision != "bf16":
+        raise ConfigError("--peer fp32: needs --set train.precision=bf16")
+    with tempfile.TemporaryDirectory() as scratch:
+        ours = Contestant(f"kmem {train.precision}", kmem_runner, (config.model_dump(mode="json"),))
+        theirs, tried = _peer(config, arguments, Path(scratch))
+        print(_workload(config, arguments.threads), flush=True)
+        for contestant in tried:
+            print(f"  tried {contestant.name}: {contestant.median_seconds():.3f} s a step", flush=True)
+        run_in_turn(
+            [ours, theirs],
+            threads=arguments.threads,
+            warmup=2,
+            rounds=arguments.rounds,
+            steps=arguments.steps,
+            profile=arguments.profile,
+            on_round=lambda number: print(f"  round {number} of {arguments.rounds}", file=sys.stderr, flush=True),
+        )
+    _report(config, arguments, ours, theirs)
+    return 0
+
+
+def _peer(config: Config, arguments: argparse.Namespace, scratch: Path) -> tuple[Contestant, list[Contestant]]:
+    """The contestant to compare with, and those it was chosen from."""
+    tree = config.model_dump(mode="json")
+    if arguments.peer == "fp32":
+        tree["train"]["precision"] = "fp32"
+        return Contestant("kmem fp32", kmem_runner, (tree,)), []
+    folder = scratch / "model"
+    architecture = export_initial_model(config, folder)
+    candidates = EXPERT_IMPLEMENTATIONS if config.model.moe else EXPERT_IMPLEMENTATIONS[:1]
+    tried = [
+        Contestant(f"{architecture} ({experts})", transformers_runner, (tree, str(folder), experts))
+        for experts in candidates
+    ]
+    run_in_turn(tried, threads=arguments.threads, warmup=1, rounds=2, steps=1)
+    best = min(tried, key=Contestant.median_seconds)
+    return Contestant(best.name, best.build, best.arguments), tried
+
+
+def _workload(config: Config, threads: int) -> str:
+    import torch
+    import transformers
+
+    model, train = config.model, config.train
+    moe = model.moe
+    experts = f", {moe.num_experts} experts of width {moe.intermediate_size}, top-{moe.top_k}" if moe else ""
+    attention = model.attention
+    return (
+        f"training step: hidden {model.hidden_size}, {model.num_layers} layers, {attention.num_heads} heads{experts}, "
+        f"vocabulary {model.vocab_size}, batch {train.global_batch_size} x {config.data.sequence_length}, "
+        f"{train.precision}, AdamW, clip {train.optimizer.clip_norm}\n"
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {threads} threads, {processor()}"
+    )
+
+
+def _report(config: Config, arguments: argparse.Namespace, ours: Contestant, theirs: Contestant) -> None:
+    tokens = config.train.global_batch_size * config.data.sequence_length * arguments.steps
+    first, last = (
+        abs(mine["losses"][place] - other["losses"][place])
+        for mine, other, place in ((ours.warmup, theirs.warmup, 0), (ours.rounds[-1], theirs.rounds[-1], -1))
+    )
+    for contestant in (ours, theirs):
+        speeds = [tokens / seconds for seconds in contestant.seconds()]
+        print(
+            f"{contestant.name:<40} {statistics.median(speeds):>9,.0f} tokens/s "
+            f"(rounds {min(speeds):,.0f} to {max(speeds):,.0f})"
+        )
+    print(f"losses differ by {first:.1e} in the first step and by {last:.1e} in the last one")
+    phases = _phases(ours)
+    print("where kmem's time goes: " + ", ".join(f"{name} {share:.0%}" for name, share in phases.items()))
+    if arguments.profile:
+        operators = ours.profile
+        whole = sum(milliseconds for _, milliseconds in operators)
+        for name, milliseconds in operators[:15]:
+            print(f"  {milliseconds:8.1f} ms {milliseconds / whole:5.1%}  {name}")
+    found = ratios(ours, theirs)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(_record(config, arguments, ours, theirs, found), indent=1) + "\n")
+    print(f"ratio: {statistics.median(found):.3f}")
+
+
+def _phases(contestant: Contestant) -> dict[str, float]:
+    """Share of the wall clock by phase, largest first."""
+    total = sum(contestant.seconds())
+    names = contestant.rounds[0]["phases"]
+    shares = {name: sum(measured["phases"][name] for measured in contestant.rounds) / total for name in names}
+    shares["other"] = 1 - sum(shares.values())
+    return {name: share for name, share in sorted(shares.items(), key=lambda item: -item[1]) if share >= 0.005}
+
+
+def _record(
+    config: Config, arguments: argparse.Namespace, ours: Contestant, theirs: Contestant, found: list[float]
+) -> dict[str, Any]:
+    return {
+        "workload": _workload(config, arguments.threads),
+        "steps_per_round": arguments.steps,
+        "seconds": {contestant.name: contestant.seconds() for contestant in (ours, theirs)},
+        "ratios": found,
+        "ratio": statistics.median(found),
+        "phases": _phases(ours),
+    }
