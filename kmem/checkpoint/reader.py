@@ -14,6 +14,7 @@ from kmem.checkpoint.commit import COMMIT_FILE, Commit, committed_steps, step_fo
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.storage import TORCH_DTYPES, entry_name
 from kmem.config import Config, parse_config
+from kmem.model.mapped_rows import MappedRows, SafetensorsFile, Segment
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class CheckpointReader:
         self.run_folder = self.folder.parent.parent
         self.commit = Commit.read(self.folder)
         self._opened: dict[str, Any] = {}  # files stay mapped: a model has many more tensors than files
+        self._mapped: dict[str, SafetensorsFile] = {}
         self.config: Config = parse_config(self.commit.config)
         self.step = self.commit.progress.step
         self.facts = {
@@ -62,6 +64,11 @@ class CheckpointReader:
         """The tokenizer folder copied into the run folder when training began."""
         return self.run_folder / "tokenizer"
 
+    @property
+    def addressing(self) -> dict[str, Any] | None:
+        """Manifest of the n-gram addressing its tables were trained with; None without tables."""
+        return self.commit.addressing
+
     def verify(self) -> None:
         """Compare all files with their digests."""
         self.commit.verify(self.folder)
@@ -76,6 +83,27 @@ class CheckpointReader:
         shape = self.tensors[name].shape
         width = prod(shape[1:])
         return self._interval(WEIGHT + name, start * width, stop * width).view(stop - start, *shape[1:])
+
+    def map_rows(self, name: str) -> MappedRows:
+        """A tensor [R, D] to fetch rows of, which stay in the checkpoint's files.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+        key, (_, dim) = WEIGHT + name, self.tensors[name].shape
+        try:
+            segments = [
+                Segment(self._mapped_file(file), entry_name(key, start))
+                for start, _, file in sorted(self.commit.tensors[key].chunks)
+            ]
+            return MappedRows(name, dim, segments)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+
+    def _mapped_file(self, file: str) -> SafetensorsFile:
+        if file not in self._mapped:
+            self._mapped[file] = SafetensorsFile(self.folder / file)
+        return self._mapped[file]
 
     def _interval(self, key: str, start: int, stop: int) -> Tensor:
         stored = self.commit.tensors[key]

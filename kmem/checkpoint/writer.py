@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ def write_weights(
     config: Config,
     shapes: Mapping[str, Sequence[int]],
     parts: Callable[[str], Iterable[Tensor]],
+    addressing: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint without optimizer moments, under a temporary name, committed last.
 
@@ -38,6 +40,7 @@ def write_weights(
         config: the run's configuration.
         shapes: canonical name -> shape of every model tensor, as fp32 masters.
         parts: for a name, consecutive fp32 parts of the tensor in row-major order, of any sizes.
+        addressing: manifest of a model with n-gram memory.
 
     Raises:
         CheckpointError: there is such a checkpoint already, or the folder cannot be written.
@@ -71,7 +74,8 @@ def write_weights(
                     [(start, length, file) for start, length in chunks[name]],
                 )
         model_shapes = {name: list(shape) for name, shape in shapes.items()}
-        Commit(progress, config.model_dump(mode="json"), model_shapes, tensors, files).write(partial)
+        stored = None if addressing is None else dict(addressing)
+        Commit(progress, config.model_dump(mode="json"), model_shapes, tensors, files, stored).write(partial)
         os.rename(partial, final)
         sync_folder(root)
     except BaseException as error:

@@ -5,6 +5,7 @@ from typing import Any
 
 from kmem.config import ModelConfig
 from kmem.hf.native import NATIVE, Architecture
+from kmem.model.shape import Shape
 
 KMEM = Architecture(
     name="kmem's own code",
@@ -38,6 +39,10 @@ def choose(model: ModelConfig, custom_code: bool = False) -> Choice:
         return Choice(KMEM, "--custom-code was given")
     if model.moe is not None and model.moe.chain is not None:
         return Choice(KMEM, "no native architecture has a chain of experts (model.moe.chain)")
+    if model.engram is not None:
+        return Choice(KMEM, "no native architecture has an n-gram memory (model.engram)")
+    if Shape(model.model_dump()).branches > 1:
+        return Choice(KMEM, "no native architecture has a residual stream of branches (model.hyper_connections)")
     for architecture in NATIVE:
         if architecture.asks(model):
             obstacles = architecture.obstacles(model)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from kmem.checkpoint.memory import Addressed, checkpoint_addresses
 from kmem.checkpoint.safetensors_file import SafetensorsWriter, sync_folder
 from kmem.config import Config, UserError
 from kmem.data.progress import Progress
@@ -17,9 +18,11 @@ from kmem.data.tokenizer import load_tokenizer
 from kmem.hf.architectures import KMEM, Choice, choose, to_fields
 from kmem.hf.custom_code import AUTO_MAP, code_files, register
 from kmem.hf.folder import INDEX_FILE, WEIGHTS_FILE
-from kmem.hf.key_map import Piece, account, folder_pieces, parameters
+from kmem.hf.key_map import Piece, account, folder_pieces, parameters, table_parts
 from kmem.hf.model_card import model_card
 from kmem.hf.native import Architecture
+from kmem.model.engram_memory import EngramAddresses
+from kmem.model.exported_memory import COMPRESSION
 from kmem.parallel.parameter_counts import tensor_shapes
 
 SLICE_BYTES = 32 << 20  # rows of a large tensor travel in parts of this size
@@ -27,11 +30,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 
 
-class TrainedModel(Protocol):
+class TrainedModel(Addressed, Protocol):
     """What export needs of a checkpoint; `kmem.checkpoint.reader.CheckpointReader` has it."""
-
-    @property
-    def config(self) -> Config: ...
 
     @property
     def facts(self) -> Mapping[str, Any]: ...
@@ -39,9 +39,6 @@ class TrainedModel(Protocol):
     @property
     def tensors(self) -> Mapping[str, Any]:
         """Canonical name -> an object with `.shape`."""
-
-    @property
-    def tokenizer_path(self) -> Path: ...
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor along its first dimension."""
@@ -63,14 +60,16 @@ def export(
         trained: the checkpoint.
         out: the folder to make; it may exist if it is empty.
         custom_code: ship kmem's own code even where a native architecture fits.
-        dtype: fp32 or bf16; selection biases stay fp32.
-        max_shard_bytes: weight files are no longer than this, single tensors apart.
+        dtype: fp32 or bf16, of tables too; selection biases stay fp32.
+        max_shard_bytes: weight files are no longer than this, single tensors apart; tables are cut into tensors that
+            fit.
         force: replace an earlier export.
         say: receives the choice of architecture and its reason.
 
     Raises:
         UserError: the folder exists, the checkpoint does not fit its own model section, the tokenizer is missing or
-            has more tokens than the model, no space.
+            has more tokens than the model, its n-gram memory was trained with other addresses than the tokenizer gives
+            now, no space.
     """
     out = out.resolve()
     _check_target(out, force)
@@ -85,9 +84,11 @@ def export(
         found={name: tuple(info.shape) for name, info in trained.tensors.items()},
         remedy="it was not saved by a run of its own model section",
     )
-    pieces = folder_pieces(model, choice.architecture)
     tokens = _token_ids(trained.tokenizer_path, model.vocab_size)
-    config = transformers_config(trained.config, choice.architecture, tokens, DTYPES[dtype])
+    addresses = checkpoint_addresses(trained)
+    parts = table_parts(model, DTYPES[dtype].itemsize, max_shard_bytes)
+    pieces = folder_pieces(model, choice.architecture, parts)
+    config = transformers_config(trained.config, choice.architecture, tokens, DTYPES[dtype], addresses, parts)
     account(
         f"{choice.architecture.class_name} of this version of Transformers",
         expected=target_parameters(config, choice.architecture),
@@ -105,7 +106,7 @@ def export(
         if free < total:
             raise UserError(f"--out {out}: the weights need {total} bytes and {free} are free; choose another folder")
         with Progress(f"exporting {total / 1e6:,.1f} MB", total) as progress:
-            _write_weights(trained, shards, DTYPES[dtype], partial, progress)
+            _write_weights(trained, addresses, shards, DTYPES[dtype], partial, progress)
         _write_descriptions(trained, choice, config, tokens, dtype, partial)
         _put_in_place(partial, out)
     except BaseException as error:
@@ -118,9 +119,14 @@ def export(
 
 
 def transformers_config(
-    config: Config, architecture: Architecture, tokens: Mapping[str, int], dtype: torch.dtype
+    config: Config,
+    architecture: Architecture,
+    tokens: Mapping[str, int],
+    dtype: torch.dtype,
+    addresses: EngramAddresses | None = None,
+    parts: Mapping[int, Sequence[int]] | None = None,
 ) -> Any:
-    """The Transformers configuration object of an export.
+    """The Transformers configuration object of an export; `addresses` and `parts` are those of its n-gram memory.
 
     Raises:
         UserError: Transformers refuses the values.
@@ -128,6 +134,9 @@ def transformers_config(
     import transformers
 
     fields = to_fields(config.model, architecture)
+    if addresses is not None:
+        fields["engram_addressing"] = addresses.addressing.to_manifest()
+        fields["engram_parts"] = {str(layer): list(rows) for layer, rows in (parts or {}).items()}
     ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **tokens}
     try:
         if architecture is KMEM:
@@ -174,7 +183,12 @@ def plan_shards(pieces: Sequence[Piece], dtype: torch.dtype, max_bytes: int) -> 
 
 
 def _write_weights(
-    trained: TrainedModel, shards: list[list[Piece]], dtype: torch.dtype, folder: Path, progress: Progress
+    trained: TrainedModel,
+    addresses: EngramAddresses | None,
+    shards: list[list[Piece]],
+    dtype: torch.dtype,
+    folder: Path,
+    progress: Progress,
 ) -> None:
     count, places = len(shards), {}
     for number, shard in enumerate(shards, start=1):
@@ -182,7 +196,12 @@ def _write_weights(
         declared = {piece.name: (piece.shape, _dtype(piece, dtype)) for piece in shard}
         with SafetensorsWriter(folder / name, declared, {"format": "pt"}) as writer:
             for piece in shard:
-                _write_piece(trained, piece, _dtype(piece, dtype), writer, progress)
+                if piece.name == COMPRESSION:
+                    compression = None if addresses is None else addresses.compression
+                    assert compression is not None
+                    writer.write(piece.name, compression.lookup)
+                else:
+                    _write_piece(trained, piece, _dtype(piece, dtype), writer, progress)
         places.update(dict.fromkeys(declared, name))
     total = sum(_bytes(piece, dtype) for shard in shards for piece in shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
@@ -202,7 +221,7 @@ def _write_piece(
         return
     rows = max(1, SLICE_BYTES // max(1, prod(piece.shape[1:]) * torch.float32.itemsize))
     for start in range(0, piece.shape[0], rows):
-        part = trained.read_rows(piece.tensor, start, min(start + rows, piece.shape[0]))
+        part = trained.read_rows(piece.tensor, piece.start + start, min(piece.start + start + rows, piece.stop))
         writer.write_rows(piece.name, start, part.to(dtype))
         progress.advance(part.numel() * dtype.itemsize)
 
@@ -275,7 +294,7 @@ def _put_in_place(partial: Path, out: Path) -> None:
 
 
 def _dtype(piece: Piece, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if piece.wide else dtype
+    return piece.dtype or dtype
 
 
 def _bytes(piece: Piece, dtype: torch.dtype) -> int:

@@ -14,6 +14,9 @@ import torch
 from kmem.config import LatentAttention, ModelConfig, UserError
 from kmem.hf.architectures import KMEM
 from kmem.hf.native import DEEPSEEK_V3, Architecture
+from kmem.model.engram_memory import table_name, table_part_name, table_rows
+from kmem.model.exported_memory import COMPRESSION
+from kmem.model.shape import Shape
 from kmem.parallel.parameter_counts import tensor_shapes
 
 LISTED = 20  # differences named in an error
@@ -86,12 +89,13 @@ class Piece:
     parameter: str
     """The parameter of the Transformers model that it becomes, or becomes a part of."""
     tensor: str | None
-    """kmem's tensor; None for a tensor without elements that the architecture insists on."""
+    """kmem's tensor; None for one that is no weight: the compression of the vocabulary, or a tensor without elements
+    that the architecture insists on."""
     start: int = 0
     expert: int | None = None
     """Index into the stack's first dimension; None for a tensor that is no stack."""
-    wide: bool = False
-    """Whether it stays in fp32."""
+    dtype: torch.dtype | None = None
+    """Its dtype where that is not the folder's."""
 
     @property
     def stop(self) -> int:
@@ -99,15 +103,40 @@ class Piece:
         return self.start + self.shape[0]
 
 
-def folder_pieces(model: ModelConfig, architecture: Architecture) -> list[Piece]:
-    """The tensors of a folder of this architecture, in kmem's order; together they hold every row once."""
-    cut = _own if architecture is KMEM else _native
+def folder_pieces(
+    model: ModelConfig, architecture: Architecture, table_parts: Mapping[int, Sequence[int]] | None = None
+) -> list[Piece]:
+    """The tensors of a folder of this architecture, in kmem's order; together they hold every row once.
+
+    Args:
+        table_parts: layer -> rows of each tensor that holds a range of its table's rows; default: one tensor.
+    """
     tensors = tensor_shapes(model)
-    found = [piece for tensor, shape in tensors.items() for piece in cut(tensor, tuple(shape))]
+    tables = {table_name(layer): layer for layer in table_rows(Shape(model.model_dump()))}
+    found = []
+    for tensor, shape in tensors.items():
+        if tensor in tables:
+            layer = tables[tensor]
+            found += _table(layer, (table_parts or {}).get(layer, [shape[0]]), shape[1])
+        else:
+            found += (_own if architecture is KMEM else _native)(tensor, tuple(shape))
+    if model.engram is not None and model.engram.compression:
+        found.append(Piece(COMPRESSION, (model.vocab_size,), COMPRESSION, None, dtype=torch.int64))
     if architecture is DEEPSEEK_V3:
         found += _empty_shared_experts(model)
     assert len({piece.name for piece in found}) == len(found)
-    assert sum(prod(piece.shape) for piece in found) == sum(map(prod, tensors.values()))
+    assert sum(prod(piece.shape) for piece in found if piece.tensor) == sum(map(prod, tensors.values()))
+    return found
+
+
+def table_parts(model: ModelConfig, itemsize: int, max_bytes: int) -> dict[int, list[int]]:
+    """Layer -> rows of each tensor of its table, near equal and at most `max_bytes` long with values of `itemsize`."""
+    found = {}
+    shape = Shape(model.model_dump())
+    for layer, rows in table_rows(shape).items():
+        longest = max(1, max_bytes // (shape.memory.row_dim * itemsize))
+        count = -(-rows // longest)
+        found[layer] = [rows // count + (part < rows % count) for part in range(count)]
     return found
 
 
@@ -153,7 +182,20 @@ def half_split_rows(attention: LatentAttention, tensor: str) -> torch.Tensor | N
 
 
 def _own(tensor: str, shape: tuple[int, ...]) -> list[Piece]:
-    return [Piece(tensor, shape, tensor, tensor, wide=tensor.endswith(WIDE))]
+    return [Piece(tensor, shape, tensor, tensor, dtype=_dtype(tensor))]
+
+
+def _table(layer: int, parts: Sequence[int], row_dim: int) -> list[Piece]:
+    found, start = [], 0
+    for part, rows in enumerate(parts):
+        name = table_part_name(layer, part)
+        found.append(Piece(name, (rows, row_dim), name, table_name(layer), start))
+        start += rows
+    return found
+
+
+def _dtype(tensor: str) -> torch.dtype | None:
+    return torch.float32 if tensor.endswith(WIDE) else None
 
 
 def _native(tensor: str, shape: tuple[int, ...]) -> list[Piece]:
@@ -161,7 +203,7 @@ def _native(tensor: str, shape: tuple[int, ...]) -> list[Piece]:
     names = LAYER_TABLE[local] if prefix else TABLE[local]
     if local not in STACKED:
         name = prefix + names[0]
-        return [Piece(name, shape, name, tensor, wide=local.endswith(WIDE))]
+        return [Piece(name, shape, name, tensor, dtype=_dtype(local))]
     rows = shape[1] // len(names)
     return [
         Piece(

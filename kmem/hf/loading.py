@@ -5,17 +5,21 @@ from typing import Any
 
 import torch
 
+from kmem.checkpoint.memory import checkpoint_addresses, mapped_tables
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import UserError
 from kmem.data.tokenizer import load_tokenizer
+from kmem.hf.architectures import KMEM
 from kmem.hf.custom_code import register
 from kmem.hf.folder import ModelFolder
 from kmem.hf.key_map import account
+from kmem.model.engram_memory import EngramAddresses, table_name
+from kmem.model.exported_memory import COMPRESSION
 from kmem.parallel.parameter_counts import tensor_shapes
 
 
 def load(path: Path) -> tuple[Any, Any]:
-    """(Transformers causal language model in evaluation mode, tokenizer), on the CPU.
+    """(Transformers causal language model in evaluation mode, tokenizer), on the CPU; tables stay in mapped files.
 
     Args:
         path: a run folder, the folder of one step, or a Hugging Face folder with safetensors weights. No code from the
@@ -33,11 +37,14 @@ def load(path: Path) -> tuple[Any, Any]:
 def _load_folder(path: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
-    ModelFolder(path)  # its errors name files; it also refuses pickled weights
+    folder = ModelFolder(path)  # its errors name files; it also refuses pickled weights
     register()
+    section = folder.config.get("model")
+    own = folder.config.get("model_type") == KMEM.model_type
+    memory = {"memory": "mmap"} if own and isinstance(section, dict) and section.get("engram") else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(path), local_files_only=True, use_safetensors=True, trust_remote_code=False
+            str(path), local_files_only=True, use_safetensors=True, trust_remote_code=False, **memory
         )
     except Exception as error:  # Transformers raises many kinds
         raise UserError(f"{path}: not loadable by transformers.AutoModelForCausalLM: {error}") from error
@@ -55,7 +62,20 @@ def _load_checkpoint(reader: CheckpointReader) -> Any:
         found={name: tuple(info.shape) for name, info in reader.tensors.items()},
         remedy="it was not saved by a run of its own model section",
     )
+    addresses = checkpoint_addresses(reader)
+    fields: dict[str, Any] = {"model": model_section.model_dump(mode="json")}
+    weights = {name: reader.read(name) for name in reader.tensors if name not in _tables(addresses)}
+    if addresses is not None:
+        fields["engram_addressing"] = addresses.addressing.to_manifest()
+        if addresses.compression is not None:
+            weights[COMPRESSION] = addresses.compression.lookup
     with torch.device("meta"):
-        model = KmemForCausalLM(KmemConfig(model=model_section.model_dump(mode="json")))
-    model.load_state_dict({name: reader.read(name) for name in reader.tensors}, assign=True)
+        model = KmemForCausalLM(KmemConfig(**fields), memory="mmap")
+    model.load_state_dict(weights, assign=True)
+    if addresses is not None:
+        model.use_rows(mapped_tables(reader, addresses))
     return model.eval()
+
+
+def _tables(addresses: EngramAddresses | None) -> set[str]:
+    return set() if addresses is None else {table_name(layer) for layer in addresses.layers}

@@ -20,6 +20,10 @@ class KmemConfig(PretrainedConfig):
     """`model` is kmem's model section as plain data and the only source: the names that Transformers and its users look
     for are read from it, and written into config.json for tools that read only that.
 
+    Args:
+        engram_addressing: for a model with n-gram memory, which n-gram reads which row: `NgramAddressing.to_manifest`.
+        engram_parts: layer, as text -> rows of each of the tensors that hold its table, in their order. Default: one.
+
     Raises:
         ValueError: config.json gives one of those names another value than `model` does.
     """
@@ -27,9 +31,19 @@ class KmemConfig(PretrainedConfig):
     model_type = "kmem"
     keys_to_ignore_at_inference = ("past_key_values",)
 
-    def __init__(self, model: dict[str, Any] | None = None, use_cache: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: dict[str, Any] | None = None,
+        use_cache: bool = True,
+        engram_addressing: dict[str, Any] | None = None,
+        engram_parts: dict[str, list[int]] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.model = model or {}
         self.use_cache = use_cache
+        if engram_addressing is not None:
+            self.engram_addressing = engram_addressing
+            self.engram_parts = engram_parts or {}
         for name in DERIVED:
             if name in kwargs:
                 given, value = kwargs.pop(name), getattr(self, name)

@@ -141,11 +141,15 @@ class BranchNorm(nn.Module):
 
 
 class ConvolutionState:
-    """The last (K-1) * dilation inputs of a convolution, [B, (K-1) * dilation, C], for generation."""
+    """The last (K-1) * dilation inputs of a convolution, [B, (K-1) * dilation, C], for generation.
+
+    While `recording` it keeps the inputs before them too, until `crop` takes back what turned out wrong.
+    """
 
     def __init__(self, batch: int, length: int) -> None:
         self.batch = batch
         self.length = length
+        self.recording = False
         self.inputs: Tensor | None = None
 
     def extend(self, x: Tensor) -> Tensor:
@@ -153,8 +157,16 @@ class ConvolutionState:
         assert len(x) == self.batch, f"a state of {self.batch} sequences met {len(x)}"
         before = x.new_zeros(len(x), self.length, x.shape[2]) if self.inputs is None else self.inputs
         history = torch.cat((before, x), dim=1)
-        self.inputs = history[:, history.shape[1] - self.length :].detach().clone()
-        return history
+        kept = history if self.recording else history[:, history.shape[1] - self.length :]
+        self.inputs = kept.detach().clone()
+        return history[:, before.shape[1] - self.length :]
+
+    def crop(self, tokens: int) -> None:
+        """Forget the inputs of the last `tokens` tokens, and what was recorded before."""
+        if self.inputs is not None:
+            stop = self.inputs.shape[1] - tokens
+            assert stop >= self.length, "more tokens were cropped than recorded"
+            self.inputs = self.inputs[:, stop - self.length : stop].clone()
 
     def reorder(self, order: Tensor) -> None:
         """Keep the sequences `order` int64 [B'], as beam search asks; one may be taken several times."""

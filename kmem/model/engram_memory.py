@@ -28,6 +28,11 @@ def table_name(layer: int) -> str:
     return f"layers.{layer}.engram.table"
 
 
+def table_part_name(layer: int, part: int) -> str:
+    """Name of one of the row ranges in which an export holds a layer's table, [R_i, D]; `RowTable` has them."""
+    return f"{table_name(layer)}.parts.{part}"
+
+
 def table_rows(shape: Shape) -> dict[int, int]:
     """Rows of every layer's table, padding included; they do not depend on the tokenizer."""
     engram = shape.memory
@@ -110,10 +115,52 @@ class MemoryState:
         self.context = context
         """int64 [B, N-1], MISSING before a sequence's first token."""
         self.convolutions = convolutions
+        self._recorded: Tensor | None = None  # int64 [B, N-1 + tokens since recording began or the last crop]
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return len(self.context)
+
+    def record(self, on: bool) -> None:
+        """Whether to keep what `crop` needs to take back the tokens that follow."""
+        if on != (self._recorded is not None):
+            self._recorded = self.context if on else None
+        for state in self.convolutions.values():
+            state.recording = on
+
+    def advance(self, ids: Tensor, context: Tensor) -> None:
+        """Addressed ids int64 [B, T] were read; the next ones have this context [B, N-1]."""
+        self.context = context
+        if self._recorded is not None:
+            self._recorded = torch.cat((self._recorded, ids), dim=1)
+
+    def crop(self, tokens: int) -> None:
+        """Take back the last `tokens` tokens, and begin recording anew.
+
+        Raises:
+            ValueError: fewer were recorded.
+        """
+        length = self.context.shape[1]
+        recorded = 0 if self._recorded is None else self._recorded.shape[1] - length
+        if tokens > recorded:
+            raise ValueError(
+                f"{tokens} tokens are to be taken back and the n-gram memory has recorded {recorded}: call "
+                "activate_past_recording() of the cache before they are read"
+            )
+        if self._recorded is None:
+            return
+        self._recorded = self._recorded[:, recorded - tokens : recorded - tokens + length]
+        self.context = self._recorded
+        for state in self.convolutions.values():
+            state.crop(tokens)
 
     def reorder(self, order: Tensor) -> None:
         """Keep the sequences `order` int64 [B'], as beam search asks; one may be taken several times."""
-        self.context = self.context.index_select(0, order.to(self.context.device))
+        order = order.to(self.context.device)
+        self.context = self.context.index_select(0, order)
+        if self._recorded is not None:
+            self._recorded = self._recorded.index_select(0, order)
         for state in self.convolutions.values():
             state.reorder(order)
 
@@ -165,7 +212,7 @@ class EngramMemory:
             convolution = None if state is None else state.convolutions.get(layer)
             found[layer] = EngramInput(values.flatten(-2), present, document_ids, convolution)
         if state is not None:
-            state.context = addressing.next_context(ids, document_ids, context)
+            state.advance(ids, addressing.next_context(ids, document_ids, context))
         return found
 
 
@@ -184,7 +231,7 @@ class RowTable(nn.Module):
         out, start = self.parts[0].new_empty(len(flat), self.parts[0].shape[1]), 0
         for part in self.parts:
             here = ((flat >= start) & (flat < start + len(part))).nonzero().squeeze(1)
-            out = out.index_copy(0, here, part[flat[here] - start])
+            out.index_copy_(0, here, part[flat[here] - start])
             start += len(part)
         return out.view(*rows.shape, -1)
 

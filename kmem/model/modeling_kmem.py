@@ -1,24 +1,39 @@
 """kmem's model as a Transformers causal language model. Ships beside exported weights."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.hub import cached_file
 
 from .configuration_kmem import KmemConfig
 from .decoder import Decoder
+from .engram import Engram, EngramInput
+from .engram_memory import EngramAddresses, EngramMemory, RowSource, RowTable
+from .exported_memory import COMPRESSION, TABLES, MemoryDescription
+from .hyper_connections import collapse_branches, expand_branches
 from .init import initialise_
 from .mask import padded_positions, padding_mask
+from .memory_cache import memory_layer
 from .rope import rotation
 from .shape import Shape
+from .token_compression import TokenCompression
+
+MEMORY = ("device", "mmap")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class KmemForCausalLM(PreTrainedModel, GenerationMixin):
     """The parts of a `Decoder` under their canonical names, with cache, padding, loss and `generate`.
 
     A tied head has no parameter of its own, so there is nothing for Transformers to tie.
+
+    Args:
+        memory: where a model with n-gram memory has its tables. device: they are parameters. mmap: they stay in the
+            weight files, mapped and read-only; `from_pretrained(.., memory="mmap")` finds those.
     """
 
     config_class = KmemConfig
@@ -28,7 +43,9 @@ class KmemForCausalLM(PreTrainedModel, GenerationMixin):
     _keep_in_fp32_modules_strict = ("selection_bias",)
     _supports_sdpa = True
 
-    def __init__(self, config: KmemConfig) -> None:
+    def __init__(self, config: KmemConfig, memory: str = "device") -> None:
+        if memory not in MEMORY:
+            raise ValueError(f"memory={memory!r}: one of {', '.join(MEMORY)}")
         super().__init__(config)
         self.shape = Shape(config.model)
         decoder = Decoder(self.shape)
@@ -36,8 +53,45 @@ class KmemForCausalLM(PreTrainedModel, GenerationMixin):
         self.layers = decoder.layers
         self.norm = decoder.norm
         self.head: nn.Module | None = decoder.head
+        self.memory: MemoryDescription | None = None
+        self._rows: dict[int, RowSource] = {}
+        self._reading: EngramMemory | None = None
+        if self.shape.memory is not None:
+            manifest, parts = getattr(config, "engram_addressing", None), getattr(config, "engram_parts", {})
+            self.memory = MemoryDescription.read(self.shape, manifest, parts)
+            if self.memory.compressed:
+                self.register_buffer(COMPRESSION, torch.zeros(self.shape.vocab_size, dtype=torch.int64))
+            if memory == "device":
+                for layer, rows in self.memory.parts.items():
+                    self._rows[layer] = table = RowTable(rows, self.memory.row_dim)
+                    self._engram(layer).add_module("table", table)
+            else:
+                self._keys_to_ignore_on_load_unexpected = {TABLES}
         self._names = {module: name for name, module in self.named_modules()}
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers, with `memory`: "device" or "mmap".
+
+        Raises:
+            ValueError: the tokens' compression is not the one that the tables were trained with; or, with
+                memory="mmap", a weight file is missing or damaged.
+        """
+        found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found
+        if model.memory is not None:
+            if kwargs.get("memory") == "mmap":
+                options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+
+                def find(file: str) -> str | None:
+                    return cached_file(
+                        pretrained_model_name_or_path, file, _raise_exceptions_for_missing_entries=False, **options
+                    )
+
+                model.use_rows(model.memory.mapped(find))
+            model.engram_memory()  # refuses another compression
+        return found
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
@@ -51,6 +105,33 @@ class KmemForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.head = new_embeddings
 
+    def use_rows(self, sources: Mapping[int, RowSource]) -> None:
+        """Read each layer's rows there, with memory="mmap"."""
+        self._rows, self._reading = dict(sources), None
+
+    def engram_memory(self) -> EngramMemory:
+        """The n-gram memory of a model that has one.
+
+        Raises:
+            ValueError: `token_compression` is not the map that the tables were trained with, or no files were given.
+        """
+        assert self.memory is not None
+        lookup = getattr(self, COMPRESSION, None)
+        if self._reading is not None:
+            known = self._reading.addresses.compression
+            if known is None or known.lookup is lookup:  # another after a move to another device
+                return self._reading
+        if self.memory.parts.keys() != self._rows.keys():
+            raise ValueError('memory="mmap": the tables stay in weight files; load the model with from_pretrained')
+        compression = None
+        if lookup is not None:
+            size = self.memory.addressing.compressed_vocab_size
+            assert size is not None
+            compression = TokenCompression(lookup, size)
+        addresses = EngramAddresses(self.memory.addressing, compression)
+        self._reading = EngramMemory(addresses, self._rows, {layer: self._engram(layer) for layer in self._rows})
+        return self._reading
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -62,6 +143,7 @@ class KmemForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        token_mask: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
@@ -70,12 +152,17 @@ class KmemForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             attention_mask: [B, S] over cached and new tokens, 0 where a token is padding; or bool [B, 1, T, S], True
                 where a query may attend.
-            position_ids: [B, T]. Default: tokens count from the first that is not padding.
+            position_ids: [B, T]. Default: tokens count from the first that is not padding. An n-gram memory looks back
+                over the whole row, whatever they say.
             labels: [B, T] as the input ids, -100 where the loss leaves a token out; shifted here.
             logits_to_keep: only the last so many positions, or the positions of this tensor; 0 keeps all.
+            token_mask: [B, T], 0 where a token is padding, which an n-gram memory passes over; for an attention mask
+                that does not say it. Default: the end of `attention_mask` [B, S].
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if self.memory is not None and input_ids is None:
+            raise ValueError("a model with n-gram memory reads token ids: give input_ids, not inputs_embeds")
         hidden = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None:
@@ -87,11 +174,18 @@ class KmemForCausalLM(PreTrainedModel, GenerationMixin):
 
         rotary = rotation(self.shape, position_ids)
         mask = _mask(attention_mask, queries, cached)
+        if token_mask is None and attention_mask is not None and attention_mask.dim() == 2:
+            token_mask = attention_mask[:, -queries:]
+        memory = self._read(input_ids, token_mask, past_key_values)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [hidden]
-        for layer in self.layers:
-            hidden = layer(hidden, position_ids, mask, past_key_values, rotary)
-            states.append(hidden)
-        hidden = self.norm(hidden)
+        branches = self.shape.branches
+        hidden = expand_branches(hidden, branches)
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, position_ids, mask, past_key_values, rotary, memory.get(index))
+            if wanted:
+                states.append(collapse_branches(hidden, branches))
+        hidden = self.norm(collapse_branches(hidden, branches))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if self.head is None:
             logits = nn.functional.linear(hidden[:, kept], self.embedding.get_parameter("weight"))
@@ -101,7 +195,6 @@ class KmemForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -110,10 +203,65 @@ class KmemForCausalLM(PreTrainedModel, GenerationMixin):
         )
         return output.to_tuple() if return_dict is False else output
 
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in Transformers; the 4-D mask of a cache of fixed length no longer says which tokens are padding."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
+        mask = inputs.get("attention_mask")
+        if self.memory is not None and attention_mask is not None and mask is not None and mask.dim() == 4:
+            inputs["token_mask"] = attention_mask[:, -mask.shape[2] :]
+        return inputs
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers, for models without n-gram memory: another vocabulary would change every address."""
+        if self.memory is not None and new_num_tokens not in (None, self.config.vocab_size):
+            raise ValueError("a model with n-gram memory keeps its vocabulary: the rows' addresses are made for it")
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers; a model whose tables are mapped would be saved without them."""
+        if self.memory is not None and not all(isinstance(rows, RowTable) for rows in self._rows.values()):
+            raise ValueError(
+                'memory="mmap": the tables are not part of the model; load it with memory="device" to save'
+            )
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _engram(self, layer: int) -> Engram:
+        engram = self.layers[layer].get_submodule("engram")
+        assert isinstance(engram, Engram)
+        return engram
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Assisted decoding asks a cache to record before any token is read: the memory's layer must be there."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if self.memory is not None and cache is not None:
+            layer = memory_layer(cache, self.shape.num_layers)
+            if getattr(generation_config, "is_assistant", False):
+                layer.activate_past_recording()
+
+    def _read(self, input_ids: Tensor | None, token_mask: Tensor | None, cache: Any) -> dict[int, EngramInput]:
+        """What the memory of each layer holds for the tokens [B, T]; nothing for a model without."""
+        if self.memory is None or input_ids is None:
+            return {}
+        memory, state = self.engram_memory(), None
+        if cache is not None:
+            layer = memory_layer(cache, self.shape.num_layers)
+            state = layer.begun(memory, len(input_ids), input_ids.device)
+        present = None if token_mask is None or bool(token_mask.all()) else token_mask.bool()
+        return memory.read(input_ids, present=present, state=state)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """kmem's initialisation under the process's seed. Tensors that were loaded from a checkpoint stay."""
-        if next(module.children(), None) is not None:
+        if isinstance(module, RowTable):
+            for part in module.parts:
+                if not getattr(part, "_is_hf_initialized", False):
+                    nn.init.normal_(part, std=self.shape.memory.init_std)
+        if next(module.children(), None) is not None or isinstance(module, nn.ParameterList):
             return  # only the innermost modules own tensors
         tensors = (*module.parameters(), *module.buffers())
         loaded = [(tensor, tensor.clone()) for tensor in tensors if getattr(tensor, "_is_hf_initialized", False)]

@@ -1,5 +1,9 @@
 """Tiny models of every shape, and checkpoints of them with random weights."""
 
+import atexit
+import functools
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +13,12 @@ from kmem.checkpoint.commit import Progress
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.checkpoint.writer import write_weights
 from kmem.config import ModelConfig
+from kmem.data.addresses import model_addresses
 from kmem.data.tokenizer import train_tokenizer
 from kmem.hf.importing import starting_config
 from kmem.model.decoder import Decoder
+from kmem.model.engram import EngramInput
+from kmem.model.engram_memory import EngramMemory, table_name, table_rows
 from kmem.model.shape import Shape
 
 VOCABULARY = 320
@@ -68,6 +75,7 @@ OWN = {
             "chain": {"iterations": 2, "retrofit_scale": True},
         },
     ),
+    "four branches": model({**GQA, "qk_norm": True}, EXPERTS, hyper_connections={"branches": 4}),
     "chain of experts as released": model(
         MLA,
         {
@@ -80,28 +88,90 @@ OWN = {
 }
 
 
-def random_weights(config: ModelConfig, seed: int = 0) -> Decoder:
+def memory(
+    preset: str, attention: dict[str, Any] = GQA, moe: dict[str, Any] | None = None, **changes: Any
+) -> ModelConfig:
+    """A model with n-gram memory as published in all but its sizes."""
+    branches, changes = changes.pop("branches", 1), {"layers": [2, 0], "heads": 2, "row_dim": 6, **changes}
+    engram = {"preset": preset, "rows_per_head": 61, **changes}
+    return model(attention, moe, engram=engram, hyper_connections={"branches": branches} if branches > 1 else None)
+
+
+MEMORY = {
+    "deepseek": memory("deepseek", branches=4),
+    "deepseek-v4.1": memory("deepseek-v4.1", MLA, {**SIGMOID, "first_dense_layers": 1}),
+    "deepseek-v4.1 in branches": memory("deepseek-v4.1", branches=4, pad_token_id=7),
+    "qwen": memory("qwen", {**GQA, "qk_norm": True}, EXPERTS, conv_dilation=2),
+    "qwen in branches": memory("qwen", layers=[1], branches=4, conv_within_documents=True),
+    "deepseek in one stream": memory("deepseek", rows_per_head=[31, 61], compression=False),
+}
+"""Models with n-gram memory."""
+
+
+class Remembering(Decoder):
+    """A decoder with its tables, for comparison: `tables` holds them whole."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.tables: dict[int, torch.Tensor] = {}
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds."""
+        return {**self.state_dict(), **{table_name(layer): table for layer, table in self.tables.items()}}
+
+    def read(self, input_ids: torch.Tensor) -> dict[int, EngramInput] | None:
+        """The rows of whole sequences."""
+        if not self.tables:
+            return None
+        addresses = model_addresses(ModelConfig.model_validate(self.shape.as_dict()), tokenizer())
+        modules = {layer: self.layers[layer].engram for layer in self.tables}
+        sources = {layer: table.__getitem__ for layer, table in self.tables.items()}
+        return EngramMemory(addresses, sources, modules).read(input_ids)
+
+
+@functools.cache
+def tokenizer() -> Path:
+    """The folder of the tokenizer of all these models; it goes when the process does."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    train_tokenizer(iter(TEXT), VOCABULARY, Path(folder.name) / "tokenizer")
+    return Path(folder.name) / "tokenizer"
+
+
+def random_weights(config: ModelConfig, seed: int = 0) -> Remembering:
     """A model in which every tensor matters: no zero biases, no unit norms, biases that change routing."""
     generator = torch.Generator().manual_seed(seed)
-    decoder = Decoder(Shape(config.model_dump())).eval()
+    decoder = Remembering(Shape(config.model_dump())).eval()
     for name, tensor in decoder.state_dict().items():
         values = torch.randn(tensor.shape, generator=generator)
         scale = 0.1 if name in ("embedding.weight", "head.weight") else 0.2  # logits of about 0.6
         tensor.copy_(1 + scale * values if name.endswith("norm.weight") else scale * values)
+    for layer, rows in table_rows(decoder.shape).items():
+        decoder.tables[layer] = torch.randn(rows, decoder.shape.memory.row_dim, generator=generator)
     return decoder
 
 
-def write_run(run: Path, config: ModelConfig, decoder: Decoder | None = None) -> CheckpointReader:
+def write_run(run: Path, config: ModelConfig, decoder: Remembering | None = None) -> CheckpointReader:
     """A run folder with a checkpoint of these weights and a tokenizer."""
-    weights = (decoder or random_weights(config)).state_dict()
+    weights = (decoder or random_weights(config)).weights()
     progress = Progress(step=7, consumed_samples=56, tokens=896, optimizer_steps=7, facts={"loss": 2.5})
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    write_weights(run / "checkpoints", progress, starting_config(run, config), shapes, lambda name: [weights[name]])
-    train_tokenizer(iter(TEXT), VOCABULARY, run / "tokenizer")
+    addresses = model_addresses(config, tokenizer())
+    write_weights(
+        run / "checkpoints",
+        progress,
+        starting_config(run, config),
+        shapes,
+        lambda name: [weights[name]],
+        None if addresses is None else addresses.addressing.to_manifest(),
+    )
+    shutil.copytree(tokenizer(), run / "tokenizer")
     return CheckpointReader(run)
 
 
-def logits(decoder: Decoder, input_ids: torch.Tensor) -> torch.Tensor:
+def logits(decoder: Decoder, input_ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
     """kmem's own logits [B, T, V] of sequences without padding."""
-    positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-    return decoder.logits(decoder(input_ids, positions))
+    if positions is None:
+        positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    rows = decoder.read(input_ids) if isinstance(decoder, Remembering) else None
+    return decoder.logits(decoder(input_ids, positions, memory=rows))

@@ -15,9 +15,10 @@ from kmem.hf import key_map
 from kmem.hf.architectures import choose
 from kmem.hf.custom_code import register
 from kmem.hf.export import export
-from tests.hf.models import NATIVE, OWN, VOCABULARY, logits, random_weights, write_run
+from tests.hf.models import MEMORY, NATIVE, OWN, VOCABULARY, logits, random_weights, write_run
 
-CASES = {**{name: (config, False) for name, config in (NATIVE | OWN).items()}, "forced": (NATIVE["deepseek_v3"], True)}
+CASES = {name: (config, False) for name, config in (NATIVE | OWN | MEMORY).items()}
+CASES["forced"] = (NATIVE["deepseek_v3"], True)
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -57,7 +58,7 @@ def test_logits_at_long_positions_are_kmems(exported):
     decoder, model = exported
     input_ids = torch.randint(VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(6))
     positions = torch.arange(50_000, 50_024)[None]
-    expected = decoder.logits(decoder(input_ids, positions))
+    expected = logits(decoder, input_ids, positions)
     torch.testing.assert_close(model(input_ids, position_ids=positions, use_cache=False).logits, expected, **TOLERANCE)
 
 
@@ -124,9 +125,9 @@ def test_loss_and_gradients_are_those_of_shifted_labels(exported):
     torch.testing.assert_close(found, decoder.embedding.weight.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*NATIVE, *OWN])
+@pytest.mark.parametrize("name", [*NATIVE, *OWN, "deepseek"])
 def test_the_folder_is_complete(name, tmp_path):
-    config = (NATIVE | OWN)[name]
+    config = (NATIVE | OWN | MEMORY)[name]
     reader = write_run(tmp_path / "run", config)
     choice = export(reader, tmp_path / "out", dtype="bf16", max_shard_bytes=20_000, say=str)
     files = {file.name for file in (tmp_path / "out").iterdir()}
@@ -140,9 +141,9 @@ def test_the_folder_is_complete(name, tmp_path):
     assert sum(tensor.nbytes for tensor in weights.values()) == index["metadata"]["total_size"]
     assert len(set(index["weight_map"].values())) > 2
     for key, tensor in weights.items():
-        assert tensor.dtype == (
-            torch.float32 if "bias" in key.rsplit(".", 1)[-1] and "proj" not in key else torch.bfloat16
-        ), key
+        wide = key.endswith(("selection_bias", "e_score_correction_bias"))
+        expected = torch.int64 if key == "token_compression" else torch.float32 if wide else torch.bfloat16
+        assert tensor.dtype == expected, key
     assert {"config.json", "generation_config.json", "README.md", "tokenizer.json", "tokenizer_config.json"} <= files
     assert ("modeling_kmem.py" in files) == (choice.architecture.model_type == "kmem")
     card = (tmp_path / "out" / "README.md").read_text()
@@ -182,10 +183,10 @@ assert "kmem" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("name", ["softmax and shared experts", "chain of experts"])
+@pytest.mark.parametrize("name", ["softmax and shared experts", "chain of experts", "deepseek"])
 def test_custom_code_needs_no_kmem(name, tmp_path):
     """In a process where kmem cannot be imported, from another folder, and again after save_pretrained."""
-    config = OWN[name]
+    config = (OWN | MEMORY)[name]
     decoder = random_weights(config)
     export(write_run(tmp_path / "run", config, decoder), tmp_path / "out", say=str)
     ids = torch.randint(VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(5))

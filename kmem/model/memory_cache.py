@@ -1,0 +1,94 @@
+"""The state of an n-gram memory in Transformers' key-value cache. Ships beside exported weights."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import cache_utils
+
+from .engram_memory import EngramMemory, MemoryState
+
+# Offloading passes over layers of this class; Transformers before 5.19 has none.
+_Keyless: Any = getattr(cache_utils, "DummyLayer", object)
+
+
+class MemoryLayer(_Keyless):
+    """A cache layer without keys behind those of the decoder: what beam search, repetition or assisted decoding do to
+    the sequences of a cache is done to the memory's state."""
+
+    supports_early_init = False
+    is_compileable = True  # it decides about the masks of caches of fixed length, which the state does not touch
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = True
+        self.record_past = False
+        self.state: MemoryState | None = None
+
+    def begun(self, memory: EngramMemory, batch: int, device: torch.device) -> MemoryState:
+        """The state before the next tokens of `batch` sequences."""
+        if self.state is None:
+            self.state = memory.start(batch, device)
+        if self.state.batch != batch:
+            raise ValueError(f"the cache holds {self.state.batch} sequences, and {batch} are given")
+        self.state.record(self.record_past)
+        return self.state
+
+    def activate_past_recording(self) -> None:
+        """Keep what `crop` needs from now on."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back -tokens_to_remove tokens, which is 0 or negative as in all cache layers."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the tokens to take back as a negative number")
+        if self.state is not None:
+            self.state.crop(-tokens_to_remove)
+
+    def reset(self) -> None:
+        self.state = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.state is not None:
+            self.state.reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            self.state.reorder(torch.arange(self.state.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.state is not None:
+            self.state.reorder(torch.arange(self.state.batch)[indices.cpu()])
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        assert key_states is None, "the memory's layer holds no keys"
+        return None, None
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def offload(self) -> None: ...
+    def prefetch(self) -> None: ...
+
+
+def memory_layer(cache: Any, decoder_layers: int) -> MemoryLayer:
+    """The memory's layer of a cache, appended where it has none yet.
+
+    Raises:
+        ValueError: the cache holds tokens that no memory has read.
+    """
+    for layer in cache.layers:
+        if isinstance(layer, MemoryLayer):
+            return layer
+    if cache.get_seq_length():
+        raise ValueError(
+            "past_key_values holds tokens whose n-grams this model's memory has not read: continue a cache that this "
+            "model filled"
+        )
+    while len(cache.layers) < decoder_layers:  # a cache that was made without a configuration grows as it is used
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = MemoryLayer()
+    cache.layers.append(layer)
+    return layer
