@@ -36,6 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
     train = config.train
     if train.global_batch_size != train.micro_batch_size or config.parallel.pipeline != 1:
         raise ConfigError("kmem bench train: one process and one micro-batch per step on both sides")
+    if config.model.engram is not None:
+        raise ConfigError("kmem bench train: model.engram has no peer; `kmem bench memory` measures it")
     if arguments.peer == "fp32" and train.precision != "bf16":
         raise ConfigError("--peer fp32: needs --set train.precision=bf16")
     with tempfile.TemporaryDirectory() as scratch:

@@ -103,8 +103,8 @@ def export_initial_model(config: Config, out: Path) -> str:
     shape = Shape(config.model.model_dump())
     decoder = Decoder(shape)
     initialise_(decoder, shape, config.train.init_seed)
-    train_tokenizer(iter(["an export needs a tokenizer, this measurement does not"]), 257, out.with_name("tokenizer"))
-    model = _InMemory(config, decoder.state_dict(), out.with_name("tokenizer"))
+    model = _InMemory(config, decoder.state_dict(), out.parent)
+    train_tokenizer(iter(["an export needs a tokenizer, this measurement does not"]), 257, model.tokenizer_path)
     return export(model, out, say=lambda text: None).architecture.class_name
 
 
@@ -114,8 +114,13 @@ class _InMemory:
 
     config: Config
     tensors: dict[str, Tensor]
-    tokenizer_path: Path
+    folder: Path
     facts: dict[str, Any] = field(default_factory=dict)
+    addressing: dict[str, Any] | None = None
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.folder / "tokenizer"
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         return self.tensors[name][start:stop]

@@ -1,0 +1,115 @@
+"""Training steps of a model with memory whose tables are small, large in host memory, or mapped from a file."""
+
+import itertools
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kmem.bench.contest import Runner
+from kmem.bench.training import random_tokens, sequence_batches
+from kmem.config import Config, parse_config
+from kmem.memory.table import Table
+from kmem.model.engram_memory import EngramAddresses
+from kmem.model.shape import Shape
+from kmem.parallel.mesh import Mesh
+from kmem.train.dry_run import TableMemory, rank_memory
+
+TokenKind = Literal["zipf", "uniform"]
+
+
+def zipf_tokens(config: Config, step: int) -> Tensor:
+    """Tokens of a step, [global batch, T + 1], the n-th most frequent one in proportion to 1 / n, each drawn for
+    itself: of text's repetitions these have those of words, not those of phrases."""
+    generator = torch.Generator().manual_seed(step)
+    shares = 1 / torch.arange(1, config.model.vocab_size + 1, dtype=torch.float64)
+    rows, columns = config.train.global_batch_size, config.data.sequence_length + 1
+    return torch.multinomial(shares, rows * columns, replacement=True, generator=generator).view(rows, columns)
+
+
+TOKENS: dict[TokenKind, Callable[[Config, int], Tensor]] = {"zipf": zipf_tokens, "uniform": random_tokens}
+
+
+def tables(config: Config) -> list[TableMemory]:
+    """The tables of a model on one rank."""
+    (stage,) = rank_memory(config, Mesh(0, 1, 1, 1))
+    return list(stage.tables)
+
+
+def sized(config: Config, size: int, **memory: Any) -> dict[str, Any]:
+    """The configuration as a tree, with as many rows per head as make all tables with their rows' state have about
+    `size` bytes, and with changes to its section `memory`."""
+    engram = config.model.engram
+    assert engram is not None
+    assert engram.orders is not None
+    assert engram.heads is not None
+    tree = config.model_dump(mode="json")
+    tree["memory"] |= memory
+    table = tables(config)[0]
+    row = table.row_bytes + table.state_bytes + table.busy_bytes
+    heads = len(engram.layers) * len(engram.orders) * engram.heads
+    tree["model"]["engram"]["rows_per_head"] = max(1, size // (row * heads))
+    return tree
+
+
+def memory_runner(tree: dict[str, Any], kind: TokenKind) -> Runner:
+    """kmem's pipeline with its tables, every page of which has been written, on tokens of that kind.
+
+    A round is timed until the last update and fetch that its steps have queued are done, so none of their work is left
+    to the pause after it.
+    """
+    from kmem.parallel.mesh import join_mesh
+    from kmem.parallel.pipeline import Pipeline
+
+    config = parse_config(tree)
+    addresses = EngramAddresses.build(Shape(config.model.model_dump()), eos_token_id=0)
+    pipeline = Pipeline(config, join_mesh(config), addresses)
+    assert pipeline.memory is not None
+    own = pipeline.memory.tables
+    for table in own.values():
+        write_all(table)
+    moved = {table.layer: table.row_bytes for table in tables(config)}  # out of the store
+    moved = {layer: size + own[layer].spec.dim * torch.float32.itemsize for layer, size in moved.items()}  # and back
+    draw = TOKENS[kind]
+    batches = sequence_batches(config, (draw(config, step) for step in itertools.count()))
+    begun = deque(pipeline.begin_step(next(batches)) for _ in range(config.memory.prefetch_depth))
+
+    def run(steps: int) -> dict[str, Any]:
+        prepared = list(itertools.islice(batches, steps))
+        results = []
+        began = time.perf_counter()
+        for batch in prepared:
+            begun.append(pipeline.begin_step(batch))
+            results.append(pipeline.train_step(begun.popleft(), config.train.optimizer.lr))
+        for table in own.values():
+            table.drain()
+        seconds = time.perf_counter() - began
+        memory = [result.memory or {} for result in results]
+        return {
+            "seconds": seconds,
+            "losses": [result.loss for result in results],
+            **{
+                name: [sum(getattr(figures, name) for figures in step.values()) for step in memory]
+                for name in ("stall_ms", "fetch_ms", "owner_ms", "unique_rows")
+            },
+            "bytes": [sum(step[layer].unique_rows * size for layer, size in moved.items()) for step in memory],
+        }
+
+    return run
+
+
+def write_all(table: Table) -> None:
+    """Write the pages that a new table leaves to the system's zeros, so that they take memory or disk as in a long
+    run. A mapped file leaves its folder at once: it goes when its process does."""
+    store = table.store
+    for name, array in store.arrays.items():
+        if name != "rows":  # drawn, so written
+            array.zero_()
+    if store.path is not None:
+        with store.path.open("rb") as file:
+            os.fsync(file.fileno())
+        store.path.unlink()
