@@ -36,21 +36,33 @@ def test_the_heaviest_stage_is_as_light_as_it_can_be():
     assert heaviest(bounds[1], bounds[2]) == best
 
 
-@pytest.mark.parametrize("changes", [{}, {"model__tie_embeddings": True}], ids=["untied", "tied"])
-def test_parameters_per_rank_are_those_of_the_built_pipeline(ranks, changes):
-    tree = small_config(parallel={"pipeline": 2, "expert": 2}, **changes)
-    config = parse_config(tree)
-    planned = rank_memory(config, Mesh(0, 2, 2, 2))
-    built = ranks.run(4, parameters_case, tree)
-    assert built == [planned[0].parameters] * 2 + [planned[1].parameters] * 2
-
-
-def parameters_case(tree):
-    """Elements of the parameters this rank holds."""
-    return sum(parameter.numel() for parameter in build(tree).module.parameters())
-
-
 ENGRAM = {"layers": [0, 2], "heads": 2, "rows_per_head": 100, "row_dim": 8, "compression": False}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"model__tie_embeddings": True}, {"model__engram": ENGRAM, "model__hyper_connections": {"branches": 2}}],
+    ids=["untied", "tied", "memory"],
+)
+def test_parameters_and_tables_per_rank_are_those_of_the_built_pipeline(ranks, changes):
+    tree = small_config(parallel={"pipeline": 2, "expert": 2}, **changes)
+    planned = rank_memory(parse_config(tree), Mesh(0, 2, 2, 2))
+    built = ranks.run(4, built_case, tree)
+    for rank, (parameters, rows) in enumerate(built):
+        stage = planned[rank // 2]
+        assert parameters == stage.parameters
+        assert set(rows) == {table.layer for table in stage.tables}
+        first = rank % 2 == 0  # the rank whose rows are planned; the other may have one fewer
+        assert all(table.rows - rows[table.layer] in ((0,) if first else (0, 1)) for table in stage.tables)
+
+
+def built_case(tree):
+    """Elements of the parameters this rank holds, and its rows of each layer's table."""
+    pipeline = build(tree)
+    tables = {} if pipeline.memory is None else pipeline.memory.tables
+    rows = {layer: len(table.local) for layer, table in tables.items()}
+    pipeline.close()
+    return sum(parameter.numel() for parameter in pipeline.module.parameters()), rows
 
 
 def with_memory(memory, **changes):
