@@ -4,7 +4,7 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -13,13 +13,15 @@ from torch import Tensor
 from kmem.bench.contest import Runner
 from kmem.bench.training import random_tokens, sequence_batches
 from kmem.config import Config, parse_config
+from kmem.data.batch import SequenceBatch
+from kmem.data.reader import open_data
 from kmem.memory.table import Table
 from kmem.model.engram_memory import EngramAddresses
 from kmem.model.shape import Shape
 from kmem.parallel.mesh import Mesh
 from kmem.train.dry_run import TableMemory, rank_memory
 
-TokenKind = Literal["zipf", "uniform"]
+TokenKind = Literal["zipf", "uniform", "text"]
 
 
 def zipf_tokens(config: Config, step: int) -> Tensor:
@@ -31,7 +33,17 @@ def zipf_tokens(config: Config, step: int) -> Tensor:
     return torch.multinomial(shares, rows * columns, replacement=True, generator=generator).view(rows, columns)
 
 
-TOKENS: dict[TokenKind, Callable[[Config, int], Tensor]] = {"zipf": zipf_tokens, "uniform": random_tokens}
+DRAWS: dict[str, Callable[[Config, int], Tensor]] = {"zipf": zipf_tokens, "uniform": random_tokens}
+
+
+def step_batches(config: Config, kind: TokenKind) -> Iterator[list[SequenceBatch]]:
+    """Micro-batches of step after step: drawn tokens, or the prepared text of the configuration."""
+    if kind != "text":
+        yield from sequence_batches(config, (DRAWS[kind](config, step) for step in itertools.count()))
+    reader = open_data(config.data, config.model.vocab_size).training
+    batch, part = config.train.global_batch_size, config.train.micro_batch_size
+    for start in itertools.count(0, batch):
+        yield [reader.read(range(first, first + part)) for first in range(start, start + batch, part)]
 
 
 def tables(config: Config) -> list[TableMemory]:
@@ -74,8 +86,7 @@ def memory_runner(tree: dict[str, Any], kind: TokenKind) -> Runner:
         write_all(table)
     moved = {table.layer: table.row_bytes for table in tables(config)}  # out of the store
     moved = {layer: size + own[layer].spec.dim * torch.float32.itemsize for layer, size in moved.items()}  # and back
-    draw = TOKENS[kind]
-    batches = sequence_batches(config, (draw(config, step) for step in itertools.count()))
+    batches = step_batches(config, kind)
     begun = deque(pipeline.begin_step(next(batches)) for _ in range(config.memory.prefetch_depth))
 
     def run(steps: int) -> dict[str, Any]:

@@ -34,8 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--folder", type=Path, default=Path("runs"), help="for the mapped files, on a disk (default: runs)"
     )
     parser.add_argument(
-        "--tokens", choices=("zipf", "uniform"), default="zipf",
-        help="zipf: as frequent as words. uniform: nearly every look-up is of another row (default: zipf)",
+        "--tokens", choices=("zipf", "uniform", "text"), default="zipf",
+        help="zipf: as frequent as words, but without phrases, so most n-grams are new. uniform: nearly every look-up "
+        "is of another row. text: the prepared corpora of data.sources (default: zipf)",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each contestant, in turn (default: 7)")
     parser.add_argument("--steps", type=int, default=8, help="steps of a round (default: 8)")
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from kmem.bench.memory import memory_runner
+    from kmem.data.reader import open_data
 
     config = load_config(arguments.config, arguments.overrides)
     for name in ("rounds", "steps", "warmup", "threads"):
@@ -55,6 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("kmem bench memory: one process, and a model with model.engram")
     if config.model.engram.compression:
         raise ConfigError("model.engram.compression: the measurement has no tokenizer to compress; set it to false")
+    if arguments.tokens == "text":
+        open_data(config.data, config.model.vocab_size)  # says here, not in a contestant, what is missing
     arguments.folder.mkdir(parents=True, exist_ok=True)
     needed, free = int(arguments.mapped_gib * 2**30), shutil.disk_usage(arguments.folder).free
     if needed > free:

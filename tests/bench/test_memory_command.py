@@ -4,12 +4,15 @@ import json
 from collections import Counter
 
 import pytest
+import torch
 
 from kmem.bench.contest import Contestant
-from kmem.bench.memory import TOKENS, sized, tables
+from kmem.bench.memory import DRAWS, sized, step_batches, tables, write_all
 from kmem.bench.memory_command import figures
 from kmem.cli import main
 from kmem.config import RowOptimizerConfig, load_config, parse_config
+from kmem.data.prepare import Preparation, prepare
+from kmem.data.reader import open_data
 from kmem.memory.table import Table, TableSpec
 from kmem.memory.worker import MemoryWorker
 
@@ -34,10 +37,10 @@ def test_rows_and_state_have_the_size_asked_for(optimizer, size):
     assert sum(table.bytes for table in tables(found)) == pytest.approx(size, rel=0.02)
 
 
-@pytest.mark.parametrize("kind", TOKENS)
+@pytest.mark.parametrize("kind", DRAWS)
 def test_tokens_of_a_step_are_its_own(kind):
     config = load_config("bench/memory")
-    first, again, other = (TOKENS[kind](config, step) for step in (3, 3, 4))
+    first, again, other = (DRAWS[kind](config, step) for step in (3, 3, 4))
     assert first.shape == (config.train.global_batch_size, config.data.sequence_length + 1)
     assert first.equal(again)
     assert not first.equal(other)
@@ -45,14 +48,25 @@ def test_tokens_of_a_step_are_its_own(kind):
 
 def test_zipf_tokens_repeat_as_words_do():
     config = load_config("bench/memory")
-    counts = Counter(TOKENS["zipf"](config, 0).flatten().tolist())
+    counts = Counter(DRAWS["zipf"](config, 0).flatten().tolist())
     assert counts[0] > 1.5 * counts[1] > 0
-    assert len(counts) < 0.6 * len(set(TOKENS["uniform"](config, 0).flatten().tolist()))
+    assert len(counts) < 0.6 * len(set(DRAWS["uniform"](config, 0).flatten().tolist()))
+
+
+def test_text_is_that_of_training(tmp_path):
+    """Step after step of the prepared corpora's sequences, in their order of training."""
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"{n} is a number"}) + "\n" for n in range(200)))
+    prepare(Preparation(inputs=[tmp_path / "texts.jsonl"], out=tmp_path / "data", vocab_size=257))
+    sources = f"data.sources=[{{path: {tmp_path / 'data'}}}]"
+    config = load_config("bench/memory", [sources, "data.sequence_length=32", "train.micro_batch_size=4"])
+    reader = open_data(config.data, config.model.vocab_size).training
+    for step, batches in zip(range(3), step_batches(config, "text"), strict=False):
+        expected = reader.read(range(8 * step, 8 * step + 8))
+        assert torch.cat([batch.input_ids for batch in batches]).equal(expected.input_ids)
+        assert len(batches) == 2
 
 
 def test_a_written_table_is_as_new_and_leaves_no_file(tmp_path):
-    from kmem.bench.memory import write_all
-
     worker = MemoryWorker()
     with Table(
         TableSpec("table", 100, 8, store="mmap", folder=tmp_path), RowOptimizerConfig(name="adam_catchup"), worker
@@ -98,5 +112,7 @@ def test_small_and_mapped_tables_are_measured_in_turn(tmp_path, capsys):
 def test_what_cannot_be_measured_is_refused(capsys):
     assert main(["bench", "memory", "--config", "bench/train"]) == 2
     assert main(["bench", "memory", "--set", "model.engram.compression=true"]) == 2
+    assert main(["bench", "memory", "--tokens", "text"]) == 2
+    assert "synthetic" in capsys.readouterr().err
     assert main(["bench", "memory", "--mapped-gib", "100000000"]) == 2
     assert "free" in capsys.readouterr().err
