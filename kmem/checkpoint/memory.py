@@ -1,6 +1,5 @@
 """The n-gram memory of a checkpoint for use in one process: addresses checked, rows left in its files."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,6 +8,7 @@ from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import Config
 from kmem.data.addresses import model_addresses
+from kmem.model.decoder import Decoder
 from kmem.model.engram import Engram
 from kmem.model.engram_memory import EngramAddresses, EngramMemory, table_name
 from kmem.model.mapped_rows import MappedRows
@@ -52,14 +52,15 @@ def mapped_tables(reader: CheckpointReader, addresses: EngramAddresses) -> dict[
     return {layer: reader.map_rows(table_name(layer)) for layer in addresses.layers}
 
 
-def checkpoint_memory(reader: CheckpointReader, modules: Mapping[int, Engram]) -> EngramMemory | None:
-    """The memory of a checkpoint's model; None for a model without.
-
-    Args:
-        modules: layer -> its Engram module, of the layers that have one.
+def checkpoint_memory(reader: CheckpointReader, decoder: Decoder) -> EngramMemory | None:
+    """The memory of a checkpoint's model, given its layers; None for a model without.
 
     Raises:
         CheckpointError: as `checkpoint_addresses`, or a file is missing or damaged.
     """
     addresses = checkpoint_addresses(reader)
-    return None if addresses is None else EngramMemory(addresses, mapped_tables(reader, addresses), modules)
+    if addresses is None:
+        return None
+    modules = {index: layer.get_submodule("engram") for index, layer in enumerate(decoder.layers) if layer.engram}
+    engrams = {index: module for index, module in modules.items() if isinstance(module, Engram)}
+    return EngramMemory(addresses, mapped_tables(reader, addresses), engrams)

@@ -3,19 +3,27 @@
 import argparse
 import json
 import math
+import random
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kmem.checkpoint.memory import checkpoint_memory
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import ConfigError, DataConfig, Source
 from kmem.data.progress import Progress
 from kmem.data.reader import PreparedData, open_data
 from kmem.model.decoder import Decoder
+from kmem.model.engram_memory import EngramMemory, RowSource, table_name
 from kmem.model.mask import document_mask
+from kmem.model.ngram_addresses import NgramAddressing
 from kmem.model.shape import Shape
 from kmem.parallel.mesh import local_device
+
+MEMORY = ("on", "off", "shuffled", "single-row")
+"""What a model's n-gram memory gives it; all but `on` are controls: does memory act as memory?"""
+SHUFFLE_SEED = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sequences", type=int, metavar="N", help="at most N sequences per folder (default: all)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="sequences per forward pass (default: 8)")
+    parser.add_argument(
+        "--memory", choices=MEMORY, default="on",
+        help="n-gram memory on (default); off: layers go without; shuffled: every n-gram reads another one's row; "
+        "single-row: all read the first row of a head",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -34,22 +47,25 @@ def run(arguments: argparse.Namespace) -> int:
     reader = CheckpointReader(arguments.checkpoint)
     reader.verify()
     trained_on = reader.config.data
+    if arguments.memory != "on" and reader.config.model.engram is None:
+        raise ConfigError(f"--memory {arguments.memory}: the model has no n-gram memory (model.engram)")
     folders = arguments.data or [source.path for source in trained_on.sources]
     opened = {folder: _open(trained_on, folder, reader) for folder in folders}
-    model = _load(reader)
+    model, memory = _load(reader, arguments.memory)
     figures = {}
     for folder, data in opened.items():
-        loss, tokens = _mean_loss(model, data, arguments.sequences, arguments.batch, folder)
+        loss, tokens = _mean_loss(model, memory, data, arguments.sequences, arguments.batch, folder)
         figures[folder] = {
             "bits_per_byte": data.bits_per_byte(loss),
             "loss": loss,
             "perplexity": math.exp(min(loss, 700)),
             "tokens": tokens,
         }
+    control = {} if reader.config.model.engram is None else {"memory": arguments.memory}
     if arguments.json:
-        print(json.dumps({"checkpoint": str(reader.folder), "step": reader.step, "held_out": figures}))
+        print(json.dumps({"checkpoint": str(reader.folder), "step": reader.step, **control, "held_out": figures}))
     else:
-        _print_table(reader, figures)
+        _print_table(reader, figures, f", memory {arguments.memory}" if control else "")
     return 0
 
 
@@ -65,15 +81,43 @@ def _open(trained_on: DataConfig, folder: str, reader: CheckpointReader) -> Prep
     return data
 
 
-def _load(reader: CheckpointReader) -> Decoder:
+def _load(reader: CheckpointReader, control: str) -> tuple[Decoder, EngramMemory | None]:
+    """The model and its n-gram memory, whose rows stay in the checkpoint's files."""
     with torch.device("meta"):
         model = Decoder(Shape(reader.config.model.model_dump()))
-    model.load_state_dict({name: reader.read(name) for name in reader.tensors}, assign=True)
-    return model.to(local_device()).eval()
+    memory = checkpoint_memory(reader, model)
+    tables = set() if memory is None else {table_name(layer) for layer in memory.sources}
+    model.load_state_dict({name: reader.read(name) for name in reader.tensors if name not in tables}, assign=True)
+    if memory is not None and control == "off":
+        for index in memory.sources:
+            model.layers[index].register_module("engram", None)
+        memory = None
+    elif memory is not None and control != "on":
+        addressing = memory.addresses.addressing
+        for table, index in enumerate(addressing.layers):
+            memory.sources[index] = _otherwise(memory.sources[index], addressing, table, control)
+    return model.to(local_device()).eval(), memory
+
+
+def _otherwise(source: RowSource, addressing: NgramAddressing, table: int, control: str) -> RowSource:
+    """Rows that n-grams do not own: the first of each head, or, shuffled, those a fixed random distance on in their
+    head, so that each row is read by exactly one other address."""
+    sizes, first = torch.tensor(addressing.sizes[table]), torch.tensor(addressing.offsets(table))
+    draw = random.Random(f"{SHUFFLE_SEED} {table}")
+    distance = torch.tensor([draw.randrange(1, size) for size in addressing.sizes[table]])
+
+    def read(rows: Tensor) -> Tensor:
+        here = rows.cpu()
+        other = first.expand_as(here) if control == "single-row" else (here - first + distance) % sizes + first
+        return source(other.to(rows.device))
+
+    return read
 
 
 @torch.no_grad()
-def _mean_loss(model: Decoder, data: PreparedData, sequences: int | None, batch: int, title: str) -> tuple[float, int]:
+def _mean_loss(
+    model: Decoder, memory: EngramMemory | None, data: PreparedData, sequences: int | None, batch: int, title: str
+) -> tuple[float, int]:
     """(mean cross entropy in nats, scored tokens), as training evaluates."""
     samples, device = data.validation.spread(sequences), local_device()
     total, tokens = 0.0, 0
@@ -83,18 +127,19 @@ def _mean_loss(model: Decoder, data: PreparedData, sequences: int | None, batch:
             ids, positions, labels, documents = (
                 tensor.to(device) for tensor in (rows.input_ids, rows.position_ids, rows.labels, rows.document_ids)
             )
-            hidden: Tensor = model(ids, positions, document_mask(documents))
+            found = None if memory is None else memory.read(ids, documents)
+            hidden: Tensor = model(ids, positions, document_mask(documents), memory=found)
             total += float(model.loss(hidden, labels))
             tokens += int((labels >= 0).sum())
             progress.advance(len(rows.input_ids))
     return total / max(tokens, 1), tokens
 
 
-def _print_table(reader: CheckpointReader, figures: dict[str, dict[str, float]]) -> None:
+def _print_table(reader: CheckpointReader, figures: dict[str, dict[str, float]], control: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("data", "bits per byte", "loss", "perplexity", "tokens", title=f"held out, {reader.folder}")
+    table = Table("data", "bits per byte", "loss", "perplexity", "tokens", title=f"held out, {reader.folder}{control}")
     for column in table.columns[1:]:
         column.justify = "right"
     for folder, row in figures.items():

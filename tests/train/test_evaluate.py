@@ -4,8 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from kmem.cli import main
+from kmem.config import ModelConfig
+from kmem.model.engram_memory import EngramAddresses
+from kmem.model.shape import Shape
+from kmem.train.evaluate_command import _otherwise
 from tests.train.test_trainer import metrics
 from tests.train.trainer_case import trainer_case
 
@@ -22,6 +27,59 @@ def test_eval_equals_the_evaluation_of_the_run(ranks, run_config, capsys, corpus
     assert figures["bits_per_byte"] == pytest.approx(last["bits_per_byte"], abs=1e-5)
     assert main(["eval", "--checkpoint", str(run), "--sequences", "3"]) == 0
     assert "bits per byte" in capsys.readouterr().out
+
+
+ENGRAM = {"layers": [1], "heads": 2, "rows_per_head": 101, "row_dim": 8, "boundary": "document"}
+
+
+def test_controls_of_a_memory(ranks, run_config, capsys, corpus):
+    """With memory on the loss is that of the run; without, or with the rows of others, it is worse once rows count."""
+    memory = {"optimizer": {"lr_multiplier": 20.0}}
+    tree, _ = run_config(train__steps=4, evaluation={"sequences": None}, model__engram=ENGRAM, memory=memory)
+    assert ranks.run(2, trainer_case, tree)[0]["error"] is None
+    run = str(Path(tree["folder"]) / tree["name"])
+    losses = {}
+    for control in ("on", "off", "shuffled", "single-row"):
+        assert main(["eval", "--checkpoint", run, "--json", "--memory", control]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["memory"] == control
+        losses[control] = printed["held_out"][str(corpus)]["loss"]
+    assert losses["on"] == pytest.approx(metrics(tree, "evaluation")[-1]["loss"], abs=1e-5)
+    assert losses["on"] < min(losses["off"], losses["shuffled"], losses["single-row"]) - 0.05
+    assert len(set(losses.values())) == 4
+    assert main(["eval", "--checkpoint", run, "--memory", "shuffled", "--sequences", "2"]) == 0
+    assert "memory shuffled" in " ".join(capsys.readouterr().out.split())
+
+
+def test_shuffled_rows_are_other_rows_of_the_same_head():
+    addressing = EngramAddresses.build(Shape(tiny_model().model_dump()), eos_token_id=0).addressing
+    rows = torch.arange(addressing.rows(0)).view(1, -1, 1).expand(-1, -1, addressing.total_heads)
+    sizes, offsets = torch.tensor(addressing.sizes[0]), torch.tensor(addressing.offsets(0))
+    rows = (rows % sizes + offsets).contiguous()
+    shuffled, single = (_otherwise(lambda ids: ids, addressing, 0, way)(rows) for way in ("shuffled", "single-row"))
+    assert torch.equal(single, offsets.expand_as(rows))
+    for head, (size, offset) in enumerate(zip(addressing.sizes[0], addressing.offsets(0), strict=True)):
+        pairs = set(zip(rows[0, :, head].tolist(), shuffled[0, :, head].tolist(), strict=True))
+        assert {row for row, _ in pairs} == {other for _, other in pairs} == set(range(offset, offset + size))
+        assert len(pairs) == size
+        assert not any(row == other for row, other in pairs)
+
+
+def tiny_model():
+    attention = {"kind": "gqa", "num_heads": 2}
+    engram = {**ENGRAM, "compression": False}
+    return ModelConfig.model_validate(
+        {"vocab_size": 64, "hidden_size": 16, "num_layers": 2, "intermediate_size": 16, "attention": attention}
+        | {"engram": engram}
+    )
+
+
+def test_a_model_without_memory_has_no_controls(ranks, run_config, capsys):
+    tree, _ = run_config(train__steps=1)
+    ranks.run(1, trainer_case, tree)
+    run = str(Path(tree["folder"]) / tree["name"])
+    assert main(["eval", "--checkpoint", run, "--memory", "off"]) == 2
+    assert "the model has no n-gram memory" in capsys.readouterr().err
 
 
 def test_eval_names_what_is_missing(capsys, tmp_path):
