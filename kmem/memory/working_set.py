@@ -60,12 +60,14 @@ class WorkingSet:
         """Add the gradient [..., D] of a lookup, in the order of its tokens."""
         if self.gradient is None:
             self.gradient = torch.zeros_like(self.rows, requires_grad=False)
-        index, gradient = index.reshape(-1), gradient.reshape(-1, self.rows.shape[1]).float()
+        index, gradient = index.reshape(-1), gradient.reshape(-1, self.rows.shape[1])
         if gradient.device.type == "cpu":
-            kernels.add_segments(self.gradient.numpy(), index.numpy(), gradient.contiguous().numpy())
+            kernels.add_segments(self.gradient.numpy(), index.numpy(), gradient.float().contiguous().numpy())
         else:
-            # index_add_ adds atomically there, in any order; this sorts and sums segments.
-            self.gradient.index_put_((index,), gradient, accumulate=True)
+            # index_add_ adds atomically there, in any order.
+            from kmem_kernels.segment_reduce.op import segment_reduce, segments_of
+
+            segment_reduce(gradient, *segments_of(index, len(self.gradient)), self.gradient)
 
 
 class _Lookup(torch.autograd.Function):

@@ -24,7 +24,7 @@ class AllToAllDispatcher:
 
     def __call__(self, hidden_TH: Tensor, routing: Routing, experts: Experts) -> Tensor:
         # Sorted by global expert number, rows are grouped by destination rank as well.
-        order_N, place_TK = sort_by_expert(routing.experts_TK)
+        order_N, place_TK = sort_by_expert(routing.experts_TK, len(routing.counts_E))
         rows_NH = gather_rows(hidden_TH, order_N, place_TK)
         sent_Re = routing.counts_E.view(dist.get_world_size(self.group), -1)
         received_Re = torch.empty_like(sent_Re)
@@ -34,7 +34,7 @@ class AllToAllDispatcher:
         # They arrive by source rank, then expert; the grouped products want them by expert.
         expert_M = torch.arange(sent_Re.shape[1], device=hidden_TH.device).repeat(len(sent_Re))
         expert_M = expert_M.repeat_interleave(received_Re.flatten(), output_size=arrived_MH.shape[0])
-        order_M, place_M1 = sort_by_expert(expert_M.unsqueeze(1))
+        order_M, place_M1 = sort_by_expert(expert_M.unsqueeze(1), sent_Re.shape[1])
         out_MH = experts(gather_rows(arrived_MH, order_M, place_M1), received_Re.sum(0))
         back_MH = gather_rows(out_MH, place_M1.squeeze(1), order_M.unsqueeze(1))
         returned_NH = _AllToAllRows.apply(back_MH, receive, send, self.group)

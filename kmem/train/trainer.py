@@ -74,7 +74,11 @@ class Trainer:
         """Steps whose rows are being fetched, the next one first."""
         self._saved_at = -1
         self._callback_problem: str | None = None
-        self._restore()
+        try:
+            self._restore()
+        except BaseException as error:
+            self.pipeline.close(error)
+            raise
 
     def fit(self) -> str:
         """Train to the end of the run; returns `done` or `interrupted`.
