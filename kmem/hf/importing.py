@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
 import kmem
 from kmem.checkpoint.commit import Progress as RunProgress
+from kmem.checkpoint.manifest import check_addressing
 from kmem.checkpoint.safetensors_file import sync_folder
 from kmem.checkpoint.writer import write_weights
 from kmem.config import Config, LatentAttention, ModelConfig, UserError, dump_config, parse_config
+from kmem.data.addresses import model_addresses
 from kmem.data.progress import Progress
 from kmem.data.tokenizer import adopt_tokenizer
 from kmem.hf.architectures import KMEM
@@ -24,6 +27,8 @@ from kmem.hf.foreign_config import MTP_FIELD, ignored_fields, read_architecture,
 from kmem.hf.key_map import Piece, account, folder_pieces, half_split_rows
 from kmem.hf.native import DEEPSEEK_V3, Architecture
 from kmem.hf.retrofit import ChainedParts, chained
+from kmem.model.exported_memory import COMPRESSION, MemoryDescription
+from kmem.model.shape import Shape
 from kmem.parallel.parameter_counts import tensor_shapes
 
 SLICE_BYTES = 32 << 20  # rows of a large tensor travel in parts of this size
@@ -81,7 +86,8 @@ def import_folder(
     if ignored:
         say(f"fields of config.json that were not read: {', '.join(ignored)}")
 
-    pieces = folder_pieces(model, architecture)
+    memory = _memory(config, model, described)
+    pieces = folder_pieces(model, architecture, None if memory is None else memory.parts)
     left_out = _left_out(folder, model, architecture, drop_mtp)
     if left_out:
         say(f"tensors left out: {len(left_out)} ({', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''})")
@@ -92,7 +98,7 @@ def import_folder(
         found={name: tensor.shape for name, tensor in kept.items()},
         remedy="the weights are not those that its config.json describes",
     )
-    _check_dtypes(kept)
+    _check_dtypes({name: tensor for name, tensor in kept.items() if name != COMPRESSION})
 
     interleaved = architecture is DEEPSEEK_V3 and bool(config.rope_interleave)
     shapes = tensor_shapes(target)
@@ -103,6 +109,8 @@ def import_folder(
     try:
         partial.mkdir(parents=True)
         tokenizer = _bring_tokenizer(folder.path, partial / "tokenizer", say)
+        if memory is not None:
+            _check_addresses(folder.path, memory, target, partial / "tokenizer")
         with Progress(f"importing {elements * 4 / 1e6:,.1f} MB", elements) as bar:
             parts = _Parts(folder, model, pieces, interleaved, bar)
             checkpoint = write_weights(
@@ -111,6 +119,7 @@ def import_folder(
                 config=run,
                 shapes=shapes,
                 parts=parts if chain_iterations is None else ChainedParts(parts, target),
+                addressing=None if memory is None else memory.addressing.to_manifest(),
             )
         (partial / "config.yaml").write_text(dump_config(run), encoding="utf-8")
         section = OmegaConf.to_yaml(OmegaConf.create({"model": target.model_dump(mode="json")}))
@@ -148,6 +157,26 @@ def starting_config(out: Path, model: ModelConfig) -> Config:
             },
         }
     )
+
+
+def _memory(config: Any, model: ModelConfig, path: Path) -> MemoryDescription | None:
+    """Addressing and tables of a model with n-gram memory, which only kmem's own folders have."""
+    if model.engram is None:
+        return None
+    shape = Shape(model.model_dump())
+    try:
+        return MemoryDescription.read(
+            shape, getattr(config, "engram_addressing", None), getattr(config, "engram_parts", {})
+        )
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _check_addresses(source: Path, memory: MemoryDescription, model: ModelConfig, tokenizer: Path) -> None:
+    """The run's tokenizer reads the rows that the folder's did."""
+    if not tokenizer.is_dir():
+        raise UserError(f"{source}: has no tokenizer, which addresses the rows of its n-gram memory; add its files")
+    check_addressing(source, memory.addressing.to_manifest(), model_addresses(model, tokenizer))
 
 
 class _Parts:

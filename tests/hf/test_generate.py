@@ -7,7 +7,7 @@ import pytest
 from kmem.config import UserError
 from kmem.hf import generate_command
 from kmem.hf.export import export
-from tests.hf.models import NATIVE, OWN, write_run
+from tests.hf.models import MEMORY, NATIVE, OWN, write_run
 
 
 def generate(capsys, path, *options):
@@ -17,7 +17,7 @@ def generate(capsys, path, *options):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("config", [NATIVE["glm4_moe"], OWN["softmax in groups"]])
+@pytest.mark.parametrize("config", [NATIVE["glm4_moe"], OWN["softmax in groups"], MEMORY["deepseek"]])
 def test_a_run_and_its_export_generate_the_same_text(config, tmp_path, capsys):
     reader = write_run(tmp_path / "run", config)
     export(reader, tmp_path / "out", say=str)
