@@ -34,6 +34,11 @@ def model_card(config: Config, facts: Mapping[str, Any], choice: Choice, dtype_n
         if own
         else ""
     )
+    if config.model.engram is not None:
+        note += (
+            f"\nOf its parameters {counts.memory:,} are rows of n-gram memory, of which a token reads a few. With "
+            '`memory="mmap"` in `from_pretrained` they stay in the weight files.\n'
+        )
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---
 library_name: transformers

@@ -177,7 +177,12 @@ ids = torch.load(sys.argv[2], weights_only=True)
 with torch.no_grad():
     torch.save(model(ids).logits, sys.argv[3])
 inputs = tokenizer(["the model reads", "and"], return_tensors="pt", padding=True, padding_side="left")
-print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=4)))
+text = tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=4))
+if hasattr(model.config, "engram_addressing"):
+    mapped = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, memory="mmap")
+    assert not [name for name, _ in mapped.named_parameters() if ".table." in name]
+    assert torch.equal(mapped(ids).logits, model(ids).logits)
+    assert tokenizer.batch_decode(mapped.generate(**inputs, max_new_tokens=4)) == text
 model.save_pretrained(sys.argv[4])
 assert "kmem" not in sys.modules
 """

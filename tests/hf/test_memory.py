@@ -11,9 +11,11 @@ import torch
 
 from kmem.checkpoint.commit import Progress
 from kmem.checkpoint.writer import write_weights
+from kmem.data.addresses import model_addresses
 from kmem.hf.importing import starting_config
+from kmem.model.engram_memory import table_name
 from kmem.parallel.parameter_counts import tensor_shapes
-from tests.hf.models import EXPERTS, GQA, model, write_run
+from tests.hf.models import EXPERTS, GQA, memory, model, tokenizer, write_run
 
 MEASURE = """
 import sys, threading, time
@@ -22,6 +24,7 @@ import torch, transformers
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.hf.export import export
 from kmem.hf.importing import import_folder
+from kmem.hf.loading import load
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
@@ -49,17 +52,34 @@ def peak(work):
 def export_run(run, out):
     export(CheckpointReader(folder / run), folder / out, say=str)
 
+def forward(model):
+    with torch.no_grad():
+        model(torch.arange(256).view(1, 256))
+
 # The small model brings lazy imports and caches; only the large one is measured.
 export_run("small", "small-out")
 import_folder(folder / "small-out", folder / "small-back", say=str)
+forward(load(folder / "small-out")[0])
 print(peak(lambda: export_run("large", "out")))
 print(peak(lambda: import_folder(folder / "out", folder / "back", say=str)))
+print(peak(lambda: forward(load(folder / "out")[0])))
+print(peak(lambda: forward(load(folder / "large")[0])))
 """
 # Freed blocks go back to the system at once, so that later work cannot hide in what earlier work left.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+
+
+def measure(folder):
+    """Peaks of export, import, and a forward pass from the export and from the run, of the runs small and large."""
+    command = [sys.executable, "-c", MEASURE, str(folder)]
+    done = subprocess.run(command, env={**os.environ, **ALLOCATOR}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return list(map(int, done.stdout.split()[-4:]))
+
+
 def test_peak_memory_is_below_twice_the_largest_tensor(tmp_path):
     attention = {**GQA, "qk_norm": True}
     write_run(tmp_path / "small", model(attention, EXPERTS))
@@ -79,10 +99,7 @@ def test_peak_memory_is_below_twice_the_largest_tensor(tmp_path):
         lambda name: [torch.randn(shapes[name])],
     )
     os.symlink(tmp_path / "small" / "tokenizer", tmp_path / "large" / "tokenizer")
-    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
-    done = subprocess.run(command, env={**os.environ, **ALLOCATOR}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    exporting, importing = map(int, done.stdout.split()[-2:])
+    exporting, importing, _, _ = measure(tmp_path)
 
     sizes = {name: 4 * torch.Size(shape).numel() for name, shape in shapes.items()}
     largest = max(sizes.values())
@@ -90,3 +107,33 @@ def test_peak_memory_is_below_twice_the_largest_tensor(tmp_path):
     assert sum(sizes.values()) > 100e6
     assert exporting < 2 * largest
     assert importing < 2 * largest
+
+
+def test_a_table_passes_through_in_slices_and_is_never_loaded(tmp_path):
+    """Whatever its size: two tables of 128 MB, of which no process holds more than a slice."""
+    write_run(tmp_path / "small", memory("qwen", row_multiple=1))
+    large = memory("qwen", layers=[0, 1], row_multiple=1, rows_per_head=125_000, row_dim=64, heads=2)
+    block = torch.randn(1 << 22)
+    shapes = tensor_shapes(large)
+
+    def parts(name):
+        left = torch.Size(shapes[name]).numel()
+        while left:
+            yield block[: min(left, len(block))]
+            left -= min(left, len(block))
+
+    write_weights(
+        tmp_path / "large" / "checkpoints",
+        Progress(step=1, consumed_samples=0, tokens=0, optimizer_steps=0),
+        starting_config(tmp_path / "large", large),
+        shapes,
+        parts,
+        model_addresses(large, tokenizer()).addressing.to_manifest(),
+    )
+    os.symlink(tmp_path / "small" / "tokenizer", tmp_path / "large" / "tokenizer")
+    exporting, importing, mapped, from_run = measure(tmp_path)
+    tables = sum(4 * torch.Size(shapes[table_name(layer)]).numel() for layer in (0, 1))
+    print(json.dumps({"tables": tables, "export": exporting, "import": importing, "mapped": mapped, "run": from_run}))
+    assert tables > 250e6
+    assert max(exporting, importing) < 80e6  # a slice is 32 MiB
+    assert max(mapped, from_run) < 20e6

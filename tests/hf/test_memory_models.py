@@ -230,6 +230,7 @@ def test_tables_are_cut_into_row_ranges_that_fit(size, tmp_path):
     export(reader, tmp_path / "out", max_shard_bytes=size, say=str)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["engram_addressing"] == reader.addressing
+    assert 'memory="mmap"' in (tmp_path / "out" / "README.md").read_text()
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
     for layer in (0, 2):
         parts = config["engram_parts"][str(layer)]

@@ -1,0 +1,128 @@
+"""Rows that stay in safetensors files."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kmem.model.engram_memory import RowTable
+from kmem.model.mapped_rows import MappedRows, SafetensorsFile, Segment
+
+ROWS, DIM = 61, 12
+
+
+def table(dtype=torch.float32, seed=0):
+    return torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def ids(*size):
+    return torch.randint(ROWS, size, generator=torch.Generator().manual_seed(1))
+
+
+def stored(folder, parts, files=2):
+    """The parts, each under its number, spread over several files among other tensors; where they are."""
+    held = [{"other": torch.ones(3, dtype=torch.bfloat16)} for _ in range(files)]
+    for number, part in enumerate(parts):
+        held[number % files][str(number)] = part.clone()
+    for number, tensors in enumerate(held):
+        save_file(tensors, folder / f"{number}.safetensors")
+    return [(folder / f"{number % files}.safetensors", str(number), len(part)) for number, part in enumerate(parts)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cuts", [[ROWS], [20, 1, 40], [1] * ROWS])
+def test_row_ranges_are_one_table(cuts, dtype, tmp_path):
+    whole = table(dtype)
+    rows = MappedRows.open("t", DIM, stored(tmp_path, whole.split(cuts)))
+    assert (len(rows), rows.dtype) == (ROWS, dtype)
+    for shape in [(7,), (2, 5, 3), (0, 4), ()]:
+        found = rows(ids(*shape))
+        assert found.dtype == dtype
+        assert torch.equal(found, whole[ids(*shape)])
+    assert torch.equal(rows(torch.arange(ROWS)), whole)
+    found = rows(torch.tensor([3, 3]))
+    found.zero_()  # what was read is a copy
+    assert torch.equal(rows(torch.tensor([3])), whole[3:4])
+
+
+@pytest.mark.parametrize("files", [1, 2])
+@pytest.mark.parametrize("length", [5, 100, 101, ROWS * DIM])
+def test_intervals_that_cut_rows_are_one_table(length, files, tmp_path):
+    """As checkpoints store long tensors; here also with a row over three intervals, and out of order in the files."""
+    whole = table()
+    places = stored(tmp_path, whole.flatten().split(length)[::-1], files)
+    opened = {path: SafetensorsFile(path) for path, _, _ in places}
+    rows = MappedRows("t", DIM, [Segment(opened[path], name) for path, name, _ in reversed(places)])
+    assert torch.equal(rows(ids(4, 9)), whole[ids(4, 9)])
+    assert torch.equal(rows(torch.arange(ROWS)), whole)
+
+
+def test_copies_share_the_files(tmp_path):
+    rows = MappedRows.open("t", DIM, stored(tmp_path, [table()]))
+    assert copy.deepcopy(rows) is rows
+
+
+def test_rows_outside_the_table_are_refused(tmp_path):
+    rows = MappedRows.open("t", DIM, stored(tmp_path, [table()]))
+    for wrong in (-1, ROWS):
+        with pytest.raises(IndexError, match="t has 61 rows"):
+            rows(torch.tensor([0, wrong]))
+
+
+def test_a_table_in_parts_is_the_table():
+    whole = table()
+    parts = RowTable([20, 1, 40], DIM)
+    for part, values in zip(parts.parts, whole.split([20, 1, 40]), strict=True):
+        part.data.copy_(values)
+    assert torch.equal(parts(ids(3, 5)), whole[ids(3, 5)])
+    expected = whole.requires_grad_()
+    weight = torch.randn(3, 5, DIM)
+    (parts(ids(3, 5)) * weight).sum().backward()
+    (expected[ids(3, 5)] * weight).sum().backward()
+    torch.testing.assert_close(torch.cat([part.grad for part in parts.parts]), expected.grad)
+
+
+def test_files_that_do_not_hold_the_table_are_named(tmp_path):
+    places = stored(tmp_path, table().split([31, 30]))
+    path = places[1][0]
+
+    def refused(message, parts=places, dim=DIM):
+        with pytest.raises(ValueError, match=message):
+            MappedRows.open("t", dim, parts)
+
+    refused(r"1\.safetensors: 1 has shape \[30, 12\], expected \[29, 12\]", [places[0], (path, "1", 29)])
+    refused(r"0 has shape \[31, 12\], expected \[31, 6\]", dim=6)
+    refused("1.safetensors: has no tensor 9", [(path, "9", 30)])
+    refused("no file holds its rows", [])
+    refused("absent.safetensors: cannot be mapped: No such file", [(tmp_path / "absent.safetensors", "0", 31)])
+
+    save_file({"1": table()[:30].bfloat16()}, path)
+    refused("1 is BF16, but t began as F32")
+    save_file({"1": torch.zeros(30, DIM, dtype=torch.int32)}, path)
+    refused("1 is I32; rows are one of F32, BF16, F16")
+    save_file({"1": table()[:30].clone()}, path)
+    whole = path.read_bytes()
+    for content, message in [
+        (whole[:-4], r"truncated: \d+ bytes of \d+"),
+        (whole[:30], "not a safetensors file"),
+        (b"", "not a safetensors file"),
+        (b"\xff" * 64, "not a safetensors file"),
+        ((8).to_bytes(8, "little") + b"{nothing" + b" " * 64, "header cannot be read"),
+        (header({"1": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 12]}}), "another length than its shape"),
+        (header({"1": {"dtype": "F32", "shape": [2, 2]}}), "header cannot be read"),
+    ]:
+        path.write_bytes(content)
+        refused(f"1.safetensors: .*{message}")
+
+
+def header(tree):
+    text = json.dumps(tree).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(64)
+
+
+def test_half_a_row_is_refused(tmp_path):
+    (place,) = stored(tmp_path, [table().flatten()[:-5]])
+    with pytest.raises(ValueError, match="end in the middle of a row of 12 values"):
+        MappedRows("t", DIM, [Segment(SafetensorsFile(place[0]), place[1])])
