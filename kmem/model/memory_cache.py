@@ -43,7 +43,10 @@ class MemoryLayer(_Keyless):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back -tokens_to_remove tokens, which is 0 or negative as in all cache layers."""
         if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): give the tokens to take back as a negative number")
+            raise ValueError(
+                f"crop({tokens_to_remove}): give the tokens to take back as a negative number; assisted decoding with "
+                "n-gram memory needs a Transformers whose caches have activate_past_recording()"
+            )
         if self.state is not None:
             self.state.crop(-tokens_to_remove)
 

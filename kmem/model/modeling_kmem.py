@@ -243,6 +243,7 @@ class KmemForCausalLM(PreTrainedModel, GenerationMixin):
             if getattr(generation_config, "is_assistant", False):
                 layer.activate_past_recording()
 
+    @torch.compiler.disable  # rows come from numpy where tables are mapped, and the state is no tensor
     def _read(self, input_ids: Tensor | None, token_mask: Tensor | None, cache: Any) -> dict[int, EngramInput]:
         """What the memory of each layer holds for the tokens [B, T]; nothing for a model without."""
         if self.memory is None or input_ids is None:

@@ -8,7 +8,7 @@ from math import prod
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache
 
 from kmem.checkpoint.commit import Commit
 from kmem.checkpoint.pieces import CheckpointError
@@ -134,6 +134,19 @@ def test_ways_to_generate_agree(name, way, memory, folders):
     assert torch.equal(first, second)
     alone = model.generate(prompts[1:, 3:], **{**common, **SAME[way][1], "attention_mask": None})
     assert torch.equal(alone[0, 2:], second[len(second) // 2, 5:])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("memory", ["device", "mmap"])
+def test_compiled_decoding_is_decoding(memory, folders):
+    """With a cache of fixed length, as Transformers compiles it on GPUs."""
+    model = opened(folders("deepseek")[1], memory=memory)
+    prompts, mask = torch.tensor([[1, 2, 3, 4, 5], [0, 0, 0, 7, 8]]), torch.tensor([[1] * 5, [0, 0, 0, 1, 1]])
+    common = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    compiled = CompileConfig()
+    compiled._compile_all_devices = True
+    found = model.generate(prompts, **common, cache_implementation="static", compile_config=compiled)
+    assert torch.equal(found, model.generate(prompts, **common))
 
 
 @pytest.mark.parametrize("way", ["assistant", "prompt lookup"])
