@@ -111,6 +111,13 @@ def any_rank(flags: Sequence[bool]) -> list[bool]:
     return [bool(value) for value in values.tolist()]
 
 
+def lost_peer(error: BaseException | None) -> bool:
+    """Whether an error of a collective says that another rank is gone or does not answer: gloo and NCCL have no type
+    of error for it."""
+    signs = ("Connection closed by", "Connection reset by", "Timed out", "timed out", "timeout", "no answer within")
+    return isinstance(error, RuntimeError | TimeoutError) and any(sign in str(error) for sign in signs)
+
+
 def gather(value: str | None) -> list[str | None]:
     """Every rank's text, by rank; collective over the world."""
     values: list[str | None] = [None] * dist.get_world_size()

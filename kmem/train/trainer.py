@@ -18,8 +18,9 @@ from kmem.checkpoint.store import CheckpointStore
 from kmem.config import Config, UserError
 from kmem.data.addresses import model_addresses
 from kmem.data.reader import PreparedData
+from kmem.memory.exchange import ExchangeError
 from kmem.parallel.engine import NonFiniteStepError
-from kmem.parallel.mesh import Mesh, any_rank, gather
+from kmem.parallel.mesh import Mesh, any_rank, gather, lost_peer
 from kmem.parallel.parameter_counts import count_parameters
 from kmem.parallel.pipeline import Pipeline, StepResult, split_samples
 from kmem.parallel.stage_memory import BegunStep
@@ -84,7 +85,7 @@ class Trainer:
         """Train to the end of the run; returns `done` or `interrupted`.
 
         Raises:
-            TrainingError: a step was not finite.
+            TrainingError: a step was not finite, or another rank is gone.
             CheckpointError: a checkpoint could not be written.
         """
         config, end = self.config, "done"
@@ -100,6 +101,7 @@ class Trainer:
                 self._notify("on_start", self)
                 if finished:
                     self._notify("on_end", "finished")
+                    self.pipeline.close()
                     return "done"
                 if self.step == 0 and config.evaluation.at_start:
                     self._evaluate()
@@ -118,6 +120,11 @@ class Trainer:
                 self.pipeline.close()
             except BaseException as error:
                 self.pipeline.close(error)
+                if lost_peer(error.__cause__ if isinstance(error, ExchangeError) else error):
+                    raise TrainingError(
+                        f"step {self.step + 1}: another rank is gone or does not answer; its own log names the cause. "
+                        f"{self._last_good()}: run the same command again to go on"
+                    ) from error
                 raise
             finally:
                 for callback in self.callbacks:
@@ -295,13 +302,15 @@ class Trainer:
 
     def _explain(self, error: NonFiniteStepError) -> str:
         step = self.step + 1
-        saved = self._saved_at if self.store.last_committed is None else self.store.last_committed
-        kept = f"the checkpoint of step {saved} is valid" if saved >= 0 else "there is no checkpoint yet"
         return (
-            f"step {step}: {error}; no rank changed a weight, {kept}. "
+            f"step {step}: {error}; no rank changed a weight. {self._last_good()}. "
             "Lower train.optimizer.lr, lengthen train.schedule.warmup_steps or check the data of samples "
             f"{self.consumed_samples} to {self.consumed_samples + self.config.train.global_batch_size - 1}"
         )
+
+    def _last_good(self) -> str:
+        saved = self._saved_at if self.store.last_committed is None else self.store.last_committed
+        return f"The checkpoint of step {saved} is valid" if saved >= 0 else "There is no checkpoint yet"
 
     def _notify(self, event: str, *arguments: Any) -> None:
         for callback in self.callbacks:

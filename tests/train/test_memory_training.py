@@ -138,9 +138,40 @@ def test_a_row_gradient_that_is_not_finite_stops_all_ranks(ranks, memory_run):
     answers = ranks.run(2, spoiled_case, tree)
     assert len({answer["error"] for answer in answers}) == 1
     assert answers[0]["error"].startswith("step 4: the gradient of memory rows is not finite")
-    assert "the checkpoint of step 3 is valid" in answers[0]["error"]
+    assert "The checkpoint of step 3 is valid" in answers[0]["error"]
     (answer,) = ranks.run(1, trainer_case, tree)
     assert (answer["started_at"], answer["error"]) == (3, None)
+
+
+def test_a_rank_that_is_gone_is_one_clear_error(ranks, memory_run):
+    tree = memory_run(checkpoint__every=2, parallel__timeout_seconds=8)
+    lost, _ = ranks.run(2, leaving_case, tree)
+    assert lost["error"] == (
+        "step 4: another rank is gone or does not answer; its own log names the cause. The checkpoint of step 2 is "
+        "valid: run the same command again to go on"
+    )
+    (answer,) = ranks.run(1, trainer_case, tree)
+    assert (answer["started_at"], answer["steps"]) == (2, 6)
+
+
+def leaving_case(tree):
+    """Rank 1 takes its leave in the fourth step."""
+    import torch.distributed as dist
+
+    from kmem.config import UserError
+    from kmem.parallel.engine import StepEngine
+
+    forward, steps = StepEngine._exec_schedule, []
+
+    def leaving(engine, schedule):
+        if engine.module.training:
+            steps.append(None)
+            if len(steps) == 4 and dist.get_rank() == 1:
+                raise UserError("gone")
+        forward(engine, schedule)
+
+    with mock.patch.object(StepEngine, "_exec_schedule", leaving):
+        return trainer_case(tree)
 
 
 def spoiled_case(tree):
