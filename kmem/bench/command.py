@@ -2,11 +2,12 @@
 
 import argparse
 
-from kmem.bench import memory_command, rows_command, train_command
+from kmem.bench import compare_command, memory_command, rows_command, train_command
 
 COMMANDS = {
     "train": (train_command, "a training step against plain Transformers or another precision"),
     "rows": (rows_command, "gathers and row optimizers of tables on the host against torch's"),
+    "compare": (compare_command, "models of equal budgets on the same text: loss over several seeds, with a report"),
     "memory": (memory_command, "a training step with large tables of rows against one with small ones"),
 }
 

@@ -91,6 +91,7 @@ def packaged_configs() -> list[str]:
         file.relative_to(folder).with_suffix("").as_posix()
         for folder in config_folders()
         for file in folder.rglob("*.yaml")
+        if file.name != "compare.yaml"  # describes a comparison of configs
     }
     return sorted(names)
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -50,23 +51,39 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.memory != "on" and reader.config.model.engram is None:
         raise ConfigError(f"--memory {arguments.memory}: the model has no n-gram memory (model.engram)")
     folders = arguments.data or [source.path for source in trained_on.sources]
-    opened = {folder: _open(trained_on, folder, reader) for folder in folders}
-    model, memory = _load(reader, arguments.memory)
-    figures = {}
-    for folder, data in opened.items():
-        loss, tokens = _mean_loss(model, memory, data, arguments.sequences, arguments.batch, folder)
-        figures[folder] = {
-            "bits_per_byte": data.bits_per_byte(loss),
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700)),
-            "tokens": tokens,
-        }
+    figures = held_out_figures(reader, folders, arguments.memory, arguments.sequences, arguments.batch)
     control = {} if reader.config.model.engram is None else {"memory": arguments.memory}
     if arguments.json:
         print(json.dumps({"checkpoint": str(reader.folder), "step": reader.step, **control, "held_out": figures}))
     else:
         _print_table(reader, figures, f", memory {arguments.memory}" if control else "")
     return 0
+
+
+def held_out_figures(
+    reader: CheckpointReader, folders: Sequence[str], memory: str = "on", sequences: int | None = None, batch: int = 8
+) -> dict[str, dict[str, float]]:
+    """Of each prepared folder: bits_per_byte, loss in nats, perplexity and scored tokens.
+
+    Args:
+        reader: the checkpoint.
+        folders: prepared data; the held-out split is read.
+        memory: one of MEMORY.
+        sequences: at most this many of a folder, spread over the split; None takes all.
+        batch: sequences per forward pass.
+    """
+    opened = {folder: _open(reader.config.data, folder, reader) for folder in folders}
+    model, rows = _load(reader, memory)
+    figures = {}
+    for folder, data in opened.items():
+        loss, tokens = _mean_loss(model, rows, data, sequences, batch, folder)
+        figures[folder] = {
+            "bits_per_byte": data.bits_per_byte(loss),
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700)),
+            "tokens": tokens,
+        }
+    return figures
 
 
 def _open(trained_on: DataConfig, folder: str, reader: CheckpointReader) -> PreparedData:

@@ -1,0 +1,261 @@
+"""What a finished comparison found: tables for people, JSON, and a plot of all runs."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import kmem
+from kmem.bench.compare import Comparison, Run, Size
+from kmem.bench.compare_runs import curve, evaluate
+from kmem.data.manifest import read_manifest
+
+BATCH = 16
+"""Sequences per forward pass of the evaluation."""
+SMOOTHED_SHARE = 0.02
+"""Of the run: width of the moving average of plotted losses."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a heading."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+def report(
+    comparison: Comparison, out: Path, runs: Sequence[Run], sizes: dict[str, Size], name: str, overrides: Sequence[str]
+) -> None:
+    """Evaluate the runs on the whole held-out split and write report.md, report.json and report.png into `out`."""
+    results = collect(comparison, runs, sizes, name, overrides)
+    (out / "report.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    plot(comparison, results, out / "report.png")
+    tables = result_tables(comparison, results)
+    (out / "report.md").write_text(_markdown(results, tables), encoding="utf-8")
+    _print(results, tables)
+    print(f"wrote {out / 'report.md'}, report.json and report.png")
+
+
+def collect(
+    comparison: Comparison, runs: Sequence[Run], sizes: dict[str, Size], name: str, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """All figures, as report.json has them. Standard deviations are those of a sample of seeds; None for one seed."""
+    import torch
+
+    from kmem.bench.machine import processor
+
+    manifest = read_manifest(Path(comparison.data.folder))
+    contestants: dict[str, dict[str, Any]] = {
+        label: {"size": asdict(sizes[label]), "runs": {}} for label in comparison.contestants
+    }
+    for run in runs:
+        memory = evaluate(run, comparison.controls, BATCH)
+        figures = {"bits_per_byte": memory["on"]["bits_per_byte"], "memory": memory, **curve(run)}
+        contestants[run.label]["runs"][str(run.seed)] = figures
+    seeds = list(dict.fromkeys(str(run.seed) for run in runs))
+    base = contestants[comparison.baseline]["runs"]
+    for found in contestants.values():
+        own = [found["runs"][seed]["bits_per_byte"] for seed in seeds]
+        paired = [found["runs"][seed]["bits_per_byte"] - base[seed]["bits_per_byte"] for seed in seeds]
+        found |= {"bits_per_byte": _spread(own), "difference": _spread(paired)}
+    return {
+        "title": comparison.title,
+        "question": comparison.question.strip(),
+        "command": f"kmem bench compare {name}",
+        "departures": _departures(comparison, seeds, overrides),
+        "baseline": comparison.baseline,
+        "equal": dict(comparison.equal),
+        "seeds": seeds,
+        "data": {
+            "folder": comparison.data.folder,
+            "sources": {
+                Path(source.path).name: (source.provenance or {}).get("version") for source in manifest.sources
+            },
+            "tokenizer": manifest.tokenizer.fingerprint,
+            "training_tokens": manifest.splits["train"].tokens,
+            "held_out_tokens": manifest.splits["validation"].tokens,
+        },
+        "machine": f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"kmem {kmem.__version__}",
+        "contestants": contestants,
+    }
+
+
+def result_tables(comparison: Comparison, results: dict[str, Any]) -> list[Table]:
+    """The tables of the report."""
+    seeds, contestants = results["seeds"], results["contestants"]
+    sizes = Table(
+        "What each contestant is (parameters without embeddings)",
+        ("contestant", "total", "active", "in memory", "memory read per token", "expert calls per token", "tokens"),
+        [
+            (label, *(f"{found['size'][quantity]:,}" for quantity in (
+                "non_embedding", "active_non_embedding", "memory", "memory_read", "expert_calls", "tokens"
+            )))
+            for label, found in contestants.items()
+        ],
+    )  # fmt: skip
+    held_out = Table(
+        "Held-out bits per byte, whole split",
+        ("contestant", *(f"seed {seed}" for seed in seeds), "mean ± std", f"less {results['baseline']}, paired"),
+        [
+            (
+                label,
+                *(f"{value:.4f}" for value in found["bits_per_byte"]["values"]),
+                _pm(found["bits_per_byte"]),
+                "" if label == results["baseline"] else _pm(found["difference"], sign="+"),
+            )
+            for label, found in contestants.items()
+        ],
+    )
+    speed = Table(
+        "Training",
+        ("contestant", "wall clock of a run", "of all seeds", "tokens/s"),
+        [
+            (label, _minutes(statistics.mean(seconds)), _minutes(sum(seconds)), f"{statistics.mean(rates):,.0f}")
+            for label, found in contestants.items()
+            for seconds, rates in [
+                tuple([run[name] for run in found["runs"].values()] for name in ("seconds", "tokens_per_second"))
+            ]
+        ],
+    )
+    tables = [sizes, held_out, speed]
+    if comparison.horizons:
+        tables.insert(2, _horizon_table(comparison, results))
+    with_memory = [label for label, found in contestants.items() if found["size"]["memory"]]
+    if comparison.controls and with_memory:
+        states = ("on", *comparison.controls)
+        rows = []
+        for label in with_memory:
+            runs = contestants[label]["runs"].values()
+            spreads = [_spread([run["memory"][state]["bits_per_byte"] for run in runs]) for state in states]
+            rows.append((label, *map(_pm, spreads)))
+        tables.append(
+            Table(
+                "Controls: held-out bits per byte of the same weights, by what memory gives",
+                ("contestant", *states),
+                rows,
+            )
+        )
+    return tables
+
+
+def plot(comparison: Comparison, results: dict[str, Any], path: Path) -> None:
+    """Training losses of all runs, and their difference to the baseline's run of the same seed, which read the same
+    text in the same order."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    base = results["contestants"][comparison.baseline]["runs"]
+    figure, (losses, differences) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for number, (label, found) in enumerate(results["contestants"].items()):
+        for seed, run in found["runs"].items():
+            steps, smooth = _smoothed(run)
+            style = {"color": f"C{number}", "linewidth": 0.9, "label": label if seed == results["seeds"][0] else None}
+            losses.plot(steps, smooth, **style)
+            if label != comparison.baseline:
+                differences.plot(steps, smooth - _smoothed(base[seed])[1], **style)
+    differences.axhline(0, color="C0", linewidth=0.9)
+    losses.set(title=f"{comparison.title}: training loss", ylabel="nats per token", xlabel="step", xscale="log")
+    losses.legend(frameon=False)
+    differences.set(title=f"less {comparison.baseline} of the same seed", xlabel="step")
+    if any(label != comparison.baseline for label in results["contestants"]):
+        differences.legend(frameon=False)
+    # The first steps are the same for all and would hide what follows.
+    late = np.concatenate([line.get_ydata()[len(line.get_ydata()) // 10 :] for line in differences.get_lines()])
+    margin = 0.1 * (late.max() - late.min()) + 1e-3
+    differences.set_ylim(late.min() - margin, late.max() + margin)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _horizon_table(comparison: Comparison, results: dict[str, Any]) -> Table:
+    rows = []
+    base = results["contestants"][results["baseline"]]["runs"]
+    for step in comparison.horizons:
+        for label, found in results["contestants"].items():
+            own = [found["runs"][seed]["held_out"][step] for seed in results["seeds"]]
+            paired = [value - base[seed]["held_out"][step] for value, seed in zip(own, results["seeds"], strict=True)]
+            difference = "" if label == results["baseline"] else _pm(_spread(paired), sign="+")
+            rows.append((f"{step:,}", label, _pm(_spread(own)), difference))
+    return Table(
+        "Held-out bits per byte during training (the sequences of evaluation.sequences)",
+        ("step", "contestant", "mean ± std", f"less {results['baseline']}, paired"),
+        rows,
+    )
+
+
+def _smoothed(run: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, moving average of the losses)."""
+    width = max(1, round(SMOOTHED_SHARE * len(run["losses"])))
+    return np.array(run["steps"][width - 1 :]), np.convolve(run["losses"], np.full(width, 1 / width), "valid")
+
+
+def _departures(comparison: Comparison, seeds: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """In what the runs are not those that the comparison asks for."""
+    fewer = [f"{len(seeds)} of {len(comparison.seeds)} seeds"] if len(seeds) < len(comparison.seeds) else []
+    return [*fewer, *overrides]
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"values": list(values), "mean": statistics.mean(values), "std": deviation}
+
+
+def _pm(spread: dict[str, Any], sign: str = "") -> str:
+    return f"{spread['mean']:{sign}.4f}" + ("" if spread["std"] is None else f" ± {spread['std']:.4f}")
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min"
+
+
+def _notice(results: dict[str, Any]) -> str:
+    departures = results["departures"]
+    return f"A quick look, not the comparison: {', '.join(departures)}." if departures else ""
+
+
+def _markdown(results: dict[str, Any], tables: Sequence[Table]) -> str:
+    data, notice = results["data"], _notice(results)
+    equal = ", ".join(f"{quantity} ({tolerance:.1%})" for quantity, tolerance in results["equal"].items())
+    lines = [f"# {results['title']}", "", results["question"], "", *([f"**{notice}**", ""] if notice else [])]
+    lines += [f"Command: `{results['command']}`. Held equal, with tolerance: {equal}.", ""]
+    lines += [
+        f"Text: {', '.join(data['sources'])}; {data['training_tokens']:,} training tokens, "
+        f"{data['held_out_tokens']:,} held out. Machine: {results['machine']}; wall clock is that of the steps, with "
+        "whatever else the machine did.",
+        "",
+    ]
+    for table in tables:
+        lines += [f"## {table.title}", "", _markdown_row(table.columns)]
+        lines += [_markdown_row(["---", *("---:" for _ in table.columns[1:])])]
+        lines += [*map(_markdown_row, table.rows), ""]
+    return "\n".join([*lines, "![losses of all runs](report.png)", ""])
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _print(results: dict[str, Any], tables: Sequence[Table]) -> None:
+    import rich.table
+    from rich.console import Console
+
+    console = Console(width=max(Console().width, 120))
+    notice = _notice(results)
+    if notice:
+        console.print(notice, style="bold", highlight=False)
+    for table in tables:
+        shown = rich.table.Table(*table.columns, title=table.title)
+        for column in shown.columns[1:]:
+            column.justify = "right"
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)

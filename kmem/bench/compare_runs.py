@@ -1,0 +1,79 @@
+"""Training and evaluating the runs of a comparison; what is finished is not done again."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from kmem.bench.compare import Run
+from kmem.checkpoint.pieces import CheckpointError
+from kmem.checkpoint.reader import CheckpointReader
+from kmem.config import UserError
+from kmem.parallel.local_launch import launch_local
+
+HELD_OUT = "held_out.json"
+"""In a run's folder: its checkpoint's held-out figures on the whole split, by what memory gave."""
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the run has the checkpoint of its last step."""
+    try:
+        return CheckpointReader(run.folder).step == run.config.train.steps
+    except CheckpointError:
+        return False
+
+
+def train(run: Run) -> bool:
+    """`kmem train` in a process of its own, from the run's last checkpoint if it has one; False if it was interrupted.
+
+    Raises:
+        UserError: training failed; it has printed the reason.
+    """
+    words = ["train", "--config", str(run.source), *(word for pair in run.overrides for word in ("--set", pair))]
+    code = launch_local(words, 1)
+    if code:
+        raise UserError(f"{run.folder}: kmem train ended with exit code {code}; the runs before it are kept")
+    return is_finished(run)
+
+
+def evaluate(run: Run, controls: tuple[str, ...], batch: int) -> dict[str, dict[str, float]]:
+    """Figures of `kmem eval` on the whole held-out split for memory `on` and each control; kept in the run's folder."""
+    from kmem.train.evaluate_command import held_out_figures
+
+    path = run.folder / HELD_OUT
+    known: dict[str, Any] = {}
+    if path.is_file():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        known = stored["memory"] if stored["step"] == run.config.train.steps else {}
+    reader = CheckpointReader(run.folder)
+    folder = run.config.data.sources[0].path
+    for control in ("on", *(controls if run.config.model.engram is not None else ())):
+        if control not in known:
+            known[control] = held_out_figures(reader, [folder], control, batch=batch)[folder]
+            _write(path, {"step": reader.step, "memory": known})
+    return known
+
+
+def curve(run: Run) -> dict[str, Any]:
+    """Of metrics.jsonl: losses of steps and evaluations, and the time that steps took, resumed parts included."""
+    lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records: dict[str, list[dict[str, Any]]] = {"step": [], "evaluation": []}
+    for record in map(json.loads, lines):
+        records[record["kind"]].append(record)
+    steps, evaluations = records["step"], records["evaluation"]
+    seconds = sum(record["seconds"] for record in steps)
+    positions = len(steps) * run.config.train.global_batch_size * run.config.data.sequence_length
+    return {
+        "steps": [record["step"] for record in steps],
+        "losses": [record["loss"] for record in steps],
+        "held_out": {record["step"]: record["bits_per_byte"] for record in evaluations},
+        "trained_tokens": steps[-1]["tokens"],
+        "seconds": seconds,
+        "tokens_per_second": positions / seconds,
+    }
+
+
+def _write(path: Path, tree: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,200 @@
+"""`kmem bench compare`: fair or refused, resumable, and reported."""
+
+import json
+import random
+import shutil
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from kmem.bench import compare_runs
+from kmem.bench.compare import check_fairness, find_comparisons, load_comparison, measure, plan
+from kmem.cli import main
+from kmem.config import ConfigError, load_config
+from kmem.config.load import config_folders
+from kmem.data.documents import Reading
+from kmem.data.prepare import Preparation, prepare
+
+WORDS = ["the", "state", "of", "a", "union", "memory", "experts", "read", "tables", "people", "know", "when"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    draw = random.Random(0)
+    lines = [" ".join(draw.choices(WORDS, k=draw.randint(5, 40))) + "." for _ in range(100)]
+    (folder / "text.txt").write_text("\n".join(lines))
+    prepare(Preparation([folder / "text.txt"], folder / "data", vocab_size=257, reading=Reading(documents="line")))
+    return folder / "data"
+
+
+@pytest.fixture
+def comparison(prepared, tmp_path):
+    """A folder with two models of equal size; compare.yaml takes changes."""
+
+    def write(**changes):
+        folder = tmp_path / "tiny"
+        folder.mkdir(exist_ok=True)
+        tree = {
+            "title": "tiny",
+            "question": "Does it run?",
+            "data": {"folder": str(prepared), "corpora": ["none"], "vocab_size": 257},
+            "seeds": [1, 2],
+            "contestants": {"moe": "moe.yaml", "engram": "engram.yaml"},
+            "baseline": "moe",
+            "equal": {"non_embedding": 0.05, "active_non_embedding": 0.05, "tokens": 0},
+            "controls": ["off", "shuffled", "single-row"],
+            "horizons": [2],
+        }
+        (folder / "compare.yaml").write_text(yaml.safe_dump(tree | changes, sort_keys=False))
+        moe = {
+            "name": "moe",
+            "model": {
+                "vocab_size": 257,
+                "hidden_size": 32,
+                "num_layers": 2,
+                "attention": {"num_heads": 2},
+                "moe": {"num_experts": 8, "top_k": 1, "intermediate_size": 24},
+            },
+            "data": {"sources": [{"path": str(prepared)}], "sequence_length": 32},
+            "train": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 4, "optimizer": {"lr": 0.01}},
+            "evaluation": {"every": 2, "sequences": 4},
+            "checkpoint": {"every": 2},
+            "tracking": {"wandb": "disabled"},
+        }
+        memory = {"layers": [1], "heads": 1, "row_dim": 8, "rows_per_head": 890, "bias": False, "conv_kernel": 0}
+        engram = {
+            "include": "moe.yaml",
+            "name": "engram",
+            "model": {"moe": {"num_experts": 7, "intermediate_size": 16}, "engram": memory},
+        }
+        (folder / "moe.yaml").write_text(yaml.safe_dump(moe))
+        (folder / "engram.yaml").write_text(yaml.safe_dump(engram))
+        return folder
+
+    return write
+
+
+def test_a_comparison_is_trained_evaluated_and_reported_once(comparison, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    command = ["bench", "compare", str(comparison()), "--out", str(out), "--seeds", "1"]
+    assert main(command) == 0
+    results = json.loads((out / "report.json").read_text())
+    assert results["departures"] == ["1 of 2 seeds"]
+    engram, moe = (results["contestants"][label] for label in ("engram", "moe"))
+    difference = engram["bits_per_byte"]["mean"] - moe["bits_per_byte"]["mean"]
+    assert engram["difference"] == {"values": [difference], "mean": difference, "std": None}
+    assert engram["size"]["tokens"] == 4 * 4 * 32
+    assert set(engram["runs"]["1"]["memory"]) == {"on", "off", "shuffled", "single-row"}
+    assert set(moe["runs"]["1"]["memory"]) == {"on"}
+    assert (out / "report.png").stat().st_size > 10_000
+    text = (out / "report.md").read_text()
+    assert "**A quick look, not the comparison: 1 of 2 seeds.**" in text
+    assert f"| engram | {engram['bits_per_byte']['mean']:.4f} |" in text
+    capsys.readouterr()
+
+    monkeypatch.setattr(compare_runs, "launch_local", None)  # nothing is left to train
+    assert main(command) == 0
+    assert capsys.readouterr().out.count("is finished") == 2
+    assert json.loads((out / "report.json").read_text()) == results
+
+
+def test_an_interrupted_run_goes_on(comparison, tmp_path, monkeypatch, capsys):
+    """After the first run stopped early, the same command continues it; nothing else has been started."""
+    started = []
+
+    def stopping(words, _ranks):
+        started.append(words)
+        return 0  # as `kmem train` does that was interrupted: no checkpoint of the last step
+
+    monkeypatch.setattr(compare_runs, "launch_local", stopping)
+    command = ["bench", "compare", str(comparison()), "--out", str(tmp_path / "out")]
+    assert main(command) == 130
+    assert main(command) == 130
+    assert started[0] == started[1]
+    assert "name=moe-seed1" in started[0]
+    assert "run the same command again" in capsys.readouterr().out
+
+
+def test_unequal_contestants_are_refused_with_the_numbers(comparison, tmp_path, capsys):
+    command = ["bench", "compare", str(comparison(equal={"non_embedding": 0.0})), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "engram: non_embedding is 45,936, +0.45% of the 45,728 of moe; at most 0.00% is fair" in (
+        capsys.readouterr().err
+    )
+    comparison()
+    assert main([*command, "--set", "model.moe.num_experts=4"]) == 2
+    assert "engram: non_embedding is" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_quantity_is_held_to_its_tolerance(comparison):
+    folder = comparison()
+    size = measure(load_config(folder / "moe.yaml"))
+    told = load_comparison(comparison(equal={"tokens": 0, "expert_calls": 0.05}))
+    check_fairness(told, {"moe": size, "engram": replace(size, expert_calls=size.expert_calls, total=1)})
+    with pytest.raises(ConfigError, match=r"engram: tokens is 513, \+0\.20% of the 512 of moe"):
+        check_fairness(told, {"moe": size, "engram": replace(size, tokens=513)})
+
+
+def test_expert_calls_count_iterations_and_shared_experts(comparison):
+    file = comparison() / "moe.yaml"
+    shared = ["model.moe.top_k=2", "model.moe.num_shared_experts=1"]
+    chain = "model.moe.chain={iterations: 3}"
+    once = "model.moe.chain={iterations: 3, shared_experts: once}"
+    calls = [measure(load_config(file, [*shared, *extra])).expert_calls for extra in ([], [chain], [once])]
+    assert calls == [2 * 3, 2 * 9, 2 * 7]
+
+
+def test_seeds_change_weights_and_order_and_nothing_else(comparison, tmp_path):
+    folder = comparison()
+    first, _, second, _ = (run.config for run in plan(load_comparison(folder), folder, tmp_path, [1, 2]))
+    assert (second.train.init_seed, second.data.seed, second.name) == (2, 2, "moe-seed2")
+    same = second.model_copy(update={"name": first.name})
+    same = same.model_copy(update={"train": same.train.model_copy(update={"init_seed": 1})})
+    assert same.model_copy(update={"data": same.data.model_copy(update={"seed": 1})}) == first
+
+
+def test_runs_of_another_configuration_are_not_taken_over(comparison, tmp_path, capsys):
+    folder, out = comparison(), tmp_path / "out"
+    (run, *_) = plan(load_comparison(folder), folder, out, [1], ["train.steps=8"])
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(run.config.model_dump(mode="json")))
+    assert main(["bench", "compare", str(folder), "--out", str(out)]) == 2
+    assert "moe-seed1: trained with another configuration, train.steps=8 instead of 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"baseline": "dense"}, "baseline=dense is none of the contestants moe, engram"),
+        ({"seeds": [1, 1]}, "names one twice"),
+        ({"equal": {"speed": 0}}, "equal.speed"),
+        ({"title": None}, "title"),
+        ({"horizons": [3]}, "evaluation.every: 2, but step 3 is to be reported"),
+        ({"data": {"folder": "other", "corpora": ["wiki"], "vocab_size": 257}}, "but the comparison is on other"),
+    ],
+)
+def test_what_a_comparison_cannot_mean_is_refused(comparison, changes, message, capsys):
+    assert main(["bench", "compare", str(comparison(**changes)), "--check"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_names_list_what_there_is(comparison, tmp_path, capsys):
+    assert main(["bench", "compare", "engram-vs-mow"]) == 2
+    assert "engram-vs-moe" in capsys.readouterr().err
+    folder = comparison()
+    shutil.copytree(folder, folder / "inner")
+    assert find_comparisons(folder) == [folder, folder / "inner"]
+    assert main(["bench", "compare", str(folder), "--out", str(tmp_path)]) == 2
+
+
+def test_the_packaged_comparisons_are_fair():
+    (root,) = (folder / "compare" for folder in config_folders())
+    folders = find_comparisons(root)
+    assert folders
+    for folder in folders:
+        told = load_comparison(folder)
+        runs = plan(told, folder, root, told.seeds)
+        check_fairness(told, {run.label: measure(run.config) for run in runs})
