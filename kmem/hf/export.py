@@ -17,12 +17,11 @@ from kmem.data.progress import Progress
 from kmem.data.tokenizer import load_tokenizer
 from kmem.hf.architectures import KMEM, Choice, choose, to_fields
 from kmem.hf.custom_code import AUTO_MAP, code_files, register
-from kmem.hf.folder import INDEX_FILE, WEIGHTS_FILE
 from kmem.hf.key_map import Piece, account, folder_pieces, parameters, table_parts
 from kmem.hf.model_card import model_card
 from kmem.hf.native import Architecture
 from kmem.model.engram_memory import EngramAddresses
-from kmem.model.exported_memory import COMPRESSION
+from kmem.model.exported_memory import COMPRESSION, INDEX_FILE, WEIGHTS_FILE
 from kmem.parallel.parameter_counts import tensor_shapes
 
 SLICE_BYTES = 32 << 20  # rows of a large tensor travel in parts of this size

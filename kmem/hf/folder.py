@@ -11,9 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from kmem.checkpoint.safetensors_file import DTYPE_NAMES
 from kmem.config import UserError
+from kmem.model.exported_memory import INDEX_FILE, WEIGHTS_FILE
 
-INDEX_FILE = "model.safetensors.index.json"
-WEIGHTS_FILE = "model.safetensors"
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 

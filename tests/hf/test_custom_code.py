@@ -28,7 +28,9 @@ def test_code_files_are_a_closed_set_without_kmem():
     assert "__init__.py" not in names
 
 
-@pytest.mark.parametrize("config", [CONFIG, OWN["chain of experts"]], ids=["experts", "chain"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, OWN["chain of experts"], OWN["four branches"]], ids=["experts", "chain", "branches"]
+)
 def test_new_models_have_kmems_initial_values(config):
     torch.manual_seed(11)
     own = KmemForCausalLM(KmemConfig(model=config.model_dump(mode="json")))
@@ -104,11 +106,13 @@ def test_wrong_calls_are_refused():
         KmemConfig(**{**fields, "hidden_size": 64})
 
 
-def test_outputs_that_users_ask_for():
-    own = build()
+@pytest.mark.parametrize("config", [CONFIG, OWN["four branches"]], ids=["one stream", "branches"])
+def test_outputs_that_users_ask_for(config):
+    own = build(config)
     ids = torch.tensor([[1, 2, 3]])
     output = own(ids, output_hidden_states=True)
-    assert len(output.hidden_states) == CONFIG.num_layers + 1
+    assert len(output.hidden_states) == config.num_layers + 1
+    assert {hidden.shape for hidden in output.hidden_states} == {(1, 3, config.hidden_size)}
     assert torch.equal(own.head(output.hidden_states[-1]), output.logits)
     assert torch.equal(own(inputs_embeds=own.get_input_embeddings()(ids)).logits, output.logits)
     torch.testing.assert_close(own(ids, logits_to_keep=1).logits, output.logits[:, -1:])

@@ -22,7 +22,11 @@ def held_out(run: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records if record["kind"] == "evaluation"}
 
 
-def test_training_goes_on_from_an_export(ranks, tmp_path):
+ENGRAM = {"layers": [0], "heads": 2, "rows_per_head": 61, "row_dim": 8}
+
+
+@pytest.mark.parametrize(("engram", "model_type"), [(None, "glm4_moe"), (ENGRAM, "kmem")], ids=["plain", "memory"])
+def test_training_goes_on_from_an_export(engram, model_type, ranks, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
 
     def prepared(name, **tokenizer):
@@ -31,10 +35,12 @@ def test_training_goes_on_from_an_export(ranks, tmp_path):
         return {"sources": [{"path": str(tmp_path / name)}], "sequence_length": 16}
 
     common = {"tracking": {"wandb": "disabled"}, "folder": str(tmp_path / "runs"), "evaluation": {"sequences": 4}}
-    tree = small_config(model__vocab_size=260, data=prepared("data", vocab_size=260), train__steps=4)
+    tree = small_config(
+        model__vocab_size=260, model__engram=engram, data=prepared("data", vocab_size=260), train__steps=4
+    )
     assert ranks.run(1, trainer_case, {**tree, **common, "name": "first"})[0]["error"] is None
     choice = export(CheckpointReader(tmp_path / "runs" / "first"), tmp_path / "out", say=str)
-    assert choice.architecture.model_type == "glm4_moe"
+    assert choice.architecture.model_type == model_type
 
     back = tmp_path / "runs" / "back"
     import_folder(tmp_path / "out", back, say=str)
