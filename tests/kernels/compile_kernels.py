@@ -12,17 +12,24 @@ import triton
 from kmem_kernels.ngram_ids.triton import ngram_ids
 from kmem_kernels.permute.triton import combine_backward, gather_sum, scatter, sort_by_expert
 from kmem_kernels.route.triton import route, route_backward
+from kmem_kernels.row_gather.triton import row_gather
+from kmem_kernels.row_update.op import CatchUp, Gradients, RandomRounding
+from kmem_kernels.row_update.triton import adam_, rowwise_adagrad_, square_norms
 from kmem_kernels.segment_reduce.op import segments_of
 from kmem_kernels.segment_reduce.triton import segment_reduce
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from kmem.memory.row_optimizers.reference import AdamStep
+
 TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.float64: "*fp64",
 }
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
@@ -43,11 +50,11 @@ def compile_instead(kernel, *arguments, grid, warmup, **keywords):
                 attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
-        elif value == 1:  # Triton compiles for it apart
+        elif value == 1 and not parameter.do_not_specialize:  # Triton compiles for it apart
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
         else:
-            signature[parameter.name] = "i32"
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     facts = {
@@ -55,6 +62,8 @@ def compile_instead(kernel, *arguments, grid, warmup, **keywords):
         "atomics": re.findall(r"\b(?:atom|red)\.\S+", ptx),
         "wide_loads": ptx.count("ld.global.v4"),
         "wide_stores": ptx.count("st.global.v4"),
+        "narrow": re.findall(r"\b(?:ld|st)\.global(?!\.v4)\S*\.[bfsu](?:8|16|32)\b", ptx),
+        "inexact": re.findall(r"\b(?:fma|mad)\.\S*f\d\d|\S+\.(?:approx|full|ftz)\b\S*", ptx),
     }
     print(json.dumps(facts))
 
@@ -78,6 +87,23 @@ def main() -> None:
         values, ids = torch.zeros(600, columns), torch.arange(600) % segments
         segment_reduce(values, *segments_of(ids, segments), None)
         segment_reduce(values.bfloat16(), *segments_of(ids, segments), torch.zeros(segments, columns))
+    for dtype, columns in ((torch.float32, 64), (torch.float32, 132), (torch.bfloat16, 264), (torch.bfloat16, 128)):
+        table, rows = torch.zeros(9, columns, dtype=dtype), torch.zeros(300, dtype=torch.int64)
+        row_gather(table, rows, torch.zeros(300, columns), None)
+        row_gather(table, rows, torch.zeros(900, columns), rows)
+    for dtype, columns in ((torch.float32, 256), (torch.float32, 40), (torch.bfloat16, 264), (torch.bfloat16, 600)):
+        table, rows = torch.zeros(9, columns, dtype=dtype), torch.arange(7)
+        first, second = torch.zeros(9, columns), torch.zeros(9, columns)
+        catch_up = CatchUp(torch.zeros(9, 1, dtype=torch.int32), 5, torch.ones(3, 8))
+        random = None if dtype == torch.float32 else RandomRounding(2**63 + 5, 0)
+        for order, starts, missed, rounding in (
+            (None, None, None, None),
+            (torch.arange(7), torch.arange(8), catch_up, random),
+        ):
+            gradients = Gradients(rows, torch.zeros(7, columns), 0.5, order, starts)
+            adam_(table, first, second, gradients, AdamStep.lazy(0.9, 0.999, 1e-8, 0.1, 2), missed, rounding)
+            rowwise_adagrad_(table, torch.zeros(9, 1), gradients, 0.1, 1e-8, rounding)
+        square_norms(gradients.values)
     ids = torch.zeros(2, 130, dtype=torch.int64)
     ngram_ids(ids, ids, (2, 3), (3, 5, 7), (11, 13, 17, 19), (0, 11, 24, 41), "document", 1)
 

@@ -20,6 +20,10 @@ KERNELS = {
     "_combine_backward",
     "_running_sums",
     "_ngram_ids",
+    "_row_gather",
+    "_adam",
+    "_rowwise_adagrad",
+    "_square_norms",
 }
 MOVES = ("_scatter", "_gather_sum", "_combine_backward")
 
@@ -39,3 +43,13 @@ def test_kernels_compile_without_atomics_on_floats(tmp_path):
             assert facts["atomics"] == [], facts
     for kernel in MOVES:  # rows of a multiple of 16 bytes move 16 bytes at a time
         assert any(facts["wide_loads"] and facts["wide_stores"] for facts in compiled if facts["kernel"] == kernel)
+    for facts in compiled:
+        if facts["kernel"] == "_row_gather":  # every one, at any width
+            assert facts["wide_loads"], facts
+            assert facts["wide_stores"], facts
+            assert facts["narrow"] == [], facts
+        if facts["kernel"] in ("_adam", "_rowwise_adagrad"):
+            # IEEE operations, one rounding each, denormal numbers kept: the bits of the host.
+            assert facts["inexact"] == [], facts
+            assert facts["wide_loads"], facts
+            assert facts["wide_stores"], facts

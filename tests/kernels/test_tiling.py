@@ -8,8 +8,13 @@ from tests.kernels.devices import random
 pytest.importorskip("triton")
 from kmem_kernels.permute import triton as permute
 from kmem_kernels.route import triton as route
+from kmem_kernels.row_gather import triton as row_gather
+from kmem_kernels.row_update import triton as row_update
+from kmem_kernels.row_update.op import CatchUp, Gradients
 from kmem_kernels.segment_reduce import triton as segment_reduce
 from kmem_kernels.segment_reduce.op import segments_of
+
+from kmem.memory.row_optimizers.reference import AdamStep
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has these sizes in every test")
 
@@ -35,7 +40,35 @@ def summed():
     return [segment_reduce.segment_reduce(random(600, 24), *segments_of(ids, 11), None)]
 
 
-@pytest.mark.parametrize("operation, module", [(routed, route), (permuted, permute), (summed, segment_reduce)])
+def gathered():
+    ids = torch.arange(300) * 7 % 40
+    return [row_gather.row_gather(random(40, 44), ids, torch.zeros(300, 44), None)]
+
+
+def updated():
+    state = [random(40, 24), torch.zeros(40, 24), torch.zeros(40, 24), torch.zeros(40, 1, dtype=torch.int32)]
+    accumulators = torch.zeros(40, 1)
+    order, starts = segments_of(torch.arange(99) * torch.arange(99) % 33, 33)
+    present = starts.diff() > 0
+    rows, starts = torch.arange(33)[present], torch.cat([starts[:-1][present], starts[-1:]])
+    gradients = Gradients(rows, random(99, 24, seed=1), 0.5, order, starts)
+    for step in (1, 2):
+        scalars = AdamStep.lazy(0.9, 0.999, 1e-8, 0.1, step)
+        row_update.adam_(*state[:3], gradients, scalars, CatchUp(state[3], step, torch.full((3, 4), 0.9)), None)
+        row_update.rowwise_adagrad_(state[0], accumulators, gradients, 0.1, 1e-8, None)
+    return [*state, accumulators, row_update.square_norms(state[0])]
+
+
+OPERATIONS = [
+    (routed, route),
+    (permuted, permute),
+    (summed, segment_reduce),
+    (gathered, row_gather),
+    (updated, row_update),
+]
+
+
+@pytest.mark.parametrize("operation, module", OPERATIONS)
 def test_sizes_of_programs_do_not_show(operation, module, monkeypatch):
     wide = operation()
     monkeypatch.setattr(module, "interpreted", lambda: False)

@@ -1,0 +1,1 @@
+"""Optimizer steps of a table's touched rows, in place."""

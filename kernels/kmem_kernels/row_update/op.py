@@ -1,0 +1,153 @@
+"""Row optimizers on the rows of one step: weights, moments and step numbers are read and written once, in place.
+
+Bit for bit what the compiled loops on the host do: fp32 operations in the same order, none contracted, IEEE division
+and square root, the same random bits for the same row. So a table may change its store and keep its values. Only NaN
+payloads may differ.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kmem.memory.row_optimizers.reference import AdamStep
+
+from ..backend import Backend, chosen
+
+# Shape letters: R rows of D values in the table, U of them touched, W contributions to their gradients.
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What moves the rows of a step.
+
+    Args:
+        rows: int64 [U], no two equal.
+        values: fp32 [W, D].
+        scale: factor on a row's summed gradient.
+        order: int64 [W]; row i's gradient is the sum of values[order[starts[i]:starts[i + 1]]], in this order.
+        starts: int64 [U + 1], ascending by at least one. Without both, row i's gradient is values[i].
+    """
+
+    rows: Tensor
+    values: Tensor
+    scale: float = 1.0
+    order: Tensor | None = None
+    starts: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class CatchUp:
+    """Decay for the steps that rows have missed.
+
+    Args:
+        last_step: int32 [R, 1]: each row's last step; set to this one.
+        step: number of this step.
+        decays: fp32 [3, L], L >= step: after how many missed steps, which factors on first moment, second moment and
+            weight. A table, so that the host's powers are used: a device's own differ in their last bits.
+    """
+
+    last_step: Tensor
+    step: int
+    decays: Tensor
+
+
+@dataclass(frozen=True)
+class RandomRounding:
+    """Random bits of bf16 rows, as `kmem.memory.counter_random` draws them.
+
+    Args:
+        stream: key of the step's stream, from 0 to 2^64 - 1.
+        first_row: number of row 0 in the stream.
+    """
+
+    stream: int
+    first_row: int
+
+
+def adam_(
+    weights_RD: Tensor,
+    first_RD: Tensor,
+    second_RD: Tensor,
+    gradients: Gradients,
+    step: AdamStep,
+    catch_up: CatchUp | None = None,
+    rounding: RandomRounding | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """One Adam step of the touched rows, in place.
+
+    Args:
+        weights_RD: fp32 or bf16, contiguous.
+        first_RD, second_RD: moments, fp32, contiguous.
+        rounding: of bf16 rows; None rounds to nearest even.
+        backend: default `triton` for CUDA tensors, else `torch`.
+
+    Raises:
+        ValueError: types or shapes that do not fit.
+    """
+    _check(weights_RD, gradients, rounding, first_RD, second_RD)
+    if catch_up is not None and catch_up.decays.shape[1] < catch_up.step:
+        raise ValueError(f"step {catch_up.step} needs as many decays, not {catch_up.decays.shape[1]}")
+    with torch.no_grad():
+        if chosen(backend, weights_RD) == "torch":
+            from . import reference
+
+            reference.adam_(weights_RD, first_RD, second_RD, gradients, step, catch_up, rounding)
+        else:
+            from . import triton  # a CPU run never compiles
+
+            triton.adam_(weights_RD, first_RD, second_RD, gradients, step, catch_up, rounding)
+
+
+def rowwise_adagrad_(
+    weights_RD: Tensor,
+    second_R1: Tensor,
+    gradients: Gradients,
+    learning_rate: float,
+    eps: float,
+    rounding: RandomRounding | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """One step of row-wise Adagrad of the touched rows, in place. `second_R1`: fp32 accumulators; else as `adam_`."""
+    _check(weights_RD, gradients, rounding)
+    with torch.no_grad():
+        if chosen(backend, weights_RD) == "torch":
+            from . import reference
+
+            reference.rowwise_adagrad_(weights_RD, second_R1, gradients, learning_rate, eps, rounding)
+        else:
+            from . import triton
+
+            triton.rowwise_adagrad_(weights_RD, second_R1, gradients, learning_rate, eps, rounding)
+
+
+def square_norms(values_UD: Tensor, backend: Backend | None = None) -> Tensor:
+    """fp64 [U]: the squared 2-norm of each fp32 row, summed from left to right."""
+    with torch.no_grad():
+        if chosen(backend, values_UD) == "torch":
+            from . import reference
+
+            return reference.square_norms(values_UD)
+        from . import triton
+
+        return triton.square_norms(values_UD)
+
+
+def _check(weights: Tensor, gradients: Gradients, rounding: RandomRounding | None, *moments: Tensor) -> None:
+    if weights.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"rows are fp32 or bf16, not {weights.dtype}")
+    if rounding is not None and weights.dtype != torch.bfloat16:
+        raise ValueError("fp32 rows are not rounded")
+    for moment in moments:
+        if moment.shape != weights.shape or moment.dtype != torch.float32:
+            raise ValueError(f"moments of rows {tuple(weights.shape)} are fp32 as well, not {tuple(moment.shape)}")
+    if not all(array.is_contiguous() for array in (weights, *moments)):
+        raise ValueError("rows and moments are updated in place and must be contiguous")
+    if (gradients.order is None) != (gradients.starts is None):
+        raise ValueError("contributions are summed by order and starts together")
+    count = len(gradients.rows)
+    if gradients.values.shape[1] != weights.shape[1] or gradients.values.dtype != torch.float32:
+        raise ValueError(f"gradients {tuple(gradients.values.shape)} do not fit rows of {weights.shape[1]} values")
+    if count != (len(gradients.values) if gradients.starts is None else len(gradients.starts) - 1):
+        raise ValueError(f"{count} rows and gradients for another number")

@@ -1,0 +1,321 @@
+"""One program for a few rows, all their columns: per-row values are read before and written after by the same program.
+
+Compiled without contraction (`enable_fp_fusion=False`): a fused multiply-add rounds once where the host rounds twice.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kmem.memory.row_optimizers.reference import AdamStep
+
+from ..backend import interpreted
+from .op import CatchUp, Gradients, RandomRounding
+
+# Shape letters: R rows of D values in the table, U of them touched, W contributions to their gradients.
+
+BLOCK_VALUES = 512
+"""Values of one tile, two warps: 8 of each array in a thread. Rows of up to 512 values are one tile wide."""
+SQUARES_BLOCK = 32
+"""Rows of one program that only adds squares, a lane for each."""
+
+_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
+_MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
+_MIX_2 = tl.constexpr(0x94D049BB133111EB)
+_FP32, _NEAREST, _RANDOM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def _gradient(values_ptr, order_ptr, begin, length, column, live, COLUMNS: tl.constexpr, SUM: tl.constexpr):
+    """The gradient of rows [BLOCK, 1] at columns [1, n]: a row's only contribution itself, or the sum from zero on."""
+    if SUM:
+        source = tl.load(order_ptr + begin, mask=length > 0, other=0)
+        total = tl.load(values_ptr + source * COLUMNS + column, mask=live, other=0.0)
+        # 0 - 0 keeps its sign where nothing is added to it, and loses it in a sum.
+        total = tl.where(length > 1, total + 0.0, total)
+        for step in range(1, tl.max(length)):
+            more = step < length
+            source = tl.load(order_ptr + begin + step, mask=more, other=0)
+            value = tl.load(values_ptr + source * COLUMNS + column, mask=more & live, other=0.0)
+            total = tl.where(more, total + value, total)
+    else:
+        total = tl.load(values_ptr + begin * COLUMNS + column, mask=live, other=0.0)
+    return total
+
+
+@triton.jit
+def _contributions(starts_ptr, index, live, SUM: tl.constexpr):
+    """Where the contributions of rows begin, and how many there are."""
+    if SUM:
+        begin = tl.load(starts_ptr + index, mask=live, other=0)
+        length = tl.load(starts_ptr + index + 1, mask=live, other=0) - begin
+    else:
+        begin = index
+        length = live.to(tl.int64)
+    return begin, length
+
+
+@triton.jit
+def _squares(
+    values_ptr, order_ptr, begin, length, live, scale, COLUMNS: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr
+):
+    """fp64 [BLOCK, 1]: squares of the scaled gradients, added from left to right. The products are exact in fp64."""
+    total = tl.zeros((BLOCK, 1), tl.float64)
+    for column in range(COLUMNS):
+        g = _gradient(values_ptr, order_ptr, begin, length, column, live, COLUMNS, SUM) * scale
+        total += g.to(tl.float64) * g.to(tl.float64)
+    return total
+
+
+@triton.jit
+def _read(weights_ptr, at, live, ROUNDING: tl.constexpr):
+    if ROUNDING == _FP32:
+        return tl.load(weights_ptr + at, mask=live, other=0.0)
+    else:
+        bits = tl.load(weights_ptr + at, mask=live, other=0).to(tl.uint16, bitcast=True)
+        return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _write(weights_ptr, at, values, counter, stream, live, ROUNDING: tl.constexpr):
+    """counter: uint64, the values' numbers in the stream of random bits."""
+    if ROUNDING == _FP32:
+        tl.store(weights_ptr + at, values, mask=live)
+    else:
+        bits = values.to(tl.uint32, bitcast=True)
+        if ROUNDING == _RANDOM:
+            z = stream.to(tl.uint64) + (counter + 1) * _GOLDEN
+            z = (z ^ (z >> 30)) * _MIX_1
+            z = (z ^ (z >> 27)) * _MIX_2
+            bits += ((z ^ (z >> 31)) & 0xFFFF).to(tl.uint32)
+        else:
+            bits += 0x7FFF + ((bits >> 16) & 1)
+        tl.store(weights_ptr + at, (bits >> 16).to(tl.uint16).to(tl.int16, bitcast=True), mask=live)
+
+
+@triton.jit(do_not_specialize=["step", "first_row", "stream"])
+def _adam(
+    weights_ptr,  # [R, D] fp32, or int16: the bits of bf16
+    first_ptr,  # fp32 [R, D]
+    second_ptr,  # fp32 [R, D]
+    last_step_ptr,  # int32 [R], used if CATCH_UP
+    decays_ptr,  # fp32 [3, decays], used if CATCH_UP
+    rows_ptr,  # int64 [U]
+    values_ptr,  # fp32 [W, D]
+    order_ptr,  # int64 [W], used if SUM
+    starts_ptr,  # int64 [U + 1], used if SUM
+    count,
+    decays,
+    step,
+    first_row,
+    stream,  # int64: the bits of a uint64, whose type would depend on its value
+    scale,
+    rate_m,
+    rate_v,
+    inverse_root,
+    eps,
+    size,
+    COLUMNS: tl.constexpr,
+    CATCH_UP: tl.constexpr,
+    SUM: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    index = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    row_live = index < count
+    row = tl.load(rows_ptr + index, mask=row_live, other=0)
+    begin, length = _contributions(starts_ptr, index, row_live, SUM)
+    if CATCH_UP:
+        missed = step - 1 - tl.load(last_step_ptr + row, mask=row_live, other=0)
+        decay_m = tl.load(decays_ptr + missed, mask=row_live, other=1.0)
+        decay_v = tl.load(decays_ptr + decays + missed, mask=row_live, other=1.0)
+        decay_w = tl.load(decays_ptr + 2 * decays + missed, mask=row_live, other=1.0)
+    for start in range(0, COLUMNS, BLOCK_COLUMNS):
+        column = start + tl.arange(0, BLOCK_COLUMNS)[None, :]
+        live = row_live & (column < COLUMNS)
+        at = row * COLUMNS + column
+        w = _read(weights_ptr, at, live, ROUNDING)
+        m = tl.load(first_ptr + at, mask=live, other=0.0)
+        v = tl.load(second_ptr + at, mask=live, other=0.0)
+        g = _gradient(values_ptr, order_ptr, begin, length, column, live, COLUMNS, SUM) * scale
+        if CATCH_UP:
+            m = m * decay_m
+            v = v * decay_v
+            w = w * decay_w
+        m = m + (g - m) * rate_m
+        v = v + (g * g - v) * rate_v
+        w = w - tl.div_rn(m, tl.sqrt_rn(v) * inverse_root + eps) * size
+        tl.store(first_ptr + at, m, mask=live)
+        tl.store(second_ptr + at, v, mask=live)
+        counter = (first_row + row).to(tl.uint64) * COLUMNS + column.to(tl.uint64)
+        _write(weights_ptr, at, w, counter, stream, live, ROUNDING)
+    if CATCH_UP:
+        tl.debug_barrier()  # every warp has read it
+        tl.store(last_step_ptr + row, tl.zeros((BLOCK, 1), tl.int32) + step, mask=row_live)
+
+
+@triton.jit(do_not_specialize=["first_row", "stream"])
+def _rowwise_adagrad(
+    weights_ptr,  # [R, D] fp32, or int16: the bits of bf16
+    second_ptr,  # fp32 [R]
+    rows_ptr,  # int64 [U]
+    values_ptr,  # fp32 [W, D]
+    order_ptr,  # int64 [W], used if SUM
+    starts_ptr,  # int64 [U + 1], used if SUM
+    count,
+    first_row,
+    stream,  # int64: the bits of a uint64
+    scale,
+    rate,
+    eps,
+    COLUMNS: tl.constexpr,
+    SUM: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    index = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    row_live = index < count
+    row = tl.load(rows_ptr + index, mask=row_live, other=0)
+    begin, length = _contributions(starts_ptr, index, row_live, SUM)
+    # Brings the gradients into the cache, from where the tiles below read them again.
+    squares = _squares(values_ptr, order_ptr, begin, length, row_live, scale, COLUMNS, SUM, BLOCK)
+    second = tl.load(second_ptr + row, mask=row_live, other=0.0) + (squares / COLUMNS).to(tl.float32)
+    tl.debug_barrier()  # every warp has read it
+    tl.store(second_ptr + row, second, mask=row_live)
+    root = tl.sqrt_rn(second) + eps
+    for start in range(0, COLUMNS, BLOCK_COLUMNS):
+        column = start + tl.arange(0, BLOCK_COLUMNS)[None, :]
+        live = row_live & (column < COLUMNS)
+        at = row * COLUMNS + column
+        g = _gradient(values_ptr, order_ptr, begin, length, column, live, COLUMNS, SUM) * scale
+        w = _read(weights_ptr, at, live, ROUNDING) - tl.div_rn(g, tl.broadcast_to(root, g.shape)) * rate
+        counter = (first_row + row).to(tl.uint64) * COLUMNS + column.to(tl.uint64)
+        _write(weights_ptr, at, w, counter, stream, live, ROUNDING)
+
+
+@triton.jit
+def _square_norms(
+    values_ptr,  # fp32 [U, D]
+    norms_ptr,  # fp64 [U]
+    count,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    index = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    live = index < count
+    squares = _squares(values_ptr, values_ptr, index, index, live, 1.0, COLUMNS, False, BLOCK)
+    tl.store(norms_ptr + index, squares, mask=live)
+
+
+def adam_(
+    weights_RD: Tensor,
+    first_RD: Tensor,
+    second_RD: Tensor,
+    gradients: Gradients,
+    step: AdamStep,
+    catch_up: CatchUp | None,
+    rounding: RandomRounding | None,
+) -> None:
+    """`reference.adam_`, bit for bit."""
+    launch = _launch(weights_RD, gradients, rounding)
+    if launch is None:
+        return
+    grid, arrays, numbers, options = launch
+    _adam[grid](
+        _bits(weights_RD),
+        first_RD,
+        second_RD,
+        first_RD if catch_up is None else catch_up.last_step,
+        first_RD if catch_up is None else catch_up.decays.contiguous(),
+        *arrays,
+        len(gradients.rows),
+        0 if catch_up is None else catch_up.decays.shape[1],
+        0 if catch_up is None else catch_up.step,
+        *numbers,
+        gradients.scale,
+        1 - step.beta1,
+        1 - step.beta2,
+        step.inverse_root,
+        step.eps,
+        step.step_size,
+        CATCH_UP=catch_up is not None,
+        **options,
+    )
+
+
+def rowwise_adagrad_(
+    weights_RD: Tensor,
+    second_R1: Tensor,
+    gradients: Gradients,
+    learning_rate: float,
+    eps: float,
+    rounding: RandomRounding | None,
+) -> None:
+    """`reference.rowwise_adagrad_`, bit for bit."""
+    launch = _launch(weights_RD, gradients, rounding)
+    if launch is None:
+        return
+    grid, arrays, numbers, options = launch
+    _rowwise_adagrad[grid](
+        _bits(weights_RD),
+        second_R1,
+        *arrays,
+        len(gradients.rows),
+        *numbers,
+        gradients.scale,
+        learning_rate,
+        eps,
+        **options,
+    )
+
+
+def square_norms(values_UD: Tensor) -> Tensor:
+    """`reference.square_norms`, bit for bit."""
+    values_UD = values_UD.contiguous()
+    norms_U = torch.zeros(len(values_UD), dtype=torch.float64, device=values_UD.device)
+    if values_UD.numel():
+        block = 128 if interpreted() else SQUARES_BLOCK
+        _square_norms[(triton.cdiv(len(values_UD), block),)](
+            values_UD, norms_U, len(values_UD), COLUMNS=values_UD.shape[1], BLOCK=block, num_warps=1
+        )
+    return norms_U
+
+
+def _bits(weights: Tensor) -> Tensor:
+    return weights.view(torch.int16) if weights.dtype == torch.bfloat16 else weights
+
+
+def _launch(
+    weights: Tensor, gradients: Gradients, rounding: RandomRounding | None
+) -> tuple[tuple[int], tuple[Tensor, ...], tuple[int, int], dict[str, Any]] | None:
+    """Grid, arrays of the gradients, numbers of the rounding and constants; None when there is nothing to do."""
+    count, columns = len(gradients.rows), weights.shape[1]
+    if count == 0 or columns == 0:
+        return None
+    rows, summed = gradients.rows.contiguous(), gradients.order is not None
+    order, starts = (rows if array is None else array.contiguous() for array in (gradients.order, gradients.starts))
+    block_columns = min(triton.next_power_of_2(columns), BLOCK_VALUES)
+    block = 128 if interpreted() else BLOCK_VALUES // block_columns
+    kind = _FP32 if weights.dtype == torch.float32 else _NEAREST if rounding is None else _RANDOM
+    stream, first_row = (0, 0) if rounding is None else (rounding.stream, rounding.first_row)
+    signed = stream - (1 << 64) if stream >> 63 else stream
+    options = {
+        "COLUMNS": columns,
+        "SUM": summed,
+        "ROUNDING": kind.value,
+        "BLOCK": block,
+        "BLOCK_COLUMNS": block_columns,
+        "num_warps": 2,
+        "enable_fp_fusion": False,
+    }
+    return (
+        (triton.cdiv(count, block),),
+        (rows, gradients.values.contiguous(), order, starts),
+        (first_row, signed),
+        options,
+    )
