@@ -1,12 +1,14 @@
 """Training steps of a model with memory whose tables are small, large in host memory, or mapped from a file."""
 
 import itertools
+import mmap
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,7 +63,7 @@ def sized(config: Config, size: int, **memory: Any) -> dict[str, Any]:
     assert engram.heads is not None
     tree = config.model_dump(mode="json")
     tree["memory"] |= memory
-    table = tables(config)[0]
+    table = tables(parse_config(tree))[0]
     row = table.row_bytes + table.state_bytes + table.busy_bytes
     heads = len(engram.layers) * len(engram.orders) * engram.heads
     tree["model"]["engram"]["rows_per_head"] = max(1, size // (row * heads))
@@ -117,9 +119,12 @@ def write_all(table: Table) -> None:
     """Write the pages that a new table leaves to the system's zeros, so that they take memory or disk as in a long
     run. A mapped file leaves its folder at once: it goes when its process does."""
     store = table.store
-    for name, array in store.arrays.items():
-        if name != "rows":  # drawn, so written
-            array.zero_()
+    if store.layout is None or store.layout.stride > mmap.PAGESIZE:  # others have their drawn row in every page
+        for start, stop in store.chunks("rows"):
+            store.fetch_ahead(np.arange(start, stop))
+            for name, array in store.arrays.items():
+                if name != "rows":
+                    array[start:stop].zero_()
     if store.path is not None:
         with store.path.open("rb") as file:
             os.fsync(file.fileno())

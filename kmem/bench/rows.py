@@ -88,7 +88,7 @@ def gather_rates(rows: int, touched: int, dim: int = 256, threads: int = 1, repe
     def ours() -> None:
         pool.run(
             touched,
-            lambda part: kernels.gather(table.numpy(), ids[part].numpy(), out[part].numpy()),
+            lambda part: kernels.gather(table.numpy(), np.uintp(0), ids[part].numpy(), out[part].numpy()),
         )
 
     before = torch.get_num_threads()

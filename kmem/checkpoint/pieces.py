@@ -6,6 +6,7 @@ once; a load asks for whatever intervals the new mesh needs.
 """
 
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, TensorWriteData, WriteItem, WriteItemType
 
 from kmem.config import UserError
 
@@ -31,32 +32,102 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be written, found, trusted or used; the message names the file or tensor."""
 
 
+@dataclass(frozen=True)
+class ScatteredRows:
+    """An interval of live values whose rows lie apart in memory: elements [start, stop) of `rows` [N, width], counted
+    row by row. It is no view, so its values are copied when they are saved, and written back when they are loaded.
+
+    `fetch`, if given, is called with the rows [first, last) that are about to be touched.
+    """
+
+    rows: Tensor
+    start: int
+    stop: int
+    fetch: Callable[[int, int], object] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.rows.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size([self.stop - self.start])
+
+    def numel(self) -> int:
+        return self.stop - self.start
+
+    def copy(self) -> Tensor:
+        """The values, 1-D, where the rows are."""
+        values = torch.empty(self.shape, dtype=self.dtype, device=self.rows.device)
+        for live, place in self._blocks(0, self.numel()):
+            values[place].view_as(live).copy_(live)
+        return values
+
+    def write(self, first: int, values: Tensor) -> None:
+        """Overwrite the elements from `first` of the interval on."""
+        for live, place in self._blocks(first, first + values.numel()):
+            live.copy_(values[place].view_as(live))
+
+    def _blocks(self, first: int, last: int) -> Iterator[tuple[Tensor, slice]]:
+        """Elements [first, last) of the interval as blocks of rows, the first and last cut short: views of the live
+        values, and where they lie among these elements."""
+        width, begin, end = self.rows.shape[1], self.start + first, self.start + last
+        if self.fetch is not None and end > begin:
+            self.fetch(begin // width, -(-end // width))
+        place = begin
+        while place < end:
+            row, column = divmod(place, width)
+            if column or end - place < width:
+                live = self.rows[row : row + 1, column : column + end - place]
+            else:
+                live = self.rows[row : end // width]
+            yield live, slice(place - begin, place - begin + live.numel())
+            place += live.numel()
+
+
 @dataclass
 class Pieces:
     """The intervals of one global 1-D tensor that this rank holds.
 
     Args:
         length: elements of the global tensor.
-        parts: (start, 1-D view of the live values) per interval; loading writes into the views.
+        parts: (start, live values) per interval, as a 1-D view where they lie together; loading writes into them.
     """
 
     length: int
-    parts: list[tuple[int, Tensor]]
+    parts: list[tuple[int, Tensor | ScatteredRows]]
 
     @classmethod
-    def interval(cls, length: int, start: int, values: Tensor) -> "Pieces":
+    def interval(
+        cls, length: int, start: int, values: Tensor, fetch: Callable[[int, int], object] | None = None
+    ) -> "Pieces":
         """One interval, cut into entries of bounded length at multiples of CHUNK_ELEMENTS of the global tensor, so that
-        equal intervals of several ranks are recognised as copies."""
-        flat, end = values.reshape(-1), start + values.numel()
-        assert flat.data_ptr() == values.data_ptr(), "loading must write into the live tensor"
+        equal intervals of several ranks are recognised as copies.
+
+        Args:
+            values: contiguous, or [N, width] with contiguous rows.
+            fetch: of `ScatteredRows`.
+        """
+        end = start + values.numel()
         cuts = [start, *range((start // CHUNK_ELEMENTS + 1) * CHUNK_ELEMENTS, end, CHUNK_ELEMENTS), end]
-        return cls(length, [(a, flat[a - start : b - start]) for a, b in pairwise(cuts) if b > a])
+        entries = [(a, b) for a, b in pairwise(cuts) if b > a]
+        if values.dim() == 2 and not values.is_contiguous():
+            return cls(length, [(a, ScatteredRows(values, a - start, b - start, fetch)) for a, b in entries])
+        flat = values.reshape(-1)
+        assert flat.data_ptr() == values.data_ptr(), "loading must write into the live tensor"
+        return cls(length, [(a, flat[a - start : b - start]) for a, b in entries])
 
     def to_host(self) -> "Pieces":
         """A copy in host memory that later training steps do not change."""
-        return Pieces(self.length, [(start, part.detach().to("cpu", copy=True)) for start, part in self.parts])
+        copies: list[tuple[int, Tensor | ScatteredRows]] = []
+        for start, part in self.parts:
+            if isinstance(part, ScatteredRows):
+                copies.append((start, part.copy().cpu()))
+            else:
+                copies.append((start, part.detach().to("cpu", copy=True)))
+        return Pieces(self.length, copies)
 
-    def find(self, index: MetadataIndex) -> Tensor:
+    def find(self, index: MetadataIndex) -> Tensor | ScatteredRows:
         """The interval a plan entry speaks of."""
         _, wanted = index_key(index)
         return next(part for start, part in self.parts if start == wanted)
@@ -75,7 +146,7 @@ class Pieces:
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
                     chunk=ChunkStorageMetadata(torch.Size([start]), part.shape),
-                    properties=TensorProperties.create_from_tensor(part),
+                    properties=_properties(part),
                     size=self.size(),
                 ),
             )
@@ -83,14 +154,20 @@ class Pieces:
         ]
 
 
+def _properties(part: Tensor | ScatteredRows) -> TensorProperties:
+    return TensorProperties.create_from_tensor(part.rows if isinstance(part, ScatteredRows) else part)
+
+
 class PiecesSavePlanner(DefaultSavePlanner):
-    """Saves `Pieces` as they are; names are not flattened."""
+    """Saves `Pieces` as they are; names are not flattened. Rows that lie apart are copied when their entry is asked
+    for: a writer that asks for one after another holds one copy."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].find(index)
+        part = self.state_dict[index.fqn].find(index)
+        return part.copy() if isinstance(part, ScatteredRows) else part
 
 
 class PiecesLoadPlanner(DefaultLoadPlanner):
@@ -105,8 +182,16 @@ class PiecesLoadPlanner(DefaultLoadPlanner):
         self.metadata = metadata
         self.is_coordinator = is_coordinator
 
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].find(index)
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        part = self.state_dict[read_item.dest_index.fqn].find(read_item.dest_index)
+        if isinstance(part, ScatteredRows):  # `commit_tensor` brings it to its place
+            return torch.empty(read_item.lengths, dtype=part.dtype)
+        return part.detach().narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        part = self.state_dict[read_item.dest_index.fqn].find(read_item.dest_index)
+        if isinstance(part, ScatteredRows):
+            part.write(read_item.dest_offsets[0], tensor)
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None

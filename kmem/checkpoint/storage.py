@@ -61,21 +61,28 @@ class SafetensorsStorageWriter(StorageWriter):
         future: Future[list[WriteResult]] = Future()
         results: list[WriteResult] = []
         if plan.items:
-            values: dict[str, torch.Tensor] = {}
-            for item in plan.items:
-                value = planner.resolve_data(item)
-                assert isinstance(value, torch.Tensor), "Pieces hold tensors only"
-                values[entry_name(*index_key(item.index))] = value
+            entries = {entry_name(*index_key(item.index)): item for item in plan.items}
+            shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
+            for name, item in entries.items():
+                assert item.tensor_data is not None, "Pieces hold tensors only"
+                shapes[name] = (item.tensor_data.chunk.sizes, item.tensor_data.properties.dtype)
             # The widest types come first, so that every entry is aligned.
-            order = sorted(values, key=lambda name: -values[name].itemsize)
+            order = sorted(shapes, key=lambda name: -shapes[name][1].itemsize)
             path = self.folder / f"part-{self.rank:05d}.safetensors"
-            with SafetensorsWriter(path, {name: (values[name].shape, values[name].dtype) for name in order}) as writer:
+            with SafetensorsWriter(path, {name: shapes[name] for name in order}) as writer:
                 for name in order:
-                    writer.write(name, values[name])
+                    value = planner.resolve_data(entries[name])  # may be a copy: one at a time
+                    assert isinstance(value, torch.Tensor)
+                    writer.write(name, value)
+                    del value
             stored = (path.name, StoredFile(writer.size, writer.sha256))
             results = [
-                WriteResult(index=item.index, size_in_bytes=value.nbytes, storage_data=stored)
-                for item, value in zip(plan.items, values.values(), strict=True)
+                WriteResult(
+                    index=item.index,
+                    size_in_bytes=shapes[name][0].numel() * shapes[name][1].itemsize,
+                    storage_data=stored,
+                )
+                for name, item in entries.items()
             ]
         future.set_result(results)
         return future

@@ -28,7 +28,7 @@ from kmem.memory.device_copy import DeviceCopy
 from kmem.memory.exchange import Request
 from kmem.memory.hazards import Hazards
 from kmem.memory.row_optimizers import RowOptimizer, RowUpdate, kernels
-from kmem.memory.row_optimizers.update import host_array
+from kmem.memory.row_optimizers.update import host_array, host_columns
 from kmem.memory.row_threads import RowThreads
 from kmem.memory.segments import Segments
 from kmem.memory.sharding import row_range
@@ -203,7 +203,7 @@ class Table:
         self.store = Store(spec.store, len(self.local), layout | ({} if on_device else busy), device, path, spec.name)
         self._copy = DeviceCopy(torch.device(device))
         self._hazards = Hazards(
-            np.zeros(len(self.local), np.uint8) if on_device else host_array(self.store["busy"]).reshape(-1), staleness
+            np.zeros(len(self.local), np.uint8) if on_device else host_array(self.store["busy"])[:, 0], staleness
         )
         self._optimizer_step = torch.zeros(1, dtype=torch.int64)
         self._begun = 0
@@ -327,6 +327,7 @@ class Table:
         unique, step.inverse = self._unique(ids)
         step.request = request = self._exchange.request(unique, self.spec.rows)
         step.owned = (Segments.distinct if self._exchange.ranks == 1 else Segments.of)(request.wanted)
+        self.store.fetch_ahead(step.owned.unique)  # before the busy counts, which lie in the same pages
         step.fresh_wanted = self._fresh(step)
         step.fresh_asked = self._exchange.to_askers(request, step.fresh_wanted)
         bits = np.uint16 if self.spec.dtype == "bf16" else np.float32
@@ -383,6 +384,7 @@ class Table:
     def _fetch_unchanging(self, ids: Tensor) -> tuple[WorkingSet, object]:
         unique, inverse = self._unique(ids)
         request = self._exchange.request(unique, self.spec.rows)
+        self.store.fetch_ahead(request.wanted, writing=False)
         rows = self._exchange.to_askers(request, self._gather(request.wanted))
         return self._copy.working_set(rows, inverse, trainable=False)
 
@@ -403,12 +405,16 @@ class Table:
         table = self.store["rows"]
         if not self.store.on_host:
             return host_array(table[torch.from_numpy(rows).to(table.device)].cpu())
-        values = host_array(table)
+        values, start = host_columns(self.store, "rows")
         out = np.empty((len(rows), self.spec.dim), values.dtype)
-        self._threads.run(len(rows), lambda part: kernels.gather(values, rows[part], out[part]))
+        self._threads.run(len(rows), lambda part: kernels.gather(values, start, rows[part], out[part]))
         return out
 
     def _interval(self, name: str) -> Pieces:
         values = self.store[name]
         width = values.shape[1]
-        return Pieces.interval(self.spec.rows * width, self.local.start * width, values)
+
+        def fetch(first: int, last: int) -> None:
+            self.store.fetch_ahead(np.arange(first, last), writing=False)
+
+        return Pieces.interval(self.spec.rows * width, self.local.start * width, values, fetch)

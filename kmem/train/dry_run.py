@@ -10,7 +10,7 @@ import torch
 from kmem.config import Config, dump_config
 from kmem.memory.row_optimizers import RowOptimizer
 from kmem.memory.sharding import row_range
-from kmem.memory.stores import ArrayLayout, StoreKind
+from kmem.memory.stores import ArrayLayout, RecordLayout, StoreKind
 from kmem.memory.table import DTYPES
 from kmem.model.engram_memory import table_name, table_rows
 from kmem.model.shape import Shape
@@ -33,7 +33,8 @@ class TableMemory:
     state_bytes: int
     """Optimizer state of a row."""
     busy_bytes: int
-    """Count of the steps that hold a row; beside a device store it is in host memory."""
+    """Count of the steps that hold a row, and what pads its record in a mapped file; beside a device store the count is
+    in host memory."""
     store: StoreKind
     working_set: int
     """At most, for the running step, on the compute device: unique rows and their gradient in fp32, and an index of
@@ -150,15 +151,19 @@ def _tables(config: Config, mesh: Mesh) -> list[TableMemory]:
     tables = []
     for layer, rows in table_rows(Shape(config.model.model_dump())).items():
         state = RowOptimizer(memory.optimizer, dim, config.train.init_seed, table_name(layer)).state()
-        row_bytes, unique = ArrayLayout(dim, DTYPES[memory.dtype]).row_bytes, min(addresses, rows)
+        state_bytes = sum(array.row_bytes for array in state.values())
+        row, busy = ArrayLayout(dim, DTYPES[memory.dtype]), ArrayLayout(1, torch.uint8)
+        row_bytes, busy_bytes, unique = row.row_bytes, busy.row_bytes, min(addresses, rows)
+        if memory.store == "mmap":
+            busy_bytes = RecordLayout.of({"rows": row, **state, "busy": busy}).stride - row_bytes - state_bytes
         index = addresses * torch.int64.itemsize
         tables.append(
             TableMemory(
                 layer=layer,
                 rows=len(row_range(rows, mesh.data, 0)),
                 row_bytes=row_bytes,
-                state_bytes=sum(array.row_bytes for array in state.values()),
-                busy_bytes=torch.uint8.itemsize,
+                state_bytes=state_bytes,
+                busy_bytes=busy_bytes,
                 store=memory.store,
                 working_set=2 * unique * dim * torch.float32.itemsize + index,
                 prefetched=memory.prefetch_depth * (unique * row_bytes + index),

@@ -1,5 +1,7 @@
-"""Rows and their state through a checkpoint, from any number of ranks to any other."""
+"""Rows and their state through a checkpoint, from any number of ranks and any store to any other."""
 
+from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -8,7 +10,9 @@ import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 
 from kmem.checkpoint import pieces
+from kmem.checkpoint.commit import Commit, Progress
 from kmem.checkpoint.pieces import PiecesLoadPlanner, PiecesSavePlanner
+from kmem.checkpoint.storage import SafetensorsStorageReader, SafetensorsStorageWriter
 from kmem.config import RowOptimizerConfig
 from kmem.memory.table import Table
 from tests.memory.toy import SPEC, rank_ids, start_worker
@@ -34,10 +38,14 @@ def whole(table, world):
     return {name: torch.cat([shard[name] for shard in shards]) for name in mine}
 
 
-def save(world, folder):
+def spec(store, folder):
+    return replace(SPEC, store=store, folder=Path(folder))
+
+
+def save(world, folder, store="host"):
     worker = start_worker(world)
-    ten_rows = mock.patch.object(pieces, "CHUNK_ELEMENTS", 40)
-    with ten_rows, Table(SPEC, OPTIMIZER, worker) as table:
+    ten_rows_and_a_half = mock.patch.object(pieces, "CHUNK_ELEMENTS", 42)
+    with ten_rows_and_a_half, Table(spec(store, folder), OPTIMIZER, worker) as table:
         steps(table, 0, 3, world)
         dcp.save(table.pieces(), checkpoint_id=folder, planner=PiecesSavePlanner(), no_dist=world == 1)
         saved = whole(table, world)
@@ -47,9 +55,9 @@ def save(world, folder):
     return saved, later
 
 
-def load(world, folder):
+def load(world, folder, store="host"):
     worker = start_worker(world)
-    with Table(SPEC, OPTIMIZER, worker) as table:
+    with Table(spec(store, folder), OPTIMIZER, worker) as table:
         dcp.load(table.pieces(), checkpoint_id=folder, planner=PiecesLoadPlanner(), no_dist=world == 1)
         loaded = whole(table, world)
         assert table.step == 3
@@ -59,12 +67,42 @@ def load(world, folder):
     return loaded, later
 
 
-@pytest.mark.parametrize("source", [1, 2, 4])
-def test_tables_are_resharded_exactly(ranks, tmp_path, source):
-    saved, later = ranks.run(source, save, source, str(tmp_path))[0]
+@pytest.mark.parametrize("source, stores", [(1, "hmh"), (2, "mhm"), (4, "hhm"), (4, "mmh")])
+def test_tables_are_resharded_exactly(ranks, tmp_path, source, stores):
+    """`stores`: of the save, and of the loads by one rank and by several; h(ost) or m(map)."""
+    stores = [{"h": "host", "m": "mmap"}[letter] for letter in stores]
+    saved, later = ranks.run(source, save, source, str(tmp_path), stores[0])[0]
     assert saved["last_step"].max() == 3
     for target in (1, 2, 4):
-        loaded, resumed = ranks.run(target, load, target, str(tmp_path))[0]
+        loaded, resumed = ranks.run(target, load, target, str(tmp_path), stores[1 if target == 1 else 2])[0]
         assert all(torch.equal(loaded[name], saved[name]) for name in saved)
         if source == target:
             assert all(torch.equal(resumed[name], later[name]) for name in later)
+
+
+def test_files_do_not_depend_on_the_store(tmp_path):
+    """Every entry has its name and its bytes from either layout, and each loads into the other."""
+    worker = start_worker(1)
+    three_rows_and_a_bit = mock.patch.object(pieces, "CHUNK_ELEMENTS", 13)
+    written, commits = [], []
+    for store in ("host", "mmap"):
+        folder = tmp_path / store
+        folder.mkdir()
+
+        def commit(tensors, files, folder=folder):
+            commits.append(Commit(Progress(3, 3, 3, 0), {}, {}, tensors, files))
+
+        with three_rows_and_a_bit, Table(spec(store, tmp_path), OPTIMIZER, worker) as table:
+            steps(table, 0, 3, 1)
+            writer = SafetensorsStorageWriter(folder, 0, commit)
+            dcp.save(table.pieces(), storage_writer=writer, planner=PiecesSavePlanner(), no_dist=True)
+            written.append((whole(table, 1), (folder / "part-00000.safetensors").read_bytes()))
+    assert written[0][1] == written[1][1]
+    assert commits[0] == commits[1]
+    for source, target in (("host", "mmap"), ("mmap", "host")):
+        with Table(spec(target, tmp_path), OPTIMIZER, worker) as table:
+            reader = SafetensorsStorageReader(tmp_path / source, commits[0])
+            dcp.load(table.pieces(), storage_reader=reader, planner=PiecesLoadPlanner(), no_dist=True)
+            loaded = whole(table, 1)
+        assert all(torch.equal(loaded[name], values) for name, values in written[0][0].items())
+    worker.close()

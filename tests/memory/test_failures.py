@@ -9,7 +9,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from torch.distributed import checkpoint as dcp
 
+from kmem.checkpoint import pieces
+from kmem.checkpoint.commit import Commit, Progress
+from kmem.checkpoint.pieces import PiecesLoadPlanner, PiecesSavePlanner
+from kmem.checkpoint.safetensors_file import SafetensorsWriter
+from kmem.checkpoint.storage import SafetensorsStorageReader, SafetensorsStorageWriter
 from kmem.config import RowOptimizerConfig, UserError
 from kmem.memory import stores
 from kmem.memory.exchange import ExchangeError
@@ -218,40 +224,72 @@ def anonymous_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
 
 
+CHUNK = 1 << 20
+
+
 def memory_of_training(rows, folder):
-    """Largest anonymous memory while a mapped table is made, filled and trained, beyond that before."""
+    """Largest anonymous memory while a mapped table is made, filled, trained, saved and loaded, beyond that before:
+    in training, and in checkpoints."""
     torch.set_num_threads(1)
     worker = MemoryWorker(timeout_seconds=60)
     gc.collect()
-    before, most = anonymous_bytes(), 0
+    before, training, checkpoints = anonymous_bytes(), 0, 0
     spec = TableSpec("big", rows, 32, store="mmap", folder=Path(folder))
     optimizer = RowOptimizerConfig(name="adam_catchup")
     with Table(spec, optimizer, worker) as table:
         apply = table._optimizer.apply
 
         def watched(*arguments):
-            nonlocal most
+            nonlocal training
             apply(*arguments)
-            most = max(most, anonymous_bytes() - before)
+            training = max(training, anonymous_bytes() - before)
 
         table._optimizer.apply = watched
         for step in range(3):
             wanted = np.random.default_rng(step).integers(0, rows, (1, 1, 500, 4))
             with table.begin(torch.from_numpy(wanted)) as ticket:
                 step_through(ticket)
-        table.pieces()
-        most = max(most, anonymous_bytes() - before)
+        state = table.pieces()
+        norms, before = table.row_norms(100), anonymous_bytes()
+
+        def watch(method):
+            def watching(*arguments):
+                nonlocal checkpoints
+                checkpoints = max(checkpoints, anonymous_bytes() - before)
+                result = method(*arguments)
+                checkpoints = max(checkpoints, anonymous_bytes() - before)
+                return result
+
+            return watching
+
+        commits = []
+        with (
+            mock.patch.object(SafetensorsWriter, "_append", watch(SafetensorsWriter._append)),
+            mock.patch.object(PiecesLoadPlanner, "commit_tensor", watch(PiecesLoadPlanner.commit_tensor)),
+        ):
+            writer = SafetensorsStorageWriter(Path(folder), 0, lambda *stored: commits.append(stored))
+            dcp.save(state, storage_writer=writer, planner=PiecesSavePlanner(), no_dist=True)
+            for array in table.store.arrays.values():
+                array.zero_()
+            reader = SafetensorsStorageReader(Path(folder), Commit(Progress(3, 3, 3, 0), {}, {}, *commits[0]))
+            dcp.load(state, storage_reader=reader, planner=PiecesLoadPlanner(), no_dist=True)
+        assert torch.equal(table.row_norms(100), norms)
     worker.close()
-    return most
+    return training, checkpoints
 
 
 def small_chunks(sizes, folder):
-    with mock.patch.object(stores, "CHUNK_BYTES", 1 << 20):
+    with (
+        mock.patch.object(stores, "CHUNK_BYTES", CHUNK),
+        mock.patch.object(pieces, "CHUNK_ELEMENTS", CHUNK // 4),
+    ):
         memory_of_training(sizes[0], folder)  # compilers and allocators have had their share
         return [memory_of_training(rows, folder) for rows in sizes]
 
 
 def test_anonymous_memory_does_not_grow_with_the_table(ranks, tmp_path):
-    """A table of 16 times the rows: 100 MB more of rows and state, none of it in anonymous memory."""
-    ((small, large),) = ranks.run(1, small_chunks, (16_000, 256_000), str(tmp_path))
+    """A table of 16 times the rows: 100 MB more of rows and state, none of it in anonymous memory, also when it is
+    saved and loaded: that takes two chunks at most. (The plan of a checkpoint has a few KiB for each of its chunks.)"""
+    (((small, _), (large, checkpoints)),) = ranks.run(1, small_chunks, (16_000, 256_000), str(tmp_path))
     assert large - small < 4e6, f"{small} and {large} bytes"
+    assert checkpoints < 2 * CHUNK + 1e6, f"{checkpoints} bytes"

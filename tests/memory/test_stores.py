@@ -1,5 +1,6 @@
 import errno
 import os
+import resource
 import shutil
 from types import SimpleNamespace
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 from kmem.memory import counter_random, stores
+from kmem.memory.row_optimizers.update import host_columns
 from kmem.memory.sharding import boundaries, row_range
-from kmem.memory.stores import ArrayLayout, Store, StoreError, map_file
+from kmem.memory.stores import ArrayLayout, RecordLayout, Store, StoreError, map_file
 
 LAYOUT = {
     "rows": ArrayLayout(6, torch.bfloat16),
@@ -47,6 +49,87 @@ def test_all_kinds_hold_the_same_arrays(kind, tmp_path):
         assert (tmp_path / "table.bin").stat().st_size == store.bytes
     store.close()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["host", "mmap"])
+def test_compiled_loops_see_every_array_in_contiguous_rows(kind, tmp_path):
+    store = Store(kind, 50, LAYOUT, path=tmp_path / "t")
+    for name, array in store.arrays.items():
+        array.copy_(torch.randint(0, 100, array.shape))
+        values, start = host_columns(store, name)
+        assert values.flags.c_contiguous
+        columns = torch.from_numpy(values).view(array.dtype)[:, int(start) : int(start) + array.shape[1]]
+        assert torch.equal(columns, array)
+
+
+def adam_arrays(dim, dtype):
+    vector = ArrayLayout(dim, torch.float32)
+    return {"rows": ArrayLayout(dim, dtype), "m": vector, "v": vector, "busy": ArrayLayout(1, torch.uint8)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [1, 7, 16, 64, 80, 256, 341, 500, 2048])
+def test_a_record_is_contiguous_and_in_few_pages(dim, dtype, tmp_path):
+    arrays = adam_arrays(dim, dtype)
+    layout = RecordLayout.of(arrays)
+    used = sum(array.row_bytes for array in arrays.values())
+    ends = [offset + arrays[name].row_bytes for name, offset in layout.offsets.items()]
+    assert all(end <= start < end + 4 for end, start in zip(ends, [*layout.offsets.values()][1:], strict=False))
+    assert layout.size == ends[-1]
+    assert used <= layout.size <= layout.stride < max(4 / 3 * (used + 8), used + 12)
+    assert all(offset % arrays[name].dtype.itemsize == 0 for name, offset in layout.offsets.items())
+    starts = np.arange(4096) * layout.stride
+    pages = (starts + layout.size - 1) // 4096 - starts // 4096 + 1
+    assert layout.mean_pages == pages.mean() <= 1 + layout.size / 4096
+    assert pages.max() <= -(-layout.size // 4096) + 1
+    store = Store("mmap", 9, arrays, path=tmp_path / "t")
+    first = {name: array.data_ptr() - store["rows"].data_ptr() for name, array in store.arrays.items()}
+    assert first == layout.offsets
+    assert all(array.stride() == (layout.stride // array.element_size(), 1) for array in store.arrays.values())
+
+
+def test_records_are_padded_to_a_page_only_where_that_pays():
+    assert RecordLayout.of(adam_arrays(64, torch.float32)).stride == 772
+    assert RecordLayout.of(adam_arrays(80, torch.float32)).stride == 1024
+    assert RecordLayout.of(adam_arrays(256, torch.float32)).stride == 4096  # 3076 bytes lie in 1.75 pages
+    assert RecordLayout.of(adam_arrays(256, torch.bfloat16)).stride == 2564  # half as much again for 1.6 pages
+
+
+@pytest.mark.parametrize("writing", [False, True])
+def test_fetching_ahead_changes_nothing(writing, tmp_path):
+    store = Store("mmap", 3000, LAYOUT, path=tmp_path / "t")
+    for number, array in enumerate(store.arrays.values()):
+        array.copy_(torch.arange(3000)[:, None] % 100 + number)
+    before = {name: array.clone() for name, array in store.arrays.items()}
+    for rows in ([], [0], [2999], [5, 5, 4, 2000, 7], range(3000)):
+        store.fetch_ahead(np.array(rows, np.int64), writing)
+    assert all(torch.equal(store[name], values) for name, values in before.items())
+
+
+def test_a_fetched_record_faults_no_more(tmp_path):
+    moments = Store("mmap", 2000, {"moments": ArrayLayout(2048, torch.float32)}, path=tmp_path / "t")
+
+    def faults(rows, fetch):
+        if fetch:
+            moments.fetch_ahead(rows)
+        before = resource.getrusage(resource.RUSAGE_THREAD)
+        moments["moments"][:, 0].numpy()[rows] += 1
+        after = resource.getrusage(resource.RUSAGE_THREAD)
+        return after.ru_minflt + after.ru_majflt - before.ru_minflt - before.ru_majflt
+
+    first, second, third = np.split(np.arange(1500), 3)
+    faults(first, fetch=False)  # numpy has had its memory
+    touched = faults(second, fetch=False)
+    assert touched >= len(second)
+    assert faults(third, fetch=True) < touched / 10
+
+
+def test_a_file_cut_short_under_a_store_is_an_error(tmp_path):
+    store = Store("mmap", 20_000, LAYOUT, path=tmp_path / "t")
+    os.truncate(tmp_path / "t", 4096)
+    store.fetch_ahead(np.array([0, 1, 50]))
+    with pytest.raises(StoreError, match=r"table table: .*/t cannot be read \(Bad address\)"):
+        store.fetch_ahead(np.array([0, 1, 15_000]))
 
 
 def test_a_rank_without_rows_has_a_store(tmp_path):

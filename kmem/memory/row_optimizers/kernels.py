@@ -2,8 +2,10 @@
 
 The arithmetic is `reference.py`'s, operation by operation in fp32, without contraction or reordering. Kernels release
 the interpreter lock; threads split the rows, so the result does not depend on their number. `weights` is fp32, or
-uint16 holding bf16 bits. Scalars must be passed as np.float32: Python's
-would turn the arithmetic into double precision.
+uint16 holding bf16 bits. An array of a store is passed as a contiguous one and the column `at_*`, np.uintp, where its
+rows start in it (`Store.columns`): loops over contiguous rows by unsigned numbers are vectorised, at least twice as
+fast as those over strided arrays, and need no slices, which cost a tenth. Scalars must be passed as np.float32:
+Python's would turn the arithmetic into double precision.
 """
 
 import numba
@@ -63,8 +65,11 @@ def _gradient(i, order, starts, gradients, scratch):
 @_compiled
 def adam_fp32(
     weights,
+    at_w,
     first,
+    at_m,
     second,
+    at_v,
     rows,
     order,
     starts,
@@ -81,20 +86,27 @@ def adam_fp32(
 ):
     """Adam on fp32 rows. rows [U] int64; gradients [W, D] fp32 (times `scale`), those of
     row i at order[starts[i]:starts[i + 1]]; decays [U] fp32."""
-    scratch = np.empty(weights.shape[1], np.float32)
+    dim = gradients.shape[1]
+    scratch = np.empty(dim, np.float32)
     for i in range(rows.shape[0]):
         w, m, v = weights[rows[i]], first[rows[i]], second[rows[i]]
         g = _gradient(i, order, starts, gradients, scratch)
         a, b, c = decays_m[i], decays_v[i], decays_w[i]
-        for j in range(g.shape[0]):
-            w[j], m[j], v[j] = _adam(w[j], g[j] * scale, m[j], v[j], a, b, c, rate_m, rate_v, inverse_root, eps, size)
+        for column in range(dim):
+            j = np.uintp(column)
+            w[at_w + j], m[at_m + j], v[at_v + j] = _adam(
+                w[at_w + j], g[j] * scale, m[at_m + j], v[at_v + j], a, b, c, rate_m, rate_v, inverse_root, eps, size
+            )
 
 
 @_compiled
 def adam_bf16(
     weights,
+    at_w,
     first,
+    at_m,
     second,
+    at_v,
     rows,
     order,
     starts,
@@ -113,60 +125,77 @@ def adam_bf16(
     stochastic,
 ):
     """Adam on bf16 rows; `first_row` is the table's number of local row 0, for the random stream of rounding."""
-    dim = weights.shape[1]
+    dim = gradients.shape[1]
     scratch = np.empty(dim, np.float32)
     for i in range(rows.shape[0]):
         w, m, v = weights[rows[i]], first[rows[i]], second[rows[i]]
         g = _gradient(i, order, starts, gradients, scratch)
         a, b, c = decays_m[i], decays_v[i], decays_w[i]
         counter = np.uint64(first_row + rows[i]) * np.uint64(dim)
-        for j in range(dim):
-            value, m[j], v[j] = _adam(
-                _widen(w[j]), g[j] * scale, m[j], v[j], a, b, c, rate_m, rate_v, inverse_root, eps, size
+        for column in range(dim):
+            j = np.uintp(column)
+            value, m[at_m + j], v[at_v + j] = _adam(
+                _widen(w[at_w + j]),
+                g[j] * scale,
+                m[at_m + j],
+                v[at_v + j],
+                a,
+                b,
+                c,
+                rate_m,
+                rate_v,
+                inverse_root,
+                eps,
+                size,
             )
             if stochastic:
-                w[j] = _narrow_randomly(value, stream, counter + np.uint64(j))
+                w[at_w + j] = _narrow_randomly(value, stream, counter + np.uint64(j))
             else:
-                w[j] = _narrow(value)
+                w[at_w + j] = _narrow(value)
 
 
 @_compiled
-def adagrad_fp32(weights, second, rows, order, starts, gradients, scale, rate, eps):
-    """Row-wise Adagrad on fp32 rows; second [rows, 1]."""
-    scratch = np.empty(weights.shape[1], np.float32)
-    for i in range(rows.shape[0]):
-        w, g = weights[rows[i]], _gradient(i, order, starts, gradients, scratch)
-        root = _accumulate(second[rows[i]], g, scale) + eps
-        for j in range(g.shape[0]):
-            w[j] = w[j] - ((g[j] * scale) / root) * rate
-
-
-@_compiled
-def adagrad_bf16(weights, second, rows, order, starts, gradients, scale, rate, eps, first_row, stream, stochastic):
-    """Row-wise Adagrad on bf16 rows."""
-    dim = weights.shape[1]
+def adagrad_fp32(weights, at_w, second, at_v, rows, order, starts, gradients, scale, rate, eps):
+    """Row-wise Adagrad on fp32 rows; one accumulator per row."""
+    dim = gradients.shape[1]
     scratch = np.empty(dim, np.float32)
     for i in range(rows.shape[0]):
         w, g = weights[rows[i]], _gradient(i, order, starts, gradients, scratch)
-        root = _accumulate(second[rows[i]], g, scale) + eps
+        root = _accumulate(second[rows[i]], at_v, g, scale) + eps
+        for column in range(dim):
+            j = np.uintp(column)
+            w[at_w + j] = w[at_w + j] - ((g[j] * scale) / root) * rate
+
+
+@_compiled
+def adagrad_bf16(
+    weights, at_w, second, at_v, rows, order, starts, gradients, scale, rate, eps, first_row, stream, stochastic
+):
+    """Row-wise Adagrad on bf16 rows."""
+    dim = gradients.shape[1]
+    scratch = np.empty(dim, np.float32)
+    for i in range(rows.shape[0]):
+        w, g = weights[rows[i]], _gradient(i, order, starts, gradients, scratch)
+        root = _accumulate(second[rows[i]], at_v, g, scale) + eps
         counter = np.uint64(first_row + rows[i]) * np.uint64(dim)
-        for j in range(dim):
-            value = _widen(w[j]) - ((g[j] * scale) / root) * rate
+        for column in range(dim):
+            j = np.uintp(column)
+            value = _widen(w[at_w + j]) - ((g[j] * scale) / root) * rate
             if stochastic:
-                w[j] = _narrow_randomly(value, stream, counter + np.uint64(j))
+                w[at_w + j] = _narrow_randomly(value, stream, counter + np.uint64(j))
             else:
-                w[j] = _narrow(value)
+                w[at_w + j] = _narrow(value)
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _accumulate(second, g, scale):
-    """Add the mean square of a gradient row to its accumulator [1]; the root of the result."""
+def _accumulate(second, at, g, scale):
+    """Add the mean square of a gradient row to its accumulator second[at]; the root of the result."""
     total = 0.0
     for j in range(g.shape[0]):
         value = np.float64(g[j] * scale)
         total += value * value
-    second[0] = second[0] + np.float32(total / g.shape[0])
-    return np.sqrt(second[0])
+    second[at] = second[at] + np.float32(total / g.shape[0])
+    return np.sqrt(second[at])
 
 
 @_compiled
@@ -193,12 +222,13 @@ def square_norms(gradients):
 
 
 @_compiled
-def gather(table, rows, out):
-    """out[i] = table[rows[i]], in the table's own type."""
+def gather(table, at, rows, out):
+    """out[i] [D] = table[rows[i], at : at + D], in the table's own type."""
     for i in range(rows.shape[0]):
         source, target = table[rows[i]], out[i]
-        for j in range(source.shape[0]):
-            target[j] = source[j]
+        for column in range(target.shape[0]):
+            j = np.uintp(column)
+            target[j] = source[at + j]
 
 
 @_compiled

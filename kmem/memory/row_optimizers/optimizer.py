@@ -11,7 +11,7 @@ from kmem.config import RowOptimizerConfig
 from kmem.memory import counter_random
 from kmem.memory.row_optimizers import kernels, reference
 from kmem.memory.row_optimizers.sinkhorn import sinkhorn_step
-from kmem.memory.row_optimizers.update import RowUpdate, host_array, take_missed_steps, write_rows
+from kmem.memory.row_optimizers.update import RowUpdate, host_columns, take_missed_steps, write_rows
 from kmem.memory.row_threads import RowThreads
 from kmem.memory.stores import ArrayLayout, Store
 
@@ -104,9 +104,8 @@ class RowOptimizer:
         ]
 
     def _on_host(self, store: Store, update: RowUpdate, first_row: int) -> None:
-        weights = store["rows"]
-        in_bf16 = weights.dtype == torch.bfloat16
-        table = host_array(weights)
+        in_bf16 = store["rows"].dtype == torch.bfloat16
+        table = host_columns(store, "rows")
         scale, eps = np.float32(update.scale), np.float32(self.settings.eps)
 
         def parts(part: slice) -> tuple[np.ndarray, ...]:
@@ -118,14 +117,14 @@ class RowOptimizer:
             rounding = (first_row, self._step_stream(update.step), self.settings.stochastic_rounding)
         if self.settings.name == "rowwise_adagrad":
             adagrad = kernels.adagrad_bf16 if in_bf16 else kernels.adagrad_fp32
-            second, rate = host_array(store["second_moment"]), np.float32(update.learning_rate)
+            second, rate = host_columns(store, "second_moment"), np.float32(update.learning_rate)
             self._threads.run(
                 len(update.rows),
-                lambda part: adagrad(table, second, *parts(part), scale, rate, eps, *rounding),
+                lambda part: adagrad(*table, *second, *parts(part), scale, rate, eps, *rounding),
             )
             return
         adam, step = kernels.adam_bf16 if in_bf16 else kernels.adam_fp32, self._adam_step(update)
-        first, second = host_array(store["first_moment"]), host_array(store["second_moment"])
+        first, second = host_columns(store, "first_moment"), host_columns(store, "second_moment")
         decays = [factors.reshape(-1) for factors in self._decays(store, update)]
         scalars = [
             np.float32(value) for value in (1 - step.beta1, 1 - step.beta2, step.inverse_root, step.eps, step.step_size)
@@ -133,9 +132,9 @@ class RowOptimizer:
         self._threads.run(
             len(update.rows),
             lambda part: adam(
-                table,
-                first,
-                second,
+                *table,
+                *first,
+                *second,
                 *parts(part),
                 *(factors[part] for factors in decays),
                 scale,

@@ -59,6 +59,12 @@ def host_array(tensor: Tensor) -> np.ndarray:
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
+def host_columns(store: Store, array: str) -> tuple[np.ndarray, np.uintp]:
+    """`Store.columns` as numpy: what compiled loops take for an array of a store."""
+    values, start = store.columns(array)
+    return host_array(values), np.uintp(start)
+
+
 def write_rows(table: Tensor, rows: Tensor | slice, values: Tensor, noise: np.ndarray | None) -> None:
     """table[rows] = fp32 values, rounded to nearest or, with 16 random bits per value, at random."""
     if noise is not None:
