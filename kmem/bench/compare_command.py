@@ -60,8 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _plan(folder: Path, arguments: argparse.Namespace) -> tuple[Comparison, Path, list[Run], dict[str, Size]]:
     comparison = load_comparison(folder)
-    name = folder.name if len(Path(arguments.comparison).parts) == 1 and folder.name == arguments.comparison else ""
-    out = arguments.out or Path("runs/compare") / (name or _name(folder))
+    out = arguments.out or Path("runs/compare") / _name(folder)
     if arguments.overrides and arguments.out is None:
         out = out.with_name(f"{out.name}-altered")
     seeds = comparison.seeds[: arguments.seeds]

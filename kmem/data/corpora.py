@@ -11,7 +11,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from kmem.data import debian_texts
 from kmem.data.documents import PROVENANCE_NAME
 from kmem.data.packages import Package, Tree, open_debian, open_wheel
 from kmem.data.progress import Progress
+from kmem.data.word_problems import word_problems
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ class Corpus:
     """Leave out paragraphs of 100 characters or more that occurred before in the corpus."""
 
     def open(self, cache: Path) -> AbstractContextManager[Package]:
-        """The package's files."""
+        """The package's files; kmem's own corpora have none."""
+        if self.package == "kmem":
+            return nullcontext(Package(Path(), kmem.__version__, "made by kmem", None))
         return (
             open_debian(self.package, cache) if self.version is None else open_wheel(self.package, self.version, cache)
         )
@@ -113,6 +116,15 @@ CORPORA = {
         licence="public domain (text, from Project Gutenberg); package MIT",
         attribution="The six completed novels of Jane Austen",
         documents=debian_texts.novel_chapters,
+        unique_paragraphs=False,
+    ),
+    "arithmetic": Corpus(
+        package="kmem",
+        version=None,
+        domain="word problems",
+        licence="Apache-2.0",
+        attribution="Arithmetic word problems with worked solutions, made by kmem",
+        documents=word_problems,
         unique_paragraphs=False,
     ),
 }
