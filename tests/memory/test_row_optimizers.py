@@ -238,7 +238,7 @@ def test_nothing_depends_on_the_number_of_threads(settings):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-@names
+@pytest.mark.parametrize("settings", [*LAZY, DENSE], ids=lambda s: s.name + "-dense" * s.is_dense)
 def test_the_device_form_agrees(settings, monkeypatch):
     host, device = optimizer_for(settings), optimizer_for(settings)
     one, two = table(host), table(device)

@@ -198,6 +198,128 @@ def _accumulate(second, at, g, scale):
     return np.sqrt(second[at])
 
 
+@numba.njit(nogil=True, error_model="numpy")
+def _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest):
+    """h [D] fp64 = beta * M + (1 - beta) * G of a row, rounded to fp32 at every operation."""
+    m = momentum[rows[i]]
+    if sources[i] < 0:
+        for column in range(h.shape[0]):
+            j = np.uintp(column)
+            h[j] = np.float64(m[at + j] * beta)
+    else:
+        g = gradients[sources[i]]
+        for column in range(h.shape[0]):
+            j = np.uintp(column)
+            h[j] = np.float64(m[at + j] * beta + (g[j] * scale) * rest)
+
+
+@numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc"})
+def _norm(h):
+    """The 2-norm of a row [D] in fp64, added up in the order of vector lanes."""
+    total = 0.0
+    for j in range(h.shape[0]):
+        total += h[j] * h[j]
+    return np.sqrt(total)
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _sinkhorn_balance(h, scales, least, eps):
+    """Scale the columns of a row, in place; the factor that makes it one of norm 1, 0 if its own norm is at most
+    `least`."""
+    if not _norm(h) > least:
+        return 0.0
+    for j in range(h.shape[0]):
+        h[j] = h[j] * scales[j]
+    return 1.0 / (_norm(h) + eps)
+
+
+@_compiled
+def sinkhorn_first(momentum, at, rows, sources, gradients, decays, scale, beta, rest):
+    """M <- decay * M + (1 - beta) * G for the rows [n], decays [n] fp32, whose gradients are gradients[sources], none
+    where -1; returns the sum of the norms of beta * M + (1 - beta) * G, fp64."""
+    h = np.empty(gradients.shape[1], np.float64)
+    total = 0.0
+    for i in range(rows.shape[0]):
+        m, decay = momentum[rows[i]], decays[i]
+        for column in range(h.shape[0]):
+            j = np.uintp(column)
+            m[at + j] = m[at + j] * decay
+        if sources[i] >= 0:
+            g = gradients[sources[i]]
+            for column in range(h.shape[0]):
+                j = np.uintp(column)
+                m[at + j] = m[at + j] + (g[j] * scale) * rest
+        _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest)
+        total += _norm(h)
+    return total
+
+
+@_compiled
+def sinkhorn_columns(squares, momentum, at, rows, sources, gradients, scale, beta, rest, scales, least, eps):
+    """Add the squares of the balanced rows to squares [D] fp64."""
+    h = np.empty(gradients.shape[1], np.float64)
+    for i in range(rows.shape[0]):
+        _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest)
+        factor = _sinkhorn_balance(h, scales, least, eps)
+        for j in range(h.shape[0]):
+            squares[j] += (h[j] * factor) * (h[j] * factor)
+
+
+@_compiled
+def sinkhorn_move_fp32(
+    weights, at_w, momentum, at, rows, sources, gradients, scale, beta, rest, scales, least, eps, size
+):
+    """Add the balanced rows times `size` to fp32 rows."""
+    h = np.empty(gradients.shape[1], np.float64)
+    for i in range(rows.shape[0]):
+        _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest)
+        factor = _sinkhorn_balance(h, scales, least, eps)
+        if factor == 0:
+            continue
+        w = weights[rows[i]]
+        for column in range(h.shape[0]):
+            j = np.uintp(column)
+            w[at_w + j] = w[at_w + j] + np.float32((h[j] * factor) * size)
+
+
+@_compiled
+def sinkhorn_move_bf16(
+    weights,
+    at_w,
+    momentum,
+    at,
+    rows,
+    sources,
+    gradients,
+    scale,
+    beta,
+    rest,
+    scales,
+    least,
+    eps,
+    size,
+    first_row,
+    stream,
+    stochastic,
+):
+    """Add the balanced rows times `size` to bf16 rows."""
+    dim = gradients.shape[1]
+    h = np.empty(dim, np.float64)
+    for i in range(rows.shape[0]):
+        _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest)
+        factor = _sinkhorn_balance(h, scales, least, eps)
+        if factor == 0:
+            continue
+        w, counter = weights[rows[i]], np.uint64(first_row + rows[i]) * np.uint64(dim)
+        for column in range(dim):
+            j = np.uintp(column)
+            value = _widen(w[at_w + j]) + np.float32((h[j] * factor) * size)
+            if stochastic:
+                w[at_w + j] = _narrow_randomly(value, stream, counter + np.uint64(j))
+            else:
+                w[at_w + j] = _narrow(value)
+
+
 @_compiled
 def rounding_noise(rows, dim, first_row, stream):
     """[U, D] uint16: the random bits with which the bf16 kernels round those rows."""

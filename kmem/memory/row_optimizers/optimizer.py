@@ -10,7 +10,7 @@ import torch
 from kmem.config import RowOptimizerConfig
 from kmem.memory import counter_random
 from kmem.memory.row_optimizers import kernels, reference
-from kmem.memory.row_optimizers.sinkhorn import sinkhorn_step
+from kmem.memory.row_optimizers.sinkhorn import DeviceSweep, HostSweep, Sweep, sinkhorn_step
 from kmem.memory.row_optimizers.update import RowUpdate, host_columns, take_missed_steps, write_rows
 from kmem.memory.row_threads import RowThreads
 from kmem.memory.stores import ArrayLayout, Store
@@ -64,12 +64,18 @@ class RowOptimizer:
         if self.settings.clip_norm is not None:
             update = self._clipped(update)
         if streamed:
-            sinkhorn_step(self.settings, store, update, self._sum, lambda rows: self._noise(rows, first_row, update))
+            sinkhorn_step(self.settings, self._sweep(store, update, first_row), update.learning_rate, self._sum)
         elif len(update.rows):
             if store.on_host:
                 self._on_host(store, update, first_row)
             else:
                 self._on_device(store, update, first_row)
+
+    def _sweep(self, store: Store, update: RowUpdate, first_row: int) -> Sweep:
+        if store.on_host:
+            rounding = (first_row, self._step_stream(update.step), self.settings.stochastic_rounding)
+            return HostSweep(self.settings, store, update, rounding)
+        return DeviceSweep(self.settings, store, update, lambda rows: self._noise(rows, first_row, update))
 
     def _clipped(self, update: RowUpdate) -> RowUpdate:
         assert self.settings.clip_norm is not None
