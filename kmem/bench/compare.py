@@ -71,6 +71,8 @@ class Size:
     active: int
     non_embedding: int
     active_non_embedding: int
+    embedding: int
+    """Embedding, and the head where it is not tied."""
     memory: int
     """Elements in tables."""
     memory_read: int
@@ -191,6 +193,7 @@ def measure(config: Config) -> Size:
         active=counts.active,
         non_embedding=counts.non_embedding,
         active_non_embedding=counts.active_non_embedding,
+        embedding=counts.embedding,
         memory=counts.memory,
         memory_read=read,
         expert_calls=calls,

@@ -55,6 +55,7 @@ def collect(
         label: {"size": asdict(sizes[label]), "runs": {}} for label in comparison.contestants
     }
     for run in runs:
+        print(f"evaluating {run.label}, seed {run.seed}", flush=True)
         memory = evaluate(run, comparison.controls, BATCH)
         figures = {"bits_per_byte": memory["on"]["bits_per_byte"], "memory": memory, **curve(run)}
         contestants[run.label]["runs"][str(run.seed)] = figures
@@ -92,17 +93,20 @@ def result_tables(comparison: Comparison, results: dict[str, Any]) -> list[Table
     seeds, contestants = results["seeds"], results["contestants"]
     sizes = Table(
         "What each contestant is (parameters without embeddings)",
-        ("contestant", "total", "active", "in memory", "memory read per token", "expert calls per token", "tokens"),
+        (
+            "contestant", "total", "active", "in memory", "memory read per token", "expert calls per token",
+            "embedding and head", "tokens",
+        ),
         [
             (label, *(f"{found['size'][quantity]:,}" for quantity in (
-                "non_embedding", "active_non_embedding", "memory", "memory_read", "expert_calls", "tokens"
+                "non_embedding", "active_non_embedding", "memory", "memory_read", "expert_calls", "embedding", "tokens"
             )))
             for label, found in contestants.items()
         ],
     )  # fmt: skip
     held_out = Table(
         "Held-out bits per byte, whole split",
-        ("contestant", *(f"seed {seed}" for seed in seeds), "mean ± std", f"less {results['baseline']}, paired"),
+        ("contestant", *(f"seed {seed}" for seed in seeds), "mean ± std", f"minus {results['baseline']}, paired"),
         [
             (
                 label,
@@ -165,7 +169,7 @@ def plot(comparison: Comparison, results: dict[str, Any], path: Path) -> None:
     differences.axhline(0, color="C0", linewidth=0.9)
     losses.set(title=f"{comparison.title}: training loss", ylabel="nats per token", xlabel="step", xscale="log")
     losses.legend(frameon=False)
-    differences.set(title=f"less {comparison.baseline} of the same seed", xlabel="step")
+    differences.set(title=f"minus {comparison.baseline} of the same seed", xlabel="step")
     if any(label != comparison.baseline for label in results["contestants"]):
         differences.legend(frameon=False)
     # The first steps are the same for all and would hide what follows.
@@ -184,10 +188,10 @@ def _horizon_table(comparison: Comparison, results: dict[str, Any]) -> Table:
             own = [found["runs"][seed]["held_out"][step] for seed in results["seeds"]]
             paired = [value - base[seed]["held_out"][step] for value, seed in zip(own, results["seeds"], strict=True)]
             difference = "" if label == results["baseline"] else _pm(_spread(paired), sign="+")
-            rows.append((f"{step:,}", label, _pm(_spread(own)), difference))
+            rows.append((label, f"{step:,}", _pm(_spread(own)), difference))
     return Table(
         "Held-out bits per byte during training (the sequences of evaluation.sequences)",
-        ("step", "contestant", "mean ± std", f"less {results['baseline']}, paired"),
+        ("contestant", "step", "mean ± std", f"minus {results['baseline']}, paired"),
         rows,
     )
 
