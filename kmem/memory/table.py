@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,10 +27,11 @@ from kmem.memory import counter_random
 from kmem.memory.device_copy import DeviceCopy
 from kmem.memory.exchange import Request
 from kmem.memory.hazards import Hazards
-from kmem.memory.row_optimizers import RowOptimizer, RowUpdate, kernels
-from kmem.memory.row_optimizers.update import host_array, host_columns
+from kmem.memory.row_optimizers import RowOptimizer, RowUpdate
+from kmem.memory.row_optimizers.update import host_array
 from kmem.memory.row_threads import RowThreads
 from kmem.memory.segments import Segments
+from kmem.memory.serving import serving
 from kmem.memory.sharding import row_range
 from kmem.memory.stores import ArrayLayout, Store, StoreKind
 from kmem.memory.worker import MemoryWorker
@@ -89,7 +90,7 @@ class StepMetrics:
     fetch_ms: float = 0.0
     """Time of the worker on the way from ids to rows."""
     owner_ms: float = 0.0
-    """Time of the row optimizer."""
+    """Time of the row optimizer; where rows are in device memory, of queueing it."""
 
     @property
     def dedup_ratio(self) -> float:
@@ -108,8 +109,8 @@ class _Step:
         self.request: Request
         self.owned: Segments
         """Local rows that any rank asked for, and whose gradients belong to each, in the order of the ranks."""
-        self.rows: np.ndarray
-        """[U, D], as stored."""
+        self.rows: Any
+        """[U, D], of `serving`."""
         self.fresh_wanted: np.ndarray
         self.fresh_asked: np.ndarray
 
@@ -189,10 +190,17 @@ class Table:
         self.local = row_range(spec.rows, self._exchange.ranks, self._exchange.rank)
         dtype = DTYPES[spec.dtype]
         self._threads = RowThreads(threads)
+        self._copy = DeviceCopy(torch.device(device), depth)
         assert not (optimizer.is_dense and spec.store == "mmap"), "a mapped file cannot serve several passes per step"
         assert not optimizer.stochastic_rounding or dtype == torch.bfloat16
         self._optimizer = RowOptimizer(
-            optimizer, spec.dim, spec.seed, spec.name, self._threads, self._exchange.sum_over_ranks
+            optimizer,
+            spec.dim,
+            spec.seed,
+            spec.name,
+            self._threads,
+            self._exchange.sum_over_ranks,
+            self._copy.upload,
         )
         path = None if spec.folder is None else spec.folder / f"{spec.name}.rank-{self._exchange.rank}.rows"
         self._state = self._optimizer.state()
@@ -201,7 +209,7 @@ class Table:
         busy = {"busy": ArrayLayout(1, torch.uint8)}
         on_device = spec.store == "device" and torch.device(device).type != "cpu"
         self.store = Store(spec.store, len(self.local), layout | ({} if on_device else busy), device, path, spec.name)
-        self._copy = DeviceCopy(torch.device(device))
+        self._serving = serving(self.store, self._exchange, self._threads, self._copy)
         self._hazards = Hazards(
             np.zeros(len(self.local), np.uint8) if on_device else host_array(self.store["busy"])[:, 0], staleness
         )
@@ -229,12 +237,14 @@ class Table:
         step = _Step(self._begun, self._worker.promise())
         self._begun += 1
         self._open.append(step)
-        self._worker.submit(lambda: self._fetch(step, ids() if callable(ids) else ids))
+        written = self._written(step.number)
+        self._worker.submit(lambda: self._fetch(step, ids() if callable(ids) else ids, written))
         return Ticket(self, step)
 
     def evaluate(self, ids: Tensor) -> WorkingSet:
         """Rows as the last queued commit leaves them, read only; steps in flight do not notice."""
-        working_set, arrived = self._worker.call(lambda: self._fetch_unchanging(ids))
+        written = self._written(self._begun)
+        working_set, arrived = self._worker.call(lambda: self._fetch_unchanging(ids, written))
         return self._copy.hand_over(working_set, arrived)
 
     @property
@@ -251,7 +261,7 @@ class Table:
 
     def drain(self) -> None:
         """Wait until everything queued is done: rows and state are then those of the last commit."""
-        self._worker.call(lambda: None)
+        self._worker.call(self._copy.settle)
 
     def pieces(self) -> dict[str, Pieces]:
         """Array (`rows`, the state of its optimizer, `step`) -> this rank's part: live views of what the last commit
@@ -274,6 +284,7 @@ class Table:
         numbers = torch.arange(count) * self.spec.rows // count
 
         def norms() -> Tensor:
+            self._copy.settle()
             mine = (numbers >= self.local.start) & (numbers < self.local.stop)
             rows = self.store["rows"]
             values = rows[(numbers[mine] - self.local.start).to(rows.device)].double().norm(dim=1)
@@ -288,6 +299,7 @@ class Table:
                 self._end(step, None, 0.0, 0.0, skip=True)
             self.drain()
         self._threads.close()
+        self._copy.close()
         self._hazards.busy = np.zeros(0, np.uint8)
         self.store.close()
 
@@ -303,6 +315,10 @@ class Table:
         self.close()
 
     # Main thread, on behalf of tickets.
+
+    def _written(self, step: int) -> object:
+        """What the worker waits for on the device before step 0: initial or loaded rows."""
+        return self._copy.mark() if step == 0 else None
 
     def _receive(self, step: _Step) -> WorkingSet:
         blocking = [other.number for other in self._open if other.number < step.number - self._hazards.staleness]
@@ -322,17 +338,17 @@ class Table:
 
     # Worker thread.
 
-    def _fetch(self, step: _Step, ids: Tensor) -> None:
+    def _fetch(self, step: _Step, ids: Tensor, written: object) -> None:
         began, sent = time.perf_counter(), self._exchange.bytes
+        self._copy.follow(written)
         unique, step.inverse = self._unique(ids)
         step.request = request = self._exchange.request(unique, self.spec.rows)
         step.owned = (Segments.distinct if self._exchange.ranks == 1 else Segments.of)(request.wanted)
         self.store.fetch_ahead(step.owned.unique)  # before the busy counts, which lie in the same pages
         step.fresh_wanted = self._fresh(step)
         step.fresh_asked = self._exchange.to_askers(request, step.fresh_wanted)
-        bits = np.uint16 if self.spec.dtype == "bf16" else np.float32
-        step.rows = np.empty((len(unique), self.spec.dim), bits)
-        self._serve(step, step.fresh_wanted, step.fresh_asked)
+        step.rows = self._serving.empty(len(unique))
+        self._serving.serve(request, step.fresh_wanted, step.fresh_asked, step.rows)
         step.metrics = replace(
             step.metrics,
             addresses=ids.numel(),
@@ -358,15 +374,16 @@ class Table:
         self._hazards.end(step.number)
         if not skip:
             if gradient is None:  # a rank whose lookups had no gradient still takes part
-                asked = np.zeros((len(step.fresh_asked), self.spec.dim), np.float32)
-            else:
-                asked = self._copy.to_host(gradient, computed)
-            wanted = self._exchange.to_owners(step.request, asked)
+                gradient = self._copy.zeros(len(step.fresh_asked), self.spec.dim)
+            wanted = self._serving.to_owners(step.request, gradient, computed)
             began = time.perf_counter()
             self._optimizer_step += 1
-            self._optimizer.apply(
-                self.store, RowUpdate(step.owned, wanted, scale, int(self._optimizer_step), rate), self.local.start
-            )
+            update = RowUpdate(step.owned, wanted, scale, int(self._optimizer_step), rate)
+            if self.store.on_host:
+                self._copy.settle()  # gathers in place have read what is written now
+                self._optimizer.apply(self.store, update, self.local.start)
+            else:
+                self._copy.run(lambda: self._optimizer.apply(self.store, update, self.local.start))
             step.metrics.owner_ms = 1e3 * (time.perf_counter() - began)
         step.metrics.bytes += self._exchange.bytes - sent
         self._finished.append(step.metrics)
@@ -375,17 +392,19 @@ class Table:
             step.ready.cancel()
         for other in [other for other in self._unserved if not self._hazards.waits(other.number)]:
             began, sent = time.perf_counter(), self._exchange.bytes
-            self._serve(other, ~other.fresh_wanted, ~other.fresh_asked)
+            self._serving.serve(other.request, ~other.fresh_wanted, ~other.fresh_asked, other.rows)
             other.metrics.bytes += self._exchange.bytes - sent
             other.metrics.fetch_ms += 1e3 * (time.perf_counter() - began)
             self._unserved.remove(other)
             other.ready.set_result(self._copy.working_set(other.rows, other.inverse, trainable=True))
 
-    def _fetch_unchanging(self, ids: Tensor) -> tuple[WorkingSet, object]:
+    def _fetch_unchanging(self, ids: Tensor, written: object) -> tuple[WorkingSet, object]:
+        self._copy.follow(written)
         unique, inverse = self._unique(ids)
         request = self._exchange.request(unique, self.spec.rows)
         self.store.fetch_ahead(request.wanted, writing=False)
-        rows = self._exchange.to_askers(request, self._gather(request.wanted))
+        rows: Any = self._serving.empty(len(unique))
+        self._serving.serve(request, np.ones(len(request.wanted), bool), np.ones(len(unique), bool), rows)
         return self._copy.working_set(rows, inverse, trainable=False)
 
     def _unique(self, ids: Tensor) -> tuple[np.ndarray, Tensor]:
@@ -395,20 +414,6 @@ class Table:
                 f"table {self.spec.name} has {self.spec.rows} rows and was asked for rows {unique[0]} to {unique[-1]}"
             )
         return unique, inverse
-
-    def _serve(self, step: _Step, sent: np.ndarray, due: np.ndarray) -> None:
-        """Bring the rows marked at the owners to the askers."""
-        values = self._gather(step.request.wanted[sent])
-        step.rows[due] = self._exchange.to_askers_where(step.request, sent, values, due)
-
-    def _gather(self, rows: np.ndarray) -> np.ndarray:
-        table = self.store["rows"]
-        if not self.store.on_host:
-            return host_array(table[torch.from_numpy(rows).to(table.device)].cpu())
-        values, start = host_columns(self.store, "rows")
-        out = np.empty((len(rows), self.spec.dim), values.dtype)
-        self._threads.run(len(rows), lambda part: kernels.gather(values, start, rows[part], out[part]))
-        return out
 
     def _interval(self, name: str) -> Pieces:
         values = self.store[name]

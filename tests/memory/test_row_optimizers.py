@@ -238,16 +238,55 @@ def test_nothing_depends_on_the_number_of_threads(settings):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-@pytest.mark.parametrize("settings", [*LAZY, DENSE], ids=lambda s: s.name + "-dense" * s.is_dense)
-def test_the_device_form_agrees(settings, monkeypatch):
+@pytest.mark.parametrize("settings", LAZY[:3], ids=lambda s: s.name)
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "bf16 at random"])
+def test_the_device_form_is_bit_equal(settings, clip_norm, kind, monkeypatch):
+    """As the kernels' torch backend has it; the kernels are compared with that one in tests/kernels."""
+    pytest.importorskip("triton")
+    settings = settings.model_copy(update={"clip_norm": clip_norm, "stochastic_rounding": kind == "bf16 at random"})
+    host, device = optimizer_for(settings), optimizer_for(settings)
+    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+    one, two = table(host, dtype), table(device, dtype)
+    for number, update in enumerate(updates(21)):
+        if number % 3 == 0:  # several contributions to a row, as several ranks have them
+            ids = np.random.default_rng(number).integers(0, ROWS, len(update.rows))
+            update = replace(update, segments=Segments.of(ids))
+        host.apply(one, update, 9)
+        if number % 3 == 1:  # as a single rank has it, whose gradient never leaves the device
+            update = replace(update, gradients=torch.from_numpy(update.gradients))
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "on_host", False)
+            device.apply(two, update, 9)
+    assert all(torch.equal(one[name], two[name]) for name in one.arrays)
+
+
+@pytest.mark.parametrize("settings", [LAZY[3], DENSE], ids=lambda s: s.name + "-dense" * s.is_dense)
+def test_the_device_form_of_sinkhorn_agrees(settings, monkeypatch):
     host, device = optimizer_for(settings), optimizer_for(settings)
     one, two = table(host), table(device)
-    for update in updates(20):
+    for number, update in enumerate(updates(20)):
         host.apply(one, update, 0)
+        if number % 2:
+            update = replace(update, gradients=torch.from_numpy(update.gradients))
         with monkeypatch.context() as patch:
             patch.setattr(Store, "on_host", False)
             device.apply(two, update, 0)
     assert (one["rows"] - two["rows"]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_decay_tables_hold_the_powers_of_single_rows(weight_decay):
+    optimizer = optimizer_for(LAZY[1].model_copy(update={"weight_decay": weight_decay}))
+    update = replace(next(updates(1)), step=3000)
+    decays = optimizer._decays_after(update)
+    assert decays.shape[1] >= update.step
+    assert optimizer._decays_after(replace(update, step=3001)) is decays
+    for missed in (0, 1, 7, 998, 2999):
+        one = np.array([missed])
+        factors = [(0.9, one), (0.999, one), (1 - RATE * weight_decay, one + 1)]
+        for row, factor in zip(decays.numpy(), factors, strict=True):
+            assert row[missed] == reference.missed_steps_decay(*factor)[0, 0]
 
 
 @pytest.mark.parametrize("name", ["lazy_adam", "rowwise_adagrad"])
@@ -266,16 +305,6 @@ def test_bf16_rows_are_the_rounded_fp32_rows(name, stochastic):
         assert np.array_equal(host_array(rounded["rows"])[update.rows], reference.to_bfloat16(values, noise))
     if not stochastic:
         assert torch.equal(rounded["rows"], exact["rows"].bfloat16())
-
-
-def test_the_device_form_rounds_the_same_way(monkeypatch):
-    settings = RowOptimizerConfig(name="rowwise_adagrad", stochastic_rounding=True)
-    one, two = (table(optimizer_for(settings), torch.bfloat16) for _ in range(2))
-    update = next(updates(1))
-    optimizer_for(settings).apply(one, update, 9)
-    monkeypatch.setattr(Store, "on_host", False)
-    optimizer_for(settings).apply(two, update, 9)
-    assert torch.equal(one["rows"], two["rows"])
 
 
 def test_stochastic_rounding_keeps_the_mean_and_nearest_does_not():

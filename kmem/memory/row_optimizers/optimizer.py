@@ -1,4 +1,5 @@
-"""Row optimizers bound to a store: compiled loops where the rows are on the host, torch operations on a device."""
+"""Row optimizers bound to a store: compiled loops where the rows are on the host, kernels on a device, of the same
+bits. (Sinkhorn's momentum is several passes of torch operations in both.)"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kmem.config import RowOptimizerConfig
 from kmem.memory import counter_random
 from kmem.memory.row_optimizers import kernels, reference
 from kmem.memory.row_optimizers.sinkhorn import DeviceSweep, HostSweep, Sweep, sinkhorn_step
-from kmem.memory.row_optimizers.update import RowUpdate, host_columns, take_missed_steps, write_rows
+from kmem.memory.row_optimizers.update import RowUpdate, host_columns, take_missed_steps
 from kmem.memory.row_threads import RowThreads
 from kmem.memory.stores import ArrayLayout, Store
 
@@ -26,6 +28,7 @@ class RowOptimizer:
         table: canonical name of the table.
         threads: they share the rows of a step.
         sum_over_ranks: adds up a small fp64 array over all ranks that share the table, in place.
+        upload: makes tensors where the rows are of host arrays, for rows on a device; by default of the same memory.
     """
 
     def __init__(
@@ -36,10 +39,13 @@ class RowOptimizer:
         table: str,
         threads: RowThreads | None = None,
         sum_over_ranks: Callable[[np.ndarray], None] = lambda _: None,
+        upload: Callable[..., list[Tensor]] | None = None,
     ) -> None:
         self.settings, self.dim = settings, dim
         self._threads, self._sum = threads or RowThreads(), sum_over_ranks
+        self._upload = upload or _same_memory
         self._stream = counter_random.key(seed, table, "rounding")
+        self._decay_table: tuple[tuple[int, float], Tensor] | None = None
 
     def state(self) -> dict[str, ArrayLayout]:
         """The arrays that each row needs beside itself."""
@@ -59,7 +65,7 @@ class RowOptimizer:
         """One step. `first_row` is the table's number of the store's row 0. Collective over the ranks of the table
         when the settings clip or balance columns, so ranks without rows call it too."""
         streamed = self.settings.name == "sinkhorn_momentum"
-        if self.settings.clip_norm is not None or streamed or not store.on_host:
+        if self.settings.clip_norm is not None or streamed:
             update = update.summed()
         if self.settings.clip_norm is not None:
             update = self._clipped(update)
@@ -79,7 +85,13 @@ class RowOptimizer:
 
     def _clipped(self, update: RowUpdate) -> RowUpdate:
         assert self.settings.clip_norm is not None
-        squares = np.array([kernels.square_norms(update.gradients).sum() * update.scale**2])
+        if isinstance(update.gradients, Tensor):
+            from kmem_kernels.row_update.op import square_norms
+
+            norms = square_norms(update.gradients).cpu().numpy()
+        else:
+            norms = kernels.square_norms(update.gradients)
+        squares = np.array([norms.sum() * update.scale**2])
         self._sum(squares)
         norm = float(squares[0]) ** 0.5
         factor = min(1.0, self.settings.clip_norm / (norm + 1e-6))
@@ -110,13 +122,14 @@ class RowOptimizer:
         ]
 
     def _on_host(self, store: Store, update: RowUpdate, first_row: int) -> None:
-        in_bf16 = store["rows"].dtype == torch.bfloat16
+        in_bf16, gradients = store["rows"].dtype == torch.bfloat16, update.gradients
+        assert isinstance(gradients, np.ndarray)
         table = host_columns(store, "rows")
         scale, eps = np.float32(update.scale), np.float32(self.settings.eps)
 
         def parts(part: slice) -> tuple[np.ndarray, ...]:
             starts = update.segments.starts[part.start : part.stop + 1]
-            return update.rows[part], update.segments.order, starts, update.gradients
+            return update.rows[part], update.segments.order, starts, gradients
 
         rounding: tuple[Any, ...] = ()
         if in_bf16:
@@ -150,26 +163,41 @@ class RowOptimizer:
         )
 
     def _on_device(self, store: Store, update: RowUpdate, first_row: int) -> None:
-        table = store["rows"]
-        rows = torch.from_numpy(update.rows).to(table.device)
-        gradients = torch.from_numpy(update.gradients).to(table.device) * update.scale
-        weights = table[rows].float()
-        if self.settings.name == "rowwise_adagrad":
-            weights, second = reference.rowwise_adagrad(
-                weights, gradients, store["second_moment"][rows], update.learning_rate, self.settings.eps
-            )
-            moments = {"second_moment": second}
+        from kmem_kernels.row_update.op import CatchUp, Gradients, RandomRounding, adam_, rowwise_adagrad_
+
+        segments = update.segments
+        order, starts = None, None
+        if update.one_each:
+            (rows,) = self._upload(segments.unique)
         else:
-            factors = [torch.from_numpy(factor).to(table.device) for factor in self._decays(store, update)]
-            weights, first, second = reference.adam(
-                weights,
-                gradients,
-                store["first_moment"][rows],
-                store["second_moment"][rows],
-                (factors[0], factors[1], factors[2]),
-                self._adam_step(update),
-            )
-            moments = {"first_moment": first, "second_moment": second}
-        for name, values in moments.items():
-            store[name][rows] = values
-        write_rows(table, rows, weights, self._noise(update.rows, first_row, update))
+            rows, order, starts = self._upload(segments.unique, segments.order, segments.starts)
+        values = update.gradients if isinstance(update.gradients, Tensor) else self._upload(update.gradients)[0]
+        gradients = Gradients(rows, values, update.scale, order, starts)
+        rounding = None
+        if self.settings.stochastic_rounding:
+            rounding = RandomRounding(int(self._step_stream(update.step)), first_row)
+        if self.settings.name == "rowwise_adagrad":
+            rate, eps = update.learning_rate, self.settings.eps
+            rowwise_adagrad_(store["rows"], store["second_moment"], gradients, rate, eps, rounding)
+            return
+        catch_up = None
+        if self.settings.name == "adam_catchup":
+            catch_up = CatchUp(store["last_step"], update.step, self._decays_after(update))
+        moments = store["first_moment"], store["second_moment"]
+        adam_(store["rows"], *moments, gradients, self._adam_step(update), catch_up, rounding)
+
+    def _decays_after(self, update: RowUpdate) -> Tensor:
+        """[3, L] where the rows are: the factors of `_decays` for 0, 1, ... missed steps. Computed when the table has
+        become too short for the step, and in every step in which the learning rate changes the decay of weights."""
+        length = max(1024, 1 << update.step.bit_length())
+        shrink = 1 - update.learning_rate * self.settings.weight_decay
+        if self._decay_table is None or self._decay_table[0] != (length, shrink):
+            missed = np.arange(length)
+            factors = [(beta, missed) for beta in self.settings.betas] + [(shrink, missed + 1)]
+            decays = np.stack([reference.missed_steps_decay(*factor).reshape(-1) for factor in factors])
+            self._decay_table = (length, shrink), self._upload(decays)[0]
+        return self._decay_table[1]
+
+
+def _same_memory(*arrays: np.ndarray) -> list[Tensor]:
+    return [torch.from_numpy(array) for array in arrays]

@@ -187,7 +187,7 @@ class DeviceSweep:
         if self._settings.dense:
             a, b = np.searchsorted(self._update.rows, [start, stop])
         rows = torch.from_numpy(self._update.rows[a:b]).to(self._device)
-        return rows, torch.from_numpy(self._update.gradients[a:b]).to(self._device) * self._update.scale
+        return rows, torch.as_tensor(self._update.gradients[a:b]).to(self._device) * self._update.scale
 
     def _chunk(self, start: int, stop: int) -> tuple[Tensor, np.ndarray]:
         touched, gradients = self._gradients(start, stop)

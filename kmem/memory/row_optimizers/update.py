@@ -18,14 +18,14 @@ class RowUpdate:
     Args:
         segments: local row numbers, and which contributions belong to each. Contributions of a row are summed in
             their order.
-        gradients: [W, D] fp32, host memory.
+        gradients: [W, D] fp32: in host memory, or a tensor where the rows are.
         scale: factor on the gradients.
         step: number of this optimizer step, from 1.
         learning_rate: of this step, multiplier included.
     """
 
     segments: Segments
-    gradients: np.ndarray
+    gradients: np.ndarray | Tensor
     scale: float
     step: int
     learning_rate: float
@@ -35,12 +35,20 @@ class RowUpdate:
         """[U] int64, local row numbers, ascending and unique."""
         return self.segments.unique
 
+    @property
+    def one_each(self) -> bool:
+        """True when row i's gradient is the i-th."""
+        order = self.segments.order
+        return len(order) == len(self.rows) and bool((order[1:] > order[:-1]).all())
+
     def summed(self) -> "RowUpdate":
-        """One contribution per row: its sum. The compiled optimizers sum on the way and do without."""
+        """One contribution per row: its sum. The fused optimizers sum on the way and do without."""
+        if self.one_each:
+            return self
         if len(self.gradients) == len(self.rows):
-            in_order = (self.segments.order[1:] > self.segments.order[:-1]).all()
-            gradients = self.gradients if in_order else self.gradients[self.segments.order]
+            gradients = self.gradients[self.segments.order]
         else:
+            assert isinstance(self.gradients, np.ndarray)
             gradients = np.empty((len(self.rows), self.gradients.shape[1]), np.float32)
             kernels.sum_segments(gradients, self.segments.order, self.segments.starts, self.gradients)
         return replace(self, segments=Segments.distinct(self.rows), gradients=gradients)
