@@ -199,7 +199,7 @@ def state_checksums(pipeline: Pipeline) -> dict[str, str]:
     from kmem.parallel.training_state import model_state
 
     mine = {
-        name: (pieces.length, [(start, part.detach().clone()) for start, part in pieces.parts])
+        name: (pieces.length, pieces.to_host().parts)
         for name, pieces in model_state(pipeline, saving=True, moments=True).items()
     }
     everyone: list[Any] = [None] * dist.get_world_size()
