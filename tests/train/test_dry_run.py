@@ -82,6 +82,19 @@ def test_table_bytes_are_those_of_the_built_table(optimizer, dtype):
         worker.close()
 
 
+@pytest.mark.parametrize("optimizer", ["lazy_adam", "adam_catchup", "rowwise_adagrad", "sinkhorn_momentum"])
+@pytest.mark.parametrize("row_dim", [8, 256])
+def test_table_bytes_are_those_of_the_mapped_file(optimizer, row_dim, tmp_path):
+    settings = {"name": optimizer, "dense": False}
+    config = with_memory({"store": "mmap", "optimizer": settings}, model__engram__row_dim=row_dim)
+    planned = rank_memory(config, Mesh(0, 1, 1, 1))[0].tables[0]
+    worker = MemoryWorker()
+    spec = TableSpec("table", planned.rows, row_dim, store="mmap", folder=tmp_path)
+    with Table(spec, config.memory.optimizer, worker) as table:
+        assert 0 <= table.store.bytes - planned.bytes < 4096
+    worker.close()
+
+
 def test_rows_are_divided_over_the_ranks_of_the_stage_that_owns_the_layer():
     config = with_memory({}, parallel__pipeline=2)
     stages = rank_memory(config, Mesh(0, 2, 4, 1))
