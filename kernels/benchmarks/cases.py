@@ -42,6 +42,13 @@ class Case:
     goal: Goal | None = None
     timing: Literal["graph", "events"] = "events"
     profiled: bool = False
+    over_the_bus: bool = False
+    """The bytes are read from host memory; what is written on the device is not counted."""
+
+    @property
+    def ceiling(self) -> Literal["GEMM", "copy", "host copy"]:
+        """What bounds it."""
+        return "GEMM" if self.flop else "host copy" if self.over_the_bus else "copy"
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,11 @@ class Sizes:
     """Rows, ids they are drawn from, columns."""
     ngrams: tuple[int, int]
     """Sequences, tokens of each."""
+    table_bytes: int
+    """Of tables whose rows are gathered and updated; far more than the L2 cache holds."""
+    touched_bytes: int
+    row_types: tuple[tuple[torch.dtype, int], ...]
+    """Type and columns."""
 
 
 SIZES = {
@@ -82,6 +94,9 @@ SIZES = {
         coarse=Layer(experts=8, hidden=4096, width=14_336, top_k=2, tokens=16_384),
         lookups=(1_048_576, 4_194_304, 256),
         ngrams=(32, 4096),
+        table_bytes=2**33,
+        touched_bytes=2**28,
+        row_types=((torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 128), (torch.float32, 256)),
     ),
     "tiny": Sizes(
         copy_bytes=2**16,
@@ -92,6 +107,9 @@ SIZES = {
         coarse=Layer(experts=4, hidden=64, width=48, top_k=2, tokens=24),
         lookups=(600, 200, 40),
         ngrams=(2, 70),
+        table_bytes=2**16,
+        touched_bytes=2**13,
+        row_types=((torch.bfloat16, 24), (torch.float32, 20)),
     ),
 }
 

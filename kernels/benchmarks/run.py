@@ -3,7 +3,8 @@
     python kernels/benchmarks/run.py --out kernels.json         # on a GPU, within eight minutes
     python kernels/benchmarks/run.py --tiny --out tiny.json     # anywhere: on a CPU kernels are interpreted
 
-Bytes are those that an operation cannot avoid: every input read once, every output written once. FLOP are those of the
+Bytes are those that an operation cannot avoid: every input read once, every output written once. Gathers from the host
+count the bytes of its rows alone, against a kernel that reads host memory from front to back. FLOP are those of the
 experts' products, 2 * T * K * 3 * H * I forward and three times that with backward; router, permutation and activation
 count as time alone.
 """
@@ -28,7 +29,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
-from cases import SIZES, Case, all_cases
+from cases import SIZES, Case, Sizes, all_cases
+from host_copy import host_copy
+from row_cases import row_cases
 
 ROUNDS = 5
 LONGEST_ROUND = 0.5
@@ -43,6 +46,8 @@ class Ceilings:
     copy_bytes_per_second: float
     """Read and written, of one large copy."""
     gemm_flop_per_second: float
+    host_copy_bytes_per_second: float
+    """Read from pinned host memory, by a kernel."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,15 @@ class Measurement:
     reason: str = ""
 
     def share(self, ceilings: Ceilings) -> float | None:
-        """Of the ceiling that bounds the case: the GEMM rate where it has FLOP, else the copy."""
+        """Of the ceiling that bounds the case."""
         if self.seconds is None:
             return None
-        if self.case.flop:
-            return self.case.flop / self.seconds / ceilings.gemm_flop_per_second
-        return self.case.bytes / self.seconds / ceilings.copy_bytes_per_second
+        rates = {
+            "GEMM": ceilings.gemm_flop_per_second,
+            "copy": ceilings.copy_bytes_per_second,
+            "host copy": ceilings.host_copy_bytes_per_second,
+        }
+        return (self.case.flop or self.case.bytes) / self.seconds / rates[self.case.ceiling]
 
     def value(self, unit: str, ceilings: Ceilings) -> float | None:
         if self.seconds is None:
@@ -91,9 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = SIZES["tiny" if options.tiny else "full"]
     ceilings = measure_ceilings(device, sizes.copy_bytes, sizes.gemm)
     measurements = []
-    for case in all_cases(device, sizes):
-        if options.only not in case.name:
-            continue
+    cases = [case for case in every_case(device, sizes) if options.only in case.name]
+    for case in cases:
         if time.monotonic() - began > 60 * options.minutes:
             measurements.append(Measurement(case, None, f"{options.minutes:g} minutes had passed"))
         else:
@@ -102,8 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.cuda.empty_cache()
     profiles = {
         case.name: profile(case, device)
-        for case in all_cases(device, sizes)
-        if case.profiled and options.only in case.name and time.monotonic() - began < 60 * options.minutes
+        for case in cases
+        if case.profiled and time.monotonic() - began < 60 * options.minutes
     }
     report = {
         "environment": environment(device, options.tiny),
@@ -121,6 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+def every_case(device: torch.device, sizes: Sizes) -> list[Case]:
+    return [*all_cases(device, sizes), *row_cases(device, sizes)]
+
+
 def measure_ceilings(device: torch.device, copy_bytes: int, gemm: int) -> Ceilings:
     source = torch.ones(copy_bytes // 4, device=device)
     target = torch.empty_like(source)
@@ -128,7 +139,9 @@ def measure_ceilings(device: torch.device, copy_bytes: int, gemm: int) -> Ceilin
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = (torch.randn(gemm, gemm, device=device).to(dtype) for _ in range(2))
     product = seconds_of([lambda: a @ b], device, "events")
-    return Ceilings(2 * source.nbytes / copy, 2 * gemm**3 / product)
+    pinned = torch.ones(copy_bytes // 4, pin_memory=device.type == "cuda")
+    bus = seconds_of([lambda: host_copy(pinned, target)], device, "events")
+    return Ceilings(2 * source.nbytes / copy, 2 * gemm**3 / product, pinned.nbytes / bus)
 
 
 def measure(case: Case, device: torch.device) -> Measurement:
@@ -244,7 +257,7 @@ def as_json(measurement: Measurement, ceilings: Ceilings, tiny: bool) -> dict[st
         "us": measurement.value("us", ceilings),
         "gigabytes_per_second": case.bytes / seconds / 1e9 if seconds and case.bytes else None,
         "tflop_per_second": measurement.value("TFLOP/s", ceilings) if case.flop else None,
-        "ceiling": "gemm" if case.flop else "copy",
+        "ceiling": case.ceiling,
         "share_of_ceiling": measurement.share(ceilings),
         "goal": None if case.goal is None else str(case.goal),
         "meets_goal": None if tiny else measurement.meets_goal(ceilings),  # goals are for full sizes
@@ -257,7 +270,8 @@ def print_report(report: dict[str, Any]) -> None:
     ceilings = report["ceilings"]
     print(
         f"copy {ceilings['copy_bytes_per_second'] / 1e9:,.0f} GB/s (read + written), "
-        f"GEMM {ceilings['gemm_flop_per_second'] / 1e12:,.2f} TFLOP/s\n"
+        f"GEMM {ceilings['gemm_flop_per_second'] / 1e12:,.2f} TFLOP/s, "
+        f"copy from the host {ceilings['host_copy_bytes_per_second'] / 1e9:,.1f} GB/s (read)\n"
     )
     if report["environment"]["interpreted"]:
         print("Kernels are interpreted: these times say nothing about a GPU.\n")
@@ -269,7 +283,7 @@ def print_report(report: dict[str, Any]) -> None:
         in_flop = row["tflop_per_second"] is not None
         rate = f"{row['tflop_per_second']:,.3g} TFLOP/s" if in_flop else f"{row['gigabytes_per_second']:,.4g} GB/s"
         met = {True: " (met)", False: " (missed)", None: ""}[row["meets_goal"]]
-        share = f"{100 * row['share_of_ceiling']:.1f} % {'GEMM' if in_flop else 'copy'}"
+        share = f"{100 * row['share_of_ceiling']:.1f} % {row['ceiling']}"
         time_text = f"{row['us']:,.1f} us" if row["us"] < 1e4 else f"{row['us'] / 1e3:,.2f} ms"
         table.append((row["name"], row["shape"], row["dtype"], time_text, rate, share, (row["goal"] or "") + met))
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]

@@ -22,7 +22,17 @@ def test_every_case_runs(tmp_path):
     report = json.loads((tmp_path / "new" / "tiny.json").read_text())
     assert {"device", "torch", "triton", "python"} <= set(report["environment"])
     assert all(value > 0 for value in report["ceilings"].values())
-    kernels = {"route", "permute", "combine", "segment_reduce", "ngram_ids", "MoE", "coarse"}
+    kernels = {
+        "route",
+        "permute",
+        "combine",
+        "segment_reduce",
+        "ngram_ids",
+        "MoE",
+        "coarse",
+        "row_gather",
+        "row_update",
+    }
     assert kernels <= {row["name"].split()[0] for row in report["measurements"]}
     for row in report["measurements"]:
         assert row["us"] > 0, row
@@ -30,6 +40,8 @@ def test_every_case_runs(tmp_path):
         assert row["meets_goal"] is None
         assert row["name"] in done.stdout
     assert "not measured" not in done.stdout
+    ceilings = {row["ceiling"] for row in report["measurements"]}
+    assert ceilings == {"GEMM", "copy", "host copy"}
     assert set(report["profiles"]) == {f"{kind}MoE layer forward + backward" for kind in ("", "coarse ")}
 
 
