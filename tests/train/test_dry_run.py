@@ -85,8 +85,8 @@ def test_table_bytes_are_those_of_the_built_table(optimizer, dtype):
 @pytest.mark.parametrize("optimizer", ["lazy_adam", "adam_catchup", "rowwise_adagrad", "sinkhorn_momentum"])
 @pytest.mark.parametrize("row_dim", [8, 256])
 def test_table_bytes_are_those_of_the_mapped_file(optimizer, row_dim, tmp_path):
-    settings = {"name": optimizer, "dense": False}
-    config = with_memory({"store": "mmap", "optimizer": settings}, model__engram__row_dim=row_dim)
+    memory = {"store": "mmap", "optimizer": {"name": optimizer, "dense": False}}
+    config = parse_config(small_config(model__engram=ENGRAM | {"row_dim": row_dim}, memory=memory))
     planned = rank_memory(config, Mesh(0, 1, 1, 1))[0].tables[0]
     worker = MemoryWorker()
     spec = TableSpec("table", planned.rows, row_dim, store="mmap", folder=tmp_path)
