@@ -12,7 +12,7 @@ fetch and update:
     records, WILLNEED, then touched by a loop    6.0      23
 
 and 2.5 us without, 2.1 us with the chosen calls when every row is in memory already. One `process_madvise` for a
-thousand ranges costs as much CPU time as `madvise` for each, and is refused for POPULATE_WRITE by kernels before 6.13.
+thousand ranges costs as much CPU time as `madvise` for each, and older kernels refuse it for POPULATE_WRITE.
 """
 
 import ctypes
