@@ -5,11 +5,11 @@ more when they are written. Asked for together they are read side by side. Measu
 their Adam moments, all cold, on a disk that reads 40,000 pages a second one at a time; CPU and wall time per row of
 fetch and update:
 
-    three arrays, touched                       20.9 us   67 us
-    records, touched                            10 - 17   35 - 38
-    records, WILLNEED                            5.5      11
-    records, WILLNEED and POPULATE_WRITE         3.9      11      (chosen)
-    records, WILLNEED, then touched by a loop    6.0      23
+    three arrays, touched                       20.9 us      67 us
+    records, touched                            10 - 17      35 - 38
+    records, WILLNEED                            5.5 - 6.2   11 - 15
+    records, WILLNEED and POPULATE_WRITE         3.9 - 4.4   11          (chosen)
+    records, WILLNEED, then touched by a loop    6.0         23
 
 and 2.5 us without, 2.1 us with the chosen calls when every row is in memory already. One `process_madvise` for a
 thousand ranges costs as much CPU time as `madvise` for each, and older kernels refuse it for POPULATE_WRITE.
