@@ -2,7 +2,6 @@
 
 import itertools
 import mmap
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -117,7 +116,7 @@ def memory_runner(tree: dict[str, Any], kind: TokenKind) -> Runner:
 
 def write_all(table: Table) -> None:
     """Write the pages that a new table leaves to the system's zeros, so that they take memory or disk as in a long
-    run. A mapped file leaves its folder at once: it goes when its process does."""
+    run."""
     store = table.store
     if store.layout is None or store.layout.stride > mmap.PAGESIZE:  # others have their drawn row in every page
         for start, stop in store.chunks("rows"):
@@ -125,7 +124,4 @@ def write_all(table: Table) -> None:
             for name, array in store.arrays.items():
                 if name != "rows":
                     array[start:stop].zero_()
-    if store.path is not None:
-        with store.path.open("rb") as file:
-            os.fsync(file.fileno())
-        store.path.unlink()
+    store.flush()

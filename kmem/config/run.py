@@ -120,6 +120,14 @@ class Config(Section):
                 "checkpoint.asynchronous=true does not go with model.engram: tables are written from where they lie, "
                 "and a copy of them may not fit; set it to false"
             )
+        engram = self.model.engram
+        if engram is not None and not self.data.document_attention:
+            within = {"boundary": engram.boundary == "document", "conv_within_documents": engram.conv_within_documents}
+            for name in (name for name, wanted in within.items() if wanted):
+                raise ValueError(
+                    f"model.engram.{name}={getattr(engram, name)} needs data.document_attention=true, without which a "
+                    "sequence counts as one document; set it to true, or choose boundary=eos or none"
+                )
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"data.sequence_length={self.data.sequence_length} exceeds "

@@ -7,10 +7,12 @@ one record per row: the page faults, reads and writes of a cold row are then tho
 GiB, since rows alone are then spread over three times as many pages.)
 """
 
+import contextlib
 import errno
 import mmap
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import gcd, prod
@@ -95,7 +97,8 @@ class Store:
         rows: rows of this rank.
         arrays: name -> layout.
         device: used by "device".
-        path: the file of "mmap", created anew; its folder must exist.
+        path: where "mmap" makes its file; the folder must exist. The file loses its name as soon as it is mapped, so
+            no other process can meet it and its blocks are free again however this process ends.
         name: the table, for error messages.
 
     Raises:
@@ -114,6 +117,7 @@ class Store:
         self.kind, self.rows, self.path, self.name = kind, rows, path, name
         self._registered: Tensor | None = None
         self._records: Tensor | None = None
+        self._mapping: mmap.mmap | None = None
         self.layout = RecordLayout.of(arrays) if kind == "mmap" else None
         """Of records; None where arrays lie one behind the other."""
         self.arrays: dict[str, Tensor] = {}
@@ -174,24 +178,33 @@ class Store:
         yield from chunk_ranges(self.rows, self.arrays[array].shape[1] * self.arrays[array].element_size())
 
     def close(self) -> None:
-        """Drop the arrays; a mapped file is deleted, since a checkpoint, not the file, is what is kept."""
+        """Drop the arrays. A mapped file goes with them: a checkpoint, not the file, is what is kept."""
         self.arrays, self._records = {}, None
         if self._registered is not None:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._registered.data_ptr()))
             self._registered = None
-        if self.kind == "mmap" and self.path is not None:
-            self.path.unlink(missing_ok=True)
+        self._mapping = None
+
+    def flush(self) -> None:
+        """Wait until what was written to a mapped file is on the disk."""
+        if self._mapping is not None:
+            self._mapping.flush()
 
     def _allocate(self, device: torch.device) -> Tensor:
         size = max(self.bytes, 1)
         if self.kind == "mmap":
             assert self.path is not None, "a mapped store needs a file"
-            create_file(self.path, size, self.name)
-            return map_file(self.path, size, self.name)
+            self._mapping = map_new_file(self.path, size, self.name)
+            return torch.frombuffer(self._mapping, dtype=torch.uint8)
         try:
             if self.kind == "device":
                 return torch.zeros(size, dtype=torch.uint8, device=device)
-            _check_host_memory(size, self.name)
+            available = available_host_memory()
+            if size > available:  # the system would kill the process in the middle of training
+                raise StoreError(
+                    f"table {self.name}: this rank's rows and their optimizer state need {gib(size)} of host memory "
+                    f"and {gib(int(available))} are available; use more ranks, fewer rows or the mmap store"
+                )
             buffer = torch.zeros(size, dtype=torch.uint8)
             if torch.cuda.is_available():
                 # Registered in place: torch's allocator of pinned memory rounds sizes up to powers of two.
@@ -200,7 +213,7 @@ class Store:
             return buffer
         except (RuntimeError, MemoryError) as error:
             raise StoreError(
-                f"table {self.name}: {_gib(size)} of {self.kind} memory for this rank's rows and their optimizer state "
+                f"table {self.name}: {gib(size)} of {self.kind} memory for this rank's rows and their optimizer state "
                 f"cannot be allocated ({str(error).splitlines()[0]}); use more ranks, fewer rows or another store"
             ) from error
 
@@ -212,8 +225,9 @@ def chunk_ranges(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, rows)
 
 
-def create_file(path: Path, size: int, name: str) -> None:
-    """A file of zeros whose blocks are reserved: writing through a mapping to a full disk would kill the process.
+def map_new_file(path: Path, size: int, name: str) -> mmap.mmap:
+    """A new file of zeros, mapped for writing, in the folder of `path`. Its blocks are reserved: writing through a
+    mapping to a full disk would kill the process. When this returns it has no name any more.
 
     Raises:
         StoreError: the disk lacks the space, or the folder cannot be written.
@@ -222,55 +236,40 @@ def create_file(path: Path, size: int, name: str) -> None:
         free = shutil.disk_usage(path.parent).free
         if free < size:
             raise StoreError(_no_space(path, size, free, name))
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        descriptor, made = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)
         try:
             os.posix_fallocate(descriptor, 0, size)
+            mapping = mmap.mmap(descriptor, size)
         finally:
+            os.unlink(made)
             os.close(descriptor)
     except OSError as error:
-        path.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise StoreError(_no_space(path, size, shutil.disk_usage(path.parent).free, name)) from error
         raise StoreError(f"table {name}: {path} cannot be created ({error.strerror})") from error
-
-
-def map_file(path: Path, size: int, name: str) -> Tensor:
-    """The bytes of a file as a writable uint8 tensor, shared with the file.
-
-    Raises:
-        StoreError: the file is missing, or shorter than the table.
-    """
-    try:
-        found = path.stat().st_size
-    except OSError as error:
-        raise StoreError(f"table {name}: {path} cannot be opened ({error.strerror})") from error
-    if found < size:
-        raise StoreError(
-            f"table {name}: {path} has {found} bytes and its rows need {size}; delete the file, it is written anew"
-        )
-    with path.open("r+b") as file:
-        mapping = mmap.mmap(file.fileno(), size)
     mapping.madvise(mmap.MADV_RANDOM)  # rows are read at random: reading ahead would fill memory with neighbours
-    return torch.frombuffer(mapping, dtype=torch.uint8)
+    return mapping
 
 
-def _check_host_memory(size: int, name: str) -> None:
-    """Refuse what the machine cannot hold before the system kills the process in the middle of training."""
-    try:
-        meminfo = Path("/proc/meminfo").read_text()
-    except OSError:
-        return
-    available = next(int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable"))
-    if size > available:
-        raise StoreError(
-            f"table {name}: this rank's rows and their optimizer state need {_gib(size)} of host memory and "
-            f"{_gib(available)} are available; use more ranks, fewer rows or the mmap store"
-        )
+def available_host_memory() -> float:
+    """Bytes that this process could still allocate without swapping: the machine's, or those its container (cgroup v2)
+    leaves, whichever is less; infinite where the system does not say."""
+    available = float("inf")
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable"))
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        # Cached file pages count as used and are given back first.
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        available = min(available, limit - used + int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0)))
+    return available
 
 
 def _no_space(path: Path, size: int, free: int, name: str) -> str:
     return (
-        f"table {name}: {path} needs {_gib(size)} of disk and {_gib(free)} are free; "
+        f"table {name}: {path} needs {gib(size)} of disk and {gib(free)} are free; "
         "choose another folder, more nodes or fewer rows"
     )
 
@@ -280,7 +279,8 @@ def _up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """A size for people."""
     return f"{size / 2**30:.2f} GiB ({size} bytes)"
 
 

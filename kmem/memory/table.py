@@ -71,6 +71,12 @@ class TableSpec:
             raise UserError(f"table {self.name}: the mmap store needs a folder")
 
 
+def row_bytes(spec: TableSpec, optimizer: RowOptimizerConfig) -> int:
+    """Bytes of one row in host memory, the state of its optimizer and its busy count included."""
+    state = RowOptimizer(optimizer, spec.dim, spec.seed, spec.name).state()
+    return spec.dim * DTYPES[spec.dtype].itemsize + sum(layout.row_bytes for layout in state.values()) + 1
+
+
 @dataclass
 class StepMetrics:
     """What one step of a table did on this rank."""
@@ -168,6 +174,7 @@ class Table:
         staleness: earlier steps whose commits a row need not wait for; 0 is exact.
         depth: steps that may be begun beyond the one being computed.
         threads: host threads that share the rows of a gather or an update.
+        initialise: draw the first rows now; otherwise they are zeros until `initialise` or a load.
 
     Raises:
         UserError: the parts do not fit together.
@@ -183,6 +190,7 @@ class Table:
         staleness: int = 0,
         depth: int = 1,
         threads: int = 1,
+        initialise: bool = True,
     ) -> None:
         assert 0 <= staleness <= depth < 255
         self.spec, self.depth = spec, depth
@@ -220,15 +228,21 @@ class Table:
         self._unserved: list[_Step] = []
         """Worker: begun, waiting for rows in conflict."""
         self._finished: deque[StepMetrics] = deque(maxlen=1000)
-        if spec.init_std:
-            stream = counter_random.key(spec.seed, spec.name)
-            first = self.local.start
-            self.store.fill(
-                "rows",
-                lambda start, stop: torch.from_numpy(
-                    counter_random.normal_rows(first + start, first + stop, spec.dim, stream, spec.init_std)
-                ),
+        if initialise:
+            self.initialise()
+
+    def initialise(self) -> None:
+        """Draw the first rows, which follow from the seed, the table's name and their numbers alone."""
+        spec, first = self.spec, self.local.start
+        stream = counter_random.key(spec.seed, spec.name)
+
+        def values(start: int, stop: int) -> Tensor:
+            return torch.from_numpy(
+                counter_random.normal_rows(first + start, first + stop, spec.dim, stream, spec.init_std)
             )
+
+        if spec.init_std:
+            self.store.fill("rows", values)
 
     def begin(self, ids: Tensor | Callable[[], Tensor]) -> Ticket:
         """Start fetching a step's rows. ids [M, B, T, K] int64 in host memory, unchanged until the rows are there, or a
@@ -277,7 +291,8 @@ class Table:
         """[stop - start, D] fp32 copy of rows of this rank, by their numbers in the table, after the last commit."""
         assert self.local.start <= start <= stop <= self.local.stop, "these rows belong to another rank"
         self.drain()
-        return self.store["rows"][start - self.local.start : stop - self.local.start].float().cpu()
+        part = self.store["rows"][start - self.local.start : stop - self.local.start]
+        return part.to("cpu", torch.float32, copy=True)
 
     def row_norms(self, count: int) -> Tensor:
         """fp64 [count]: 2-norms of `count` rows evenly spaced over the whole table, 0 where another rank owns them."""
@@ -364,8 +379,12 @@ class Table:
             step.ready.set_result(self._copy.working_set(step.rows, step.inverse, trainable=True))
 
     def _fresh(self, step: _Step) -> np.ndarray:
-        """True for the wanted rows that may be handed out now."""
-        return self._hazards.begin(step.number, step.request.wanted, step.owned.unique)
+        """True for the wanted rows that may be handed out now. The dense form of an optimizer moves rows that no step
+        holds, so nothing may go out before all earlier steps have been committed."""
+        fresh = self._hazards.begin(step.number, step.request.wanted, step.owned.unique)
+        if self._optimizer.settings.is_dense and self._hazards.waits(step.number):
+            fresh[:] = False
+        return fresh
 
     def _finish(
         self, step: _Step, gradient: Tensor | None, computed: object, scale: float, rate: float, skip: bool

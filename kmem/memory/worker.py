@@ -67,7 +67,7 @@ class MemoryWorker:
             return future.result(self.timeout_seconds)
         except FutureTimeout:
             self.error = self.error or TimeoutError(f"no answer within {self.timeout_seconds:g} s")
-            raise ExchangeError(self._message()) from None
+            raise ExchangeError(self._message()) from self.error
 
     def call(self, job: Callable[[], Any]) -> Any:
         """Queue a job and wait for it: everything queued before it is done then."""

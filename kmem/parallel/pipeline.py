@@ -61,12 +61,15 @@ class Pipeline:
 
     Args:
         addresses: of a model with memory, which follow from its tokenizer.
+        initialise_rows: draw the first rows of tables; False where a checkpoint will be loaded.
 
     Raises:
         UserError: a memory table does not fit its store; on every rank alike.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, addresses: EngramAddresses | None = None):
+    def __init__(
+        self, config: Config, mesh: Mesh, addresses: EngramAddresses | None = None, initialise_rows: bool = True
+    ):
         assert (addresses is None) == (config.model.engram is None), "a model with memory, and no other, has addresses"
         self.config = config
         self.mesh = mesh
@@ -87,7 +90,7 @@ class Pipeline:
         self.memory_ledger: MemoryLedger | None = None
         if addresses is not None:
             modules = self._memory_layers()
-            self.memory = StageMemory(config, mesh, addresses, sorted(modules), self.device)
+            self.memory = StageMemory(config, mesh, addresses, sorted(modules), self.device, initialise_rows)
             self.memory_ledger = MemoryLedger(self.memory, modules, shape, mesh, self.context)
 
     @property
@@ -143,8 +146,11 @@ class Pipeline:
         memory = self.memory
         if memory is not None:
             self.engine.on_sound_step = lambda: memory.commit(begun, lr)
-        loss = float(self.engine.train_batch(self._inputs()))
-        self.context.unload()
+        try:
+            loss = float(self.engine.train_batch(self._inputs()))
+        finally:
+            self.engine.on_sound_step = lambda: None
+            self.context.unload()
         routing = None
         if self.ledger is not None:
             assert self.config.model.moe is not None

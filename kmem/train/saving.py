@@ -28,8 +28,8 @@ def load_training(store: CheckpointStore, folder: Path, commit: Commit, pipeline
     """Fill a freshly built pipeline from a verified checkpoint; collective.
 
     A checkpoint without moments, as `kmem import` writes, leaves the optimizer as new. One without memory may be
-    continued by a model with memory, whose first rows are zeros: it computes at first exactly what was trained. The
-    new parameters' moments are zeros that have been counted as often as the others', so their first steps are short.
+    continued by a model with memory, whose first rows are zeros: it computes at first exactly what was trained. Its
+    optimizer is new, too: Adam counts steps once for all parameters, and new ones would begin with steps too long.
 
     Raises:
         CheckpointError: the checkpoint is of another model; names the field or tensor.
@@ -48,8 +48,8 @@ def load_training(store: CheckpointStore, folder: Path, commit: Commit, pipeline
         stored["engram"] = wanted["engram"]
     _same_model(folder, stored, wanted, "model")
     check_names(pipeline, commit.shapes, new_memory)
-    with_moments = any(name.startswith(f"{MOMENTS[0]}/") for name in commit.tensors)
-    if with_moments and not new_memory and pipeline.memory is not None:
+    with_moments = not new_memory and any(name.startswith(f"{MOMENTS[0]}/") for name in commit.tensors)
+    if with_moments and pipeline.memory is not None:
         _same_rows(folder, commit.config.get("memory", {}), config.memory.model_dump(mode="json"))
     state = model_state(pipeline, saving=False, moments=with_moments)
     if new_memory:

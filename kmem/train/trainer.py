@@ -70,13 +70,16 @@ class Trainer:
         self._counts = count_parameters(config.model)
         self._flops = flops_per_token(config, self._counts)
         self.store = CheckpointStore(self.folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every)
-        self.pipeline = Pipeline(config, mesh, model_addresses(config.model, data.tokenizer_path))
+        found = self._chosen_checkpoint(config.checkpoint.resume)
+        addresses = model_addresses(config.model, data.tokenizer_path)
+        self.pipeline = Pipeline(config, mesh, addresses, initialise_rows=found is None)
         self._begun: deque[BegunStep] = deque()
         """Steps whose rows are being fetched, the next one first."""
         self._saved_at = -1
         self._callback_problem: str | None = None
         try:
-            self._restore()
+            if found is not None:
+                self._restore(*found)
         except BaseException as error:
             self.pipeline.close(error)
             raise
@@ -90,14 +93,9 @@ class Trainer:
         """
         config, end = self.config, "done"
         finished = self.step >= config.train.steps  # nothing to do: the folder stays as it is
-        problem = (
-            self.folder.prepare(config, self.data.tokenizer_path) if self.mesh.rank == 0 and not finished else None
-        )
-        for found in gather(problem):
-            if found:
-                raise TrainingError(found)
         with Interruption() as interruption:
             try:
+                self._prepare_folder(finished)
                 self._notify("on_start", self)
                 if finished:
                     self._notify("on_end", "finished")
@@ -122,14 +120,22 @@ class Trainer:
                 self.pipeline.close(error)
                 if lost_peer(error.__cause__ if isinstance(error, ExchangeError) else error):
                     raise TrainingError(
-                        f"step {self.step + 1}: another rank is gone or does not answer; its own log names the cause. "
-                        f"{self._last_good()}: run the same command again to go on"
+                        f"after step {self.step}: another rank is gone or does not answer; its own log names the "
+                        f"cause. {self._last_good()}: run the same command again to go on"
                     ) from error
                 raise
             finally:
                 for callback in self.callbacks:
                     callback.close()
         return end
+
+    def _prepare_folder(self, finished: bool) -> None:
+        problem = None
+        if self.mesh.rank == 0 and not finished:
+            problem = self.folder.prepare(self.config, self.data.tokenizer_path)
+        for found in gather(problem):
+            if found:
+                raise TrainingError(found)
 
     def _asked_to_stop(self, interruption: Interruption) -> bool:
         """Whether any rank was asked to stop; collective, so that all ranks stop after the same step.
@@ -259,16 +265,12 @@ class Trainer:
         self._saved_at = self.step
         self._notify("on_checkpoint", folder, not self.config.checkpoint.asynchronous)
 
-    def _restore(self) -> None:
-        """Start from the checkpoint that `checkpoint.resume` asks for, if any.
+    def _restore(self, folder: Path, commit: Commit) -> None:
+        """Start from a checkpoint.
 
-        A start in another run's folder holds while this run has no checkpoint of its own: a job that is started again
-        with the same command goes on instead of beginning anew.
+        Raises:
+            CheckpointError: it is of other data or another model.
         """
-        found = self._chosen_checkpoint(self.config.checkpoint.resume)
-        if found is None:
-            return
-        folder, commit = found
         for what, stored in commit.progress.data.items():
             here = {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer_fingerprint}[what]
             if stored != here:
@@ -285,6 +287,11 @@ class Trainer:
             self.store.continue_from(self.step)
 
     def _chosen_checkpoint(self, resume: str) -> tuple[Path, Commit] | None:
+        """What `checkpoint.resume` asks for, if any.
+
+        A start in another run's folder holds while this run has no checkpoint of its own: a job that is started again
+        with the same command goes on instead of beginning anew.
+        """
         own = self.store.steps()
         if resume == "never" and own:
             raise CheckpointError(

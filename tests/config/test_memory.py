@@ -81,6 +81,7 @@ def test_table_errors_name_the_field(memory, message):
     ("changes", "message"),
     [
         ({"checkpoint__asynchronous": True}, "checkpoint.asynchronous=true does not go with model.engram"),
+        ({"data__document_attention": False}, "model.engram.boundary=document needs data.document_attention=true"),
         (
             {"model__hyper_connections__branches": 2, "model__moe__chain__iterations": 2},
             "model.hyper_connections.branches=2 does not go with moe.chain",
@@ -89,5 +90,5 @@ def test_table_errors_name_the_field(memory, message):
 )
 def test_what_does_not_go_together_is_refused(changes, message):
     with pytest.raises(ConfigError) as error:
-        config({"layers": [1]}, **changes)
+        config({"layers": [1], "boundary": "document"}, **changes)
     assert str(error.value).startswith(message)

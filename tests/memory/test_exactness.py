@@ -136,6 +136,23 @@ def test_shards_are_the_full_table(ranks, world):
     assert (torch.cat([run.rows for run in runs]) - tables[-1]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_prefetch_is_exact_where_every_row_moves(ranks, world):
+    """A commit of the dense form changes rows that no step holds, so no row may go out before it."""
+    common = {"steps": 20, "optimizer": RowOptimizerConfig(name="sinkhorn_momentum")}
+    off, one, deep, all_fresh = by_run(
+        ranks.run(
+            world,
+            case,
+            world,
+            [*({"prefetch": depth, **common} for depth in (0, 1, 3)), {"prefetch": 1, "kind": AllFresh, **common}],
+        )
+    )
+    assert equal(off, one)
+    assert equal(off, deep)
+    assert not equal(off, all_fresh)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_dense_sinkhorn_is_sharded_exactly_enough(ranks, world):
     """Column statistics are summed over ranks: any number of them moves every row as one does."""

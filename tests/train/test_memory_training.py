@@ -115,7 +115,7 @@ def test_the_figures_of_a_mesh_are_those_of_one_rank(ranks, memory_run):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model__engram__rows_per_head": 10**12}, "of host memory and"),
+        ({"model__engram__rows_per_head": 10**12}, "of host memory for rows and"),
         ({"model__engram__rows_per_head": 10**13, "memory__store": "mmap"}, "of disk and"),
         (
             {"memory__store": "mmap", "memory__folder": "/proc/nowhere"},
@@ -147,8 +147,8 @@ def test_a_rank_that_is_gone_is_one_clear_error(ranks, memory_run):
     tree = memory_run(checkpoint__every=2, parallel__timeout_seconds=8)
     lost, _ = ranks.run(2, leaving_case, tree)
     assert lost["error"] == (
-        "step 4: another rank is gone or does not answer; its own log names the cause. The checkpoint of step 2 is "
-        "valid: run the same command again to go on"
+        "after step 3: another rank is gone or does not answer; its own log names the cause. The checkpoint of step 2 "
+        "is valid: run the same command again to go on"
     )
     (answer,) = ranks.run(1, trainer_case, tree)
     assert (answer["started_at"], answer["steps"]) == (2, 6)
