@@ -44,8 +44,9 @@ class DeviceCopy:
         if self._stream is None:
             return [_as_tensor(array) for array in arrays]
         ends = np.cumsum([-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays])
-        buffer, copies = self._ring.take(int(ends[-1])), []
-        with self._streamed():
+        copies = []
+        with self._streamed():  # memory is pinned with this device current: the worker's thread has another by default
+            buffer = self._ring.take(int(ends[-1]))
             for array, end in zip(arrays, ends.tolist(), strict=True):
                 start = end - -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
                 pinned = _as_tensor(buffer[start : start + array.nbytes].numpy().view(array.dtype).reshape(array.shape))
@@ -93,13 +94,13 @@ class DeviceCopy:
         if self._stream is None:
             return values.numpy()
         self.follow(computed)
-        if self._download is None or len(self._download.bytes) < values.nbytes:
-            if self._download is not None:
-                self._download.close()
-                self._download = None
-            self._download = PinnedBuffer(values.nbytes + values.nbytes // 8 + 1)
-        pinned = self._download.bytes[: values.nbytes].view(values.dtype).view(values.shape)
         with self._streamed():
+            if self._download is None or len(self._download.bytes) < values.nbytes:
+                if self._download is not None:
+                    self._download.close()
+                    self._download = None
+                self._download = PinnedBuffer(values.nbytes + values.nbytes // 8 + 1)
+            pinned = self._download.bytes[: values.nbytes].view(values.dtype).view(values.shape)
             pinned.copy_(values, non_blocking=True)
         self.settle()
         return pinned.numpy()

@@ -87,11 +87,11 @@ def main() -> None:
         values, ids = torch.zeros(600, columns), torch.arange(600) % segments
         segment_reduce(values, *segments_of(ids, segments), None)
         segment_reduce(values.bfloat16(), *segments_of(ids, segments), torch.zeros(segments, columns))
-    for dtype, columns in ((torch.float32, 64), (torch.float32, 132), (torch.bfloat16, 264), (torch.bfloat16, 128)):
+    for dtype, columns in ((torch.float32, 132), (torch.bfloat16, 264)):
         table, rows = torch.zeros(9, columns, dtype=dtype), torch.zeros(300, dtype=torch.int64)
         row_gather(table, rows, torch.zeros(300, columns), None)
         row_gather(table, rows, torch.zeros(900, columns), rows)
-    for dtype, columns in ((torch.float32, 256), (torch.float32, 40), (torch.bfloat16, 264), (torch.bfloat16, 600)):
+    for dtype, columns in ((torch.float32, 256), (torch.bfloat16, 264)):
         table, rows = torch.zeros(9, columns, dtype=dtype), torch.arange(7)
         first, second = torch.zeros(9, columns), torch.zeros(9, columns)
         catch_up = CatchUp(torch.zeros(9, 1, dtype=torch.int32), 5, torch.ones(3, 8))
