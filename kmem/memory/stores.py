@@ -8,10 +8,12 @@ GiB, since rows alone are then spread over three times as many pages.)
 """
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,7 +33,8 @@ StoreKind = Literal["device", "host", "mmap"]
 CHUNK_BYTES = 1 << 24
 """Rows are filled and streamed in pieces of at most this size (at least one row)."""
 _PAGE = 4096
-"""Arrays start at a page, so that huge pages, direct reads and wide vectors stay possible."""
+"""Arrays start at a page, so that direct reads and wide vectors stay possible."""
+_HUGE_PAGE = 1 << 21
 
 
 class StoreError(UserError):
@@ -206,6 +209,7 @@ class Store:
                     f"and {gib(int(available))} are available; use more ranks, fewer rows or the mmap store"
                 )
             buffer = torch.zeros(size, dtype=torch.uint8)
+            _ask_for_huge_pages(buffer)
             if torch.cuda.is_available():
                 # Registered in place: torch's allocator of pinned memory rounds sizes up to powers of two.
                 torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
@@ -265,6 +269,15 @@ def available_host_memory() -> float:
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         available = min(available, limit - used + int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0)))
     return available
+
+
+def _ask_for_huge_pages(buffer: Tensor) -> None:
+    """Rows are met at random: with pages of 4 KiB every row is a miss in the table of translations, too. A request;
+    systems that do not know it ignore it. The buffer must not have been written yet."""
+    start = _up(buffer.data_ptr(), _HUGE_PAGE)
+    length = (buffer.data_ptr() + buffer.numel() - start) // _HUGE_PAGE * _HUGE_PAGE
+    if length > 0 and sys.platform == "linux":
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
 
 
 def _no_space(path: Path, size: int, free: int, name: str) -> str:
