@@ -13,6 +13,8 @@ from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
+import torch
+
 from kmem.memory.exchange import Exchange, ExchangeError
 
 log = logging.getLogger(__name__)
@@ -90,6 +92,8 @@ class MemoryWorker:
             self._thread.join(self.timeout_seconds if self.error is None else 1.0)
 
     def _serve(self) -> None:
+        # Of this thread: an OpenMP team of its own would spin beside the main thread's and take its cores.
+        torch.set_num_threads(1)
         while (item := self._jobs.get()) is not None:
             future, job = item
             if self.error is None:
