@@ -25,6 +25,7 @@ EXTRAS = {
     "report": ["matplotlib>=3.8,<4"],
     "bench": ["psutil>=5.9"],
     "dev": [
+        "matplotlib>=3.8,<4",
         "pytest>=8,<10",
         "pytest-timeout>=2.3",
         "ruff>=0.12,<1",
