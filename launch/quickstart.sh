@@ -43,8 +43,8 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-# A model with memory brings its code with it; without, a class of transformers fits and this changes nothing.
+# A model with memory brings its code with it; without, a class of transformers fits and the flag changes nothing.
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 torch.manual_seed(0)
 prompt = tokenizer("The history of the United States", return_tensors="pt")
