@@ -69,7 +69,8 @@ class MemoryConfig(Section):
     prefetch_depth: Annotated[int, Field(ge=0, le=64)] = 1
     """Steps whose rows are fetched ahead of the running one. Results do not depend on it while staleness is 0."""
     staleness: NonNegativeInt = 0
-    """Earlier steps whose updates a fetched row may lack; at most prefetch_depth. 0 is exact."""
+    """Earlier steps whose updates a fetched row may lack; at most prefetch_depth. 0 is exact. Above 0 a resumed run is
+    not bit-identical to an uninterrupted one."""
     threads: PositiveInt = 1
     """Host threads of a rank that share the rows of a gather or an update."""
     optimizer: RowOptimizerConfig = RowOptimizerConfig()
