@@ -21,6 +21,7 @@ RUNTIME = [
 
 EXTRAS = {
     "kernels": ["triton>=3.6"],  # CUDA builds of torch bring their own
+    "liger": ["liger-kernel>=0.8.5,<0.9"],  # its fused MoE, for train.expert_backend=liger
     "eval": ["lm-eval>=0.4.9,<0.5"],
     "report": ["matplotlib>=3.8,<4"],
     "bench": ["psutil>=5.9"],
@@ -32,6 +33,7 @@ EXTRAS = {
         "mypy>=1.14,<3",
         "types-PyYAML",
         "triton>=3.6",
+        "liger-kernel>=0.8.5,<0.9",  # its experts run in Triton's interpreter
     ],
 }
 

@@ -1,17 +1,31 @@
 """The routed experts of a layer as stacked matrices."""
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .matmul import grouped_linear
 from .shape import Shape
+from .swiglu import swiglu
+
+# Shape letters: N rows, E experts held here, H hidden size, I width of an expert.
+
+ExpertBackend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(rows [N, H] sorted by expert, gate_up_proj [E, 2I, H] with the gate first, down_proj [E, H, I], counts int64 [E]
+summing to N) -> down(silu(gate) * up) of every row, [N, H], differentiable in all but the counts."""
+
+
+def grouped_mm(rows_NH: Tensor, gate_up_proj: Tensor, down_proj: Tensor, counts_E: Tensor) -> Tensor:
+    """The expert backend of exported models, and the default of training: `F.grouped_mm` for both products."""
+    return grouped_linear(swiglu(grouped_linear(rows_NH, gate_up_proj, counts_E)), down_proj, counts_E)
 
 
 class Experts(nn.Module):
     """SwiGLU experts, or a contiguous slice of them: `local_experts` are the global numbers of those held here.
 
-    Rows arrive sorted by expert; the matrix products are `F.grouped_mm`, dropless and without padding.
+    Rows arrive sorted by expert, none is dropped or padded. `backend` computes them and may be replaced; see
+    expert_backends.py.
     """
 
     def __init__(self, shape: Shape, local_experts: range | None = None) -> None:
@@ -27,8 +41,8 @@ class Experts(nn.Module):
                 )
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(count, hidden_size, width))
+        self.backend: ExpertBackend = grouped_mm
 
     def forward(self, rows_NH: Tensor, counts_E: Tensor) -> Tensor:
         """rows [N, H] sorted by expert, counts int64 [local experts] with sum N -> [N, H]."""
-        gate, up = grouped_linear(rows_NH, self.gate_up_proj, counts_E).chunk(2, dim=-1)
-        return grouped_linear(F.silu(gate) * up, self.down_proj, counts_E)
+        return self.backend(rows_NH, self.gate_up_proj, self.down_proj, counts_E)
