@@ -38,7 +38,7 @@ def kmem_runner(tree: dict[str, Any]) -> Runner:
         losses = []
         if steps == 0:
             batch = next(batches)
-            return {"operators": _operators(lambda: pipeline.train_step(batch, config.train.optimizer.lr))}
+            return {"operators": operators(lambda: pipeline.train_step(batch, config.train.optimizer.lr))}
         prepared = [next(batches) for _ in range(steps)]
         began = time.perf_counter()
         for batch in prepared:
@@ -144,7 +144,7 @@ def sequence_batches(config: Config, steps: Iterable[Tensor]) -> Iterator[list[S
         ]
 
 
-def _operators(step: Callable[[], object]) -> list[tuple[str, float]]:
+def operators(step: Callable[[], object]) -> list[tuple[str, float]]:
     """(operator, milliseconds of its own CPU time) of one profiled step, largest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step()

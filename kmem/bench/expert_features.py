@@ -1,0 +1,231 @@
+"""What the features of a layer of experts cost: with and without one, in turn in one process."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kmem.bench.compare import measure
+from kmem.bench.experts import forward_backward
+from kmem.config import Config, ConfigError, parse_config
+from kmem.model.chain_of_experts import ChainOfExperts
+from kmem.model.decoder import build_connection, build_feed_forward
+from kmem.model.hyper_connections import expand_branches
+from kmem.model.init import initialise_
+from kmem.model.moe import ExpertLayer
+from kmem.model.norm import RMSNorm
+from kmem.model.shape import Shape
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A change of the plain layer."""
+
+    subject: str
+    name: str
+    moe: dict[str, Any]
+    """Fields of `model.moe` that differ."""
+    branches: int = 1
+    recompute: bool = False
+    observe: bool = False
+    """Routing statistics are taken, as in training."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the second half of a decoder layer takes with a feature: norm, experts and residual connection."""
+
+    subject: str
+    feature: str
+    ms: float
+    """Median of forward and backward."""
+    times: float
+    """As often as the plain layer's, median over rounds in which both were taken one after the other."""
+    spread: tuple[float, float]
+    """Quartiles of that."""
+    expert_calls: int
+    """Experts that a token runs through, shared ones included."""
+    parameters: int
+    active_parameters: int
+    """Those that take part in the computation of a token, each once."""
+    saved_bytes: int
+    """Held from forward for backward, the layer's input included, parameters left out."""
+
+
+class ExpertHalf(nn.Module):
+    """The second half of a decoder layer, as `DecoderLayer` runs it."""
+
+    def __init__(self, config: Config, feature: Feature) -> None:
+        super().__init__()
+        shape = Shape(config.model.model_dump())
+        self.feed_forward_connection = build_connection(shape)
+        self.feed_forward_norm = RMSNorm(shape.hidden_size, shape.norm_eps)
+        experts = build_feed_forward(shape, 0, None)
+        assert isinstance(experts, ExpertLayer)
+        if feature.observe:
+            experts.on_routing = lambda statistics: None
+        self.feed_forward, self.recompute = experts, feature.recompute
+        initialise_(self, shape, config.train.init_seed, "layers.0")
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return checkpoint(self._half, hidden, use_reentrant=False) if self.recompute else self._half(hidden)
+
+    def _half(self, hidden: Tensor) -> Tensor:
+        if isinstance(self.feed_forward, ChainOfExperts):
+            return self.feed_forward(hidden, self.feed_forward_norm(hidden))
+        return self.feed_forward_connection(hidden, lambda x: self.feed_forward(self.feed_forward_norm(x)))
+
+
+def features(config: Config) -> list[Feature]:
+    """The plain layer, then changes of it that its shape allows.
+
+    Raises:
+        ConfigError: the layer is not plain.
+    """
+    moe = config.model.moe
+    if moe is None:
+        raise ConfigError("model.moe: a model without experts has no layer to measure")
+    experts, top_k, width = moe.num_experts, moe.top_k, moe.intermediate_size
+    found = [Feature("", "plain", {})]
+
+    def add(subject: str, name: str, changes: dict[str, Any], **rest: Any) -> None:
+        try:
+            feature = Feature(subject, name, changes, **rest)
+            with_feature(config, feature)
+        except ConfigError:
+            return  # such as half of one expert
+        found.append(feature)
+
+    for k in (1, 2, 4, 8):
+        if k != top_k:
+            add("experts per token", f"top_k {k}", {"top_k": k})
+    for count in (8, 16, 32, 64):
+        if count != experts:
+            add("experts", f"{count} of the same width", {"num_experts": count})
+    for finer in (0.5, 2, 4):
+        sizes = {
+            "num_experts": int(experts * finer),
+            "top_k": int(top_k * finer),
+            "intermediate_size": int(width / finer),
+        }
+        label = "top-{top_k} of {num_experts} of width {intermediate_size}".format_map(sizes)
+        if top_k * finer >= 1:
+            add("granularity", label, sizes)
+    add("shared expert", "one more", {"num_shared_experts": 1})
+    add("shared expert", "in place of a routed one", {"num_shared_experts": 1, "top_k": top_k - 1})
+    add("choice", "sigmoid scores", {"score_function": "sigmoid"})
+    add("choice", "not renormalised", {"renormalize": False})
+    add("choice", "from 2 of 4 groups", {"num_groups": 4, "top_groups": 2})
+    add("choice", "selection bias", {"selection_bias": True})
+    balance = {"aux_loss": 1e-3, "sequence_aux_loss": 1e-4, "z_loss": 1e-3}
+    for field, coefficient in balance.items():
+        add("balance", field, {field: coefficient})
+    add("balance", "all three losses", balance)
+    add("balance", "statistics, as in training", {}, observe=True)
+    for k in sorted({top_k // 2, top_k} - {0}):
+        calls = "equal" if 2 * k == top_k else "double"
+        chain = {"top_k": k, "chain": {"iterations": 2}}
+        add("chain of 2", f"{calls} calls", chain)
+        for gates in ("shared", "frozen"):
+            add("chain of 2", f"{calls} calls, gates {gates}", {"top_k": k, "chain": {"iterations": 2, "gates": gates}})
+    half = max(top_k // 2, 1)
+    for place in ("each_iteration", "once"):
+        chain = {"iterations": 2, "shared_experts": place}
+        add("chain of 2", f"top-{half}, 1 shared {place}", {"top_k": half, "num_shared_experts": 1, "chain": chain})
+    add("around it", "recomputed in backward", {}, recompute=True)
+    add("around it", "4 branches (hyper-connections)", {}, branches=4)
+    return found
+
+
+def with_feature(config: Config, feature: Feature) -> Config:
+    """A model of one layer with the feature; the base's own features are refused, its shape is kept."""
+    assert config.model.moe is not None
+    tree = config.model_dump(mode="json")
+    model = tree["model"]
+    kept = ("num_experts", "top_k", "intermediate_size")
+    model |= {"num_layers": 1, "engram": None, "moe": {field: model["moe"][field] for field in kept} | feature.moe}
+    model["hyper_connections"] = {"branches": feature.branches} if feature.branches > 1 else None
+    return parse_config(tree)
+
+
+def feature_costs(
+    config: Config, chosen: Sequence[Feature], rounds: int, on_feature: Callable[[str], None] = lambda name: None
+) -> list[Cost]:
+    """The cost of each, the first being what the others are compared with."""
+    plain_step, _ = _prepared(config, chosen[0])
+    costs = []
+    for feature in chosen:
+        own = with_feature(config, feature)
+        size = measure(own)
+        step, module = _prepared(config, feature)
+        saved = saved_bytes(module, _hidden(own, feature))
+        seconds = in_turn([plain_step, step], rounds)
+        times = [theirs / plain for plain, theirs in zip(*seconds, strict=True)]
+        quartiles = statistics.quantiles(times, n=4) if rounds > 1 else times * 3
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        costs.append(
+            Cost(
+                feature.subject,
+                feature.name,
+                1e3 * statistics.median(seconds[1]),
+                statistics.median(times),
+                (quartiles[0], quartiles[2]),
+                size.expert_calls,
+                parameters,
+                parameters - (size.total - size.active),  # what a token leaves out is experts
+                saved,
+            )
+        )
+        on_feature(feature.name)
+    return costs
+
+
+def in_turn(steps: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """Seconds of every round of each, after an unmeasured one; the order changes from round to round."""
+    seconds: list[list[float]] = [[] for _ in steps]
+    for number in range(rounds + 1):
+        places = range(len(steps))
+        for place in places if number % 2 else reversed(places):
+            began = time.perf_counter()
+            steps[place]()
+            if number:
+                seconds[place].append(time.perf_counter() - began)
+    return seconds
+
+
+def saved_bytes(module: nn.Module, hidden: Tensor) -> int:
+    """Memory that a forward pass holds for backward: the input, and what it saves beside parameters and buffers. Views
+    of one storage count once, and as a whole."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    held = {hidden.untyped_storage().data_ptr(): hidden.untyped_storage().nbytes()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = module(hidden)  # holds what was saved, so that no address is used twice
+    del out
+    return sum(held.values())
+
+
+def _prepared(config: Config, feature: Feature) -> tuple[Callable[[], Tensor], ExpertHalf]:
+    own = with_feature(config, feature)
+    module = ExpertHalf(own, feature)
+    hidden = _hidden(own, feature)
+    gradient = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+    leaves = (hidden, *module.parameters())
+    return lambda: forward_backward(module, leaves, gradient), module
+
+
+def _hidden(config: Config, feature: Feature) -> Tensor:
+    generator = torch.Generator().manual_seed(config.train.init_seed)
+    size = (config.train.micro_batch_size, config.data.sequence_length, config.model.hidden_size)
+    return expand_branches(torch.randn(size, generator=generator), feature.branches).requires_grad_()
