@@ -110,6 +110,10 @@ class Config(Section):
                 f"parallel.pipeline={self.parallel.pipeline} stages are more than the embedding, "
                 f"{self.model.num_layers} layers and the head can fill"
             )
+        if self.model.moe is None and self.train.expert_backend != "grouped_mm":
+            raise ValueError(
+                f"train.expert_backend={self.train.expert_backend} needs a model with experts (model.moe); leave it out"
+            )
         if self.train.precision == "bf16" and self.parallel.zero_stage == 0:
             raise ValueError(
                 "parallel.zero_stage=0 does not go with train.precision=bf16: DeepSpeed's bf16 optimizer is always "

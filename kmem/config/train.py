@@ -56,6 +56,12 @@ class TrainConfig(Section):
     """Sequences per forward pass on one data-parallel rank."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision. bf16 keeps fp32 master weights, gradient accumulation and moments."""
+    expert_backend: Literal["grouped_mm", "loop", "deepspeed", "liger"] = "grouped_mm"
+    """What multiplies the experts' matrices; a backend that does not run here is an error. grouped_mm: PyTorch's
+    grouped product, on every device; one kernel on GPUs of compute capability 9.0 or more. loop: one product per
+    expert, the definition of the others and a check of them. deepspeed: DeepSpeed's Triton kernels, for GPUs of
+    capability 8.x, where PyTorch's grouped product is a loop; bf16 only. liger: the Triton kernels of liger-kernel
+    (`kmem[liger]`), for GPUs of capability 8.0 or more; bf16 only."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     optimizer: OptimizerConfig

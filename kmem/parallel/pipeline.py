@@ -16,11 +16,12 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
-from kmem.config import Config, OptimizerConfig
+from kmem.config import Config, OptimizerConfig, UserError
 from kmem.data.batch import SequenceBatch
 from kmem.memory.working_set import WorkingSet
 from kmem.model.engram import Engram
 from kmem.model.engram_memory import EngramAddresses
+from kmem.model.expert_backends import find_backend, problem
 from kmem.model.init import initialise_
 from kmem.model.moe import ExpertLayer
 from kmem.model.shape import Shape
@@ -28,7 +29,7 @@ from kmem.parallel.engine import StepEngine, UnclippedBF16Optimizer
 from kmem.parallel.expert_dispatch import AllToAllDispatcher
 from kmem.parallel.gradients import GradientNorm
 from kmem.parallel.memory_ledger import LayerMemory, MemoryLedger
-from kmem.parallel.mesh import Mesh, expert_group, limit_waiting, local_device
+from kmem.parallel.mesh import Mesh, expert_group, gather, limit_waiting, local_device
 from kmem.parallel.routing_ledger import RoutingLedger, StepRouting
 from kmem.parallel.stage_layers import EmbeddingLayer, LossLayer, NormLayer, StageLayer, TransformerLayer, tied_loss
 from kmem.parallel.stage_memory import BegunStep, StageMemory
@@ -64,7 +65,8 @@ class Pipeline:
         initialise_rows: draw the first rows of tables; False where a checkpoint will be loaded.
 
     Raises:
-        UserError: a memory table does not fit its store; on every rank alike.
+        UserError: `train.expert_backend` does not run on a rank, or a memory table does not fit its store; on every
+            rank alike.
     """
 
     def __init__(
@@ -76,6 +78,9 @@ class Pipeline:
         self.device = local_device()
         self.context = StepContext()
         self.shape = shape = Shape(config.model.model_dump())
+        for refusal in gather(expert_backend_problem(config)):
+            if refusal is not None:
+                raise UserError(refusal)
         with _quiet():
             self.module = _StagedModule(_layer_specs(config, shape, mesh), mesh.pipeline, stage_bounds(config))
         for layer in self.layers():
@@ -197,12 +202,14 @@ class Pipeline:
 
     def _connect_experts(self) -> dict[int, ExpertLayer]:
         found = {}
+        backend = find_backend(self.config.train.expert_backend)
         for layer in self.layers():
             for module in layer.modules():
                 if isinstance(module, ExpertLayer):
                     assert isinstance(layer, TransformerLayer)
                     found[layer.index] = module
                     module.loss_scale = 1.0 / self.micro_batches
+                    module.experts.backend = backend
                     if self.mesh.expert > 1:
                         module.dispatcher = AllToAllDispatcher(expert_group(self.mesh))
                         for parameter in module.experts.parameters():  # DeepSpeed's marks of an expert parameter
@@ -228,6 +235,16 @@ class Pipeline:
         limit_waiting(self.config)
         norm = GradientNorm(self.module, engine.optimizer, self.mesh)
         return StepEngine.adopt(engine, self.context, norm, train.optimizer.clip_norm)
+
+
+def expert_backend_problem(config: Config) -> str | None:
+    """Why `train.expert_backend` does not run in this process, and the remedy; None if it does."""
+    name = config.train.expert_backend
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    refusal = problem(name, local_device(), dtype)
+    if refusal is None:
+        return None
+    return f"train.expert_backend={name}: {refusal}; or choose grouped_mm, which runs everywhere"
 
 
 def engine_config(config: Config, mesh: Mesh) -> dict[str, Any]:

@@ -82,6 +82,11 @@ def test_include_reads_the_base_first(path, tmp_path):
         ("data.sequence_length=9999", "data.sequence_length=9999 exceeds model.max_position_embeddings=4096"),
         ("data.sources=[]", "data.sources: "),
         ("train.precision=bf16 parallel.zero_stage=0", "parallel.zero_stage=0 does not go with"),
+        ("train.expert_backend=eager", "train.expert_backend: Input should be 'grouped_mm', 'loop', 'deepspeed' or"),
+        (
+            "model.moe=null train.expert_backend=loop",
+            "train.expert_backend=loop needs a model with experts (model.moe)",
+        ),
         ("name=a/b", "name: String should match pattern"),
         ("model", "--set model: expected path.of.field=value"),
         ("model.moe.top_k=[1", "--set model.moe.top_k: "),
