@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from .attention import KeyValueCache, build_attention
+from .bank_blocks import BankInput
 from .chain_of_experts import ChainOfExperts
 from .engram import Engram, EngramInput
 from .feed_forward import FeedForward
@@ -29,13 +30,15 @@ class DecoderLayer(nn.Module):
     is dense, a MoE or a chain of experts, which contains its residual connection.
 
     With hyper-connections x has M branches: attention and feed-forward read a mixture of them, and the memory updates
-    each. `local_experts` are the global numbers of the experts held here (default: all).
+    each. Blocks of a memory bank belong to the attention or the feed-forward, and read what that reads.
+    `local_experts` are the global numbers of the experts held here (default: all).
     """
 
     def __init__(self, shape: Shape, index: int, local_experts: range | None = None) -> None:
         super().__init__()
         self.shape = shape
         self.engram = build_engram(shape) if shape.has_memory(index) else None
+        self.has_bank = index in shape.bank_layers
         self.attention_connection = build_connection(shape)
         self.attention_norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.attention = build_attention(shape, index)
@@ -51,26 +54,38 @@ class DecoderLayer(nn.Module):
         cache: KeyValueCache | None = None,
         rotary: Rotation | None = None,
         memory: EngramInput | None = None,
+        bank: BankInput | None = None,
     ) -> Tensor:
         """hidden [B, T, H] or [B, T, M, H], position_ids int64 [B, T] -> the same shape.
 
         mask: bool [B, 1, T, S], True where a query may attend; None is plain causal attention. `rotary` is
         `rotation(shape, position_ids)` where the caller computes it once for all layers. `memory` holds the rows of a
-        layer that has a memory.
+        layer that has a memory, `bank` the blocks of one that has some of a memory bank.
         """
         rotated = rotation(self.shape, position_ids) if rotary is None else rotary
         if self.engram is not None:
             assert memory is not None, "a layer with a memory needs its rows"
             hidden = hidden + self.engram(hidden, memory)
+        assert self.has_bank == (bank is not None), "layers with a memory bank, and no others, need their blocks"
 
         def attend(x: Tensor) -> Tensor:
-            return self.attention(self.attention_norm(x), rotated, mask, cache)
+            return self.attention(self.attention_norm(x), rotated, mask, cache, bank)
 
         hidden = self.attention_connection(hidden, attend)
-        feed_forward = self.feed_forward
+        if isinstance(self.feed_forward, ChainOfExperts):
+            return self._feed_forward(hidden, bank)
+        return self.feed_forward_connection(hidden, lambda x: self._feed_forward(x, bank))
+
+    def _feed_forward(self, x: Tensor, bank: BankInput | None) -> Tensor:
+        """Norm and feed-forward [B, T, H]; a chain of experts adds x itself."""
+        normed, feed_forward = self.feed_forward_norm(x), self.feed_forward
         if isinstance(feed_forward, ChainOfExperts):
-            return feed_forward(hidden, self.feed_forward_norm(hidden))
-        return self.feed_forward_connection(hidden, lambda x: feed_forward(self.feed_forward_norm(x)))
+            out = feed_forward(x, normed)
+        elif isinstance(feed_forward, FeedForward):
+            out = feed_forward(normed, bank)
+        else:
+            out = feed_forward(normed)
+        return out if bank is None else bank.widen(normed, out)
 
 
 def build_engram(shape: Shape) -> Engram:
@@ -153,11 +168,14 @@ class Decoder(Head):
         mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
         memory: Mapping[int, EngramInput] | None = None,
+        bank: Mapping[int, BankInput] | None = None,
     ) -> Tensor:
         """Token ids and positions [B, T] -> the last layer's hidden [B, T, H] or, with M branches, [B, T, M, H], for
-        `logits` or `loss`. `memory` is what `EngramMemory.read` has for these tokens, by layer."""
+        `logits` or `loss`. By layer, `memory` is what `EngramMemory.read` has for these tokens, and `bank` what
+        `FetchedBlocks.inputs` has."""
         hidden = expand_branches(self.embedding(input_ids), self.branches)
         rotary = rotation(self.shape, position_ids)
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, position_ids, mask, cache, rotary, (memory or {}).get(index))
+            rows, blocks = (memory or {}).get(index), (bank or {}).get(index)
+            hidden = layer(hidden, position_ids, mask, cache, rotary, rows, blocks)
         return hidden

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .bank_blocks import BankInput
 from .matmul import Linear
 
 
@@ -15,5 +16,10 @@ class FeedForward(nn.Module):
         self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+    def forward(self, hidden: Tensor, bank: BankInput | None = None) -> Tensor:
+        """hidden [.., H] -> [.., H]; with a memory bank [B, T, H]."""
+        if bank is None:
+            return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        gate = bank.adapt("gate_proj", hidden, self.gate_proj(hidden))
+        units = F.silu(gate) * bank.adapt("up_proj", hidden, self.up_proj(hidden))
+        return bank.adapt("down_proj", units, self.down_proj(units))

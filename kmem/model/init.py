@@ -45,13 +45,18 @@ def _initialise_tensor(tensor: Tensor, name: str, owner: nn.Module, shape: Shape
         std /= math.sqrt(2 * shape.num_layers)
     if isinstance(owner, Experts):
         for expert, matrix in zip(owner.local_experts, tensor, strict=True):
-            matrix.copy_(_truncated_normal(matrix.shape, std, seed, f"{name}.{expert}"))
+            matrix.copy_(truncated_normal(matrix.shape, std, seed, f"{name}.{expert}"))
     else:
-        tensor.copy_(_truncated_normal(tensor.shape, std, seed, name))
+        tensor.copy_(truncated_normal(tensor.shape, std, seed, name))
 
 
-def _truncated_normal(size: torch.Size, std: float, seed: int, name: str) -> Tensor:
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+def truncated_normal(size: torch.Size, std: float, seed: int, name: str) -> Tensor:
+    """fp32 values of the tensor of this name, of deviation `std` before the tails are cut."""
     bound = TRUNCATION * std
-    return nn.init.trunc_normal_(torch.empty(size), std=std, a=-bound, b=bound, generator=generator)
+    return nn.init.trunc_normal_(torch.empty(size), std=std, a=-bound, b=bound, generator=generator_of(seed, name))
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """The generator, on the CPU, of the tensor of this name."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

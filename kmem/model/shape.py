@@ -67,6 +67,23 @@ class Shape(Mapping[str, Any]):
         return self.memory is not None and layer in self.memory.layers
 
     @property
+    def bank(self) -> Any:
+        """The section of the memory bank, or None."""
+        return self.get("memory_bank")  # models saved before banks lack the field
+
+    @property
+    def bank_layers(self) -> tuple[int, ...]:
+        """Layers that have blocks of the memory bank, ascending."""
+        bank, layers = self.bank, self.num_layers
+        if bank is None:
+            return ()
+        if bank.placement == "listed":
+            return tuple(bank.placed_layers)
+        count = layers if bank.placement == "uniform" else bank.placed_layers
+        first = {"middle": (layers - count) // 2, "last": layers - count}.get(bank.placement, 0)
+        return tuple(range(first, first + count))
+
+    @property
     def branches(self) -> int:
         """Branches of the residual stream."""
         connections = self.get("hyper_connections")

@@ -1,0 +1,545 @@
+"""Blocks of a memory bank: layout, first values, addresses, and what they compute."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kmem.config import ModelConfig
+from kmem.config.memory_bank import MemoryBankConfig
+from kmem.model.bank_blocks import BankInput, group_tokens
+from kmem.model.bank_layout import MISSING, BankLayout
+from kmem.model.decoder import Decoder
+from kmem.model.engram_memory import RowTable
+from kmem.model.init import TRUNCATION
+from kmem.model.memory_bank import FetchedBlocks, MemoryBank, distinct_rows, without_blocks
+from kmem.model.shape import Shape
+from tests.model import tiny
+
+KINDS = ("ffn", "lora_ffn", "lora_qk", "lora_ov", "kv")
+MLA = {**tiny.MLA, "qk_nope_head_dim": 16}
+LEAVES = torch.tensor([5, 0, 5, MISSING, 20, 5])
+BY_TOKEN = torch.tensor([[5, 5, 5, 0, 0, MISSING, 20, 20], [20, 20, 5, 5, 5, 5, 5, 0]])
+
+
+def shape(kind="ffn", attention=None, moe=None, levels=(5, 0, 3), generic=0.25, model=None, **bank):
+    """A model with a bank over a tree of 27 leaves."""
+    config = tiny.config(attention, moe, **(model or {}))
+    section = MemoryBankConfig(children=3, levels=levels, kind=kind, generic={"probability": generic}, **bank)
+    section.check_model(config)
+    return Shape({**config.model_dump(), "memory_bank": section.model_dump()})
+
+
+def without_bank(view):
+    return Shape({**view.as_dict(), "memory_bank": None})
+
+
+def random_bank(view, dtype=torch.float64):
+    """Every value of every row random."""
+    bank = MemoryBank(BankLayout.of(view)).to(dtype)
+    for number, parameter in enumerate(bank.parameters()):
+        parameter.data.copy_(0.3 * tiny.random(*parameter.shape, seed=40 + number))
+    return bank
+
+
+def addressed(leaves, tokens=8):
+    """Leaf of every token [B, T]."""
+    return leaves if leaves.dim() == 2 else leaves[:, None].expand(-1, tokens)
+
+
+# Layout
+
+ANCHORS = [
+    # layers, d, ranks, c0, M values of a block per level, fetched M, bank B
+    (35, 512, (256, 64, 16, 0), 53_760, (13.763, 3.441, 0.860), 18.063, 4.624),
+    (35, 512, (256, 64, 16, 4), 53_760, (13.763, 3.441, 0.860, 0.215), 18.278, 18.717),
+    (24, 1024, (512, 128, 32, 0), 73_728, (37.749, 9.437, 2.359), 49.545, 12.684),
+    (24, 2048, (768, 256, 16, 0), 147_456, (113.246, 37.749, 2.359), 153.354, 21.139),
+    (18, 640, (512, 128, 32, 0), 34_560, (17.695, 4.424, 1.106), 23.224, 5.945),
+    (24, 896, (512, 128, 32, 0), 64_512, (33.030, 8.258, 2.064), 43.352, 11.098),
+    (16, 2048, (768, 256, 16, 0), 98_304, (75.497, 25.166, 1.573), 102.236, 14.093),
+]
+
+
+@pytest.mark.parametrize(("layers", "hidden", "ranks", "unit", "blocks", "fetched", "bank"), ANCHORS)
+def test_sizes_of_the_paper(layers, hidden, ranks, unit, blocks, fetched, bank):
+    model = {"hidden_size": hidden, "num_layers": layers}
+    section = MemoryBankConfig(levels=ranks).model_dump()
+    layout = BankLayout.of(Shape({**tiny.config(**model).model_dump(), "memory_bank": section}))
+    assert layout.row_values(1) == unit * ranks[0]
+    assert [round(layout.row_values(level) / 1e6, 3) for level in layout.levels] == list(blocks)
+    assert round(layout.fetched_values / 1e6, 3) == fetched
+    assert round(layout.bank_values / 1e9, 3) == bank
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_of_every_kind(kind):
+    """The fact sheet's formulas, which have as many key/value heads as query heads."""
+    heads, width, hidden, inner, layers, rank = 4, 16, 32, 48, 3, 5
+    values = {
+        "ffn": 3 * rank * layers * hidden,
+        "lora_qk": 2 * rank * layers * (hidden + heads * width),
+        "lora_ov": 2 * rank * layers * (hidden + heads * width),
+        "lora_ffn": 3 * rank * layers * (hidden + inner),
+        "kv": 2 * rank * layers * heads * width,
+    }
+    layout = BankLayout.of(shape(kind, {**tiny.GQA, "num_kv_heads": 4}))
+    assert layout.row_values(1) == values[kind]
+    assert (layout.levels, layout.rows(3), layout.generic_row(3)) == ((1, 3), 28, 27)
+    grouped = BankLayout.of(shape(kind))
+    fewer = {"lora_qk": 2 * width, "lora_ov": 2 * width}.get(kind, 0)
+    assert grouped.row_values(1) == values[kind] - rank * layers * fewer
+
+
+def test_a_row_is_layers_parts_units_values():
+    layout = BankLayout.of(shape())
+    row = torch.arange(layout.row_values(3)).view(1, 3, 3, 3, 32)  # layers, parts, r, d
+    for number, (layer, block) in enumerate(layout.by_layer(row.flatten(1), 3).items()):
+        assert layer == number
+        parts = layout.by_part(block)
+        assert list(parts) == ["gate", "up", "down"]
+        for part, values in enumerate(parts.values()):
+            assert torch.equal(values, row[:, number, part])
+
+
+@pytest.mark.parametrize(
+    ("placement", "layers"),
+    [
+        ({}, range(7)),
+        ({"placement": "first", "placed_layers": 2}, [0, 1]),
+        ({"placement": "middle", "placed_layers": 2}, [2, 3]),
+        ({"placement": "last", "placed_layers": 2}, [5, 6]),
+        ({"placement": "last", "placed_layers": 7}, range(7)),
+        ({"placement": "listed", "placed_layers": (0, 4)}, [0, 4]),
+    ],
+)
+def test_placement(placement, layers):
+    view = shape(model={"num_layers": 7}, **placement)
+    layout = BankLayout.of(view)
+    assert layout.layers == tuple(layers)
+    assert [layer.has_bank for layer in Decoder(view).layers] == [layer in layers for layer in range(7)]
+    assert layout.of_layers(range(4)).layers == tuple(layer for layer in layers if layer < 4)
+
+
+# First values
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_values_do_not_depend_on_sharding(kind):
+    layout = BankLayout.of(shape(kind))
+    whole = layout.initial_rows(7, 3, 0, layout.rows(3))
+    assert whole.shape == (28, layout.row_values(3))
+    assert torch.equal(torch.cat([layout.initial_rows(7, 3, 0, 11), layout.initial_rows(7, 3, 11, 28)]), whole)
+    stages = [layout.of_layers(range(2)), layout.of_layers(range(2, 3))]
+    assert torch.equal(torch.cat([stage.initial_rows(7, 3, 5, 9) for stage in stages], dim=1), whole[5:9])
+    drawn = whole[:, whole[0] != 0]
+    assert len(drawn.unique()) > 0.99 * drawn.numel()  # no two blocks, layers or parts alike
+    assert not torch.equal(layout.initial_rows(8, 3, 0, 28), whole)
+    assert not torch.equal(layout.initial_rows(7, 1, 0, 1)[:, :9], whole[:1, :9])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_distribution_of_first_values(kind):
+    layout = BankLayout.of(shape(kind, levels=(64,), model={"init_std": 0.5}))
+    writing = {"down", "values", *(f"{name}_proj.b" for name in ("gate", "up", "down", "q", "k", "v", "o"))}
+    block = layout.by_layer(layout.initial_rows(0, 1, 0, 4), 1)[1]
+    for part in layout.parts:
+        values = layout.by_part(block)[part.name]
+        if part.name in writing:
+            assert not values.any()
+            continue
+        bound, std = (1 / math.sqrt(part.width), 1 / math.sqrt(3 * part.width))
+        if kind in ("ffn", "kv"):
+            bound, std = 0.5 * TRUNCATION, 0.5
+        assert 0.97 * bound < values.abs().max() <= bound
+        assert abs(float(values.std()) / std - 1) < 0.05
+        assert abs(float(values.mean())) < 0.05 * std
+
+
+MODELS = [
+    ("ffn", {}),
+    ("ffn", {"moe": tiny.SIGMOID}),
+    ("ffn", {"moe": {**tiny.SOFTMAX, "chain": {"iterations": 2}}}),
+    ("ffn", {"model": {"hyper_connections": {"branches": 2}}}),
+    ("ffn", {"attention": MLA}),
+    ("lora_ffn", {}),
+    ("lora_ffn", {"moe": {**tiny.SOFTMAX, "first_dense_layers": 1}, "placement": "first", "placed_layers": 1}),
+    ("lora_qk", {}),
+    ("lora_ov", {"model": {"hyper_connections": {"branches": 2}}}),
+    ("kv", {}),
+    ("kv", {"attention": {**tiny.GQA, "qk_norm": True, "rotary_fraction": 0.5}}),
+    ("kv", {"attention": MLA}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "changes"), MODELS)
+def test_every_kind_starts_as_a_no_op(kind, changes, dtype):
+    view = shape(kind, **changes)
+    decoder = tiny.decoder(view).to(dtype)
+    plain = Decoder(without_bank(view))
+    plain.load_state_dict(decoder.state_dict())  # a bank adds no parameter to the layers
+    bank = MemoryBank(BankLayout.of(view))
+    bank.initialise_(3)
+    ids, positions = tiny.tokens(6, 8)
+    expected = plain.to(dtype)(ids, positions)
+    for leaves in (LEAVES, BY_TOKEN.repeat(3, 1)):
+        assert torch.equal(decoder(ids, positions, bank=bank(leaves).inputs(8)), expected)
+    assert torch.equal(decoder(ids, positions, bank=bank(LEAVES, generic=True).inputs(8)), expected)
+    decoder.double()
+    random = random_bank(view)
+    difference = decoder(ids, positions, bank=random(LEAVES).inputs(8)) - plain.double()(ids, positions)
+    changed = difference.flatten(1).abs().amax(1) > 1e-6
+    assert changed.tolist() == (LEAVES != MISSING).tolist()
+    none = decoder(ids, positions, bank=without_blocks(random.layout))
+    assert torch.equal(none, plain(ids, positions))
+
+
+def test_a_layer_with_a_bank_asks_for_its_blocks():
+    view = shape(placement="last", placed_layers=1)
+    ids, positions = tiny.tokens()
+    with pytest.raises(AssertionError, match="need their blocks"):
+        Decoder(view)(ids, positions)
+    with pytest.raises(AssertionError, match="need their blocks"):
+        Decoder(without_bank(view))(ids, positions, bank=without_blocks(BankLayout.of(view)))
+
+
+# Addresses
+
+
+def test_rows_of_leaves():
+    layout = BankLayout.of(shape(levels=(5, 2, 3)))
+    leaves = torch.tensor([[0, 26], [14, MISSING]])
+    assert {level: rows.tolist() for level, rows in layout.row_ids(leaves).items()} == {
+        1: [[0, 2], [1, MISSING]],
+        2: [[0, 8], [4, MISSING]],
+        3: [[0, 26], [14, MISSING]],
+    }
+    drawn = torch.tensor([[True], [False]])
+    assert layout.row_ids(leaves, drawn, levels=[2])[2].tolist() == [[9, 9], [4, MISSING]]
+    assert list(layout.row_ids(leaves, levels=[3, 2])) == [2, 3]
+    assert layout.row_ids(torch.full((3,), MISSING), True)[3].tolist() == [27] * 3
+    assert list(BankLayout.of(shape()).row_ids(leaves, levels=[1, 2])) == [1]  # level 2 has no blocks
+
+
+@pytest.mark.parametrize("leaf", [27, -2])
+def test_leaves_outside_the_tree_are_refused(leaf):
+    with pytest.raises(
+        ValueError, match="leaves of this bank's tree count from 0 to 26; use addresses of a tree with 3"
+    ):
+        BankLayout.of(shape()).row_ids(torch.tensor([1, leaf]))
+
+
+def test_generic_blocks_of_a_bank_without_are_refused():
+    layout = BankLayout.of(shape(generic=0.0))
+    assert layout.rows(3) == 27
+    assert layout.row_ids(torch.tensor([4]), torch.tensor([False]))[3].tolist() == [4]
+    with pytest.raises(ValueError, match=r"memory_bank\.generic\.probability"):
+        layout.row_ids(torch.tensor([4, 3]), torch.tensor([False, True]))
+
+
+def test_distinct_rows():
+    ids = torch.tensor([[7, MISSING, 2], [2, 7, 9]])
+    rows, places = distinct_rows(ids)
+    assert rows.tolist() == [2, 7, 9]
+    assert places.tolist() == [[1, MISSING, 0], [0, 1, 2]]
+    rows, places = distinct_rows(torch.tensor([MISSING]))
+    assert (rows.tolist(), places.tolist()) == ([], [MISSING])
+
+
+def test_one_order_of_tokens_serves_all_levels_of_a_tree():
+    layout = BankLayout.of(shape(levels=(5, 2, 3)))
+
+    def groups(leaves, tokens, generic=False):
+        found = {level: distinct_rows(rows) for level, rows in layout.row_ids(leaves, generic).items()}
+        return group_tokens(
+            {level: places for level, (_, places) in found.items()},
+            {level: len(rows) for level, (rows, _) in found.items()},
+            tokens,
+        )
+
+    (shared,) = groups(torch.tensor([14, 2, 14, 26, MISSING, 12]), 2)
+    assert shared.tokens.tolist() == [2, 3, 10, 11, 0, 1, 4, 5, 6, 7]
+    assert {level: counts.tolist() for level, counts in shared.counts.items()} == {
+        1: [2, 6, 2],
+        2: [2, 6, 2],
+        3: [2, 2, 4, 2],
+    }
+    (shared,) = groups(BY_TOKEN, 8, torch.tensor([[False], [True]]))
+    assert (len(shared.tokens), shared.counts[1].tolist()) == (15, [5, 2, 8])
+    (shared,) = groups(torch.tensor([3, 3, 9]), 4)  # sorted already
+    assert shared.tokens is None
+    assert groups(torch.tensor([MISSING, MISSING]), 4) == ()
+
+
+# Values
+
+
+def reference(kind, layout, table, rows, layer, x, model):
+    """One token of one layer: what memory makes of x, whose meaning is the kind's. Loops only."""
+    alpha, found = layout.alpha, []
+    for level, row in rows.items():
+        if row != MISSING:
+            block = layout.by_layer(table(level)[None, row], level)[layer]
+            found.append({name: part[0] for name, part in layout.by_part(block).items()})
+    if kind == "ffn":
+        out = torch.zeros_like(x)
+        for parts in found:
+            out = out + parts["down"].T @ (F.silu(parts["gate"] @ x) * (parts["up"] @ x))
+        return out
+    if kind == "kv":
+        heads = []
+        for head, query in enumerate(x):
+            out = 0
+            for parts in found:
+                keys = parts["keys"].unflatten(1, (len(x), -1))[:, head]
+                values = parts["values"].unflatten(1, (len(x), -1))[:, head]
+                out = out + (keys @ query / math.sqrt(len(query))).softmax(0) @ values
+            heads.append(out)
+        return torch.cat(heads) if found else None
+    updates = {}
+    for name in {"lora_ffn": "gate up down", "lora_qk": "q k", "lora_ov": "o v"}[kind].split():
+        delta = 0
+        for parts in found:
+            read, written = parts[f"{name}_proj.a"], parts[f"{name}_proj.b"]
+            delta = delta + alpha / len(read) * written.T @ read
+        updates[name] = delta
+    return updates
+
+
+ADDRESSES = {
+    "sequences": LEAVES[:2].repeat(3),
+    "one sequence": torch.tensor([5]),
+    "duplicates and none": LEAVES,
+    "tokens": BY_TOKEN,
+    "no block": torch.tensor([MISSING, MISSING]),
+}
+
+
+def gaps(layout, leaves, case):
+    """Row ids; in the last case with holes that no path has, as where a cluster's block was erased."""
+    ids = layout.row_ids(leaves)
+    if case == "holes":
+        ids[3] = ids[3].where(ids[3] != 5, MISSING)
+        ids[1] = ids[1].where(leaves != 20, 1)
+    return ids
+
+
+@pytest.mark.parametrize("case", [*ADDRESSES, "holes"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_are_those_of_a_loop_over_tokens(kind, case):
+    view = shape(kind)
+    layout, bank = BankLayout.of(view), random_bank(view)
+    leaves = ADDRESSES.get(case, BY_TOKEN)
+    ids = gaps(layout, leaves, case)
+    fetched = FetchedBlocks.read(layout, ids, bank.sources)
+    assert all(len(rows) == len(ids[level][ids[level] >= 0].unique()) for level, rows in fetched.rows.items())
+    sequences, tokens, layer = len(leaves), 8, 1
+    blocks = fetched.inputs(tokens)[layer]
+    by_token = {level: addressed(found, tokens) for level, found in ids.items()}
+
+    def table(level):
+        return bank.table(level).parts[0].detach()
+
+    def loop(x):
+        def one(b, t):
+            rows = {level: int(found[b, t]) for level, found in by_token.items()}
+            return reference(kind, layout, table, rows, layer, x[b, t], None)
+
+        return [[one(b, t) for t in range(tokens)] for b in range(sequences)]
+
+    if kind == "kv":
+        query = tiny.random(sequences, tokens, 4, 16, dtype=torch.float64)
+        found = blocks.attend(query)
+        expected = [
+            torch.stack([torch.zeros(64, dtype=torch.float64) if item is None else item for item in row])
+            for row in loop(query)
+        ]
+        torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-12)
+        assert blocks.widen(query, query) is query
+        return
+    x, out = (tiny.random(sequences, tokens, 32, seed=seed, dtype=torch.float64) for seed in (1, 2))
+    if kind == "ffn":
+        expected = torch.stack([torch.stack(row) for row in loop(x)])
+        torch.testing.assert_close(blocks.widen(x, out), out + expected, rtol=0, atol=1e-12)
+        assert blocks.adapt("q_proj", x, out) is out
+        assert blocks.attend(x) is None
+        return
+    updates = loop(x)
+    for name in updates[0][0]:
+        part_in, part_out = (next(p.width for p in layout.parts if p.name == f"{name}_proj.{half}") for half in "ab")
+        x, out = (
+            tiny.random(sequences, tokens, width, seed=seed, dtype=torch.float64)
+            for seed, width in ((1, part_in), (2, part_out))
+        )
+        expected = out.clone()
+        for b in range(sequences):
+            for t in range(tokens):
+                delta = updates[b][t][name]
+                expected[b, t] += 0 if isinstance(delta, int) else delta @ x[b, t]
+        torch.testing.assert_close(blocks.adapt(f"{name}_proj", x, out), expected, rtol=0, atol=1e-12)
+    assert blocks.adapt("other_proj", x, out) is out
+
+
+@pytest.mark.parametrize("kind", ["ffn", "lora_qk", "kv"])
+def test_forms_of_an_address_agree(kind):
+    view = shape(kind)
+    layout, bank = BankLayout.of(view), random_bank(view)
+    decoder = tiny.decoder(view).double()
+    ids, positions = tiny.tokens(6, 8)
+    whole = decoder(ids, positions, bank=bank(LEAVES).inputs(8))
+    packed = decoder(ids, positions, bank=bank(addressed(LEAVES)).inputs(8))
+    torch.testing.assert_close(packed, whole, rtol=0, atol=1e-12)
+    alone = [decoder(ids[i, None], positions[:1], bank=bank(LEAVES[i, None]).inputs(8)) for i in range(6)]
+    torch.testing.assert_close(torch.cat(alone), whole, rtol=0, atol=1e-12)
+    split = MemoryBank(layout, {1: [2, 2], 3: [27, 1]}).double()
+    for level in layout.levels:
+        start = 0
+        for part in split.table(level).parts:
+            part.data.copy_(bank.table(level).parts[0][start : start + len(part)])
+            start += len(part)
+    assert torch.equal(decoder(ids, positions, bank=split(LEAVES).inputs(8)), whole)
+
+
+def test_levels_are_the_units_of_one_wider_feed_forward():
+    """Concatenated and added form: a model whose feed-forward has all levels' units beside its own."""
+    view = shape(levels=(5, 2, 3))
+    layout, bank, leaf = BankLayout.of(view), random_bank(view), 14
+    decoder = tiny.decoder(view).double()
+    wide = {**without_bank(view).as_dict(), "intermediate_size": 48 + 5 + 2 + 3}
+    widened = Decoder(Shape(wide)).double()
+    state = decoder.state_dict()
+    rows = {level: found for level, found in layout.row_ids(torch.tensor([leaf])).items()}
+    for layer in layout.layers:
+        prefix = f"layers.{layer}.feed_forward."
+        for level, row in rows.items():
+            parts = layout.by_part(layout.by_layer(bank.table(level)(row), level)[layer])
+            for name in ("gate", "up"):
+                name, part = f"{prefix}{name}_proj.weight", parts[name][0]
+                state[name] = torch.cat((state[name], part))
+            name = f"{prefix}down_proj.weight"
+            state[name] = torch.cat((state[name], parts["down"][0].T), dim=1)
+    widened.load_state_dict(state)
+    ids, positions = tiny.tokens(2, 8)
+    added = decoder(ids, positions, bank=bank(torch.tensor([leaf, leaf])).inputs(8))
+    torch.testing.assert_close(added, widened(ids, positions), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_levels_add_up(kind):
+    """A level adds what it adds alone, whatever others do; lora_ffn adds to weights, not to outputs."""
+    view = shape(kind)
+    bank = random_bank(view)
+    x = tiny.random(6, 8, *((4, 16) if kind == "kv" else (32,)), dtype=torch.float64)
+    first = next(iter(bank.layout.parts)).name.partition(".")[0]
+    width = 64 if kind in ("kv", "lora_qk") else 48 if kind == "lora_ffn" else 32
+
+    def added(levels=None):
+        blocks = bank(LEAVES, levels=levels).inputs(8)[0]
+        if kind == "kv":
+            return blocks.attend(x)
+        start = x.new_zeros(6, 8, width)
+        if kind == "ffn":
+            return blocks.widen(x, start)
+        source = tiny.random(6, 8, 64, dtype=torch.float64) if first == "o_proj" else x
+        return blocks.adapt(first, source, start)
+
+    torch.testing.assert_close(added([1]) + added([3]), added(), rtol=0, atol=1e-12)
+    assert not added([]).any()
+    assert not torch.allclose(added([1]), added())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generic_blocks_are_a_row_of_their_own(kind):
+    view = shape(kind)
+    bank, decoder = random_bank(view), tiny.decoder(view).double()
+    ids, positions = tiny.tokens(6, 8)
+    drawn = torch.tensor([False, True, False, True, False, False])
+    mixed = decoder(ids, positions, bank=bank(LEAVES, generic=drawn).inputs(8))
+    fetched, generic = (decoder(ids, positions, bank=bank(LEAVES, generic=on).inputs(8)) for on in (False, True))
+    torch.testing.assert_close(mixed, torch.where(drawn[:, None, None], generic, fetched), rtol=0, atol=1e-12)
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("leaves", [LEAVES, BY_TOKEN.repeat(2, 1)], ids=["sequences", "tokens"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients(kind, leaves):
+    view = shape(kind, levels=(2, 0, 1), attention={"num_heads": 2, "head_dim": 8}, model={"hidden_size": 8})
+    layout = BankLayout.of(view)
+    bank = random_bank(view)
+    fetched = bank(leaves)
+    tokens = 8 if leaves.dim() == 2 else 2
+    groups = fetched.inputs(tokens)[0].groups
+    blocks = [layout.by_layer(rows, level)[0].detach().clone().requires_grad_() for level, rows in fetched.rows.items()]
+    if kind == "kv":
+        x = [tiny.random(len(leaves), tokens, 2, 8, dtype=torch.float64)]
+    else:
+        projection = layout.parts[0].name.partition(".")[0]
+        widths = [layout.parts[0].width, layout.parts[-1 if kind == "ffn" else 1].width]
+        x = [tiny.random(len(leaves), tokens, width, seed=width, dtype=torch.float64) for width in widths]
+
+    def compute(*tensors):
+        values = dict(zip(fetched.rows, tensors[: len(blocks)], strict=True))
+        at, inputs = BankInput(layout, groups, values), tensors[len(blocks) :]
+        if kind == "kv":
+            return at.attend(*inputs)
+        return at.widen(*inputs) if kind == "ffn" else at.adapt(projection, *inputs)
+
+    tensors = (*blocks, *(item.requires_grad_() for item in x))
+    assert torch.autograd.gradcheck(compute, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "changes"), MODELS)
+def test_only_fetched_rows_have_gradients(kind, changes, dtype):
+    view = shape(kind, **changes)
+    decoder = tiny.decoder(view).to(dtype)
+    bank = random_bank(view, torch.float32)
+    ids, positions = tiny.tokens(6, 8)
+    hidden = decoder(ids, positions, bank=bank(LEAVES, generic=torch.arange(6) == 1).inputs(8))
+    decoder.loss(hidden, ids).backward()
+    for level in bank.layout.levels:
+        touched = bank.table(level).parts[0].grad.abs().amax(1).nonzero().flatten().tolist()
+        fetched = bank.layout.row_ids(torch.tensor([5, 20]))[level].unique().tolist()
+        assert touched == [*fetched, bank.layout.generic_row(level)]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in decoder.layers.parameters())
+
+
+def test_only_what_writes_has_a_gradient_at_first():
+    view = shape()
+    bank = MemoryBank(BankLayout.of(view))
+    bank.initialise_(0)
+    decoder, (ids, positions) = tiny.decoder(view), tiny.tokens(6, 8)
+    decoder.loss(decoder(ids, positions, bank=bank(LEAVES).inputs(8)), ids).backward()
+    gradient = bank.table(1).parts[0].grad[:1]
+    parts = bank.layout.by_part(bank.layout.by_layer(gradient, 1)[0])
+    assert {name: bool(part.any()) for name, part in parts.items()} == {"gate": False, "up": False, "down": True}
+
+
+def test_fp32_groups_of_many_tokens_agree_with_fp64():
+    """The sizes at which the CPU's own grouped product serves, with ranks that it pads."""
+    view = shape(levels=(20, 9, 3))
+    bank, decoder = random_bank(view), tiny.decoder(view).double()
+    ids, positions = tiny.tokens(6, 70)
+    leaves = LEAVES[:, None].expand(-1, 70).clone()
+    leaves[2, 33:] = 14
+    expected = decoder(ids, positions, bank=bank(leaves).inputs(70))
+    found = decoder.float()(ids, positions, bank=bank.float()(leaves).inputs(70))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_names_are_those_of_exports():
+    bank = MemoryBank(BankLayout.of(shape()), {3: [20, 8]})
+    assert {name: list(values.shape) for name, values in bank.state_dict(prefix="bank.").items()} == {
+        "bank.level1.parts.0": [4, 3 * 3 * 5 * 32],
+        "bank.level3.parts.0": [20, 3 * 3 * 3 * 32],
+        "bank.level3.parts.1": [8, 3 * 3 * 3 * 32],
+    }
+    assert isinstance(bank.table(3), RowTable)
+
+
+def test_shape_of_a_model_without_a_bank():
+    assert Shape(ModelConfig.model_validate(tiny.config().model_dump()).model_dump()).bank_layers == ()
