@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from .balance import RoutingStatistics
+from .dispatcher import Routes
 from .moe import ExpertLayer
 from .norm import RMSNorm
 from .router import Router, Routing, count_choices
@@ -96,14 +97,16 @@ class ChainOfExperts(ExpertLayer):
         start = state = normed_BTH if chain.stream == "normed" else hidden_BTH  # x_t
         seen = normed_BTH  # u_t
         routing: Routing | None = None
+        routes: Routes | None = None
         statistics: RoutingStatistics | None = None
         for iteration, router in enumerate(self.iteration_routers()):
             if iteration and self.norms is not None:
                 seen = self.norms[str(iteration)](state)
             before = routing
-            if routing is None or chain.gates != "frozen":
+            if routing is None or routes is None or chain.gates != "frozen":
                 routing, statistics = self._balanced(router(seen.flatten(0, 1)), sequences=seen.shape[0])
-            update = self._experts_of(seen, routing, shared=iteration == 0 or chain.shared_experts == "each_iteration")
+                routes = self.dispatcher(routing)
+            update = self._experts_of(seen, routes, shared=iteration == 0 or chain.shared_experts == "each_iteration")
             if iteration and self.retrofit_scale is not None:
                 update = self.retrofit_scale[str(iteration)] * update
             previous, state = state, self._advanced(iteration, state, update, start)

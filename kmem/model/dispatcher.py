@@ -1,5 +1,7 @@
 """Bringing tokens to their experts and the experts' outputs back."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -12,20 +14,45 @@ from .router import Routing
 # Shape letters: T tokens, K experts per token, N = T * K rows, H hidden size, E experts.
 
 
+Shared = Callable[[Tensor], Tensor]
+"""What every token visits beside its chosen experts, [T, H] -> [T, H]."""
+
+
+class Routes(Protocol):
+    """The ways of a routing's tokens to their experts and back; passes that keep their choice share one."""
+
+    def __call__(self, hidden_TH: Tensor, experts: Experts, shared: Shared | None = None) -> Tensor:
+        """The weighted sum of the chosen experts' outputs for every token, plus its `shared` output; [T, H]."""
+
+
 class Dispatcher(Protocol):
-    """How a MoE layer runs its experts."""
+    """Where a MoE layer runs its experts."""
 
-    def __call__(self, hidden_TH: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        """The weighted sum of the chosen experts' outputs for every token, [T, H]."""
+    def __call__(self, routing: Routing) -> Routes:
+        """All that is known from the choices alone, before any token moves."""
 
 
+@dataclass(frozen=True)
 class LocalDispatcher:
     """All experts on this device: sort by expert, run, bring back, combine. Dropless and deterministic."""
 
-    def __call__(self, hidden_TH: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        order_N, place_TK = sort_by_expert(routing.experts_TK, len(routing.counts_E))
-        rows_NH = gather_rows(hidden_TH, order_N, place_TK)
-        return combine_rows(experts(rows_NH, routing.counts_E), routing.weights_TK, order_N, place_TK)
+    def __call__(self, routing: Routing) -> Routes:
+        return LocalRoutes(routing, *sort_by_expert(routing.experts_TK, len(routing.counts_E)))
+
+
+@dataclass(frozen=True)
+class LocalRoutes:
+    """Routes that stay on this device."""
+
+    routing: Routing
+    order_N: Tensor
+    place_TK: Tensor
+
+    def __call__(self, hidden_TH: Tensor, experts: Experts, shared: Shared | None = None) -> Tensor:
+        rows_NH = gather_rows(hidden_TH, self.order_N, self.place_TK)
+        out_NH = experts(rows_NH, self.routing.counts_E)
+        out_TH = combine_rows(out_NH, self.routing.weights_TK, self.order_N, self.place_TK)
+        return out_TH if shared is None else out_TH + shared(hidden_TH)
 
 
 def sort_by_expert(experts_TK: Tensor, num_experts: int | None = None) -> tuple[Tensor, Tensor]:
@@ -78,15 +105,27 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_TH: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows_NH, weights_TK, order_N, place_TK = ctx.saved_tensors
-        grad_NH = grad_TH.index_select(0, order_N // place_TK.shape[1])
-        dots_N = (rows_NH * grad_NH).sum(-1, dtype=weights_TK.dtype)
-        weights_N = weights_TK.flatten().index_select(0, order_N)
-        return (
-            (grad_NH * weights_N.unsqueeze(-1)).to(rows_NH.dtype),
-            dots_N.index_select(0, place_TK.flatten()).view_as(weights_TK),
-            None,
-            None,
-        )
+        token_N, weight_N = order_N // place_TK.shape[1], weights_TK.flatten().index_select(0, order_N)
+        if rows_NH.dtype == weights_TK.dtype:
+            # One pass each, without memory for products: its first touch would cost more than the arithmetic.
+            grad_NH = F.embedding_bag(token_N[:, None], grad_TH, mode="sum", per_sample_weights=weight_N[:, None])
+            grad_weights = _dots(grad_TH, rows_NH, place_TK)
+        else:
+            taken_NH = grad_TH.index_select(0, token_N)
+            grad_NH = (taken_NH * weight_N.unsqueeze(-1)).to(rows_NH.dtype)
+            dots_N = (rows_NH * taken_NH).sum(-1, dtype=weights_TK.dtype)
+            grad_weights = dots_N.index_select(0, place_TK.flatten())
+        return grad_NH, grad_weights.view_as(weights_TK), None, None
+
+
+def _dots(grad_TH: Tensor, rows_NH: Tensor, place_TK: Tensor) -> Tensor:
+    """The product of each token's gradient with each of its rows, [T * K]: embedding_bag's gradient of its weights."""
+    tokens, choices = place_TK.shape
+    token_N = torch.arange(tokens, device=place_TK.device).repeat_interleave(choices)
+    starts_T = torch.arange(0, tokens * choices, choices, device=place_TK.device)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad_TH.contiguous(), rows_NH, place_TK.flatten(), starts_T, token_N, 0
+    )
 
 
 def _kernels() -> Any:

@@ -12,7 +12,7 @@ from .balance import (
     updated_selection_bias,
     z_loss,
 )
-from .dispatcher import Dispatcher, LocalDispatcher, combine_rows, gather_rows, sort_by_expert
+from .dispatcher import Dispatcher, LocalDispatcher, Routes, combine_rows, gather_rows, sort_by_expert
 from .experts import Experts
 from .feed_forward import FeedForward
 from .recomputation import recomputing
@@ -61,10 +61,10 @@ class ExpertLayer(nn.Module):
         """The router of each pass of a token through the experts."""
         raise NotImplementedError
 
-    def _experts_of(self, hidden_BTH: Tensor, routing: Routing, shared: bool = True) -> Tensor:
+    def _experts_of(self, hidden_BTH: Tensor, routes: Routes, shared: bool = True) -> Tensor:
         """What the chosen and, if `shared`, the shared experts make of hidden [B, T, H]; [B, T, H]."""
-        out_BTH = self.dispatcher(hidden_BTH.flatten(0, 1), routing, self.experts).view_as(hidden_BTH)
-        return out_BTH if self.shared_experts is None or not shared else out_BTH + self.shared_experts(hidden_BTH)
+        beside = self.shared_experts if shared else None
+        return routes(hidden_BTH.flatten(0, 1), self.experts, beside).view_as(hidden_BTH)
 
     def _balanced(self, routing: Routing, sequences: int) -> tuple[Routing, RoutingStatistics | None]:
         """The same routing, whose weights carry the balance losses into backward; its statistics if anyone observes."""
@@ -111,7 +111,7 @@ class MoE(ExpertLayer):
         routing, statistics = self._balanced(self.router(hidden_BTH.flatten(0, 1)), sequences=hidden_BTH.shape[0])
         if statistics is not None and self.on_routing is not None:
             self.on_routing(statistics)
-        return self._experts_of(hidden_BTH, routing)
+        return self._experts_of(hidden_BTH, self.dispatcher(routing))
 
     def iteration_routers(self) -> list[Router]:
         return [self.router]

@@ -4,57 +4,123 @@ Shape letters: T tokens of this rank, K choices per token, N = T * K rows sent, 
 E experts, e = E / R experts per rank; rank r owns experts [r * e, (r + 1) * e).
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kmem.model.dispatcher import Routes, Shared, combine_rows, gather_rows, sort_by_expert
 from kmem.model.experts import Experts
-from kmem.model.moe import combine_rows, gather_rows, sort_by_expert
 from kmem.model.router import Routing
 
 
+@dataclass(frozen=True)
 class AllToAllDispatcher:
     """Sends each token's row to the ranks that own its experts, runs them there, and brings the outputs back.
 
-    Dropless. The rows of an expert are summed in a fixed order: by source rank, then by token.
+    Dropless. The rows of an expert are summed in a fixed order: by source rank, then by token. Ranks tell each other
+    how many rows each expert gets, once per routing; that, and the rows, is all they exchange.
     """
 
-    def __init__(self, group: dist.ProcessGroup):
-        self.group = group
+    group: dist.ProcessGroup
 
-    def __call__(self, hidden_TH: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        # Sorted by global expert number, rows are grouped by destination rank as well.
-        order_N, place_TK = sort_by_expert(routing.experts_TK, len(routing.counts_E))
-        rows_NH = gather_rows(hidden_TH, order_N, place_TK)
+    def __call__(self, routing: Routing) -> Routes:
         sent_Re = routing.counts_E.view(dist.get_world_size(self.group), -1)
         received_Re = torch.empty_like(sent_Re)
-        dist.all_to_all_single(received_Re, sent_Re, group=self.group)
+        counting = dist.all_to_all_single(received_Re, sent_Re, group=self.group, async_op=True)
+        # Sorted by global expert number, rows are grouped by destination rank as well.
+        order_N, place_TK = sort_by_expert(routing.experts_TK, len(routing.counts_E))
+        assert counting is not None
+        counting.wait()
         send, receive = torch.stack([sent_Re.sum(1), received_Re.sum(1)]).tolist()
-        arrived_MH = _AllToAllRows.apply(rows_NH, send, receive, self.group)
-        # They arrive by source rank, then expert; the grouped products want them by expert.
-        expert_M = torch.arange(sent_Re.shape[1], device=hidden_TH.device).repeat(len(sent_Re))
-        expert_M = expert_M.repeat_interleave(received_Re.flatten(), output_size=arrived_MH.shape[0])
+        # Rows arrive by source rank, then expert; the grouped products want them by expert.
+        expert_M = torch.arange(sent_Re.shape[1], device=sent_Re.device).repeat(len(sent_Re))
+        expert_M = expert_M.repeat_interleave(received_Re.flatten(), output_size=sum(receive))
         order_M, place_M1 = sort_by_expert(expert_M.unsqueeze(1), sent_Re.shape[1])
-        out_MH = experts(gather_rows(arrived_MH, order_M, place_M1), received_Re.sum(0))
-        back_MH = gather_rows(out_MH, place_M1.squeeze(1), order_M.unsqueeze(1))
-        returned_NH = _AllToAllRows.apply(back_MH, receive, send, self.group)
-        return combine_rows(returned_NH, routing.weights_TK, order_N, place_TK)
+        return AllToAllRoutes(
+            routing, order_N, place_TK, order_M, place_M1, received_Re.sum(0), send, receive, self.group
+        )
 
 
-class _AllToAllRows(torch.autograd.Function):
-    """Row blocks to the ranks of a group; gradients travel the same way back."""
+@dataclass(frozen=True)
+class AllToAllRoutes:
+    """Routes over the ranks of a group. The shared experts run while rows are on their way to the routed ones; in
+    backward, their gradients are computed while the gradients of those rows are on their way back."""
+
+    routing: Routing
+    order_N: Tensor
+    place_TK: Tensor
+    order_M: Tensor
+    place_M1: Tensor
+    counts_e: Tensor
+    send: list[int]
+    """Rows to each rank."""
+    receive: list[int]
+    """Rows from each rank."""
+    group: dist.ProcessGroup
+
+    def __call__(self, hidden_TH: Tensor, experts: Experts, shared: Shared | None = None) -> Tensor:
+        outward = _Transfer(self.send, self.receive, self.group)
+        coming_MH = _Begin.apply(gather_rows(hidden_TH, self.order_N, self.place_TK), outward)
+        # Autograd runs what was recorded later first: of the three steps here, it begins the way back of the
+        # gradients, computes those of the shared experts, and then waits.
+        shared_TH = None if shared is None else shared(hidden_TH)
+        arrived_MH = _End.apply(coming_MH, outward)
+        out_MH = experts(gather_rows(arrived_MH, self.order_M, self.place_M1), self.counts_e)
+        back_MH = gather_rows(out_MH, self.place_M1.squeeze(1), self.order_M.unsqueeze(1))
+        homeward = _Transfer(self.receive, self.send, self.group)
+        returned_NH = _End.apply(_Begin.apply(back_MH, homeward), homeward)
+        out_TH = combine_rows(returned_NH, self.routing.weights_TK, self.order_N, self.place_TK)
+        return out_TH if shared_TH is None else out_TH + shared_TH
+
+
+class _Transfer:
+    """Blocks of rows on their way to the ranks of a group; gradients travel the same way back."""
+
+    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup) -> None:
+        self.send, self.receive, self.group = send, receive, group
+        self._under_way: tuple[dist.Work, Tensor, Tensor] | None = None
+
+    def begin(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Where the rows will arrive; not to be read before `end`."""
+        assert self._under_way is None
+        rows = rows.contiguous()
+        arriving = rows.new_empty(sum(receive), *rows.shape[1:])
+        work = dist.all_to_all_single(arriving, rows, receive, send, group=self.group, async_op=True)
+        assert work is not None
+        self._under_way = work, arriving, rows  # what is sent must outlive the transfer
+        return arriving
+
+    def end(self) -> Tensor:
+        """What has arrived."""
+        assert self._under_way is not None
+        work, arrived, _ = self._under_way
+        work.wait()
+        self._under_way = None
+        return arrived
+
+
+class _Begin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        return transfer.begin(rows, transfer.send, transfer.receive)
 
     @staticmethod
-    def forward(ctx, rows, send, receive, group):
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _exchange(rows, send, receive, group)
+    def backward(ctx, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.transfer.end(), None
+
+
+class _End(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, arriving: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        transfer.end()
+        return arriving.view_as(arriving)
 
     @staticmethod
-    def backward(ctx, grad):
-        return _exchange(grad, ctx.receive, ctx.send, ctx.group), None, None, None
-
-
-def _exchange(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    received = rows.new_empty(sum(receive), *rows.shape[1:])
-    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
-    return received
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        transfer = ctx.transfer
+        transfer.begin(grad, transfer.receive, transfer.send)
+        return grad, None  # read by nobody: what travels is handed on by `_Begin`

@@ -179,7 +179,12 @@ def test_gradients_of_experts_are_sums_over_their_uses(gates):
     feed_forward_half(layer, tiny.random(2, 9, 32)).square().sum().backward()
     whole = [parameter.grad.clone() for parameter in layer.feed_forward.experts.parameters()]
     uses = iter(copies)
-    layer.feed_forward.dispatcher = lambda hidden, routing, experts: LocalDispatcher()(hidden, routing, next(uses))
+
+    def dispatcher(routing):
+        routes = LocalDispatcher()(routing)
+        return lambda hidden, experts, shared: routes(hidden, next(uses), shared)
+
+    layer.feed_forward.dispatcher = dispatcher
     feed_forward_half(layer, tiny.random(2, 9, 32)).square().sum().backward()
     assert next(uses, None) is None
     for name, found in zip(["gate_up_proj", "down_proj"], whole, strict=True):

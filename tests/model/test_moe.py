@@ -54,7 +54,7 @@ def test_slices_of_experts_sum_to_the_whole(kind):
     whole = moe_layer(KINDS[kind])
     hidden = tiny.random(18, 32)
     routing = whole.router(hidden)
-    expected = LocalDispatcher()(hidden, routing, whole.experts)
+    expected = LocalDispatcher()(routing)(hidden, whole.experts)
     total = torch.zeros_like(hidden)
     for local in (range(0, 3), range(3, 8)):
         part = Experts(tiny.shape(tiny.GQA, KINDS[kind]), local)
@@ -239,6 +239,10 @@ def test_recomputation_is_exact_and_observed_once():
 
 def test_dispatcher_is_replaceable():
     layer = moe_layer()
-    layer.dispatcher = lambda hidden, routing, experts: hidden * routing.weights_TK.sum(-1, keepdim=True)
+
+    def dispatcher(routing):
+        return lambda hidden, experts, shared: hidden * routing.weights_TK.sum(-1, keepdim=True)
+
+    layer.dispatcher = dispatcher
     hidden = tiny.random(2, 4, 32)
     torch.testing.assert_close(layer(hidden), hidden)
