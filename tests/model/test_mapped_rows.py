@@ -1,7 +1,9 @@
 """Rows that stay in safetensors files."""
 
 import copy
+import gc
 import json
+import os
 
 import pytest
 import torch
@@ -57,6 +59,43 @@ def test_intervals_that_cut_rows_are_one_table(length, files, tmp_path):
     rows = MappedRows("t", DIM, [Segment(opened[path], name) for path, name, _ in reversed(places)])
     assert torch.equal(rows(ids(4, 9)), whole[ids(4, 9)])
     assert torch.equal(rows(torch.arange(ROWS)), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [DIM * 61, DIM * 20, 100])
+def test_long_rows_are_read_in_one_piece(length, dtype, tmp_path, monkeypatch):
+    """The same rows, whichever way; those that lie across intervals are copies already."""
+    whole = table(dtype)
+    places = stored(tmp_path, whole.flatten().split(length))
+    opened = {path: SafetensorsFile(path) for path, _, _ in places}
+    rows = MappedRows("t", DIM, [Segment(opened[path], name) for path, name, _ in places])
+    mapped = rows(ids(4, 9))
+    monkeypatch.setattr("kmem.model.mapped_rows.LONG_ROW", DIM)
+    reads = []
+    read_into = SafetensorsFile.read_into
+    monkeypatch.setattr(
+        SafetensorsFile,
+        "read_into",
+        lambda file, out, start: (reads.append((file.path, start)), read_into(file, out, start)),
+    )
+    assert torch.equal(rows(ids(4, 9)), mapped)
+    assert torch.equal(rows(torch.arange(ROWS)), whole)
+    cut = [row for row in range(ROWS) if row * DIM // length != (row * DIM + DIM - 1) // length]
+    assert len(set(reads)) == ROWS - len(cut)
+    for path in opened:
+        path.write_bytes(path.read_bytes()[:80])
+    with pytest.raises(ValueError, match=r"\.safetensors: truncated while it was in use"):
+        rows(torch.arange(ROWS))
+
+
+def test_files_are_closed(tmp_path):
+    rows = MappedRows.open("t", DIM, stored(tmp_path, [table()], files=1))
+    descriptor = rows._parts[0].file._descriptor
+    os.fstat(descriptor)
+    del rows
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
 
 
 def test_copies_share_the_files(tmp_path):

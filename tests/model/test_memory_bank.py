@@ -5,14 +5,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from kmem.config import ModelConfig
 from kmem.config.memory_bank import MemoryBankConfig
 from kmem.model.bank_blocks import BankInput, group_tokens
-from kmem.model.bank_layout import MISSING, BankLayout
+from kmem.model.bank_layout import MISSING, BankLayout, bank_table_name, bank_table_part_name
 from kmem.model.decoder import Decoder
 from kmem.model.engram_memory import RowTable
 from kmem.model.init import TRUNCATION
+from kmem.model.mapped_rows import MappedRows
 from kmem.model.memory_bank import FetchedBlocks, MemoryBank, distinct_rows, without_blocks
 from kmem.model.shape import Shape
 from tests.model import tiny
@@ -539,6 +541,31 @@ def test_names_are_those_of_exports():
         "bank.level3.parts.1": [8, 3 * 3 * 3 * 32],
     }
     assert isinstance(bank.table(3), RowTable)
+
+
+@pytest.mark.parametrize("longest", [0, 1 << 20])
+def test_blocks_stay_in_files(longest, tmp_path, monkeypatch):
+    monkeypatch.setattr("kmem.model.mapped_rows.LONG_ROW", longest)
+    layout = BankLayout.of(shape())
+    bank = random_bank(shape(), torch.float32)
+    cuts = {1: [4], 3: [20, 8]}
+    tensors, parts = {}, {}
+    for level, rows in cuts.items():
+        values = bank.table(level).parts[0].detach().split(rows)
+        names = [bank_table_part_name(level, part) for part in range(len(rows))]
+        tensors |= {name: value.clone() for name, value in zip(names, values, strict=True)}
+        parts[level] = [(tmp_path / "bank.safetensors", name, count) for name, count in zip(names, rows, strict=True)]
+    save_file(tensors, tmp_path / "bank.safetensors")
+    sources = {
+        level: MappedRows.open(bank_table_name(level), layout.row_values(level), found)
+        for level, found in parts.items()
+    }
+    drawn = torch.arange(6) == 1
+    fetched = FetchedBlocks.read(layout, layout.row_ids(LEAVES, drawn), sources)
+    expected = bank(LEAVES, drawn)
+    for level in layout.levels:
+        assert torch.equal(fetched.rows[level], expected.rows[level])
+        assert torch.equal(fetched.places[level], expected.places[level])
 
 
 def test_shape_of_a_model_without_a_bank():
