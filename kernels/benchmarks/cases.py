@@ -11,6 +11,8 @@ from kmem_kernels.permute.triton import combine_backward, gather_sum, scatter, s
 from kmem_kernels.route import reference as route_reference
 from kmem_kernels.route.triton import route, route_backward
 from kmem_kernels.segment_reduce.op import segment_reduce, segments_of
+from kmem_kernels.swiglu import reference as swiglu_reference
+from kmem_kernels.swiglu.triton import silu_times, silu_times_backward
 from torch import Tensor
 
 from kmem.model.moe import MoE
@@ -118,6 +120,7 @@ def all_cases(device: torch.device, sizes: Sizes) -> list[Case]:
     return [
         *route_cases(device, sizes),
         *permute_cases(device, sizes.fine),
+        *swiglu_cases(device, sizes.fine),
         *segment_cases(device, sizes.lookups),
         ngram_case(device, sizes),
         *layer_cases(device, "MoE layer", sizes.fine, Goal(260, "TFLOP/s"), Goal(230, "TFLOP/s")),
@@ -244,6 +247,35 @@ def permute_cases(device: torch.device, layer: Layer) -> list[Case]:
             bytes=(tokens + 2 * rows) * row_bytes + place_bytes + 8 * rows,
             goal=goal,
         ),
+    ]
+
+
+def swiglu_cases(device: torch.device, layer: Layer) -> list[Case]:
+    """The activation between the experts' products; gate and up are the halves of one matrix."""
+    rows, width, dtype = layer.tokens * layer.top_k, layer.width, torch.bfloat16
+
+    def normal(columns: int) -> Tensor:
+        return torch.randn(rows, columns, dtype=dtype, device=device)
+
+    def forward() -> list[Callable[[], Any]]:
+        gate, up = normal(2 * width).chunk(2, dim=1)
+        return [lambda: silu_times(gate, up)]
+
+    def backward() -> list[Callable[[], Any]]:
+        (gate, up), grad = normal(2 * width).chunk(2, dim=1), normal(width)
+        grads = torch.empty(rows, 2 * width, dtype=dtype, device=device).chunk(2, dim=1)
+        return [lambda: silu_times_backward(grad, gate, up, *grads)]
+
+    def in_torch() -> list[Callable[[], Any]]:
+        gate, up = normal(2 * width).chunk(2, dim=1)
+        return [lambda: swiglu_reference.silu_times(gate, up)]
+
+    shape, of_values = f"N{rows} I{width}", rows * width * dtype.itemsize
+    goal = Goal(85, "%")
+    return [
+        Case("swiglu forward (torch)", shape, "bf16", in_torch, bytes=3 * of_values),
+        Case("swiglu forward", shape, "bf16", forward, bytes=3 * of_values, goal=goal),
+        Case("swiglu backward", shape, "bf16", backward, bytes=5 * of_values, goal=goal),
     ]
 
 

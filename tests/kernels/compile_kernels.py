@@ -17,6 +17,7 @@ from kmem_kernels.row_update.op import CatchUp, Gradients, RandomRounding
 from kmem_kernels.row_update.triton import adam_, rowwise_adagrad_, square_norms
 from kmem_kernels.segment_reduce.op import segments_of
 from kmem_kernels.segment_reduce.triton import segment_reduce
+from kmem_kernels.swiglu.triton import silu_times, silu_times_backward
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -104,6 +105,9 @@ def main() -> None:
             adam_(table, first, second, gradients, AdamStep.lazy(0.9, 0.999, 1e-8, 0.1, 2), missed, rounding)
             rowwise_adagrad_(table, torch.zeros(9, 1), gradients, 0.1, 1e-8, rounding)
         square_norms(gradients.values)
+    for dtype, width in ((torch.bfloat16, 768), (torch.float32, 40), (torch.float32, 3)):
+        gate, up = torch.zeros(9, 2 * width, dtype=dtype).chunk(2, dim=1)
+        silu_times_backward(silu_times(gate, up), gate, up, gate, up)
     ids = torch.zeros(2, 130, dtype=torch.int64)
     ngram_ids(ids, ids, (2, 3), (3, 5, 7), (11, 13, 17, 19), (0, 11, 24, 41), "document", 1)
 

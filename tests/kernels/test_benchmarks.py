@@ -26,6 +26,7 @@ def test_every_case_runs(tmp_path):
         "route",
         "permute",
         "combine",
+        "swiglu",
         "segment_reduce",
         "ngram_ids",
         "MoE",

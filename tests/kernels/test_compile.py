@@ -24,8 +24,10 @@ KERNELS = {
     "_adam",
     "_rowwise_adagrad",
     "_square_norms",
+    "_silu_times",
+    "_silu_times_backward",
 }
-MOVES = ("_scatter", "_gather_sum", "_combine_backward")
+MOVES = ("_scatter", "_gather_sum", "_combine_backward", "_silu_times", "_silu_times_backward")
 
 
 def test_kernels_compile_without_atomics_on_floats(tmp_path):

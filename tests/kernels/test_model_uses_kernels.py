@@ -1,9 +1,9 @@
-"""A layer whose router and dispatcher call the kernels equals the layer in torch, balance losses included."""
+"""A layer whose router, dispatcher and experts call the kernels equals the layer in torch, balance losses included."""
 
 import pytest
 import torch
 
-from kmem.model import dispatcher, router
+from kmem.model import dispatcher, router, swiglu
 from kmem.model.chain_of_experts import ChainOfExperts
 from kmem.model.moe import MoE
 from tests.kernels.devices import DEVICES
@@ -29,6 +29,7 @@ def run(moe, device, monkeypatch, kernels):
 
     monkeypatch.setattr(router, "_kernel_serves", serves)
     monkeypatch.setattr(dispatcher, "_kernels_serve", serves)
+    monkeypatch.setattr(swiglu, "_kernel_serves", serves)
     layer = tiny.randomise_((ChainOfExperts if "chain" in moe else MoE)(tiny.shape(tiny.GQA, moe))).to(device)
     observed = []
     layer.on_routing = observed.append
@@ -36,7 +37,7 @@ def run(moe, device, monkeypatch, kernels):
     out = layer(hidden, 2 * hidden) if "chain" in moe else layer(hidden)
     inputs = [hidden, *layer.parameters()]
     grads = torch.autograd.grad(out, inputs, tiny.random(2, 19, 32, seed=3).to(device))
-    assert len(calls) >= 4  # route, sort, permute, combine
+    assert len(calls) >= 5  # route, sort, permute, the experts' activation, combine
     numbers = [value for statistics in observed for value in vars(statistics).values() if torch.is_tensor(value)]
     return [tensor.cpu() for tensor in (out.detach(), *grads, *numbers)]
 
@@ -51,11 +52,12 @@ def test_layer_with_kernels_equals_the_layer_in_torch(kind, device, monkeypatch)
 
 
 def test_kernels_serve_cuda_alone():
-    for serves in (router._kernel_serves, dispatcher._kernels_serve):
+    for serves in (router._kernel_serves, dispatcher._kernels_serve, swiglu._kernel_serves):
         assert not serves(torch.zeros(2, 2))
         assert not serves(torch.zeros(2, 2, device="meta"))
     assert router._route is not None
     assert dispatcher._permute_op is not None
+    assert swiglu._swiglu_op is not None
 
 
 @pytest.mark.gpu

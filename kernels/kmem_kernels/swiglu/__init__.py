@@ -1,0 +1,1 @@
+"""The activation between an expert's two matrix products."""

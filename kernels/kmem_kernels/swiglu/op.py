@@ -1,0 +1,86 @@
+"""silu(gate) * up (SwiGLU, arXiv 2002.05202) with gradients: one pass over memory each way, rounded once.
+
+Backward recomputes the activation, so nothing is kept for it but gate and up.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backend import Backend, chosen
+from . import reference
+
+# Shape letters: N rows, I width.
+
+
+def swiglu(gate_up: Tensor, backend: Backend | None = None) -> Tensor:
+    """`silu_times` of the two halves of [N, 2I], the gate's columns first; [N, I].
+
+    Raises:
+        ValueError: an odd number of columns.
+    """
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"{gate_up.shape[1]} columns are no gate and up of equal width")
+    if chosen(backend, gate_up) == "torch":
+        return reference.silu_times(*gate_up.chunk(2, dim=1))
+    return _SwiGLU.apply(gate_up)
+
+
+def silu_times(gate_NI: Tensor, up_NI: Tensor, backend: Backend | None = None) -> Tensor:
+    """silu(gate) * up, [N, I] in their dtype; computed in fp32 (fp64 for fp64).
+
+    Args:
+        gate_NI, up_NI: of one dtype.
+        backend: default `triton` for CUDA tensors, else `torch`.
+
+    Raises:
+        ValueError: shapes or dtypes differ.
+    """
+    if gate_NI.shape != up_NI.shape or gate_NI.dtype != up_NI.dtype:
+        raise ValueError(
+            f"gate is {gate_NI.dtype} {tuple(gate_NI.shape)} and up {up_NI.dtype} {tuple(up_NI.shape)}: they must agree"
+        )
+    if chosen(backend, gate_NI) == "torch":
+        return reference.silu_times(gate_NI, up_NI)
+    return _SiluTimes.apply(gate_NI, up_NI)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        from .triton import silu_times as kernel
+
+        ctx.save_for_backward(gate_up)
+        return kernel(*gate_up.chunk(2, dim=1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NI: Tensor) -> Tensor:
+        from .triton import silu_times_backward as kernel
+
+        (gate_up,) = ctx.saved_tensors
+        grad = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+        kernel(grad_NI, *gate_up.chunk(2, dim=1), *grad.chunk(2, dim=1))
+        return grad
+
+
+class _SiluTimes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_NI: Tensor, up_NI: Tensor) -> Tensor:
+        from .triton import silu_times as kernel
+
+        ctx.save_for_backward(gate_NI, up_NI)
+        return kernel(gate_NI, up_NI)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NI: Tensor) -> tuple[Tensor, Tensor]:
+        from .triton import silu_times_backward as kernel
+
+        gate_NI, up_NI = ctx.saved_tensors
+        grad_gate_NI = torch.empty_like(gate_NI, memory_format=torch.contiguous_format)
+        grad_up_NI = torch.empty_like(grad_gate_NI)
+        kernel(grad_NI, gate_NI, up_NI, grad_gate_NI, grad_up_NI)
+        return grad_gate_NI, grad_up_NI
