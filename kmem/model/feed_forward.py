@@ -1,10 +1,10 @@
 """The dense SwiGLU feed-forward."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bank_blocks import BankInput
 from .matmul import Linear
+from .swiglu import silu_times
 
 
 class FeedForward(nn.Module):
@@ -19,7 +19,7 @@ class FeedForward(nn.Module):
     def forward(self, hidden: Tensor, bank: BankInput | None = None) -> Tensor:
         """hidden [.., H] -> [.., H]; with a memory bank [B, T, H]."""
         if bank is None:
-            return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+            return self.down_proj(silu_times(self.gate_proj(hidden), self.up_proj(hidden)))
         gate = bank.adapt("gate_proj", hidden, self.gate_proj(hidden))
-        units = F.silu(gate) * bank.adapt("up_proj", hidden, self.up_proj(hidden))
+        units = silu_times(gate, bank.adapt("up_proj", hidden, self.up_proj(hidden)))
         return bank.adapt("down_proj", units, self.down_proj(units))
