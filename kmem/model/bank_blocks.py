@@ -33,6 +33,9 @@ from .swiglu import swiglu
 ALIGNMENT = 8
 """Units of a block are padded up to a multiple of this: grouped_mm needs rows of a multiple of 16 bytes."""
 
+MOST_GROUPS = 1023
+"""Of one product: grouped_mm on CUDA has a thread for each group, in one block."""
+
 
 class TokenGroups(NamedTuple):
     """Tokens in the order of their blocks, which is the same for some levels: usually for all."""
@@ -126,7 +129,12 @@ class BankInput:
 
         def product(rows: Tensor, blocks: Tensor, counts: Tensor) -> Tensor:
             parts = self.layout.by_part(blocks.to(rows.dtype))
-            return _attention(rows, parts["keys"], parts["values"], counts)
+            heads = rows.shape[1]
+            keys, values = (parts[name].unflatten(2, (heads, -1)) for name in ("keys", "values"))
+            step = max(1, MOST_GROUPS // len(counts))
+            ranges = [slice(start, start + step) for start in range(0, heads, step)]
+            found = [_attention(rows[:, some], keys[:, :, some], values[:, :, some], counts) for some in ranges]
+            return torch.cat(found, dim=1).flatten(1)
 
         nothing = query.new_zeros(*query.shape[:2], self.layout.parts[1].width)
         return self._added(query, nothing, product)
@@ -154,14 +162,13 @@ def _swiglu(rows: Tensor, blocks: Tensor, counts: Tensor) -> Tensor:
 
 
 def _attention(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> Tensor:
-    """query [N, h, e], keys [U, r, h * e], values [U, r, h * e'] -> [N, h * e'].
+    """query [N, h, e], keys [U, r, h, e], values [U, r, h, e'] -> [N, h, e'].
 
     Every head of a block is a group of the products.
     """
     tokens, heads, width = query.shape
     rank = keys.shape[1]
-    # [U, r, h * e] -> [U * h, r, e]
-    keys, values = (_aligned(part.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)) for part in (keys, values))
+    keys, values = (_aligned(part.transpose(1, 2).flatten(0, 1)) for part in (keys, values))  # [U * h, r, e]
     # Token n of block u stands, for head j, after the blocks before u, and in u after the heads before j.
     before = (counts.cumsum(0) - counts).repeat_interleave(counts, output_size=tokens)
     size = counts.repeat_interleave(counts, output_size=tokens)
@@ -173,7 +180,7 @@ def _attention(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> T
     scores = grouped_linear(rows, keys, of_heads)[:, :rank] * width**-0.5
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
     found = grouped_linear(F.pad(weights, (0, keys.shape[1] - rank)), values.transpose(1, 2), of_heads)
-    return found.index_select(0, place).view(tokens, -1)
+    return found.index_select(0, place).view(tokens, heads, -1)
 
 
 def _aligned(part: Tensor) -> Tensor:

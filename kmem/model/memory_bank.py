@@ -15,7 +15,7 @@ each layer, the columns of `BankLayout.by_layer` of the distinct rows.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -43,24 +43,32 @@ class FetchedBlocks:
     rows: Mapping[int, Tensor]
     """Level -> [U, V], distinct rows."""
     places: Mapping[int, Tensor]
-    """Level -> int64 [B] or [B, T], the row of every sequence or token; MISSING: none."""
+    """Level -> int64 [B] or [B, T] on the host, the row of every sequence or token; MISSING: none."""
 
     @classmethod
     def read(cls, layout: BankLayout, ids: Mapping[int, Tensor], sources: Mapping[int, RowSource]) -> "FetchedBlocks":
         """Every distinct row once.
 
         Args:
-            ids: what `layout.row_ids` gives.
+            ids: what `layout.row_ids` gives; best on the host, where they are looked at.
             sources: of every level that the ids have: row ids [U] -> rows [U, V], such as a `RowTable` or `MappedRows`.
         """
-        distinct = {level: distinct_rows(found) for level, found in ids.items()}
+        distinct = {level: distinct_rows(found.cpu()) for level, found in ids.items()}
         rows = {level: sources[level](found) for level, (found, _) in distinct.items()}
         return cls(layout, rows, {level: places for level, (_, places) in distinct.items()})
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "FetchedBlocks":
+        """The same with rows on this device and, if given, of this type: sources may be on several."""
+        return replace(self, rows={level: rows.to(device, dtype) for level, rows in self.rows.items()})
 
     def inputs(self, tokens: int) -> dict[int, BankInput]:
         """What the bank of each layer holds for the next `tokens` tokens of all sequences."""
         blocks = {level: len(rows) for level, rows in self.rows.items()}
         groups = group_tokens(self.places, blocks, tokens)
+        if groups:
+            device, *others = {rows.device for rows in self.rows.values()}
+            assert not others, "levels were read on several devices: call `to` first"
+            groups = tuple(group.to(device) for group in groups)
         by_layer = {level: self.layout.by_layer(rows, level) for level, rows in self.rows.items()}
         return {
             layer: BankInput(self.layout, groups, {level: found[layer] for level, found in by_layer.items()})

@@ -384,6 +384,16 @@ def test_values_are_those_of_a_loop_over_tokens(kind, case):
     assert blocks.adapt("other_proj", x, out) is out
 
 
+def test_heads_are_shared_out_where_blocks_are_many(monkeypatch):
+    bank = random_bank(shape("kv"))
+    query = tiny.random(6, 8, 4, 16, dtype=torch.float64)
+    blocks = bank(LEAVES).inputs(8)[0]
+    expected = blocks.attend(query)
+    for most in (1, 7, 10):
+        monkeypatch.setattr("kmem.model.bank_blocks.MOST_GROUPS", most)
+        torch.testing.assert_close(blocks.attend(query), expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["ffn", "lora_qk", "kv"])
 def test_forms_of_an_address_agree(kind):
     view = shape(kind)
