@@ -55,21 +55,24 @@ def evaluate(run: Run, controls: tuple[str, ...], batch: int) -> dict[str, dict[
 
 
 def curve(run: Run) -> dict[str, Any]:
-    """Of metrics.jsonl: losses of steps and evaluations, and the time that steps took, resumed parts included."""
+    """Of metrics.jsonl: losses of steps and evaluations, and the time that steps took, resumed parts included. A tenth
+    of the steps reach the undisturbed speed, which a pause or other work on the machine hardly moves."""
     lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records: dict[str, list[dict[str, Any]]] = {"step": [], "evaluation": []}
     for record in map(json.loads, lines):
         records[record["kind"]].append(record)
     steps, evaluations = records["step"], records["evaluation"]
     seconds = sum(record["seconds"] for record in steps)
-    positions = len(steps) * run.config.train.global_batch_size * run.config.data.sequence_length
+    positions = run.config.train.global_batch_size * run.config.data.sequence_length
+    by_speed = sorted(record["seconds"] for record in steps)
     return {
         "steps": [record["step"] for record in steps],
         "losses": [record["loss"] for record in steps],
         "held_out": {record["step"]: record["bits_per_byte"] for record in evaluations},
         "trained_tokens": steps[-1]["tokens"],
         "seconds": seconds,
-        "tokens_per_second": positions / seconds,
+        "tokens_per_second": len(steps) * positions / seconds,
+        "undisturbed_tokens_per_second": positions / by_speed[len(steps) // 10],
     }
 
 
