@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from transformers import DynamicCache
 
 from kmem.config import ModelConfig
 from kmem.config.memory_bank import MemoryBankConfig
@@ -471,6 +472,20 @@ def test_generic_blocks_are_a_row_of_their_own(kind):
     mixed = decoder(ids, positions, bank=bank(LEAVES, generic=drawn).inputs(8))
     fetched, generic = (decoder(ids, positions, bank=bank(LEAVES, generic=on).inputs(8)) for on in (False, True))
     torch.testing.assert_close(mixed, torch.where(drawn[:, None, None], generic, fetched), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_with_a_cache(kind):
+    """A context's blocks are fetched once and serve every forward after."""
+    view = shape(kind)
+    decoder, fetched = tiny.decoder(view).double(), random_bank(view)(LEAVES)
+    ids, positions = tiny.tokens(6, 8)
+    whole = decoder(ids, positions, bank=fetched.inputs(8))
+    cache, steps = DynamicCache(), []
+    for part in (slice(0, 5), slice(5, 6), slice(6, 8)):
+        bank = fetched.inputs(part.stop - part.start)
+        steps.append(decoder(ids[:, part], positions[:, part], cache=cache, bank=bank))
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=0, atol=1e-9)
 
 
 # Gradients
