@@ -45,14 +45,9 @@ def available(device: torch.device, dtype: torch.dtype) -> list[BackendName]:
 
 
 def problem(name: BackendName, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a backend does not run on a device with rows of this type, and the remedy; None if it does. Imports it."""
+    """Why a backend does not run on a device with rows of this type, and the remedy; None if it does."""
     if name in ("grouped_mm", "loop"):
         return None
-    package, remedy = _PACKAGES[name]
-    try:
-        module = importlib.import_module(package)
-    except ImportError as error:
-        return f"it needs {package}, which cannot be imported ({error}): {remedy}"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
@@ -60,14 +55,19 @@ def problem(name: BackendName, device: torch.device, dtype: torch.dtype) -> str 
                 f"it needs a GPU of compute capability 8.0 or more, and {device} has {'.'.join(map(str, capability))}"
             )
         if dtype != torch.bfloat16:
-            return "on a GPU it would multiply fp32 in TF32: use bf16"
-        return None
-    if not _interpreted():
+            return "on a GPU it would multiply fp32 in TF32: set train.precision=bf16"
+    elif not _interpreted():
         return f"it needs a CUDA device, and this process computes on the {device.type}"
+    elif dtype != torch.float32:  # the interpreter multiplies the bit patterns of bf16 (triton issue 11584)
+        return "in Triton's interpreter it is right in fp32 alone"
+    package, remedy = _PACKAGES[name]
+    try:
+        module = importlib.import_module(package)
+    except ImportError as error:
+        return f"it needs {package}, which cannot be imported ({error}): {remedy}"
     if not getattr(module, "_TRITON_AVAILABLE", True):
-        return "DeepSpeed has its kernels only where it finds a CUDA device, and it found none when it was imported"
-    # Triton's interpreter multiplies the bit patterns of bf16 (triton issue 11584).
-    return None if dtype == torch.float32 else "in Triton's interpreter it is right in fp32 alone"
+        return "DeepSpeed has its kernels only where Triton finds a GPU; when it was imported, there was none"
+    return None
 
 
 def loop(rows_NH: Tensor, gate_up_proj: Tensor, down_proj: Tensor, counts_E: Tensor) -> Tensor:
@@ -93,6 +93,8 @@ def _deepspeed() -> ExpertBackend:
     product = _triton_module("deepspeed.ops.triton_ops.group_gemm_triton").group_gemm_triton
 
     def deepspeed(rows_NH: Tensor, gate_up_proj: Tensor, down_proj: Tensor, counts_E: Tensor) -> Tensor:
+        largest = len(rows_NH) * max(rows_NH.shape[1], gate_up_proj.shape[1])
+        assert largest < 2**31, f"DeepSpeed's kernels count {largest} elements in 32 bits: lower train.micro_batch_size"
         ends = counts_E.cumsum(0, dtype=torch.int32)
         return product(swiglu(product(rows_NH, gate_up_proj, ends, True)), down_proj, ends, True)
 
@@ -126,6 +128,8 @@ def _triton_module(name: str) -> Any:
 
 
 def _interpreted() -> bool:
-    from triton import knobs
-
+    try:
+        from triton import knobs
+    except ImportError:
+        return False
     return bool(knobs.runtime.interpret)

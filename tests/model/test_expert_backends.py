@@ -47,9 +47,10 @@ def load():
 def results(backend, counts, hidden_size, width, device="cpu", dtype=torch.float32):
     rows, experts = sum(counts), len(counts)
     sizes = (rows, hidden_size), (experts, 2 * width, hidden_size), (experts, hidden_size, width)
+    scales = 1, hidden_size**-0.5, width**-0.5
     inputs = [
-        (tiny.random(*size, seed=seed) / size[-1] ** 0.5).to(device, dtype).requires_grad_()
-        for seed, size in enumerate(sizes)
+        (scale * tiny.random(*size, seed=seed)).to(device, dtype).requires_grad_()
+        for seed, (size, scale) in enumerate(zip(sizes, scales, strict=True))
     ]
     out = backend(*inputs, torch.tensor(counts, device=device))
     grads = torch.autograd.grad(out, inputs, tiny.random(rows, hidden_size, seed=9).to(device, dtype))
@@ -101,11 +102,11 @@ def test_the_loop_is_its_definition():
 def test_what_runs_on_a_cpu(monkeypatch):
     monkeypatch.setattr(expert_backends, "_interpreted", lambda: False)
     assert available(CPU, torch.float32) == available(CPU, torch.bfloat16) == ["grouped_mm", "loop"]
-    pytest.importorskip("triton")
     assert problem("deepspeed", CPU, torch.float32) == "it needs a CUDA device, and this process computes on the cpu"
 
 
 def test_a_backend_that_is_not_installed_names_its_remedy(monkeypatch):
+    monkeypatch.setattr(expert_backends, "_interpreted", lambda: True)
     monkeypatch.setitem(expert_backends._PACKAGES, "liger", ("no_such_package.ops", "pip install 'kmem[liger]'"))
     refusal = problem("liger", CPU, torch.float32)
     assert refusal is not None
@@ -114,13 +115,21 @@ def test_a_backend_that_is_not_installed_names_its_remedy(monkeypatch):
 
 
 def test_old_gpus_and_other_types_are_refused(monkeypatch):
-    pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "8.0 or more, and cuda has 7.5" in str(problem("deepspeed", torch.device("cuda"), torch.bfloat16))
+    cuda = torch.device("cuda")
+    assert "8.0 or more, and cuda has 7.5" in str(problem("deepspeed", cuda, torch.bfloat16))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert problem("deepspeed", torch.device("cuda"), torch.bfloat16) is None
-    assert "TF32" in str(problem("deepspeed", torch.device("cuda"), torch.float32))
-    assert problem("grouped_mm", torch.device("cuda"), torch.float32) is None
+    assert "TF32" in str(problem("liger", cuda, torch.float32))
+    assert problem("grouped_mm", cuda, torch.float32) is None
+    monkeypatch.setattr(expert_backends, "_interpreted", lambda: True)
+    assert "fp32 alone" in str(problem("deepspeed", CPU, torch.bfloat16))
+
+
+def test_more_elements_than_deepspeed_can_address_are_refused():
+    pytest.importorskip("triton")
+    rows = torch.zeros(1, 8).expand(2**28, 8)
+    with pytest.raises(AssertionError, match=r"train\.micro_batch_size"):
+        find_backend("deepspeed")(rows, torch.zeros(1, 8, 8), torch.zeros(1, 8, 4), torch.tensor([2**28]))
 
 
 def test_names_that_are_none():

@@ -6,7 +6,9 @@ from tests.distributed.training_case import small_config, train_case
 from tests.train.trainer_case import trainer_case
 
 
-@pytest.mark.parametrize("changes", [{}, {"train__precision": "bf16"}], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param({"train__precision": "bf16"}, marks=pytest.mark.full)], ids=["fp32", "bf16"]
+)
 def test_the_loop_trains_as_grouped_mm(ranks, changes):
     (reference,) = ranks.run(1, train_case, small_config(**changes), 5)
     expert = {"parallel__expert": 2, "train__expert_backend": "loop"}
