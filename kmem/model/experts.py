@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .matmul import grouped_linear
+from .grouped_swiglu import GroupedSwiGLU
+from .matmul import grouped_linear, rounds_groups
 from .shape import Shape
 from .swiglu import swiglu
 
@@ -17,7 +18,10 @@ summing to N) -> down(silu(gate) * up) of every row, [N, H], differentiable in a
 
 
 def grouped_mm(rows_NH: Tensor, gate_up_proj: Tensor, down_proj: Tensor, counts_E: Tensor) -> Tensor:
-    """The expert backend of exported models, and the default of training: `F.grouped_mm` for both products."""
+    """The expert backend of exported models, and the default of training: `F.grouped_mm` for both products, and on a
+    CPU with AVX-512 oneDNN, group by group."""
+    if rounds_groups(rows_NH, gate_up_proj):
+        return GroupedSwiGLU.apply(rows_NH, gate_up_proj, down_proj, counts_E.cumsum(0))
     return grouped_linear(swiglu(grouped_linear(rows_NH, gate_up_proj, counts_E)), down_proj, counts_E)
 
 

@@ -4,6 +4,9 @@ torch.mm in fp32 calls MKL, which keeps to AVX2 on AMD processors; oneDNN, in th
 190 against 400 GFLOP/s on two cores of a Zen 5 EPYC. Everywhere else these functions are torch's own.
 """
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,12 +41,41 @@ def grouped_linear(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     """
     ends = counts.cumsum(0)
     assert rows.device.type != "cpu" or int(ends[-1]) == len(rows), f"{int(ends[-1])} rows counted, {len(rows)} given"
-    if _onednn_serves(rows, weights) or _groups_need_rounding(rows, weights):
+    if rounds_groups(rows, weights):
         return _OneDNNGroupedLinear.apply(rows, weights, ends)
     if rows.dtype == torch.float64:  # which grouped_mm refuses
         parts = zip(rows.split(counts.tolist()), weights.unbind(), strict=True)
         return torch.cat([F.linear(part, weight) for part, weight in parts])
     return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends.to(torch.int32))
+
+
+def rounds_groups(rows: Tensor, weights: Tensor) -> bool:
+    """Whether groups of these rows [N, K] are multiplied by oneDNN with these weights [E, M, K], in windows of
+    `rounded_groups`."""
+    return _onednn_serves(rows, weights) or _groups_need_rounding(rows, weights)
+
+
+class Group(NamedTuple):
+    """A group of rows, and a window of at least its size around it."""
+
+    number: int
+    start: int
+    end: int
+    window: slice
+    """The group and neighbouring rows."""
+    own: slice
+    """Where the group lies within the window."""
+
+
+def rounded_groups(ends: Tensor, rows: int) -> Iterator[Group]:
+    """The groups that have rows, which end at `ends` [E]; windows have a multiple of ROW_STEP rows, or all of them."""
+    start = 0
+    for number, end in enumerate(ends.tolist()):
+        if start < end:
+            size = min(-(-(end - start) // ROW_STEP) * ROW_STEP, rows)
+            first = min(start, rows - size)
+            yield Group(number, start, end, slice(first, first + size), slice(start - first, end - first))
+        start = end
 
 
 _CPU = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -117,28 +149,18 @@ class _OneDNNGroupedLinear(torch.autograd.Function):
 
 def _grouped_onednn(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     out = rows.new_empty(len(rows), weights.shape[1])
-    start = 0
-    for weight, end in zip(weights, ends.tolist(), strict=True):
-        if start < end:
-            # Rounded up over neighbouring rows, whose results are left out.
-            size = min(-(-(end - start) // ROW_STEP) * ROW_STEP, len(rows))
-            first = min(start, len(rows) - size)
-            out[start:end] = _onednn(rows[first : first + size], weight)[start - first : end - first]
-        start = end
+    for group in rounded_groups(ends, len(rows)):
+        # Of the neighbouring rows the results are left out.
+        out[group.start : group.end] = _onednn(rows[group.window], weights[group.number])[group.own]
     return out
 
 
 def _grouped_weight_gradient(grad: Tensor, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Each group's grad.T @ rows, [E, M, K]; a group without rows gives zeros."""
     out = torch.zeros_like(weights)
-    start = 0
-    for index, end in enumerate(ends.tolist()):
-        if start < end:
-            # Rounded up over neighbouring rows, which meet zeros in the other factor.
-            size = min(-(-(end - start) // ROW_STEP) * ROW_STEP, len(rows))
-            first = min(start, len(rows) - size)
-            padded = grad.new_zeros(size, grad.shape[1])
-            padded[start - first : end - first] = grad[start:end]
-            out[index] = _onednn(padded.T, rows[first : first + size].T)
-        start = end
+    for group in rounded_groups(ends, len(rows)):
+        # The neighbouring rows meet zeros in the other factor.
+        padded = grad.new_zeros(group.window.stop - group.window.start, grad.shape[1])
+        padded[group.own] = grad[group.start : group.end]
+        out[group.number] = _onednn(padded.T, rows[group.window].T)
     return out
