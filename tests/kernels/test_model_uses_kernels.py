@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kmem.model import dispatcher, router, swiglu
+from kmem.model import dispatcher, matmul, router, swiglu
 from kmem.model.chain_of_experts import ChainOfExperts
 from kmem.model.moe import MoE
 from tests.kernels.devices import DEVICES
@@ -30,6 +30,7 @@ def run(moe, device, monkeypatch, kernels):
     monkeypatch.setattr(router, "_kernel_serves", serves)
     monkeypatch.setattr(dispatcher, "_kernels_serve", serves)
     monkeypatch.setattr(swiglu, "_kernel_serves", serves)
+    monkeypatch.setattr(matmul, "_USE_ONEDNN", False)  # the experts as on a GPU
     layer = tiny.randomise_((ChainOfExperts if "chain" in moe else MoE)(tiny.shape(tiny.GQA, moe))).to(device)
     observed = []
     layer.on_routing = observed.append
