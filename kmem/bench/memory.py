@@ -17,7 +17,7 @@ from kmem.config import Config, parse_config
 from kmem.data.batch import SequenceBatch
 from kmem.data.reader import open_data
 from kmem.memory.table import Table
-from kmem.model.engram_memory import EngramAddresses
+from kmem.model.engram_memory import EngramAddresses, table_name
 from kmem.model.shape import Shape
 from kmem.parallel.mesh import Mesh
 from kmem.train.dry_run import TableMemory, rank_memory
@@ -85,8 +85,10 @@ def memory_runner(tree: dict[str, Any], kind: TokenKind) -> Runner:
     own = pipeline.memory.tables
     for table in own.values():
         write_all(table)
-    moved = {table.layer: table.row_bytes for table in tables(config)}  # out of the store
-    moved = {layer: size + own[layer].spec.dim * torch.float32.itemsize for layer, size in moved.items()}  # and back
+    moved = {  # out of the store, and back
+        table.layer: table.row_bytes + own[table_name(table.layer)].spec.dim * torch.float32.itemsize
+        for table in tables(config)
+    }
     batches = step_batches(config, kind)
     begun = deque(pipeline.begin_step(next(batches)) for _ in range(config.memory.prefetch_depth))
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from kmem.data.batch import SequenceBatch
 from kmem.model.engram import HISTOGRAM_BINS, Engram, GateStatistics
+from kmem.model.engram_memory import EngramAddresses, table_name
 from kmem.model.shape import Shape
 from kmem.parallel.mesh import Mesh, local_device
 from kmem.parallel.stage_memory import BegunStep, StageMemory
@@ -67,12 +68,19 @@ class MemoryLedger:
     """
 
     def __init__(
-        self, memory: StageMemory, modules: Mapping[int, Engram], shape: Shape, mesh: Mesh, context: StepContext
+        self,
+        memory: StageMemory,
+        addresses: EngramAddresses,
+        modules: Mapping[int, Engram],
+        shape: Shape,
+        mesh: Mesh,
+        context: StepContext,
     ) -> None:
-        self.memory = memory
+        self.addresses = addresses
         self.mesh = mesh
         self.context = context
-        self.layers = memory.addresses.layers
+        self.layers = addresses.layers
+        self.tables = {layer: memory.tables[table_name(layer)] for layer in modules}
         self.branches = shape.branches
         # On the device: reading a gate on the host would wait for every layer of every micro-batch.
         self._gates = torch.zeros(
@@ -97,8 +105,8 @@ class MemoryLedger:
         """Sum the step over all ranks and start the next one; collective over the world, which agrees on `sampled`."""
         sums = torch.zeros(len(self.layers), len(_COUNTS) + 1, dtype=torch.float64)
         times = torch.zeros(len(self.layers), len(_TIMES) + 1, dtype=torch.float64)
-        for layer, table in self.memory.tables.items():
-            place, metrics = self.layers.index(layer), step.tickets[layer].metrics
+        for layer, table in self.tables.items():
+            place, metrics = self.layers.index(layer), step.tickets[table.spec.name].metrics
             finished = table.take_metrics()
             sums[place] = torch.tensor(
                 [*(getattr(metrics, name) for name in _COUNTS), sum(update.bytes for update in finished)]
@@ -133,7 +141,7 @@ class MemoryLedger:
             unique_rows=int(unique),
             conflict_rows=int(conflict),
             touched_rows=int(touched),
-            touch_density=touched / self.memory.addresses.addressing.rows(place),
+            touch_density=touched / self.addresses.addressing.rows(place),
             bytes=int(sent),
             stall_ms=times[0],
             fetch_ms=times[1],
@@ -147,14 +155,14 @@ class MemoryLedger:
 
     def _collisions(self, batches: list[SequenceBatch]) -> list[list[float] | None]:
         """By table and head, over the ranks' own n-grams."""
-        addresses = self.memory.addresses
+        addresses = self.addresses
         addressing = addresses.addressing
         counts = torch.zeros(len(self.layers), addressing.total_heads, 2, dtype=torch.float64)
         tokens, documents = (
             torch.cat([getattr(batch, name) for batch in batches]) for name in ("input_ids", "document_ids")
         )
         ids, homes = addresses.addressed(tokens).numpy(), documents.numpy()
-        for layer in self.memory.tables:
+        for layer in self.tables:
             place = self.layers.index(layer)
             rows = addressing.row_ids_numpy(place, ids, homes).reshape(-1, addressing.total_heads)
             grams = addressing.distinct_grams(ids, homes)
@@ -168,7 +176,7 @@ class MemoryLedger:
     def _norms(self) -> list[dict[str, float] | None]:
         """By table, percentiles of the norms of a sample of rows."""
         norms = torch.zeros(len(self.layers), NORM_SAMPLE, dtype=torch.float64)
-        for layer, table in self.memory.tables.items():
+        for layer, table in self.tables.items():
             norms[self.layers.index(layer)] = table.row_norms(NORM_SAMPLE)
         norms = norms.to(local_device())
         dist.all_reduce(norms)

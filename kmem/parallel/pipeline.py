@@ -30,6 +30,7 @@ from kmem.parallel.expert_dispatch import AllToAllDispatcher
 from kmem.parallel.gradients import GradientNorm
 from kmem.parallel.memory_ledger import LayerMemory, MemoryLedger
 from kmem.parallel.mesh import Mesh, expert_group, gather, limit_waiting, local_device
+from kmem.parallel.ngram_table import NgramTable
 from kmem.parallel.routing_ledger import RoutingLedger, StepRouting
 from kmem.parallel.stage_layers import EmbeddingLayer, LossLayer, NormLayer, StageLayer, TransformerLayer, tied_loss
 from kmem.parallel.stage_memory import BegunStep, StageMemory
@@ -91,12 +92,14 @@ class Pipeline:
         self.ledger = None
         if config.model.moe is not None:
             self.ledger = RoutingLedger(self.moe_layers, shape, mesh, self.context)
+        self.addresses = addresses
         self.memory: StageMemory | None = None
         self.memory_ledger: MemoryLedger | None = None
         if addresses is not None:
             modules = self._memory_layers()
-            self.memory = StageMemory(config, mesh, addresses, sorted(modules), self.device, initialise_rows)
-            self.memory_ledger = MemoryLedger(self.memory, modules, shape, mesh, self.context)
+            tables = [NgramTable(config, addresses, layer) for layer in sorted(modules)]
+            self.memory = StageMemory(config, mesh, tables, self.device, initialise_rows)
+            self.memory_ledger = MemoryLedger(self.memory, addresses, modules, shape, mesh, self.context)
 
     @property
     def micro_batches(self) -> int:
@@ -179,7 +182,7 @@ class Pipeline:
         if self.memory is not None:
             self.memory.close(error)
 
-    def _load(self, micro_batches: Sequence[SequenceBatch], working_sets: dict[int, WorkingSet]) -> int:
+    def _load(self, micro_batches: Sequence[SequenceBatch], working_sets: dict[str, WorkingSet]) -> int:
         """Make these the running micro-batches; returns the trained tokens over all data-parallel ranks."""
         on_device = [MicroBatch.on_device(batch, self.shape, self.device) for batch in micro_batches]
         self.context.load(on_device, working_sets)

@@ -12,6 +12,7 @@ from torch import Tensor
 from kmem.data.batch import SequenceBatch
 from kmem.memory.working_set import WorkingSet
 from kmem.model.engram import EngramInput
+from kmem.model.engram_memory import table_name
 from kmem.model.mask import packed_mask, several_documents
 from kmem.model.rope import Rotation, rotation
 from kmem.model.shape import Shape
@@ -30,7 +31,8 @@ class MicroBatch:
     @classmethod
     def on_device(cls, sequences: SequenceBatch, shape: Shape, device: torch.device) -> "MicroBatch":
         packed = several_documents(sequences.document_ids)  # on the host, where looking costs no wait
-        moved = SequenceBatch(**{name: value.to(device) for name, value in vars(sequences).items()})
+        present = {name: value for name, value in vars(sequences).items() if value is not None}
+        moved = SequenceBatch(**{name: value.to(device) for name, value in present.items()})
         return cls(moved, packed, rotation(shape, moved.position_ids))
 
 
@@ -47,8 +49,8 @@ class StepContext:
     """True while training, False in evaluation, whose statistics do not count."""
     loss_factor: float = 1.0
     """Factor on the summed cross entropy of a micro-batch."""
-    working_sets: dict[int, WorkingSet] = field(default_factory=dict)
-    """By layer: the rows that the step's micro-batches look up."""
+    working_sets: dict[str, WorkingSet] = field(default_factory=dict)
+    """By table: the rows that the step's micro-batches look up."""
     _mask: tuple[int, Tensor] | None = None
 
     def micro_batch(self) -> MicroBatch:
@@ -68,14 +70,14 @@ class StepContext:
 
     def memory(self, layer: int) -> EngramInput | None:
         """What a layer's memory holds for the running micro-batch; None where the layer has none."""
-        working_set = self.working_sets.get(layer)
+        working_set = self.working_sets.get(table_name(layer))
         if working_set is None:
             return None
         assert self.current is not None
         rows = working_set.lookup(self.current).flatten(-2)
         return EngramInput(rows, document_ids=self.micro_batch().sequences.document_ids)
 
-    def load(self, micro_batches: list[MicroBatch], working_sets: dict[int, WorkingSet]) -> None:
+    def load(self, micro_batches: list[MicroBatch], working_sets: dict[str, WorkingSet]) -> None:
         """Make these the micro-batches of the running step, and these the rows they look up."""
         self.micro_batches, self.working_sets, self._mask = micro_batches, working_sets, None
 

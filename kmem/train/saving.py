@@ -19,7 +19,7 @@ def save_training(store: CheckpointStore, pipeline: Pipeline, progress: Progress
     """
     state = model_state(pipeline, saving=True, moments=True)
     config = pipeline.config
-    addressing = None if pipeline.memory is None else pipeline.memory.addresses.addressing.to_manifest()
+    addressing = None if pipeline.addresses is None else pipeline.addresses.addressing.to_manifest()
     shapes = tensor_shapes(config.model)
     return store.save(state, progress, config.model_dump(mode="json"), shapes, asynchronous, addressing)
 
@@ -35,7 +35,7 @@ def load_training(store: CheckpointStore, folder: Path, commit: Commit, pipeline
         CheckpointError: the checkpoint is of another model; names the field or tensor.
     """
     config = pipeline.config
-    check_addressing(folder, commit.addressing, None if pipeline.memory is None else pipeline.memory.addresses)
+    check_addressing(folder, commit.addressing, pipeline.addresses)
     stored, wanted = dict(commit.config["model"]), config.model.model_dump(mode="json")
     new_memory = stored.get("engram") is None and wanted["engram"] is not None
     if new_memory:

@@ -80,8 +80,8 @@ def test_loss_curve_and_tables_equal_plain_pytorch(ranks, plain, mesh, variant):
     losses, norms, tables = plain
     assert results[0]["losses"] == pytest.approx(losses, abs=1e-6)
     assert results[0]["norms"] == pytest.approx(norms, rel=1e-4)
-    for layer, table in merged(results).items():
-        torch.testing.assert_close(table, tables[layer], rtol=0, atol=1e-5)
+    for name, table in merged(results).items():
+        torch.testing.assert_close(table, tables[name], rtol=0, atol=1e-5)
 
 
 def test_pipeline_depth_prefetch_and_recomputation_are_bitwise(ranks):
@@ -104,7 +104,7 @@ def test_pipeline_depth_prefetch_and_recomputation_are_bitwise(ranks):
             found = results[0]["losses"], merged(results)
             reference = reference or found
             assert found[0] == reference[0]
-            assert all(torch.equal(found[1][layer], reference[1][layer]) for layer in (1, 2))
+            assert all(torch.equal(found[1][name], table) for name, table in reference[1].items())
 
 
 def test_evaluation_in_between_changes_nothing(ranks):
@@ -112,7 +112,7 @@ def test_evaluation_in_between_changes_nothing(ranks):
     (without,) = ranks.run(1, train_case, tree, STEPS)
     (between,) = ranks.run(1, train_case, tree, STEPS, 2)
     assert between["losses"] == without["losses"]
-    assert torch.equal(between["rows"][1][1], without["rows"][1][1])
+    assert torch.equal(between["rows"][table_name(1)][1], without["rows"][table_name(1)][1])
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,8 @@ def test_other_models_on_the_widest_mesh(ranks, tmp_path, changes):
     one = ranks.run(1, train_case, memory_config(**changes), 5)
     four = ranks.run(4, train_case, memory_config(parallel__pipeline=2, parallel__expert=2, **changes), 5)
     assert four[0]["losses"] == pytest.approx(one[0]["losses"], abs=1e-5)
-    for layer, table in merged(one).items():
-        torch.testing.assert_close(merged(four)[layer], table, rtol=0, atol=1e-4)
+    for name, table in merged(one).items():
+        torch.testing.assert_close(merged(four)[name], table, rtol=0, atol=1e-4)
 
 
 def test_bf16_trains_close_to_fp32(ranks):
@@ -145,12 +145,12 @@ def test_bf16_trains_close_to_fp32(ranks):
 
 
 def merged(results):
-    """Whole tables of the ranks' parts, by layer."""
+    """Whole tables of the ranks' parts, by name."""
     parts = {}
     for result in results:
-        for layer, (start, rows) in result["rows"].items():
-            parts.setdefault(layer, {})[start] = rows
-    return {layer: torch.cat([rows for _, rows in sorted(by_start.items())]) for layer, by_start in parts.items()}
+        for name, (start, rows) in result["rows"].items():
+            parts.setdefault(name, {})[start] = rows
+    return {name: torch.cat([rows for _, rows in sorted(by_start.items())]) for name, by_start in parts.items()}
 
 
 def plain_training(tree):
@@ -194,4 +194,4 @@ def plain_training(tree):
         adam.step()
         sparse.step()
         losses.append(loss.item())
-    return losses, norms, {layer: table.detach() for layer, table in tables.items()}
+    return losses, norms, {table_name(layer): table.detach() for layer, table in tables.items()}

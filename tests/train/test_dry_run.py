@@ -7,6 +7,7 @@ import pytest
 from kmem.config import parse_config
 from kmem.memory.table import Table, TableSpec
 from kmem.memory.worker import MemoryWorker
+from kmem.model.engram_memory import table_name
 from kmem.parallel.mesh import Mesh
 from kmem.parallel.parameter_counts import count_parameters
 from kmem.parallel.stages import stage_bounds
@@ -51,16 +52,16 @@ def test_parameters_and_tables_per_rank_are_those_of_the_built_pipeline(ranks, c
     for rank, (parameters, rows) in enumerate(built):
         stage = planned[rank // 2]
         assert parameters == stage.parameters
-        assert set(rows) == {table.layer for table in stage.tables}
+        assert set(rows) == {table_name(table.layer) for table in stage.tables}
         first = rank % 2 == 0  # the rank whose rows are planned; the other may have one fewer
-        assert all(table.rows - rows[table.layer] in ((0,) if first else (0, 1)) for table in stage.tables)
+        assert all(table.rows - rows[table_name(table.layer)] in ((0,) if first else (0, 1)) for table in stage.tables)
 
 
 def built_case(tree):
-    """Elements of the parameters this rank holds, and its rows of each layer's table."""
+    """Elements of the parameters this rank holds, and its rows of each table by name."""
     pipeline = build(tree)
     tables = {} if pipeline.memory is None else pipeline.memory.tables
-    rows = {layer: len(table.local) for layer, table in tables.items()}
+    rows = {name: len(table.local) for name, table in tables.items()}
     pipeline.close()
     return sum(parameter.numel() for parameter in pipeline.module.parameters()), rows
 
