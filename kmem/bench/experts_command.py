@@ -1,17 +1,23 @@
-"""`kmem bench experts`: a layer of experts against Transformers' own, and what its features cost."""
+"""`kmem bench experts`: a layer of experts against Transformers' own, what its features cost, and its backends."""
 
 import argparse
 import json
 import statistics
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kmem.bench.contest import Contestant, ratios, run_in_turn
 from kmem.bench.machine import processor
 from kmem.bench.training import EXPERT_IMPLEMENTATIONS
-from kmem.config import Config, ConfigError, load_config
+from kmem.config import Config, ConfigError, UserError, load_config
+
+if TYPE_CHECKING:
+    from kmem.bench.expert_backends import BackendTime
+    from kmem.bench.expert_features import Cost
 
 GOAL = 1.5
 """Times as fast as Transformers' fastest implementation, at the shape of bench/train."""
@@ -24,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--features", action="store_true", help="instead, what each feature of the layer costs beside a plain one"
     )
+    parser.add_argument(
+        "--backends",
+        action="store_true",
+        help="instead, the backends of train.expert_backend with groups of rows of several sizes",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of --backends (default: cpu)")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of each side, in turn (default: 15)")
     parser.add_argument("--steps", type=int, default=4, help="passes of a round of the comparison (default: 4)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each side (default: 2)")
@@ -38,17 +50,25 @@ def run(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--{name}: at least 1")
     if config.model.moe is None:
         raise ConfigError("kmem bench experts: needs a model with model.moe")
-    if config.train.precision != "fp32":
-        raise ConfigError("train.precision: kmem bench experts measures in fp32")
-    print(_workload(config, arguments.threads), flush=True)
-    record = {"workload": _workload(config, arguments.threads)}
-    record |= _features(config, arguments) if arguments.features else _compare(config, arguments)
+    if config.train.precision != "fp32" and (arguments.features or not arguments.backends):
+        raise ConfigError("train.precision: kmem bench experts measures in fp32; --backends in bf16, too")
+    if arguments.device != "cpu" and (arguments.features or not arguments.backends):
+        raise ConfigError("--device: of --backends alone; the other measurements are on the CPU")
+    workload = _workload(config, arguments)
+    print(workload, flush=True)
+    record: dict[str, Any] = {"workload": workload}
+    if arguments.features:
+        record |= _features(config, arguments)
+    if arguments.backends:
+        record |= _backends(config, arguments)
+    if not (arguments.features or arguments.backends):
+        record |= _compare(config, arguments)
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 
-def _workload(config: Config, threads: int) -> str:
+def _workload(config: Config, arguments: argparse.Namespace) -> str:
     import torch
     import transformers
 
@@ -57,8 +77,9 @@ def _workload(config: Config, threads: int) -> str:
     return (
         f"layer of experts, forward and backward: hidden {model.hidden_size}, {moe.num_experts} experts of width "
         f"{moe.intermediate_size}, top-{moe.top_k}, batch {config.train.micro_batch_size} x "
-        f"{config.data.sequence_length}, fp32\n"
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {threads} threads, {processor()}"
+        f"{config.data.sequence_length}, {config.train.precision}\n"
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {arguments.threads} threads, "
+        + (torch.cuda.get_device_name() if arguments.device == "cuda" else processor())
     )
 
 
@@ -140,25 +161,50 @@ def _print_comparison(
 
 
 def _features(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
-    import torch
+    from kmem.bench.expert_features import feature_costs, features
 
-    from kmem.bench.expert_features import Cost, feature_costs, features
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(arguments.threads)
-    try:
-        chosen = features(config)
-        costs = feature_costs(
-            config, chosen, arguments.rounds, lambda name: print(f"  {name}", file=sys.stderr, flush=True)
-        )
-    finally:
-        torch.set_num_threads(before)
+    with _threads(arguments.threads):
+        costs = feature_costs(config, features(config), arguments.rounds, _say)
     _print_costs(costs, arguments.rounds)
-    assert all(isinstance(cost, Cost) for cost in costs)
     return {"rounds": arguments.rounds, "costs": [asdict(cost) for cost in costs]}
 
 
-def _print_costs(costs: list[Any], rounds: int) -> None:
+def _backends(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from kmem.bench.expert_backends import backend_problems, backend_times
+    from kmem.model.expert_backends import NAMES
+
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no CUDA device here")
+    problems = backend_problems(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+    names = [name for name in NAMES if name not in problems]
+    with _threads(arguments.threads):
+        times = backend_times(config, names, device, arguments.rounds, on_size=_say)
+    _print_times(times, arguments.rounds)
+    for name, reason in problems.items():
+        print(f"{name} was not measured: {reason}")
+    return {"rounds": arguments.rounds, "backends": [asdict(time) for time in times], "not_measured": problems}
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _say(what: str) -> None:
+    print(f"  {what}", file=sys.stderr, flush=True)
+
+
+def _print_costs(costs: "list[Cost]", rounds: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -184,3 +230,22 @@ def _print_costs(costs: list[Any], rounds: int) -> None:
         column.justify = "right"
     Console(width=max(Console().width, 140)).print(table)
     print("expert calls and active parameters are those of a token; saved: memory held from forward for backward")
+
+
+def _print_times(times: "list[BackendTime]", rounds: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "rows an expert", "groups", "backend", "ms", "GFLOP/s", f"x {times[0].backend}",
+        title=f"experts alone, forward and backward; medians of {rounds} rounds in turn",
+    )  # fmt: skip
+    for time in times:
+        if time.backend == times[0].backend and time is not times[0]:
+            table.add_section()
+        table.add_row(
+            str(time.rows), time.groups, time.backend, f"{time.ms:.3f}", f"{time.gflops:.0f}", f"{time.times:.2f}"
+        )
+    for column in (table.columns[0], *table.columns[3:]):
+        column.justify = "right"
+    Console(width=max(Console().width, 100)).print(table)

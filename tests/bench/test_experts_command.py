@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kmem.bench import experts
+from kmem.bench import expert_backends, experts
 from kmem.bench.expert_features import ExpertHalf, Feature, feature_costs, features, saved_bytes, with_feature
 from kmem.bench.experts import check_equal, forward_backward, layer_input, our_layer, peer_layer
 from kmem.bench.training import EXPERT_IMPLEMENTATIONS
@@ -170,6 +170,40 @@ def test_features_are_printed_and_recorded(tmp_path, capsys, monkeypatch):
     assert "saved MiB" in printed
 
 
+@pytest.mark.parametrize("groups", ["even", "zipf"])
+def test_groups_of_backends_hold_all_rows(groups):
+    counts = expert_backends._counts(5, 5 * 7, groups)
+    assert counts.sum() == 35
+    assert counts.diff().max() <= 0
+
+
+def test_backends_are_printed_and_recorded(tmp_path, capsys, monkeypatch):
+    reasons = {"deepspeed": "it needs a GPU", "liger": "it is not installed"}
+    monkeypatch.setattr(expert_backends, "problem", lambda name, device, dtype: reasons.get(name))
+    record = tmp_path / "backends.json"
+    arguments = ["--backends", "--rounds", "2", "--threads", "1", "--json", str(record)]
+    assert main(["bench", "experts", "--set", *TINY, *arguments]) == 0
+    found = json.loads(record.read_text())
+    assert found["not_measured"] == reasons
+    assert {time["backend"] for time in found["backends"]} == {"grouped_mm", "loop"}
+    assert {time["rows"] for time in found["backends"]} == set(expert_backends.GROUP_SIZES)
+    assert all(time["times"] == 1 for time in found["backends"] if time["backend"] == "grouped_mm")
+    assert "deepspeed was not measured: it needs a GPU" in capsys.readouterr().out
+
+
+def test_a_wrong_backend_is_not_timed(config, monkeypatch):
+    real = expert_backends.find_backend
+
+    def find(name):
+        factor = 1.001 if name == "loop" else 1
+        return lambda *given: real(name)(*given) * factor
+
+    monkeypatch.setattr(expert_backends, "find_backend", find)
+    monkeypatch.setattr(expert_backends, "in_turn", lambda *rest: pytest.fail("was timed"))
+    with pytest.raises(UserError, match="loop differs from grouped_mm"):
+        expert_backends.backend_times(config, ["grouped_mm", "loop"], torch.device("cpu"), 1, sizes=[8])
+
+
 @pytest.mark.parametrize(
     "override", ["score_function=sigmoid", "num_shared_experts=1", "z_loss=0.1", "chain={iterations: 2}"]
 )
@@ -184,6 +218,8 @@ def test_what_cannot_be_measured_is_refused(capsys):
     assert "--rounds" in capsys.readouterr().err
     assert main(["bench", "experts", "--set", "train.precision=bf16"]) == 2
     assert "train.precision" in capsys.readouterr().err
+    assert main(["bench", "experts", "--device", "cuda"]) == 2
+    assert "--device" in capsys.readouterr().err
     dense = ["model.moe=null", "model.intermediate_size=64"]
     assert main(["bench", "experts", "--set", *dense]) == 2
     assert "model.moe" in capsys.readouterr().err

@@ -1,0 +1,118 @@
+"""The backends of `train.expert_backend`, in turn on the same experts and rows."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kmem.bench.expert_features import in_turn
+from kmem.bench.experts import forward_backward
+from kmem.config import Config, UserError
+from kmem.model.expert_backends import NAMES, find_backend, problem
+from kmem.model.experts import Experts
+from kmem.model.init import initialise_
+from kmem.model.shape import Shape
+
+GROUP_SIZES = (8, 32, 128, 512)
+"""Rows of an expert, on average."""
+
+
+@dataclass(frozen=True)
+class BackendTime:
+    """Forward and backward of the experts alone: no router, rows already sorted."""
+
+    backend: str
+    rows: int
+    """Of an expert, on average."""
+    groups: str
+    """even: every expert has as many. zipf: the n-th most visited expert has a share in proportion to 1 / n."""
+    ms: float
+    gflops: float
+    """Thousand million operations of its nine matrix products per second."""
+    times: float
+    """As long as the first backend, median over rounds."""
+
+
+def backend_problems(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Backend -> why it does not run here."""
+    problems = {name: problem(name, device, dtype) for name in NAMES}
+    return {name: reason for name, reason in problems.items() if reason is not None}
+
+
+def backend_times(
+    config: Config,
+    names: Sequence[str],
+    device: torch.device,
+    rounds: int,
+    sizes: Sequence[int] = GROUP_SIZES,
+    on_size: Callable[[str], None] = lambda size: None,
+) -> list[BackendTime]:
+    """The times of these backends; all agree with the first one before any is timed.
+
+    Raises:
+        UserError: a backend's output or a gradient differs; names the backend.
+    """
+    moe = config.model.moe
+    assert moe is not None
+    shape = Shape(config.model.model_dump())
+    experts = Experts(shape)
+    initialise_(experts, shape, config.train.init_seed)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    experts.to(device, dtype)
+    found = []
+    for size in sizes:
+        for groups in ("even", "zipf"):
+            counts = _counts(moe.num_experts, size * moe.num_experts, groups).to(device)
+            generator = torch.Generator().manual_seed(size)
+            shape_NH = (size * moe.num_experts, config.model.hidden_size)
+            rows, gradient = (torch.randn(shape_NH, generator=generator).to(device, dtype) for _ in range(2))
+            leaves = (rows.requires_grad_(), experts.gate_up_proj, experts.down_proj)
+            steps = [_step(name, experts, leaves, counts, gradient) for name in names]
+            _check_equal(names, steps, leaves)
+            seconds = in_turn(steps, rounds)
+            operations = 9 * 2 * len(rows) * config.model.hidden_size * moe.intermediate_size
+            for name, own in zip(names, seconds, strict=True):
+                median = statistics.median(own)
+                times = statistics.median(mine / first for mine, first in zip(own, seconds[0], strict=True))
+                found.append(BackendTime(name, size, groups, 1e3 * median, operations / median / 1e9, times))
+        on_size(f"{size} rows an expert")
+    return found
+
+
+def _step(
+    name: str, experts: Experts, leaves: Sequence[Tensor], counts: Tensor, gradient: Tensor
+) -> Callable[[], Tensor]:
+    backend = find_backend(name)
+
+    def step() -> Tensor:
+        out = forward_backward(
+            lambda rows: backend(rows, experts.gate_up_proj, experts.down_proj, counts), leaves, gradient
+        )
+        if out.is_cuda:
+            torch.cuda.synchronize()
+        return out
+
+    return step
+
+
+def _check_equal(names: Sequence[str], steps: Sequence[Callable[[], Tensor]], leaves: Sequence[Tensor]) -> None:
+    expected: list[Tensor] = []
+    for name, step in zip(names, steps, strict=True):
+        values = [step(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+        expected = expected or values
+        largest = 2e-2 if values[0].dtype == torch.bfloat16 else 1e-5
+        for value, right in zip(values, expected, strict=True):
+            share = float((value - right).abs().max() / right.abs().max())
+            if not share <= largest:  # or is not a number
+                raise UserError(f"{name} differs from {names[0]} by {share:.1e} of the largest value")
+
+
+def _counts(experts: int, rows: int, groups: str) -> Tensor:
+    """int64 [experts] with sum `rows`."""
+    if groups == "even":
+        return torch.full((experts,), rows // experts)
+    shares = 1 / torch.arange(1, experts + 1, dtype=torch.float64)
+    ends = (shares.cumsum(0) / shares.sum() * rows).round().long()
+    return ends.diff(prepend=ends.new_zeros(1))
