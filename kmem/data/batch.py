@@ -22,3 +22,6 @@ class SequenceBatch:
     without `data.document_attention`."""
     document_ids: Tensor
     """Documents of a row, numbered from 0 in each row; all 0 without `data.document_attention`."""
+    addresses: Tensor | None = None
+    """The leaf of the cluster tree that the document or window of each position belongs to; over padding, that of the
+    row's last token. None where the data carries no addresses."""

@@ -1,15 +1,16 @@
-"""`kmem data`: corpora out of packages, and text into prepared folders."""
+"""`kmem data`: corpora out of packages, text into prepared folders, and these into clusters."""
 
 import argparse
 import os
 from pathlib import Path
 
+from kmem.data.cluster import command as cluster_command
 from kmem.data.manifest import Manifest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `kmem data`."""
-    commands = parser.add_subparsers(dest="data_command", required=True, metavar="{corpora,prepare}")
+    commands = parser.add_subparsers(dest="data_command", required=True, metavar="{corpora,prepare,cluster}")
 
     corpora = commands.add_parser(
         "corpora",
@@ -68,11 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     prepare.add_argument("--force", action="store_true", help="replace a folder that is already prepared")
 
+    cluster_command.add_parser(commands)
+
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run `kmem data corpora` or `kmem data prepare`."""
+    """Run a command of `kmem data`."""
     if arguments.data_command == "corpora":
         return _corpora(arguments)
+    if arguments.data_command == "cluster":
+        return cluster_command.run(arguments)
     return _prepare(arguments)
 
 

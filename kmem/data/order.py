@@ -23,6 +23,8 @@ class Epoch:
     """[D + 1] where each place begins in the joined stream, in tokens; the last entry is the stream's length."""
     spans: Indices
     """[S] which span of the stream is read at each position."""
+    ends: Indices | None = None
+    """[S] where what a span may hold ends in the stream, by span; None is the stream's end for all."""
 
 
 class CorpusOrder:
@@ -44,20 +46,22 @@ class CorpusOrder:
     def epoch(self, number: int) -> Epoch:
         """The order of one epoch, built when it is first asked for."""
         if number not in self._kept:
-            documents = self._permutation(number, "documents", len(self._lengths))
-            spans = self._permutation(number, "spans", self.spans_per_epoch)
+            documents = permutation(self._seed, self._digest, number, "documents", len(self._lengths))
+            spans = permutation(self._seed, self._digest, number, "spans", self.spans_per_epoch)
             self._kept[number] = Epoch(documents, offsets_of(self._lengths[documents]), spans)
             if len(self._kept) > 2:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(number)
         return self._kept[number]
 
-    def _permutation(self, epoch: int, what: str, count: int) -> Indices:
-        # Sorting raw Philox words, because NumPy promises that these never change between versions; it makes no such
-        # promise for Generator.permutation, and a resumed run must not depend on NumPy's version.
-        name = f"{self._seed}/{self._digest}/{epoch}/{what}"
-        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "little")
-        return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
+
+def permutation(seed: int, digest: str, epoch: int, what: str, count: int) -> Indices:
+    """A permutation of `count` that is a function of its name alone."""
+    # Sorting raw Philox words, because NumPy promises that these never change between versions; it makes no such
+    # promise for Generator.permutation, and a resumed run must not depend on NumPy's version.
+    name = f"{seed}/{digest}/{epoch}/{what}"
+    key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "little")
+    return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
 
 
 def natural_order(lengths: Indices, sequence_length: int) -> Epoch:

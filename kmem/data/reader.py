@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from kmem.config import DataConfig, UserError
 from kmem.data.batch import IGNORED_LABEL, SequenceBatch
 from kmem.data.blend import Blend
+from kmem.data.cluster_addresses import Addressing, SplitAddresses, read_addresses, tree_record
 from kmem.data.indexed import IndexedTokens
+from kmem.data.leaf_order import LeafOrder
 from kmem.data.manifest import Manifest, read_manifest
 from kmem.data.order import ORDER_VERSION, CorpusOrder, Epoch, natural_order, offsets_of
 from kmem.data.tokenizer import tokenizer_fingerprint
@@ -41,12 +43,12 @@ class PreparedData:
         return loss / math.log(2) / self.bytes_per_token_validation
 
 
-def open_data(config: DataConfig, model_vocab_size: int) -> PreparedData:
-    """Open the prepared corpora of a run.
+def open_data(config: DataConfig, model_vocab_size: int, addressing: Addressing | None = None) -> PreparedData:
+    """Open the prepared corpora of a run; with `addressing`, sequences carry memory addresses.
 
     Raises:
         UserError: a corpus is missing, unfinished, damaged or shorter than a sequence; the corpora do not share one
-            tokenizer; the tokenizer has more tokens than the model.
+            tokenizer; the tokenizer has more tokens than the model; a corpus has no addresses of the tree.
     """
     manifests = [read_manifest(_folder(source.path)) for source in config.sources]
     for source, manifest in zip(config.sources, manifests, strict=True):
@@ -64,13 +66,13 @@ def open_data(config: DataConfig, model_vocab_size: int) -> PreparedData:
         )
     held_out = [manifest.splits["validation"] for manifest in manifests]
     return PreparedData(
-        training=SequenceReader(config, "train"),
-        validation=SequenceReader(config, "validation"),
+        training=SequenceReader(config, "train", addressing),
+        validation=SequenceReader(config, "validation", addressing),
         tokenizer_path=_folder(config.sources[0].path) / "tokenizer",
         tokenizer_fingerprint=tokenizer.fingerprint,
         eos_token_id=tokenizer.eos_token_id,
         bytes_per_token_validation=sum(split.bytes for split in held_out) / sum(split.tokens for split in held_out),
-        fingerprint=_fingerprint(config, manifests),
+        fingerprint=_fingerprint(config, manifests, addressing),
     )
 
 
@@ -83,20 +85,25 @@ class SequenceReader:
 
     split `validation`: samples 0..len-1 in the order in which the documents are stored, source after source. The last
     sequence of a source is padded with EOS tokens that have no labels.
+
+    With `addressing.batching` leaf, a sequence holds documents or windows of one leaf, and the last one of each leaf is
+    padded (kmem.data.leaf_order); held out, leaf follows leaf.
     """
 
-    def __init__(self, config: DataConfig, split: str):
+    def __init__(self, config: DataConfig, split: str, addressing: Addressing | None = None):
         """
         Raises:
-            UserError: a corpus is missing, unfinished or damaged, or its training split is shorter than a sequence.
+            UserError: a corpus is missing, unfinished or damaged, or its training split is shorter than a sequence; it
+                has no addresses of the tree.
         """
         assert split in ("train", "validation")
         self._config = config
         self._sources = []
+        self._addressed = addressing is not None
         for source in config.sources:
             folder = _folder(source.path)
             manifest = read_manifest(folder)
-            self._sources.append(_Source(folder, manifest, split, config))
+            self._sources.append(_Source(folder, manifest, split, config, addressing))
         self._blend = Blend([source.weight for source in config.sources]) if split == "train" else None
         self._ends = offsets_of(np.array([source.spans for source in self._sources]))
 
@@ -108,6 +115,11 @@ class SequenceReader:
     def tokens(self) -> int:
         """Tokens of the split over all sources, EOS included."""
         return sum(int(source.indexed.lengths.sum()) for source in self._sources)
+
+    @property
+    def padding(self) -> int:
+        """Positions without a token in one pass over every source, of len(self) sequences."""
+        return sum(source.padding for source in self._sources)
 
     def spread(self, count: int | None) -> list[int]:
         """At most `count` validation samples, evenly spaced so that every source and its whole length is represented;
@@ -137,6 +149,7 @@ class SequenceReader:
             documents=np.empty((len(numbers), length + 1), dtype=np.int64),
             positions=np.empty((len(numbers), length + 1), dtype=np.int64),
             real=np.empty(len(numbers), dtype=np.int64),
+            addresses=np.empty((len(numbers), length + 1), dtype=np.int64) if self._addressed else None,
         )
         for index in np.unique(source_n):
             source = self._sources[index]
@@ -153,6 +166,8 @@ class SequenceReader:
         labels[np.arange(1, tokens.shape[1]) >= rows.real[:, None]] = IGNORED_LABEL  # the label is padding
         if self._config.document_attention:
             labels[documents[:, 1:] != documents[:, :-1]] = IGNORED_LABEL
+            for row, column, token in rows.continuations:
+                labels[row, column] = token
             document_ids, position_ids = documents[:, :-1].copy(), rows.positions[:, :-1].copy()
         else:
             document_ids = np.zeros_like(labels)
@@ -162,6 +177,7 @@ class SequenceReader:
             labels=torch.from_numpy(labels),
             position_ids=torch.from_numpy(position_ids),
             document_ids=torch.from_numpy(document_ids),
+            addresses=None if rows.addresses is None else torch.from_numpy(rows.addresses[:, :-1].copy()),
         )
 
 
@@ -173,12 +189,15 @@ class _Rows:
     documents: NDArray[np.int64]  # [n, T + 1] numbered from 0 in each row
     positions: NDArray[np.int64]  # [n, T + 1] within the document, from its first token in the row
     real: NDArray[np.int64]  # [n] tokens before the padding
+    addresses: NDArray[np.int64] | None  # [n, T + 1]
+    # (rows, columns, tokens): the token that follows a window in its document, where another one follows in the row.
+    continuations: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = field(default_factory=list)
 
 
 class _Source:
     """One corpus of the blend."""
 
-    def __init__(self, folder: Path, manifest: Manifest, split: str, config: DataConfig):
+    def __init__(self, folder: Path, manifest: Manifest, split: str, config: DataConfig, addressing: Addressing | None):
         self.indexed = IndexedTokens(folder / split)
         record = manifest.splits["train" if split == "train" else "validation"]
         lengths = self.indexed.lengths
@@ -189,8 +208,22 @@ class _Source:
             )
         self._length = config.sequence_length
         self._padding = manifest.tokenizer.eos_token_id
-        self._order: CorpusOrder | None = None
-        if split == "train":
+        # What is joined to a stream: documents, or units of one leaf.
+        self._starts, self._lengths = self.indexed.starts, lengths
+        self._addresses: SplitAddresses | None = None
+        if addressing is not None:
+            self._addresses = read_addresses(folder, manifest, split, self._starts, lengths, addressing.tree)
+        self._by_leaf = addressing is not None and addressing.batching == "leaf"
+        self._order: CorpusOrder | LeafOrder | None = None
+        self.padding = 0
+        if self._by_leaf:
+            assert self._addresses is not None
+            self._starts, self._lengths = self._addresses.units.starts, self._addresses.units.lengths
+            digest = f"{_content_digest(manifest)}/{self._addresses.digest}" if split == "train" else None
+            self._order = LeafOrder(self._lengths, self._addresses.leaves, self._length, config.seed, digest)
+            self.padding = self._order.padding
+            self.spans = self._order.spans_per_epoch
+        elif split == "train":
             self._order = CorpusOrder(lengths, self._length, config.seed, _content_digest(manifest))
             self.spans = self._order.spans_per_epoch
             if self.spans == 0:
@@ -201,35 +234,53 @@ class _Source:
         else:
             self._natural = natural_order(lengths, self._length)
             self.spans = len(self._natural.spans)
+            self.padding = max(self.spans * self._length - record.tokens, 0)
 
     def fill(self, rows: _Rows, here: NDArray[np.int64], number: int, positions: NDArray[np.int64]) -> None:
         """Write the spans at positions of an epoch into the rows `here`."""
         epoch: Epoch = self._natural if self._order is None else self._order.epoch(number)
         width = self._length + 1
-        start_n = epoch.spans[positions] * self._length
-        stop_n = np.minimum(start_n + width, epoch.offsets[-1])
-        # A row is joined from pieces, one per document that it touches.
+        span_n = epoch.spans[positions]
+        start_n = span_n * self._length
+        stop_n = np.minimum(start_n + width, epoch.offsets[-1] if epoch.ends is None else epoch.ends[span_n])
+        # A row is joined from pieces, one per document (or unit) that it touches.
         first_n = np.searchsorted(epoch.offsets, start_n, side="right") - 1
         count_n = np.searchsorted(epoch.offsets, stop_n, side="left") - first_n
         row_p = np.repeat(np.arange(len(here)), count_n)
         nth_p = _within(count_n)
         place_p = first_n[row_p] + nth_p
+        part_p = epoch.documents[place_p]
         begin_p = np.maximum(epoch.offsets[place_p], start_n[row_p])
-        length_p = np.minimum(epoch.offsets[place_p + 1], stop_n[row_p]) - begin_p
-        stored_p = self.indexed.starts[epoch.documents[place_p]] + begin_p - epoch.offsets[place_p]
+        end_p = epoch.offsets[place_p] + self._lengths[part_p]
+        length_p = np.minimum(end_p, stop_n[row_p]) - begin_p
+        stored_p = self._starts[part_p] + begin_p - epoch.offsets[place_p]
 
         within = _within(length_p)
         row = np.repeat(row_p, length_p)
         column = np.repeat(begin_p - start_n[row_p], length_p) + within
         real_n = stop_n - start_n
         tokens = np.full((len(here), width), self._padding, dtype=np.int64)
-        tokens[row, column] = self.indexed.take(np.repeat(stored_p, length_p) + within)
+        stored = np.repeat(stored_p, length_p) + within
+        tokens[row, column] = self.indexed.take(stored)
         documents = np.repeat(count_n, width).reshape(-1, width)  # padding is one more document
         documents[row, column] = np.repeat(nth_p, length_p)
         place = np.arange(width) - real_n[:, None]
         place[row, column] = within
         rows.tokens[here], rows.documents[here], rows.positions[here] = tokens, documents, place
         rows.real[here] = real_n
+        if self._addresses is None or rows.addresses is None:
+            return
+        part = np.repeat(part_p, length_p)
+        unit = part if self._by_leaf else self._addresses.units.of(part, stored)
+        addresses = np.zeros((len(here), width), dtype=np.int64)
+        addresses[row, column] = self._addresses.leaves[unit]
+        last = addresses[np.arange(len(here)), real_n - 1]
+        rows.addresses[here] = np.where(np.arange(width) < real_n[:, None], addresses, last[:, None])
+        if self._by_leaf and self._addresses.continued is not None:
+            at = begin_p + length_p - 1 - start_n[row_p]  # column of the piece's last token
+            reached = (begin_p + length_p == end_p) & (at < self._length) & self._addresses.continued[part_p]
+            following = self.indexed.take(stored_p[reached] + length_p[reached])
+            rows.continuations.append((here[row_p[reached]], at[reached], following))
 
 
 def _within(counts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -255,7 +306,7 @@ def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def _fingerprint(config: DataConfig, manifests: Sequence[Manifest]) -> str:
+def _fingerprint(config: DataConfig, manifests: Sequence[Manifest], addressing: Addressing | None) -> str:
     # Paths are left out: a moved corpus is still the same data.
     tree = {
         "order": ORDER_VERSION,
@@ -268,4 +319,6 @@ def _fingerprint(config: DataConfig, manifests: Sequence[Manifest]) -> str:
         "document_attention": config.document_attention,
         "seed": config.seed,
     }
+    if addressing is not None:  # left out otherwise: data without addresses is the same data as ever
+        tree["addresses"] = [tree_record(addressing.tree)["fingerprint"], addressing.batching]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

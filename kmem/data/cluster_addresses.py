@@ -1,0 +1,188 @@
+"""Memory addresses of a prepared folder: the leaf of a cluster tree that each document, or window, belongs to.
+
+They stand beside the tokens: `train.addresses.npy` and `validation.addresses.npy` (int32, a leaf per unit in document
+order) and `addresses.json`, written last, which says of which tree and which data they are.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kmem.config import UserError
+from kmem.data.manifest import Manifest
+from kmem.data.units import Unit, UnitMap
+from kmem.model.cluster_tree import file_digest, read_tree_record
+
+RECORD_FILE = "addresses.json"
+FORMAT, VERSION = "kmem-addresses", 1
+
+Batching = Literal["packed", "leaf"]
+
+
+@dataclass(frozen=True)
+class Addressing:
+    """Which addresses sequences carry, and how they are put together."""
+
+    tree: Path
+    """Folder of the tree; the prepared folders must have addresses of it."""
+    batching: Batching = "packed"
+    """packed: sequences are those of a run without addresses, and each position has the address of its document or
+    window. leaf: a sequence holds units of one leaf only (kmem.data.leaf_order)."""
+
+
+@dataclass(frozen=True)
+class SplitAddresses:
+    """The addresses of a split."""
+
+    leaves: NDArray[np.int32]
+    """[units] memory-mapped."""
+    units: UnitMap
+    continued: NDArray[np.bool_] | None
+    """[units] whether a unit's document goes on after it; None where units are documents."""
+    digest: str
+    """Identity of the addresses."""
+
+
+def addresses_file(split: str) -> str:
+    """Name of the file with a split's leaves."""
+    return f"{split}.addresses.npy"
+
+
+def data_fingerprint(manifest: Manifest) -> str:
+    """Identity of a prepared folder's tokens and documents, both splits."""
+    content = {name: file.sha256 for name, file in manifest.files.items()}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def tree_record(tree: Path) -> dict[str, Any]:
+    """Contents of a tree's tree.json.
+
+    Raises:
+        UserError: there is no such tree, or it is damaged.
+    """
+    try:
+        return read_tree_record(tree)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def check_bank_levels(tree: Mapping[str, Any], levels: int, field: str) -> None:
+    """A bank has as many levels as the tree that addresses it.
+
+    Args:
+        field: what to name in the message, such as `model.memory_bank.sizes`.
+
+    Raises:
+        UserError: it has more or fewer.
+    """
+    deep = tree["levels"]
+    if levels < deep:
+        raise UserError(
+            f"{field}: {levels} levels, but the tree has {deep}, and its addresses are deeper than the bank; write a "
+            "size of 0 for each level without blocks"
+        )
+    if levels > deep:
+        raise UserError(
+            f"{field}: {levels} levels, but the tree has {deep}; drop the last sizes, or run kmem data cluster with "
+            f"--levels {levels}"
+        )
+
+
+def write_addresses(
+    folder: Path, manifest: Manifest, tree: Mapping[str, Any], leaves: Mapping[str, NDArray[np.int32]]
+) -> None:
+    """Store the addresses of both splits beside a prepared folder's tokens; an old set is replaced.
+
+    A process killed in between leaves a folder without addresses.
+    """
+    (folder / RECORD_FILE).unlink(missing_ok=True)
+    splits = {}
+    for split, values in leaves.items():
+        path = folder / addresses_file(split)
+        assert values.dtype == np.int32
+        building = path.with_suffix(".building")
+        with open(building, "wb") as file:
+            np.save(file, values, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(building, path)
+        splits[split] = {"units": len(values), "sha256": file_digest(path)}
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "tree": tree["fingerprint"],
+        "data": data_fingerprint(manifest),
+        "unit": tree["unit"],
+        "children": tree["children"],
+        "levels": tree["levels"],
+        "splits": splits,
+    }
+    building = folder / (RECORD_FILE + ".building")
+    building.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(building, folder / RECORD_FILE)
+
+
+def stored_tree(folder: Path) -> str | None:
+    """Fingerprint of the tree whose addresses a prepared folder holds; None where it holds none that can be read."""
+    try:
+        return str(json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["tree"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_addresses(
+    folder: Path, manifest: Manifest, split: str, starts: NDArray[np.int64], lengths: NDArray[np.int64], tree: Path
+) -> SplitAddresses:
+    """The addresses of a split.
+
+    Args:
+        starts, lengths: [documents] of the split, from its indexed dataset.
+        tree: folder of the tree that the addresses must be of.
+
+    Raises:
+        UserError: no addresses, damaged ones, or those of another tree or of other data.
+    """
+    record, remedy = tree_record(tree), f"run kmem data cluster --data {folder} --tree {tree}"
+    path = folder / RECORD_FILE
+    if not path.is_file():
+        raise UserError(f"{path}: missing, so the documents have no memory addresses; {remedy}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        known = (found["format"], found["version"]) == (FORMAT, VERSION)
+        of_tree, of_data, described = found["tree"], found["data"], found["splits"][split]
+        expected, digest = int(described["units"]), str(described["sha256"])
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise UserError(f"{path}: damaged, or not of format {FORMAT} {VERSION}; {remedy} --force")
+    if of_tree != record["fingerprint"]:
+        raise UserError(
+            f"{path}: addresses of another tree ({of_tree[:12]}) than {tree} ({record['fingerprint'][:12]}); name that "
+            f"one, or {remedy} --force"
+        )
+    if of_data != data_fingerprint(manifest):
+        raise UserError(f"{path}: addresses of other data than the folder holds; {remedy} --force")
+    unit = Unit.parse(record["unit"])
+    units = UnitMap(starts, lengths, unit)
+    file = folder / addresses_file(split)
+    try:
+        leaves = np.load(file, mmap_mode="r", allow_pickle=False)
+        fits = leaves.dtype == np.int32 and leaves.shape == (len(units),) == (expected,)
+    except (OSError, ValueError, EOFError):
+        fits = False
+    if not fits or (len(leaves) and not 0 <= int(leaves.min()) <= int(leaves.max()) < leaf_count(record)):
+        raise UserError(f"{file}: missing, damaged, or not a leaf for each of {len(units):,} units; {remedy} --force")
+    continued = None if unit.window is None else units.continued()
+    return SplitAddresses(leaves, units, continued, f"{record['fingerprint']}/{digest}")
+
+
+def leaf_count(tree: Mapping[str, Any]) -> int:
+    """k^p."""
+    return int(tree["children"] ** tree["levels"])

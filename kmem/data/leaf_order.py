@@ -1,0 +1,64 @@
+"""The order of a corpus in sequences of one leaf each: units are permuted, joined within their leaf, cut, and the
+sequences of all leaves permuted (hierarchical memories, arXiv 2510.02375, section 4: data format)."""
+
+from collections import OrderedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kmem.data.order import Epoch, Indices, offsets_of, permutation
+
+
+class LeafOrder:
+    """Epochs of one corpus whose units have leaves: a pure function of (seed, digest, epoch).
+
+    A leaf of L tokens makes ceil(L / sequence_length) sequences, the last of them padded. So each epoch reads every
+    token exactly once, and has the same number of sequences; which tokens share a sequence changes. The two epochs used
+    last are kept.
+    """
+
+    def __init__(
+        self, lengths: Indices, leaves: NDArray[np.int32], sequence_length: int, seed: int, digest: str | None
+    ):
+        """
+        Args:
+            lengths: [units] tokens of each.
+            leaves: [units] the leaf of each.
+            digest: identifies the content and its addresses; None keeps units and sequences as they are stored, leaf
+                after leaf, in every epoch.
+        """
+        self._lengths, self._leaves = lengths, np.asarray(leaves)
+        self._seed, self._digest = seed, digest
+        self._tokens_F = np.bincount(self._leaves, weights=lengths).astype(np.int64)  # exact below 2^53
+        self._spans_F = -(-self._tokens_F // sequence_length)
+        self._begins_F = offsets_of(self._spans_F) * sequence_length
+        self.spans_per_epoch = int(self._spans_F.sum())
+        self.padding = self.spans_per_epoch * sequence_length - int(self._tokens_F.sum())
+        """Positions of an epoch that hold no token."""
+        ends = self._begins_F[:-1] + self._tokens_F
+        self._ends = np.repeat(ends, self._spans_F)
+        self._kept: OrderedDict[int, Epoch] = OrderedDict()
+
+    def epoch(self, number: int) -> Epoch:
+        """The order of one epoch, built when it is first asked for; its `documents` are units."""
+        if number not in self._kept:
+            self._kept[number] = self._build(number)
+            if len(self._kept) > 2:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(number)
+        return self._kept[number]
+
+    def _build(self, number: int) -> Epoch:
+        if self._digest is None:
+            units = np.argsort(self._leaves, kind="stable")
+            spans = np.arange(self.spans_per_epoch)
+        else:
+            shuffled = permutation(self._seed, self._digest, number, "units", len(self._lengths))
+            units = shuffled[np.argsort(self._leaves[shuffled], kind="stable")]
+            spans = permutation(self._seed, self._digest, number, "sequences", self.spans_per_epoch)
+        # Units of a leaf follow one another; the next leaf begins with a sequence of its own.
+        joined = offsets_of(self._lengths[units])
+        leaf_start = offsets_of(self._tokens_F)[:-1]
+        leaves = self._leaves[units]
+        offsets = np.append(joined[:-1] - leaf_start[leaves] + self._begins_F[leaves], self._begins_F[-1])
+        return Epoch(units, offsets, spans, self._ends)

@@ -1,0 +1,84 @@
+"""What has a memory address of its own: a document, or a window of one."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kmem.config import UserError
+from kmem.data.order import offsets_of
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The rule that cuts documents into units."""
+
+    window: int | None = None
+    """Tokens of a window; None where a unit is a whole document."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Unit":
+        """`document`, or `window:N`.
+
+        Raises:
+            UserError: neither.
+        """
+        kind, _, number = text.partition(":")
+        if text == "document":
+            return cls()
+        if kind == "window" and number.isascii() and number.isdigit() and int(number) > 0:
+            return cls(int(number))
+        raise UserError(f"--unit {text}: write document, or window:N for windows of N tokens inside documents")
+
+    def __str__(self) -> str:
+        return "document" if self.window is None else f"window:{self.window}"
+
+
+class UnitMap:
+    """The units of a split, numbered in document order.
+
+    Windows do not overlap. What is left of a document after its last whole window is a window of its own from half a
+    window's length on, and belongs to the window before it otherwise: a window has N/2 to 3N/2 tokens, unless its
+    document is shorter.
+    """
+
+    def __init__(self, starts: Indices, lengths: Indices, unit: Unit):
+        """starts, lengths: [documents] place of each document in the stream and its tokens, EOS included."""
+        self._unit = unit
+        self._document_starts = starts
+        if unit.window is None:
+            counts = np.ones(len(lengths), dtype=np.int64)
+        else:
+            counts = np.maximum((lengths + unit.window // 2) // unit.window, 1)
+        self.first: Indices = offsets_of(counts)
+        """[documents + 1] the first unit of each document."""
+        if unit.window is None:
+            self.documents, self.starts, self.lengths = np.arange(len(lengths)), starts, lengths
+            return
+        self.documents = np.repeat(np.arange(len(lengths)), counts)
+        nth = np.arange(len(self.documents)) - self.first[self.documents]
+        self.starts = starts[self.documents] + nth * unit.window
+        """[units] where each unit begins in the stream."""
+        ends = np.where(
+            nth + 1 == counts[self.documents], (starts + lengths)[self.documents], self.starts + unit.window
+        )
+        self.lengths = ends - self.starts
+        """[units] tokens of each unit."""
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def of(self, documents: Indices, places: Indices) -> Indices:
+        """The units of places in the stream, whose documents are given."""
+        if self._unit.window is None:
+            return documents
+        nth = (places - self._document_starts[documents]) // self._unit.window
+        return np.minimum(self.first[documents] + nth, self.first[documents + 1] - 1)
+
+    def continued(self) -> NDArray[np.bool_]:
+        """[units] whether the document goes on after the unit."""
+        ends = np.zeros(len(self), dtype=bool)
+        ends[self.first[1:] - 1] = True
+        return ~ends

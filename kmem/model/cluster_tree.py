@@ -1,0 +1,235 @@
+"""The cluster of a context: greedy descent of a tree of centroids (hierarchical memories, arXiv 2510.02375, section 3).
+
+A tree has k children per node and p levels. Clusters of level l (1..p) are numbered 0..k^l - 1 in descent order, so the
+children of cluster n are the clusters n*k .. n*k + k-1 of the next level, and a leaf's cluster on level l is
+leaf // k^(p-l). A path names a cluster by the children taken from the root: (3, 7) is cluster 3*k + 7 of level 2.
+
+Shape letters: N contexts, K children of a node, D embedding dimension.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TREE_FILE, CENTROIDS_FILE, EMBEDDER_FOLDER = "tree.json", "tree.safetensors", "embedder"
+TREE_FORMAT, TREE_VERSION = "kmem-cluster-tree", 1
+
+ClusterPath = tuple[int, ...]
+
+_DISTANCES_AT_ONCE = 1 << 21
+"""Differences that are held at once, in float64: 16 MB, which stays in a CPU's caches."""
+
+
+@dataclass(frozen=True)
+class ClusterTree:
+    """Centroids of every level, and what tree.json says of them."""
+
+    centroids: tuple[Tensor, ...]
+    """Level l (from 1) at l - 1: float32 [k^l, D]."""
+    record: Mapping[str, Any]
+    """Contents of tree.json."""
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "ClusterTree":
+        """The tree of a folder written by `kmem data cluster`.
+
+        Raises:
+            ValueError: missing, unfinished, damaged, or of another format; names the file and the remedy.
+        """
+        from safetensors.torch import load_file  # every environment with Transformers has it
+
+        folder = Path(folder)
+        record = read_tree_record(folder)
+        path = folder / CENTROIDS_FILE
+        if not path.is_file() or file_digest(path) != record["files"][CENTROIDS_FILE]:
+            raise ValueError(f"{path}: missing, or not the file that {TREE_FILE} describes; copy the tree again")
+        tensors = load_file(str(path))
+        k, levels, dim = record["children"], record["levels"], record["embedder"]["dim"]
+        centroids = tuple(tensors[f"level{level}"] for level in range(1, levels + 1))
+        for level, rows in enumerate(centroids, 1):
+            if rows.shape != (k**level, dim) or rows.dtype != torch.float32:
+                raise ValueError(f"{path}: level{level} is not float32 [{k**level}, {dim}] as {TREE_FILE} says")
+        return cls(centroids, record)
+
+    @property
+    def children(self) -> int:
+        """Children of each node, k."""
+        return int(self.record["children"])
+
+    @property
+    def levels(self) -> int:
+        """Levels below the root, p."""
+        return int(self.record["levels"])
+
+    @property
+    def leaves(self) -> int:
+        """k^p."""
+        return self.children**self.levels
+
+    @property
+    def dim(self) -> int:
+        """Dimension of the embeddings, D."""
+        return self.centroids[0].shape[1]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the tree, its embedder included: equal fingerprints give equal addresses."""
+        return str(self.record["fingerprint"])
+
+    def descend(self, embeddings_ND: Tensor, blocked: Iterable[ClusterPath] = ()) -> Tensor:
+        """The leaf of each context: int64 [N], on the device of the embeddings.
+
+        At each level the nearest child by L2 distance is taken, of equally near ones the lowest. Embeddings and
+        centroids are float32; distances are summed in float64, one context at a time, so that neither the other
+        contexts of the call nor the device decides between near neighbours.
+
+        Args:
+            embeddings_ND: float32, N may be 0.
+            blocked: paths of clusters that may not be entered; where the nearest is blocked, or all that is below it,
+                the next nearest is taken.
+
+        Raises:
+            ValueError: another dimension, or everything is blocked.
+        """
+        if embeddings_ND.dtype != torch.float32 or embeddings_ND.dim() != 2 or embeddings_ND.shape[1] != self.dim:
+            raise ValueError(
+                f"embeddings are {embeddings_ND.dtype} {list(embeddings_ND.shape)}, the tree descends float32 "
+                f"[N, {self.dim}]: use the embedder of the tree"
+            )
+        barred = self._barred(blocked)
+        node_N = torch.zeros(len(embeddings_ND), dtype=torch.int64, device=embeddings_ND.device)
+        for level, centroids in enumerate(self.centroids):
+            node_N = nearest_children(
+                embeddings_ND, node_N, centroids, self.children, None if barred is None else barred[level]
+            )
+        return node_N
+
+    def level_ids(self, leaves: Tensor, level: int) -> Tensor:
+        """Clusters of a level (1..p) that leaves belong to; int64 of the same shape."""
+        return level_ids(leaves, level, self.children, self.levels)
+
+    def cluster(self, path: ClusterPath) -> tuple[int, int]:
+        """Level and number of the cluster that a path names.
+
+        Raises:
+            ValueError: the path is empty, longer than the tree is deep, or names a child that is not there.
+        """
+        if not 1 <= len(path) <= self.levels:
+            raise ValueError(f"cluster {format_path(path)}: a path of this tree has 1 to {self.levels} parts")
+        number = 0
+        for child in path:
+            if not 0 <= child < self.children:
+                raise ValueError(f"cluster {format_path(path)}: children are numbered 0 to {self.children - 1}")
+            number = number * self.children + child
+        return len(path), number
+
+    def path(self, level: int, number: int) -> ClusterPath:
+        """The path of a cluster, the reverse of `cluster`."""
+        return tuple(number // self.children ** (level - 1 - part) % self.children for part in range(level))
+
+    def _barred(self, blocked: Iterable[ClusterPath]) -> list[Tensor] | None:
+        """For each level, bool [k^l]: clusters that are blocked, or have nothing below them that is not."""
+        clusters = [self.cluster(tuple(path)) for path in blocked]
+        if not clusters:
+            return None
+        barred = [torch.zeros(self.children**level, dtype=torch.bool) for level in range(1, self.levels + 1)]
+        for level, number in clusters:
+            barred[level - 1][number] = True
+        for upper, lower in zip(reversed(barred[:-1]), reversed(barred[1:]), strict=True):
+            upper |= lower.view(-1, self.children).all(dim=1)
+        if bool(barred[0].all()):
+            raise ValueError("every cluster of the tree is blocked; leave one open")
+        return barred
+
+
+def nearest_children(
+    embeddings_ND: Tensor, node_N: Tensor, centroids: Tensor, children: int, barred: Tensor | None = None
+) -> Tensor:
+    """One step of the descent: the nearest child of each context's node; int64 [N], numbered on the children's level.
+
+    Args:
+        embeddings_ND: float32.
+        node_N: int64, a cluster of the level above, 0 for the root.
+        centroids: float32 [nodes * children, D].
+        barred: bool [nodes * children], children that may not be taken; one at least of each node in use is open.
+    """
+    dim = centroids.shape[1]
+    centroids_nKD = centroids.to(embeddings_ND.device).view(-1, children, dim)
+    open_nK = None if barred is None else barred.to(embeddings_ND.device).view(-1, children)
+    found = torch.empty_like(node_N)
+    step = max(_DISTANCES_AT_ONCE // (children * dim), 1)
+    for start in range(0, len(node_N), step):
+        here = slice(start, start + step)
+        node = node_N[here]
+        apart = centroids_nKD[node].double().sub_(embeddings_ND[here, None].double())
+        distance = apart.square_().sum(dim=-1)
+        if open_nK is not None:
+            distance.masked_fill_(open_nK[node], torch.inf)
+        # torch.argmin gives the first of several minima.
+        found[here] = node * children + distance.argmin(dim=-1)
+    return found
+
+
+def level_ids(leaves: Tensor, level: int, children: int, levels: int) -> Tensor:
+    """Clusters of a level (1..levels) that leaves belong to: leaf // k^(p - l)."""
+    assert 1 <= level <= levels, f"level {level} of a tree of {levels}"
+    return leaves.div(children ** (levels - level), rounding_mode="floor")
+
+
+def parse_path(text: str) -> ClusterPath:
+    """A path written as `3` or `3.7`.
+
+    Raises:
+        ValueError: not numbers joined by points.
+    """
+    parts = text.strip().split(".")
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise ValueError(f"cluster {text!r}: write a path as numbers from the root down, such as 3 or 3.7")
+    return tuple(int(part) for part in parts)
+
+
+def format_path(path: Sequence[int]) -> str:
+    """A path as `parse_path` reads it."""
+    return ".".join(str(part) for part in path)
+
+
+def read_tree_record(folder: str | Path) -> dict[str, Any]:
+    """Contents of a tree's tree.json, whose fingerprint has been verified.
+
+    Raises:
+        ValueError: missing, unfinished, damaged, or of another format; names the file and the remedy.
+    """
+    path = Path(folder) / TREE_FILE
+    if not path.is_file():
+        raise ValueError(f"{path}: missing, so {folder} holds no finished tree; write one with: kmem data cluster")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version = record["version"] if record["format"] == TREE_FORMAT else None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: not the description of a cluster tree; run kmem data cluster anew") from None
+    if version != TREE_VERSION:
+        raise ValueError(
+            f"{path}: format version {version}, this kmem reads {TREE_VERSION}; run kmem data cluster anew or use the "
+            f"kmem that wrote it ({record.get('kmem_version', 'unknown')})"
+        )
+    if record.get("fingerprint") != record_fingerprint(record):
+        raise ValueError(f"{path}: changed since it was written; copy the tree again or run kmem data cluster anew")
+    return dict(record)
+
+
+def record_fingerprint(record: Mapping[str, Any]) -> str:
+    """Digest of a tree.json, which holds the digests of the tree's other files."""
+    rest = {name: value for name, value in record.items() if name != "fingerprint"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,71 @@
+"""Texts of different subjects, and addresses made without clustering."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from kmem.data.cluster_addresses import write_addresses
+from kmem.data.indexed import IndexedTokens
+from kmem.data.manifest import read_manifest
+from kmem.data.units import Unit, UnitMap
+from kmem.data.word_problems import word_problem
+from kmem.model.cluster_tree import CENTROIDS_FILE, TREE_FILE, file_digest, record_fingerprint
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def prose(count: int) -> list[str]:
+    """Paragraphs of the documentation."""
+    files = sorted((REPOSITORY / "docs").glob("*.md"))
+    paragraphs = [part.strip() for file in files for part in file.read_text(encoding="utf-8").split("\n\n")]
+    return sorted({part for part in paragraphs if len(part) > 200 and part[0].isalpha()})[:count]
+
+
+def code(count: int) -> list[str]:
+    """Functions of kmem."""
+    files = sorted((REPOSITORY / "kmem").rglob("*.py"))
+    functions = [part for file in files for part in file.read_text(encoding="utf-8").split("\ndef ")[1:]]
+    return sorted({part for part in functions if len(part) > 200})[:count]
+
+
+def problems(count: int) -> list[str]:
+    return [word_problem(number) for number in range(count)]
+
+
+def write_tree(folder: Path, children: int, levels: int, unit: str = "document") -> Path:
+    """A tree good enough for readers: right in form, its centroids all zero."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"level{level}": torch.zeros(children**level, 2) for level in range(1, levels + 1)}
+    save_file(tensors, str(folder / CENTROIDS_FILE))
+    record = {
+        "format": "kmem-cluster-tree",
+        "version": 1,
+        "children": children,
+        "levels": levels,
+        "unit": unit,
+        "embedder": {"name": "tfidf", "dim": 2},
+        "files": {CENTROIDS_FILE: file_digest(folder / CENTROIDS_FILE)},
+    }
+    record["fingerprint"] = record_fingerprint(record)
+    (folder / TREE_FILE).write_text(json.dumps(record))
+    return folder
+
+
+def give_addresses(folder: Path, tree: Path) -> None:
+    """A leaf for each unit of a prepared folder, from the digest of its number."""
+    record = json.loads((tree / TREE_FILE).read_text())
+    leaves = {}
+    for split in ("train", "validation"):
+        units = units_of(folder, split, record["unit"])
+        digests = [hashlib.sha256(f"{split}{number}".encode()).digest()[0] for number in range(len(units))]
+        leaves[split] = (np.array(digests) % record["children"] ** record["levels"]).astype(np.int32)
+    write_addresses(folder, read_manifest(folder), record, leaves)
+
+
+def units_of(folder: Path, split: str, unit: str) -> UnitMap:
+    indexed = IndexedTokens(folder / split)
+    return UnitMap(indexed.starts, indexed.lengths, Unit.parse(unit))
