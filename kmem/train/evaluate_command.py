@@ -1,10 +1,11 @@
-"""`kmem eval`: held-out loss of a checkpoint, in one process."""
+"""`kmem eval`: held-out loss of a checkpoint, or how it answers questions, in one process."""
 
 import argparse
 import json
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,12 +16,14 @@ from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import ConfigError, DataConfig, Source
 from kmem.data.progress import Progress
 from kmem.data.reader import PreparedData, open_data
+from kmem.data.tokenizer import load_tokenizer
 from kmem.model.decoder import Decoder
 from kmem.model.engram_memory import EngramMemory, RowSource, table_name
 from kmem.model.mask import document_mask
 from kmem.model.ngram_addresses import NgramAddressing
 from kmem.model.shape import Shape
 from kmem.parallel.mesh import local_device
+from kmem.train.questions import answer, read_questions
 
 MEMORY = ("on", "off", "shuffled", "single-row")
 """What a model's n-gram memory gives it; all but `on` are controls: does memory act as memory?"""
@@ -39,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="n-gram memory on (default); off: layers go without; shuffled: every n-gram reads another one's row; "
         "single-row: all read the first row of a head",
     )  # fmt: skip
+    parser.add_argument(
+        "--questions", type=Path, metavar="FILE",
+        help="instead of the held-out loss: how often the model continues a prompt by the answer, by how often its "
+        "text said so (JSON lines, as `kmem data corpora gazetteer` writes them)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -50,6 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
     trained_on = reader.config.data
     if arguments.memory != "on" and reader.config.model.engram is None:
         raise ConfigError(f"--memory {arguments.memory}: the model has no n-gram memory (model.engram)")
+    if arguments.questions is not None:
+        if arguments.data or arguments.sequences:
+            raise ConfigError("--questions: goes without --data and --sequences, which are for the held-out loss")
+        return _ask(reader, arguments)
     folders = arguments.data or [source.path for source in trained_on.sources]
     figures = held_out_figures(reader, folders, arguments.memory, arguments.sequences, arguments.batch)
     control = {} if reader.config.model.engram is None else {"memory": arguments.memory}
@@ -57,6 +69,29 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({"checkpoint": str(reader.folder), "step": reader.step, **control, "held_out": figures}))
     else:
         _print_table(reader, figures, f", memory {arguments.memory}" if control else "")
+    return 0
+
+
+def _ask(reader: CheckpointReader, arguments: argparse.Namespace) -> int:
+    """Print how the model answers a file of questions."""
+    questions = read_questions(arguments.questions, load_tokenizer(reader.tokenizer_path))
+    model, memory = _load(reader, arguments.memory)
+    device = local_device()
+
+    def forward(ids: Tensor) -> Tensor:
+        positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
+        found = None if memory is None else memory.read(ids, torch.zeros_like(ids))
+        return model.logits(model(ids, positions, memory=found))
+
+    answers = answer(questions, forward, arguments.batch, device)
+    control = {} if reader.config.model.engram is None else {"memory": arguments.memory}
+    if arguments.json:
+        tree = {"checkpoint": str(reader.folder), "step": reader.step, **control}
+        print(json.dumps({**tree, "questions": [asdict(group) for group in answers]}))
+        return 0
+    title = f"{arguments.questions.name}, {reader.folder}" + (f", memory {arguments.memory}" if control else "")
+    rows = [(group.group, f"{group.questions:,}", f"{group.right:.1%}", f"{group.bits:.2f}") for group in answers]
+    _print(title, ("exposures", "questions", "right", "bits per answer"), rows)
     return 0
 
 
@@ -153,18 +188,26 @@ def _mean_loss(
 
 
 def _print_table(reader: CheckpointReader, figures: dict[str, dict[str, float]], control: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("data", "bits per byte", "loss", "perplexity", "tokens", title=f"held out, {reader.folder}{control}")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for folder, row in figures.items():
-        table.add_row(
+    rows = [
+        (
             folder,
             f"{row['bits_per_byte']:.4f}",
             f"{row['loss']:.4f}",
             f"{row['perplexity']:.2f}",
             f"{row['tokens']:,}",
         )
+        for folder, row in figures.items()
+    ]
+    _print(f"held out, {reader.folder}{control}", ("data", "bits per byte", "loss", "perplexity", "tokens"), rows)
+
+
+def _print(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)

@@ -1,0 +1,130 @@
+"""Questions with one right answer: how often a model's most likely continuation is it, by how often its text said so.
+
+A file of questions holds JSON lines with `prompt`, `answer` and, for the grouping, `exposures`: how many documents of
+the training text tell the answer. `kmem data corpora` writes them beside corpora that have some.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kmem.config import UserError
+from kmem.data.progress import Progress
+
+BOUNDS = (1, 2, 4, 16, 64)
+"""Smallest exposures of each group."""
+Forward = Callable[[Tensor], Tensor]
+"""Token ids int64 [B, T], padded on the right -> logits [B, T, V]."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Token ids; the model is asked to continue the prompt by the answer."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    exposures: int | None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How a group of questions was answered."""
+
+    group: str
+    """Exposures, as in 4-15; `all` for the sum of groups."""
+    questions: int
+    right: float
+    """Share whose greedy continuation is the answer."""
+    bits: float
+    """Mean of -log2 P(answer | prompt)."""
+
+
+def read_questions(path: Path, tokenizer: Any) -> list[Question]:
+    """The questions of a file, in its order.
+
+    Args:
+        tokenizer: from Transformers.
+
+    Raises:
+        UserError: names the line that is not a question, or whose answer begins within a token of its prompt.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--questions {path}: cannot be read ({error})") from None
+    questions = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            prompt, answer, exposures = record["prompt"], record["answer"], record.get("exposures")
+            sound = all(isinstance(text, str) and text for text in (prompt, answer))
+            sound = sound and (exposures is None or (isinstance(exposures, int) and exposures >= 0))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            raise UserError(
+                f"--questions {path}, line {number}: needs a JSON object with the texts `prompt` and `answer`, and "
+                "perhaps the number `exposures`"
+            )
+        before, both = (tokenizer.encode(text, add_special_tokens=False) for text in (prompt, prompt + answer))
+        if both[: len(before)] != before or len(both) == len(before):
+            raise UserError(
+                f"--questions {path}, line {number}: the answer begins within a token of the prompt; let the answer "
+                "begin with the blank that parts them"
+            )
+        questions.append(Question(tuple(before), tuple(both[len(before) :]), exposures))
+    if not questions:
+        raise UserError(f"--questions {path}: holds no questions")
+    return questions
+
+
+@torch.no_grad()
+def answer(questions: Sequence[Question], forward: Forward, batch: int, device: torch.device) -> list[Answers]:
+    """How the questions are answered, by exposures and over all of them, in order of rising exposures."""
+    scores: dict[str, list[tuple[bool, float]]] = {}
+    longest_last = sorted(questions, key=lambda question: len(question.prompt) + len(question.answer))
+    with Progress("answering questions", len(questions)) as progress:
+        for start in range(0, len(questions), batch):
+            asked = longest_last[start : start + batch]
+            texts = [[*question.prompt, *question.answer] for question in asked]
+            width = max(map(len, texts))
+            ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
+            logits = forward(ids)
+            for question, row in zip(asked, logits, strict=True):
+                first, size = len(question.prompt) - 1, len(question.answer)
+                said = row[first : first + size].float().log_softmax(-1)
+                wanted = torch.tensor(question.answer, device=device)
+                right = bool((said.argmax(-1) == wanted).all())
+                bits = -float(said.gather(1, wanted[:, None]).sum()) / math.log(2)
+                scores.setdefault(_group(question.exposures), []).append((right, bits))
+            progress.advance(len(asked))
+    groups = sorted(scores, key=lambda group: int(group.split("-")[0].rstrip("+")) if group != "unknown" else -1)
+    found = [_answers(group, scores[group]) for group in groups]
+    return [*found, _answers("all", [score for group in groups for score in scores[group]])]
+
+
+def _group(exposures: int | None) -> str:
+    if exposures is None:
+        return "unknown"
+    if exposures < BOUNDS[0]:
+        return str(exposures)
+    place = max(place for place, bound in enumerate(BOUNDS) if bound <= exposures)
+    if place + 1 == len(BOUNDS):
+        return f"{BOUNDS[place]}+"
+    last = BOUNDS[place + 1] - 1
+    return str(last) if last == BOUNDS[place] else f"{BOUNDS[place]}-{last}"
+
+
+def _answers(group: str, scores: list[tuple[bool, float]]) -> Answers:
+    return Answers(
+        group,
+        len(scores),
+        sum(right for right, _ in scores) / len(scores),
+        sum(bits for _, bits in scores) / len(scores),
+    )
