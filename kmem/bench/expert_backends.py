@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kmem.bench.expert_features import in_turn
-from kmem.bench.experts import forward_backward
+from kmem.bench.experts import forward_backward, settle_allocator
 from kmem.config import Config, UserError
 from kmem.model.expert_backends import NAMES, find_backend, problem
 from kmem.model.experts import Experts
@@ -56,6 +56,7 @@ def backend_times(
     """
     moe = config.model.moe
     assert moe is not None
+    settle_allocator()
     shape = Shape(config.model.model_dump())
     experts = Experts(shape)
     initialise_(experts, shape, config.train.init_seed)

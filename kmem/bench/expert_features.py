@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kmem.bench.compare import measure
-from kmem.bench.experts import forward_backward
+from kmem.bench.experts import forward_backward, settle_allocator
 from kmem.config import Config, ConfigError, parse_config
 from kmem.model.chain_of_experts import ChainOfExperts
 from kmem.model.decoder import build_connection, build_feed_forward
@@ -157,6 +157,7 @@ def feature_costs(
     config: Config, chosen: Sequence[Feature], rounds: int, on_feature: Callable[[str], None] = lambda name: None
 ) -> list[Cost]:
     """The cost of each, the first being what the others are compared with."""
+    settle_allocator()
     plain_step, _ = _prepared(config, chosen[0])
     costs = []
     for feature in chosen:

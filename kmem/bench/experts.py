@@ -88,6 +88,16 @@ def forward_backward(module: Callable[[Tensor], Tensor], leaves: Sequence[Tensor
     return out.detach()
 
 
+def settle_allocator() -> None:
+    """Bring glibc's allocator into the state of a training process, whose largest buffers are longer than a layer's.
+
+    It returns freed memory to the system until a longer block has been freed once. A layer alone frees none, and would
+    spend a tenth of its time on touching the same memory for the first time in every pass.
+    """
+    longest = torch.ones(31 << 20, dtype=torch.uint8)  # past 32 MiB it learns nothing
+    del longest
+
+
 def check_equal(config: Config, peers: dict[str, Layer]) -> dict[str, float]:
     """Largest difference of each peer's output and gradients to kmem's, as a share of the largest value.
 
@@ -112,6 +122,7 @@ def check_equal(config: Config, peers: dict[str, Layer]) -> dict[str, float]:
 
 def layer_runner(tree: dict[str, Any], implementation: str | None) -> Runner:
     """Forward and backward of kmem's layer, or of the block with an implementation of Transformers."""
+    settle_allocator()
     config = parse_config(tree)
     layer = our_layer(config) if implementation is None else peer_layer(config, implementation)
     hidden, gradient = layer_input(config)
