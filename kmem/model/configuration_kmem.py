@@ -23,6 +23,8 @@ class KmemConfig(PretrainedConfig):
     Args:
         engram_addressing: for a model with n-gram memory, which n-gram reads which row: `NgramAddressing.to_manifest`.
         engram_parts: layer, as text -> rows of each of the tensors that hold its table, in their order. Default: one.
+        bank_parts: for a model with a memory bank, level, as text -> rows of each tensor of its table. Default: one.
+        bank_tree: fingerprint of the cluster tree that the bank was trained with, which lies in the folder `tree`.
 
     Raises:
         ValueError: config.json gives one of those names another value than `model` does.
@@ -37,6 +39,8 @@ class KmemConfig(PretrainedConfig):
         use_cache: bool = True,
         engram_addressing: dict[str, Any] | None = None,
         engram_parts: dict[str, list[int]] | None = None,
+        bank_parts: dict[str, list[int]] | None = None,
+        bank_tree: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.model = model or {}
@@ -44,6 +48,9 @@ class KmemConfig(PretrainedConfig):
         if engram_addressing is not None:
             self.engram_addressing = engram_addressing
             self.engram_parts = engram_parts or {}
+        if self.model.get("memory_bank") is not None:
+            self.bank_parts = bank_parts or {}
+            self.bank_tree = bank_tree
         for name in DERIVED:
             if name in kwargs:
                 given, value = kwargs.pop(name), getattr(self, name)

@@ -1,7 +1,7 @@
 """The n-gram memory of a Hugging Face folder: what its config.json says of the tables, and where their rows lie."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class MemoryDescription:
         Raises:
             ValueError: names the file or tensor that is missing or damaged.
         """
-        places = self._places(find)
+        places = weight_files(self.tensors(), find)
 
         def ranges(layer: int) -> Iterator[tuple[str, str, int]]:
             for part, rows in enumerate(self.parts[layer]):
@@ -92,22 +92,30 @@ class MemoryDescription:
 
         return {layer: MappedRows.open(table_name(layer), self.row_dim, ranges(layer)) for layer in self.parts}
 
-    def _places(self, find: Callable[[str], str | None]) -> dict[str, str]:
-        index, single = find(INDEX_FILE), find(WEIGHTS_FILE)
-        if index is None and single is None:
-            raise ValueError(
-                f"neither {INDEX_FILE} nor {WEIGHTS_FILE} is there: rows are mapped from safetensors files"
-            )
-        if index is None:
-            assert single is not None
-            return dict.fromkeys(self.tensors(), single)
-        try:
-            weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-            files = {name: weight_map[name] for name in self.tensors()}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{index}: names no file for {error}; export the model again") from error
-        found = {file: find(file) for file in set(files.values())}
-        absent = sorted(file for file, path in found.items() if path is None)
-        if absent:
-            raise ValueError(f"{index}: names {absent[0]}, which is not there; fetch the folder again")
-        return {name: found[file] or "" for name, file in files.items()}
+
+def weight_files(tensors: Iterable[str], find: Callable[[str], str | None]) -> dict[str, str]:
+    """Tensor -> path of the folder's weight file that holds it.
+
+    Args:
+        find: path of a file of the folder, None where there is none.
+
+    Raises:
+        ValueError: names the file that is missing or damaged.
+    """
+    names = list(tensors)
+    index, single = find(INDEX_FILE), find(WEIGHTS_FILE)
+    if index is None and single is None:
+        raise ValueError(f"neither {INDEX_FILE} nor {WEIGHTS_FILE} is there: rows are mapped from safetensors files")
+    if index is None:
+        assert single is not None
+        return dict.fromkeys(names, single)
+    try:
+        weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        files = {name: weight_map[name] for name in names}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index}: names no file for {error}; export the model again") from error
+    found = {file: find(file) for file in set(files.values())}
+    absent = sorted(file for file, path in found.items() if path is None)
+    if absent:
+        raise ValueError(f"{index}: names {absent[0]}, which is not there; fetch the folder again")
+    return {name: found[file] or "" for name, file in files.items()}

@@ -1,6 +1,7 @@
-"""The state of an n-gram memory in Transformers' key-value cache. Ships beside exported weights."""
+"""What memories keep in Transformers' key-value cache: the state of an n-gram memory, and the contexts of a memory
+bank. Ships beside exported weights."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,20 +11,38 @@ from .engram_memory import EngramMemory, MemoryState
 
 # Offloading passes over layers of this class; Transformers before 5.19 has none.
 _Keyless: Any = getattr(cache_utils, "DummyLayer", object)
+AnyLayer = TypeVar("AnyLayer", bound="CarriedLayer")
 
 
-class MemoryLayer(_Keyless):
+class CarriedLayer(_Keyless):
     """A cache layer without keys behind those of the decoder: what beam search, repetition or assisted decoding do to
-    the sequences of a cache is done to the memory's state."""
+    the sequences of a cache is done to what it carries."""
 
     supports_early_init = False
-    is_compileable = True  # it decides about the masks of caches of fixed length, which the state does not touch
+    is_compileable = True  # it decides about the masks of caches of fixed length, which a memory does not touch
     is_croppable = True
     is_sliding = False
 
     def __init__(self) -> None:
         self.keys = self.values = None
         self.is_initialized = True
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        assert key_states is None, "the memory's layer holds no keys"
+        return None, None
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def offload(self) -> None: ...
+    def prefetch(self) -> None: ...
+
+
+class MemoryLayer(CarriedLayer):
+    """The state of an n-gram memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.record_past = False
         self.state: MemoryState | None = None
 
@@ -65,15 +84,45 @@ class MemoryLayer(_Keyless):
         if self.state is not None:
             self.state.reorder(torch.arange(self.state.batch)[indices.cpu()])
 
-    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        assert key_states is None, "the memory's layer holds no keys"
-        return None, None
 
-    def get_max_length(self) -> int:
-        return -1
+class ContextLayer(CarriedLayer):
+    """The contexts of a memory bank: a cache keeps those that it began with, since its keys were made with their
+    blocks."""
 
-    def offload(self) -> None: ...
-    def prefetch(self) -> None: ...
+    def __init__(self) -> None:
+        super().__init__()
+        self.leaves: Tensor | None = None
+        """int64 [B] on the host, or None before the first token."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Tokens that are taken back leave the context what it is."""
+
+    def reset(self) -> None:
+        self.leaves = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._take(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.leaves is not None:
+            self.leaves = self.leaves.repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._take(indices)
+
+    def _take(self, indices: Tensor) -> None:
+        if self.leaves is not None:
+            self.leaves = self.leaves[indices.cpu()]
+
+
+def context_layer(cache: Any, decoder_layers: int) -> ContextLayer | None:
+    """The bank's layer of a cache, appended where it has none yet; None for a cache that holds tokens and has none."""
+    for layer in cache.layers:
+        if isinstance(layer, ContextLayer):
+            return layer
+    if cache.get_seq_length():
+        return None
+    return _appended(cache, ContextLayer(), decoder_layers)
 
 
 def memory_layer(cache: Any, decoder_layers: int) -> MemoryLayer:
@@ -90,8 +139,11 @@ def memory_layer(cache: Any, decoder_layers: int) -> MemoryLayer:
             "past_key_values holds tokens whose n-grams this model's memory has not read: continue a cache that this "
             "model filled"
         )
+    return _appended(cache, MemoryLayer(), decoder_layers)
+
+
+def _appended(cache: Any, layer: AnyLayer, decoder_layers: int) -> AnyLayer:
     while len(cache.layers) < decoder_layers:  # a cache that was made without a configuration grows as it is used
         cache.layers.append(cache.layer_class_to_replicate())
-    layer = MemoryLayer()
     cache.layers.append(layer)
     return layer

@@ -1,23 +1,30 @@
 """kmem's model as a Transformers causal language model. Ships beside exported weights."""
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoTokenizer, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.hub import cached_file
 
 from .configuration_kmem import KmemConfig
+from .context_bank import ContextBank
+from .context_router import ContextRouter
 from .decoder import Decoder
 from .engram import Engram, EngramInput
 from .engram_memory import EngramAddresses, EngramMemory, RowSource, RowTable
+from .exported_bank import BANK_TABLES, TREE_FOLDER, BankDescription
 from .exported_memory import COMPRESSION, TABLES, MemoryDescription
 from .hyper_connections import collapse_branches, expand_branches
 from .init import initialise_
 from .mask import padded_positions, padding_mask
-from .memory_cache import memory_layer
+from .memory_bank import MemoryBank
+from .memory_cache import context_layer, memory_layer
+from .modeling_bank import BankContexts
 from .rope import rotation
 from .shape import Shape
 from .token_compression import TokenCompression
@@ -26,14 +33,20 @@ MEMORY = ("device", "mmap")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-class KmemForCausalLM(PreTrainedModel, GenerationMixin):
+class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
     """The parts of a `Decoder` under their canonical names, with cache, padding, loss and `generate`.
 
     A tied head has no parameter of its own, so there is nothing for Transformers to tie.
 
+    A model with a memory bank fetches the blocks of its contexts: `fetch` does it for contexts that the caller names,
+    `generate` for its prompts, and a forward pass without either for its own tokens (`forward` has the rule).
+
     Args:
-        memory: where a model with n-gram memory has its tables. device: they are parameters. mmap: they stay in the
-            weight files, mapped and read-only; `from_pretrained(.., memory="mmap")` finds those.
+        memory: where a model with n-gram memory or a memory bank has its tables. device: they are parameters. mmap:
+            they stay in the weight files, mapped and read-only; `from_pretrained(.., memory="mmap")` finds those.
+            Default: device for n-gram memory, mmap for a bank.
+        bank_memory: what a memory bank gives all contexts: "fetched", or as a control "generic" or "none".
+        bank_levels: levels of the bank that are on; default: all.
     """
 
     config_class = KmemConfig
@@ -43,8 +56,14 @@ class KmemForCausalLM(PreTrainedModel, GenerationMixin):
     _keep_in_fp32_modules_strict = ("selection_bias",)
     _supports_sdpa = True
 
-    def __init__(self, config: KmemConfig, memory: str = "device") -> None:
-        if memory not in MEMORY:
+    def __init__(
+        self,
+        config: KmemConfig,
+        memory: str | None = None,
+        bank_memory: str = "fetched",
+        bank_levels: Sequence[int] | None = None,
+    ) -> None:
+        if memory not in (*MEMORY, None):
             raise ValueError(f"memory={memory!r}: one of {', '.join(MEMORY)}")
         super().__init__(config)
         self.shape = Shape(config.model)
@@ -61,36 +80,67 @@ class KmemForCausalLM(PreTrainedModel, GenerationMixin):
             self.memory = MemoryDescription.read(self.shape, manifest, parts)
             if self.memory.compressed:
                 self.register_buffer(COMPRESSION, torch.zeros(self.shape.vocab_size, dtype=torch.int64))
-            if memory == "device":
+            if memory == "mmap":
+                self._keys_to_ignore_on_load_unexpected = {TABLES}
+            else:
                 for layer, rows in self.memory.parts.items():
                     self._rows[layer] = table = RowTable(rows, self.memory.row_dim)
                     self._engram(layer).add_module("table", table)
+        self.described_bank: BankDescription | None = None
+        self.contexts: ContextBank | None = None
+        self._tree_folder: Callable[[], Path] | None = None
+        if self.shape.bank is not None:
+            parts, tree = getattr(config, "bank_parts", {}), getattr(config, "bank_tree", None)
+            self.described_bank = BankDescription.read(self.shape, parts, tree)
+            self.contexts = ContextBank(self.described_bank.layout)
+            self.contexts.choose(bank_memory, bank_levels)
+            if memory == "device":
+                self.bank = MemoryBank(self.described_bank.layout, self.described_bank.parts)
+                self.contexts.sources = self.bank.sources
             else:
-                self._keys_to_ignore_on_load_unexpected = {TABLES}
+                self._keys_to_ignore_on_load_unexpected = {
+                    *(self._keys_to_ignore_on_load_unexpected or ()),
+                    BANK_TABLES,
+                }
+        elif bank_memory != "fetched" or bank_levels is not None:
+            raise ValueError("bank_memory and bank_levels are for models with a memory bank (model.memory_bank)")
         self._names = {module: name for name, module in self.named_modules()}
         self.post_init()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, with `memory`: "device" or "mmap".
+        """As in Transformers, with `memory`, `bank_memory` and `bank_levels`.
 
         Raises:
-            ValueError: the tokens' compression is not the one that the tables were trained with; or, with
-                memory="mmap", a weight file is missing or damaged.
+            ValueError: the tokens' compression is not the one that the tables were trained with; or a weight file of
+                mapped tables is missing or damaged.
         """
         found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
+        options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+
+        def find(file: str) -> str | None:
+            return cached_file(
+                pretrained_model_name_or_path, file, _raise_exceptions_for_missing_entries=False, **options
+            )
+
         if model.memory is not None:
             if kwargs.get("memory") == "mmap":
-                options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-
-                def find(file: str) -> str | None:
-                    return cached_file(
-                        pretrained_model_name_or_path, file, _raise_exceptions_for_missing_entries=False, **options
-                    )
-
                 model.use_rows(model.memory.mapped(find))
             model.engram_memory()  # refuses another compression
+        described = model.described_bank
+        if described is not None:
+            if kwargs.get("memory") != "device":
+                model.contexts.sources = dict(described.mapped(find))
+
+            def router() -> ContextRouter:
+                tokenizer = AutoTokenizer.from_pretrained(
+                    pretrained_model_name_or_path, trust_remote_code=False, **options
+                )
+                return described.router(described.find_tree(find), tokenizer)
+
+            model.contexts.router = router
+            model._tree_folder = lambda: described.find_tree(find)
         return found
 
     def get_input_embeddings(self) -> nn.Module:
@@ -144,6 +194,7 @@ class KmemForCausalLM(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         token_mask: Tensor | None = None,
+        addresses: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
@@ -158,6 +209,10 @@ class KmemForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: only the last so many positions, or the positions of this tensor; 0 keeps all.
             token_mask: [B, T], 0 where a token is padding, which an n-gram memory passes over; for an attention mask
                 that does not say it. Default: the end of `attention_mask` [B, S].
+            addresses: of a memory bank, the leaf of each sequence [B] or token [B, T]. Default: those of `fetch`, else
+                those that the cache began with, else those of the running `generate`'s prompts, else those of these
+                tokens themselves: of whole sequences, the ones that are scored included, as is usual where the
+                perplexity of documents is asked for. To score continuations of contexts, `fetch` the contexts first.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -177,12 +232,13 @@ class KmemForCausalLM(PreTrainedModel, GenerationMixin):
         if token_mask is None and attention_mask is not None and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -queries:]
         memory = self._read(input_ids, token_mask, past_key_values)
+        bank = self._fetched(hidden, input_ids, token_mask, addresses, past_key_values)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [hidden]
         branches = self.shape.branches
         hidden = expand_branches(hidden, branches)
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, position_ids, mask, past_key_values, rotary, memory.get(index))
+            hidden = layer(hidden, position_ids, mask, past_key_values, rotary, memory.get(index), bank.get(index))
             if wanted:
                 states.append(collapse_branches(hidden, branches))
         hidden = self.norm(collapse_branches(hidden, branches))
@@ -209,7 +265,8 @@ class KmemForCausalLM(PreTrainedModel, GenerationMixin):
         """As in Transformers; the 4-D mask of a cache of fixed length no longer says which tokens are padding."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
         mask = inputs.get("attention_mask")
-        if self.memory is not None and attention_mask is not None and mask is not None and mask.dim() == 4:
+        remembers = self.memory is not None or self.contexts is not None
+        if remembers and attention_mask is not None and mask is not None and mask.dim() == 4:
             inputs["token_mask"] = attention_mask[:, -mask.shape[2] :]
         return inputs
 
@@ -220,12 +277,19 @@ class KmemForCausalLM(PreTrainedModel, GenerationMixin):
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers; a model whose tables are mapped would be saved without them."""
-        if self.memory is not None and not all(isinstance(rows, RowTable) for rows in self._rows.values()):
+        """As in Transformers, with a bank's tree; a model whose tables are mapped would be saved without them."""
+        sources = (*self._rows.values(), *(() if self.contexts is None else self.contexts.sources.values()))
+        mapped = self.contexts is not None and not self.contexts.sources
+        if mapped or not all(isinstance(rows, RowTable) for rows in sources):
             raise ValueError(
                 'memory="mmap": the tables are not part of the model; load it with memory="device" to save'
             )
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        found = super().save_pretrained(save_directory, *args, **kwargs)
+        if self._tree_folder is not None:
+            tree, target = self._tree_folder(), Path(save_directory) / TREE_FOLDER
+            if tree.resolve() != target.resolve():
+                shutil.copytree(tree, target, dirs_exist_ok=True)
+        return found
 
     def _engram(self, layer: int) -> Engram:
         engram = self.layers[layer].get_submodule("engram")
@@ -242,6 +306,8 @@ class KmemForCausalLM(PreTrainedModel, GenerationMixin):
             layer = memory_layer(cache, self.shape.num_layers)
             if getattr(generation_config, "is_assistant", False):
                 layer.activate_past_recording()
+        if self.contexts is not None and cache is not None:
+            context_layer(cache, self.shape.num_layers)
 
     @torch.compiler.disable  # rows come from numpy where tables are mapped, and the state is no tensor
     def _read(self, input_ids: Tensor | None, token_mask: Tensor | None, cache: Any) -> dict[int, EngramInput]:
@@ -259,9 +325,16 @@ class KmemForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """kmem's initialisation under the process's seed. Tensors that were loaded from a checkpoint stay."""
         if isinstance(module, RowTable):
+            name, start = self._names[module], 0
             for part in module.parts:
+                stop = start + len(part)
                 if not getattr(part, "_is_hf_initialized", False):
-                    nn.init.normal_(part, std=self.shape.memory.init_std)
+                    if name.startswith("bank.level"):
+                        level, layout = int(name.removeprefix("bank.level")), self.bank.layout
+                        part.copy_(layout.initial_rows(torch.initial_seed(), level, start, stop))
+                    else:
+                        nn.init.normal_(part, std=self.shape.memory.init_std)
+                start = stop
         if next(module.children(), None) is not None or isinstance(module, nn.ParameterList):
             return  # only the innermost modules own tensors
         tensors = (*module.parameters(), *module.buffers())

@@ -1,0 +1,90 @@
+"""From a context to the leaf whose blocks it uses: the tree and the embedder that the training data's addresses were
+made with. Ships beside exported weights."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cluster_tree import EMBEDDER_FOLDER, ClusterPath, ClusterTree, file_digest
+from .context_embedder import ContextEmbedder, load_embedder
+
+Context = str | Sequence[int] | Tensor
+"""Text, or token ids of the model's tokenizer."""
+
+
+class ContextRouter:
+    """A tree with its embedder.
+
+    Args:
+        tokenizer: the model's, from Transformers; None: contexts are token ids, and the embedder does not read text.
+    """
+
+    def __init__(self, tree: ClusterTree, embedder: ContextEmbedder, tokenizer: Any = None) -> None:
+        self.tree, self._embedder, self._tokenizer = tree, embedder, tokenizer
+
+    @classmethod
+    def load(cls, folder: str | Path, tokenizer: Any = None, device: str = "cpu") -> "ContextRouter":
+        """From a tree's folder, as `kmem data cluster` writes it and exports hold it.
+
+        Raises:
+            ValueError: missing, damaged, or another embedder than the tree's; names the file.
+        """
+        tree = ClusterTree.load(folder)
+        beside = Path(folder) / EMBEDDER_FOLDER
+        for name, digest in tree.record["embedder"].get("files", {}).items():
+            if not (beside / name).is_file() or file_digest(beside / name) != digest:
+                raise ValueError(
+                    f"{beside / name}: missing, or not the file of the embedder that the tree was made with; copy the "
+                    "tree again, with its embedder"
+                )
+        return cls(tree, load_embedder(beside, tokenizer, device), tokenizer)
+
+    def embed(self, contexts: Sequence[Context]) -> Tensor:
+        """float32 [N, D], on the CPU."""
+        return self._embedder.embed([self._ids(context) for context in contexts])
+
+    def leaves(self, contexts: Sequence[Context], blocked: Iterable[ClusterPath] = ()) -> Tensor:
+        """The leaf of each context, int64 [N], on the CPU.
+
+        Args:
+            blocked: clusters that may not be entered; the next nearest takes their place.
+        """
+        return self.tree.descend(self.embed(contexts), blocked)
+
+    def other_leaves(self, contexts: Sequence[Context]) -> Tensor:
+        """The leaf of each context if its own cluster of level 1 is blocked, int64 [N]: the control that fetches what
+        the nearest other part of the corpus owns."""
+        return descend_elsewhere(self.tree, self.embed(contexts))
+
+    def _ids(self, context: Context) -> Tensor:
+        if isinstance(context, str):
+            if self._tokenizer is None:
+                raise ValueError("contexts as text need the model's tokenizer; give token ids")
+            context = self._tokenizer(context, add_special_tokens=False)["input_ids"]
+        return torch.as_tensor(context, dtype=torch.int64).cpu()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ContextRouter":
+        return self  # read-only: copies of a model share it
+
+
+def descend_elsewhere(tree: ClusterTree, embeddings_ND: Tensor) -> Tensor:
+    """Leaves of float32 embeddings, each with its own cluster of level 1 blocked; int64 [N]."""
+    leaves = tree.descend(embeddings_ND)
+    own = tree.level_ids(leaves, 1)
+    for cluster in own.unique().tolist():
+        here = own == cluster
+        leaves[here] = tree.descend(embeddings_ND[here], blocked=[(cluster,)])
+    return leaves
+
+
+def other_leaves(tree: ClusterTree, leaves: Tensor) -> Tensor:
+    """For leaves int64 of any shape, which stand for their centroids, the leaves that `descend_elsewhere` finds: for
+    addresses of data whose embeddings are not at hand. Negative numbers, which are no leaves, stay."""
+    distinct, places = leaves.unique(return_inverse=True)
+    found = distinct.clone()
+    real = distinct >= 0
+    found[real] = descend_elsewhere(tree, tree.centroids[-1][distinct[real]])
+    return found[places]
