@@ -20,15 +20,39 @@ Quantity = Literal["total", "active", "non_embedding", "active_non_embedding", "
 Tolerance = Annotated[float, Field(ge=0, le=LARGEST_DIFFERENCE)]
 
 
+class Tree(Section):
+    """A tree of clusters of the text's documents: `kmem data cluster`."""
+
+    children: PositiveInt
+    """Children of each node."""
+    levels: PositiveInt
+    """Levels below the root."""
+
+
 class PreparedText(Section):
-    """The text that all contestants are trained and evaluated on."""
+    """The text that all contestants are trained and evaluated on. It is made if it is not there."""
 
     folder: str
-    """Prepared folder. It is made if it is not there."""
+    """Prepared folder; with `by_corpus` a folder of prepared folders, one per corpus."""
     corpora: Annotated[tuple[str, ...], Field(min_length=1)]
     """Names that `kmem data corpora` knows."""
     vocab_size: PositiveInt
     """Tokens of the tokenizer trained on them."""
+    by_corpus: bool = False
+    """Prepare each corpus on its own, FOLDER/NAME, with one tokenizer for all: held-out figures are then also reported
+    for each of them."""
+    tree: Tree | None = None
+    """Cluster the documents into FOLDER/tree, and give all of them their addresses."""
+
+    @property
+    def sources(self) -> list[str]:
+        """Prepared folders, in the order of the corpora."""
+        return [str(Path(self.folder) / name) for name in self.corpora] if self.by_corpus else [self.folder]
+
+    @property
+    def tree_folder(self) -> Path:
+        """Where the tree is."""
+        return Path(self.folder) / "tree"
 
 
 class Comparison(Section):
@@ -155,10 +179,10 @@ def plan(
             )
             config = load_config(folder / file, own)
             read = [source.path for source in config.data.sources]
-            if read != [comparison.data.folder]:
+            if read != comparison.data.sources:
                 raise ConfigError(
                     f"{folder / file}: data.sources: {', '.join(read)}, but the comparison is on "
-                    f"{comparison.data.folder} (data.folder of {COMPARISON_FILE})"
+                    f"{', '.join(comparison.data.sources)} (data of {COMPARISON_FILE})"
                 )
             every = config.evaluation.every
             for step in comparison.horizons:
@@ -251,17 +275,44 @@ def _first_difference(there: Any, here: Any, field: str) -> str | None:
 
 
 def ensure_data(data: PreparedText) -> None:
-    """Write the corpora and prepare them, unless the folder is prepared."""
+    """Write the corpora, prepare and cluster them, as far as that has not been done."""
     from kmem.data.corpora import extract_corpora
     from kmem.data.manifest import MANIFEST_NAME
     from kmem.data.packages import default_cache
     from kmem.data.prepare import Preparation, prepare
 
     folder = Path(data.folder)
-    if (folder / MANIFEST_NAME).is_file():
-        return
-    text = folder.with_name(f"{folder.name}-text")
-    print(f"preparing {folder} from {', '.join(data.corpora)}", flush=True)
-    extract_corpora(data.corpora, text, default_cache())
-    prepare(Preparation([text / f"{name}.jsonl" for name in data.corpora], folder, vocab_size=data.vocab_size))
-    shutil.rmtree(text)
+    missing = [Path(source) for source in data.sources if not (Path(source) / MANIFEST_NAME).is_file()]
+    if missing:
+        print(f"preparing {folder} from {', '.join(data.corpora)}", flush=True)
+        text = folder.with_name(f"{folder.name}-text")
+        extract_corpora(data.corpora, text, default_cache())
+        files = [text / f"{name}.jsonl" for name in data.corpora]
+        # The tokenizer is that of all corpora together, which are prepared for its sake where each has its own folder.
+        whole = text / "all" if data.by_corpus else folder
+        prepare(Preparation(files, whole, vocab_size=data.vocab_size))
+        for source in missing if data.by_corpus else ():
+            file = text / f"{source.name}.jsonl"
+            prepare(Preparation([file], source, tokenizer=whole / "tokenizer"))
+        shutil.rmtree(text)
+    if data.tree is not None:
+        _ensure_tree(data, data.tree)
+
+
+def _ensure_tree(data: PreparedText, tree: Tree) -> None:
+    from kmem.data.cluster.building import TreeRequest, make_tree
+    from kmem.data.cluster_addresses import stored_tree
+    from kmem.model.cluster_tree import read_tree_record
+
+    sources = [Path(source) for source in data.sources]
+    if (data.tree_folder / "tree.json").is_file():
+        record = read_tree_record(data.tree_folder)
+        if (record["children"], record["levels"]) != (tree.children, tree.levels):
+            raise ConfigError(
+                f"{data.tree_folder}: has {record['levels']} levels of {record['children']} children, and "
+                f"{COMPARISON_FILE} asks for {tree.levels} of {tree.children}; name another data.folder"
+            )
+        if all(stored_tree(source) == record["fingerprint"] for source in sources):
+            return
+    print(f"clustering the documents of {data.folder}", flush=True)
+    make_tree(TreeRequest(sources, data.tree_folder, tree.children, tree.levels, force=True))

@@ -50,7 +50,7 @@ def collect(
 
     from kmem.bench.machine import processor
 
-    manifest = read_manifest(Path(comparison.data.folder))
+    manifests = [read_manifest(Path(source)) for source in comparison.data.sources]
     contestants: dict[str, dict[str, Any]] = {
         label: {"size": asdict(sizes[label]), "runs": {}} for label in comparison.contestants
     }
@@ -76,11 +76,13 @@ def collect(
         "data": {
             "folder": comparison.data.folder,
             "sources": {
-                Path(source.path).name: (source.provenance or {}).get("version") for source in manifest.sources
+                Path(source.path).name: (source.provenance or {}).get("version")
+                for manifest in manifests
+                for source in manifest.sources
             },
-            "tokenizer": manifest.tokenizer.fingerprint,
-            "training_tokens": manifest.splits["train"].tokens,
-            "held_out_tokens": manifest.splits["validation"].tokens,
+            "tokenizer": manifests[0].tokenizer.fingerprint,
+            "training_tokens": sum(manifest.splits["train"].tokens for manifest in manifests),
+            "held_out_tokens": sum(manifest.splits["validation"].tokens for manifest in manifests),
         },
         "machine": f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"kmem {kmem.__version__}",
@@ -131,7 +133,7 @@ def result_tables(comparison: Comparison, results: dict[str, Any]) -> list[Table
             for label, runs in ((label, found["runs"].values()) for label, found in contestants.items())
         ],
     )
-    tables = [sizes, held_out, speed]
+    tables = [sizes, held_out, *_source_table(results), speed]
     if comparison.horizons:
         tables.insert(2, _horizon_table(comparison, results))
     with_memory = [label for label, found in contestants.items() if found["size"]["memory"]]
@@ -181,6 +183,25 @@ def plot(comparison: Comparison, results: dict[str, Any], path: Path) -> None:
     differences.set_ylim(late.min() - margin, late.max() + margin)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _source_table(results: dict[str, Any]) -> list[Table]:
+    """Held-out figures of each source, where there are several."""
+    runs = {label: list(found["runs"].values()) for label, found in results["contestants"].items()}
+    sources = list(next(iter(runs.values()))[0]["memory"]["on"].get("sources", ()))
+    if not sources:
+        return []
+    rows = [
+        (
+            label,
+            *(
+                _pm(_spread([run["memory"]["on"]["sources"][source]["bits_per_byte"] for run in own]))
+                for source in sources
+            ),
+        )
+        for label, own in runs.items()
+    ]
+    return [Table("Held-out bits per byte by source", ("contestant", *sources), rows)]
 
 
 def _horizon_table(comparison: Comparison, results: dict[str, Any]) -> Table:

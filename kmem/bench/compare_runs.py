@@ -1,6 +1,7 @@
 """Training and evaluating the runs of a comparison; what is finished is not done again."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,9 @@ def train(run: Run) -> bool:
     return is_finished(run)
 
 
-def evaluate(run: Run, controls: tuple[str, ...], batch: int) -> dict[str, dict[str, float]]:
-    """Figures of `kmem eval` on the whole held-out split for memory `on` and each control; kept in the run's folder."""
+def evaluate(run: Run, controls: tuple[str, ...], batch: int) -> dict[str, dict[str, Any]]:
+    """Figures of `kmem eval` on the whole held-out split for memory `on` and each control; kept in the run's folder.
+    With several sources the figures are those of all their text, and `sources` has each one's."""
     from kmem.train.evaluate_command import held_out_figures
 
     path = run.folder / HELD_OUT
@@ -46,12 +48,29 @@ def evaluate(run: Run, controls: tuple[str, ...], batch: int) -> dict[str, dict[
         stored = json.loads(path.read_text(encoding="utf-8"))
         known = stored["memory"] if stored["step"] == run.config.train.steps else {}
     reader = CheckpointReader(run.folder)
-    folder = run.config.data.sources[0].path
+    folders = [source.path for source in run.config.data.sources]
     for control in ("on", *(controls if run.config.model.engram is not None else ())):
         if control not in known:
-            known[control] = held_out_figures(reader, [folder], control, batch=batch)[folder]
+            known[control] = _whole(held_out_figures(reader, folders, control, batch=batch))
             _write(path, {"step": reader.step, "memory": known})
     return known
+
+
+def _whole(figures: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """The figures of several texts as if they were one."""
+    if len(figures) == 1:
+        return next(iter(figures.values()))
+    tokens = sum(text["tokens"] for text in figures.values())
+    nats = sum(text["loss"] * text["tokens"] for text in figures.values())
+    text_bytes = sum(text["loss"] * text["tokens"] / text["bits_per_byte"] for text in figures.values()) / math.log(2)
+    loss = nats / tokens
+    return {
+        "bits_per_byte": nats / math.log(2) / text_bytes,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        "tokens": tokens,
+        "sources": {Path(folder).name: text for folder, text in figures.items()},
+    }
 
 
 def curve(run: Run) -> dict[str, Any]:

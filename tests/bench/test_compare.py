@@ -1,20 +1,33 @@
 """`kmem bench compare`: fair or refused, resumable, and reported."""
 
 import json
+import math
 import random
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 
 from kmem.bench import compare_runs
-from kmem.bench.compare import check_fairness, find_comparisons, load_comparison, measure, plan
+from kmem.bench.compare import (
+    PreparedText,
+    check_fairness,
+    ensure_data,
+    find_comparisons,
+    load_comparison,
+    measure,
+    plan,
+)
 from kmem.cli import main
 from kmem.config import ConfigError, load_config
 from kmem.config.load import config_folders
+from kmem.data.cluster_addresses import stored_tree
 from kmem.data.documents import Reading
+from kmem.data.manifest import read_manifest
 from kmem.data.prepare import Preparation, prepare
+from kmem.model.cluster_tree import ClusterTree
 
 WORDS = ["the", "state", "of", "a", "union", "memory", "experts", "read", "tables", "people", "know", "when"]
 
@@ -198,3 +211,45 @@ def test_the_packaged_comparisons_are_fair():
         told = load_comparison(folder)
         runs = plan(told, folder, root, told.seeds)
         check_fairness(told, {run.label: measure(run.config) for run in runs})
+
+
+def test_text_by_corpus_has_one_tokenizer_and_one_tree(tmp_path, monkeypatch, capsys):
+    draw = random.Random(0)
+    asked = []
+
+    def write(names, out, _cache):
+        asked.append(tuple(names))
+        out.mkdir(parents=True)
+        for number, name in enumerate(names):
+            words = [word + "ab"[number] for word in WORDS]
+            lines = [json.dumps({"text": " ".join(draw.choices(words, k=draw.randint(5, 40)))}) for _ in range(60)]
+            (out / f"{name}.jsonl").write_text("\n".join(lines))
+
+    monkeypatch.setattr("kmem.data.corpora.extract_corpora", write)
+    folder = tmp_path / "data"
+    text = PreparedText.model_validate(
+        {"folder": str(folder), "corpora": ["wiki", "sotu"], "vocab_size": 300, "by_corpus": True,
+         "tree": {"children": 2, "levels": 2}}
+    )  # fmt: skip
+    ensure_data(text)
+    assert text.sources == [str(folder / "wiki"), str(folder / "sotu")]
+    manifests = [read_manifest(Path(source)) for source in text.sources]
+    assert manifests[0].tokenizer.fingerprint == manifests[1].tokenizer.fingerprint
+    assert stored_tree(folder / "wiki") == stored_tree(folder / "sotu") == ClusterTree.load(folder / "tree").fingerprint
+    assert not (tmp_path / "data-text").exists()
+    ensure_data(text)
+    assert len(asked) == 1, "what is there is not made again"
+    other = text.model_copy(update={"tree": text.tree.model_copy(update={"levels": 3})})
+    with pytest.raises(ConfigError, match="2 levels of 2 children"):
+        ensure_data(other)
+
+
+def test_figures_of_several_sources_are_those_of_all_their_text():
+    one = {"bits_per_byte": 1.0, "loss": 2.0, "tokens": 100, "perplexity": math.exp(2)}
+    other = {"bits_per_byte": 3.0, "loss": 3.0, "tokens": 50, "perplexity": math.exp(3)}
+    whole = compare_runs._whole({"data/one": one, "data/other": other})
+    assert whole["loss"] == pytest.approx((2.0 * 100 + 3.0 * 50) / 150)
+    # 200 nats at 1 bit a byte, 150 nats at 3.
+    assert whole["bits_per_byte"] == pytest.approx(350 / (200 + 50))
+    assert whole["sources"] == {"one": one, "other": other}
+    assert compare_runs._whole({"data/one": one}) == one
