@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from kmem.config import UserError
 
 COMMANDS = {
-    "data": ("kmem.data.command", "fetch and prepare text"),
+    "data": ("kmem.data.command", "fetch, prepare and cluster text"),
     "train": ("kmem.train.command", "train a model"),
     "eval": ("kmem.train.evaluate_command", "held-out loss of a checkpoint"),
     "generate": ("kmem.hf.generate_command", "continue a prompt"),
