@@ -4,7 +4,8 @@ from kmem.config.data import DataConfig, Source
 from kmem.config.engram import EngramConfig
 from kmem.config.errors import ConfigError, UserError
 from kmem.config.load import dump_config, load_config, packaged_configs, parse_config
-from kmem.config.memory import MemoryConfig, RowOptimizerConfig
+from kmem.config.memory import BankConfig, BlockOptimizerConfig, MemoryConfig, RowOptimizerConfig
+from kmem.config.memory_bank import GenericBlocks, MemoryBankConfig
 from kmem.config.model import (
     ChainOfExperts,
     GroupedQueryAttention,
@@ -17,6 +18,8 @@ from kmem.config.run import CheckpointConfig, Config, EvaluationConfig, Parallel
 from kmem.config.train import OptimizerConfig, ScheduleConfig, TrainConfig
 
 __all__ = [
+    "BankConfig",
+    "BlockOptimizerConfig",
     "ChainOfExperts",
     "CheckpointConfig",
     "Config",
@@ -24,9 +27,11 @@ __all__ = [
     "DataConfig",
     "EngramConfig",
     "EvaluationConfig",
+    "GenericBlocks",
     "GroupedQueryAttention",
     "HyperConnectionsConfig",
     "LatentAttention",
+    "MemoryBankConfig",
     "MemoryConfig",
     "MixtureOfExperts",
     "ModelConfig",

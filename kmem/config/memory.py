@@ -24,9 +24,11 @@ class RowOptimizerConfig(Section):
     eps: PositiveFloat = 1e-8
     """Adam and Adagrad: added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled decay; only adam_catchup knows how many steps a row has missed, so only it can decay."""
+    """Decoupled decay, of adam_catchup, which knows how many steps a row has missed. The blocks of a memory bank may
+    have it with lazy_adam, too: they decay in the steps that fetch them."""
     clip_norm: PositiveFloat | None = None
-    """Largest 2-norm of a table's gradient in a step, over all ranks. The backbone's norm does not contain rows."""
+    """Largest 2-norm of a table's gradient in a step, over all ranks. The backbone's norm does not contain rows. Of a
+    memory bank, a table holds the blocks of a level in all layers."""
     stochastic_rounding: bool = False
     """Round bf16 rows up or down at random, in proportion, so that small updates are not lost."""
     dense: bool = True
@@ -47,6 +49,10 @@ class RowOptimizerConfig(Section):
                 f"weight_decay={self.weight_decay} with {self.name}: rows outside a step would miss their decay; "
                 "set it to 0 or use adam_catchup"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _passes(self) -> "RowOptimizerConfig":
         if self.name == "sinkhorn_momentum" and self.passes % 2 == 0:
             raise ValueError(f"passes={self.passes}: passes start and end with rows, so the number must be odd")
         return self
@@ -88,3 +94,35 @@ class MemoryConfig(Section):
         if self.optimizer.stochastic_rounding and self.dtype != "bf16":
             raise ValueError("optimizer.stochastic_rounding=true is for dtype=bf16")
         return self
+
+
+class BlockOptimizerConfig(RowOptimizerConfig):
+    """The optimizer of a memory bank's blocks, lazy_adam or adam_catchup. Blocks outside a step's working set never
+    move."""
+
+    lr_multiplier: PositiveFloat = 1.0
+    """Factor on the learning rate of the step."""
+
+    @model_validator(mode="after")
+    def _meaning(self) -> "BlockOptimizerConfig":
+        if self.name not in ("lazy_adam", "adam_catchup"):
+            raise ValueError(
+                f"name={self.name} has numbers that all values of a row share, and a row holds a cluster's blocks of "
+                "the layers of one pipeline stage: results would depend on parallel.pipeline; use lazy_adam or "
+                "adam_catchup"
+            )
+        if self.stochastic_rounding:
+            raise ValueError(
+                "stochastic_rounding=true draws by a value's place in its row, and a row holds a cluster's blocks of "
+                "the layers of one pipeline stage: results would depend on parallel.pipeline; set it to false"
+            )
+        return self
+
+
+class BankConfig(MemoryConfig):
+    """Tables of the model's memory bank: where blocks live, how far ahead they are fetched, how they are trained."""
+
+    folder: str | None = None
+    """mmap: a folder local to the machine. Default: `bank` in the run folder."""
+    optimizer: BlockOptimizerConfig = BlockOptimizerConfig()
+    """The optimizer of the blocks."""

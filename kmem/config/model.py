@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from kmem.config.engram import EngramConfig
+from kmem.config.memory_bank import MemoryBankConfig
 from kmem.config.section import Section
 
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -206,6 +207,9 @@ class ModelConfig(Section):
     """Branches of the residual stream; null is the plain residual."""
     engram: EngramConfig | None = None
     """N-gram lookup memory; null makes a model without. Its tables are described in the section `memory`."""
+    memory_bank: MemoryBankConfig | None = None
+    """Blocks of weights that contexts fetch; null makes a model without. Its tables are described in the section
+    `bank`."""
 
     @field_validator("attention", mode="before")
     @classmethod
@@ -252,4 +256,6 @@ class ModelConfig(Section):
             raise ValueError(f"moe.first_dense_layers={dense} is out of range for num_layers={self.num_layers}")
         if dense and self.intermediate_size is None:
             raise ValueError(f"intermediate_size is needed: {dense} layers have a dense feed-forward")
+        if self.memory_bank is not None:
+            self.memory_bank.check_model(self)
         return self

@@ -6,7 +6,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from kmem.config.data import DataConfig
 from kmem.config.errors import ConfigError
-from kmem.config.memory import MemoryConfig
+from kmem.config.memory import BankConfig, MemoryConfig
 from kmem.config.model import ModelConfig
 from kmem.config.section import Section
 from kmem.config.train import TrainConfig
@@ -88,6 +88,8 @@ class Config(Section):
     """Optimisation."""
     memory: MemoryConfig = MemoryConfig()
     """Tables of memory layers."""
+    bank: BankConfig = BankConfig()
+    """Tables of the memory bank."""
     parallel: ParallelConfig = ParallelConfig()
     """Mesh of ranks."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -119,11 +121,12 @@ class Config(Section):
                 "parallel.zero_stage=0 does not go with train.precision=bf16: DeepSpeed's bf16 optimizer is always "
                 "sharded; use 1"
             )
-        if self.model.engram is not None and self.checkpoint.asynchronous:
-            raise ValueError(
-                "checkpoint.asynchronous=true does not go with model.engram: tables are written from where they lie, "
-                "and a copy of them may not fit; set it to false"
-            )
+        for name in ("engram", "memory_bank"):
+            if getattr(self.model, name) is not None and self.checkpoint.asynchronous:
+                raise ValueError(
+                    f"checkpoint.asynchronous=true does not go with model.{name}: tables are written from where they "
+                    "lie, and a copy of them may not fit; set it to false"
+                )
         engram = self.model.engram
         if engram is not None and not self.data.document_attention:
             within = {"boundary": engram.boundary == "document", "conv_within_documents": engram.conv_within_documents}
@@ -138,6 +141,13 @@ class Config(Section):
                 f"model.max_position_embeddings={self.model.max_position_embeddings}"
             )
         return self
+
+    @property
+    def prefetch_depth(self) -> int:
+        """Steps that are begun beyond the running one: those of the tables that are fetched furthest ahead."""
+        depths = [self.memory.prefetch_depth] if self.model.engram is not None else []
+        depths += [self.bank.prefetch_depth] if self.model.memory_bank is not None else []
+        return max(depths, default=0)
 
     def data_parallel_size(self, world_size: int) -> int:
         """Data-parallel ranks of a world, checked against batch and mesh before any process group exists.

@@ -83,11 +83,12 @@ class Exchange:
         """Values of the asked rows [U, ...] -> values of the wanted rows [W, ...]."""
         return self._move(values, request.asked, request.wanted_counts)
 
-    def sum_over_ranks(self, values: np.ndarray) -> None:
-        """Add up an array over the ranks, in place."""
-        if self._group is not None:
+    def sum_over_ranks(self, values: np.ndarray, group: dist.ProcessGroup | None = None) -> None:
+        """Add up an array over the ranks, or over those of another group, in place."""
+        group = group or self._group
+        if group is not None:
             self.bytes += values.nbytes
-            dist.all_reduce(torch.from_numpy(values), group=self._group)
+            dist.all_reduce(torch.from_numpy(values), group=group)
 
     def _move(self, values: np.ndarray, send: np.ndarray, receive: np.ndarray) -> np.ndarray:
         if self._group is None:

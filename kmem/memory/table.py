@@ -10,7 +10,7 @@ All ranks that share the table make the same calls in the same order.
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kmem.checkpoint.pieces import Pieces
@@ -53,6 +54,7 @@ class TableSpec:
         folder: where "mmap" puts the rank's file; local to the machine, must exist.
         seed: of the run.
         init_std: standard deviation of the initial values.
+        initial_rows: gives rows [start, stop) of the whole table their first values, fp32 [stop - start, dim], instead.
     """
 
     name: str
@@ -63,6 +65,7 @@ class TableSpec:
     folder: Path | None = None
     seed: int = 0
     init_std: float = 0.02
+    initial_rows: Callable[[int, int], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.rows * self.dim >= 1 << 61:
@@ -175,6 +178,8 @@ class Table:
         depth: steps that may be begun beyond the one being computed.
         threads: host threads that share the rows of a gather or an update.
         initialise: draw the first rows now; otherwise they are zeros until `initialise` or a load.
+        norm_group: ranks over which the norm of a clipped gradient is summed, where a table is a part of something
+            larger; they all commit in the same order. Default: those that share the table.
 
     Raises:
         UserError: the parts do not fit together.
@@ -191,6 +196,7 @@ class Table:
         depth: int = 1,
         threads: int = 1,
         initialise: bool = True,
+        norm_group: dist.ProcessGroup | None = None,
     ) -> None:
         assert 0 <= staleness <= depth < 255
         self.spec, self.depth = spec, depth
@@ -207,7 +213,7 @@ class Table:
             spec.seed,
             spec.name,
             self._threads,
-            self._exchange.sum_over_ranks,
+            lambda values: self._exchange.sum_over_ranks(values, norm_group),
             self._copy.upload,
         )
         path = None if spec.folder is None else spec.folder / f"{spec.name}.rank-{self._exchange.rank}.rows"
@@ -232,7 +238,7 @@ class Table:
             self.initialise()
 
     def initialise(self) -> None:
-        """Draw the first rows, which follow from the seed, the table's name and their numbers alone."""
+        """Draw the first rows, which follow from the seed, the table's name and their numbers alone, or are given."""
         spec, first = self.spec, self.local.start
         stream = counter_random.key(spec.seed, spec.name)
 
@@ -241,7 +247,10 @@ class Table:
                 counter_random.normal_rows(first + start, first + stop, spec.dim, stream, spec.init_std)
             )
 
-        if spec.init_std:
+        if spec.initial_rows is not None:
+            given = spec.initial_rows
+            self.store.fill("rows", lambda start, stop: given(first + start, first + stop))
+        elif spec.init_std:
             self.store.fill("rows", values)
 
     def begin(self, ids: Tensor | Callable[[], Tensor]) -> Ticket:
@@ -262,6 +271,11 @@ class Table:
         return self._copy.hand_over(working_set, arrived)
 
     @property
+    def in_flight(self) -> int:
+        """Steps that are begun, and neither committed nor skipped."""
+        return len(self._open)
+
+    @property
     def step(self) -> int:
         """Optimizer steps done; skipped ones do not count."""
         return int(self._optimizer_step)
@@ -277,14 +291,21 @@ class Table:
         """Wait until everything queued is done: rows and state are then those of the last commit."""
         self._worker.call(self._copy.settle)
 
-    def pieces(self) -> dict[str, Pieces]:
+    def arrays(self) -> dict[str, int]:
+        """Array (`rows`, the state of its optimizer) -> values per row."""
+        return {name: self.store[name].shape[1] for name in ("rows", *self._state)}
+
+    def pieces(self, columns: Mapping[str, slice] | None = None) -> dict[str, Pieces]:
         """Array (`rows`, the state of its optimizer, `step`) -> this rank's part: live views of what the last commit
         left.
 
         A save must end before the next commit; a load must come before the first `begin`, which it does not reach.
+
+        Args:
+            columns: array -> those of its columns that count; default: all.
         """
         self.drain()
-        pieces = {name: self._interval(name) for name in ("rows", *self._state)}
+        pieces = {name: self._interval(name, (columns or {}).get(name, slice(None))) for name in self.arrays()}
         return pieces | {"step": Pieces.interval(1, 0, self._optimizer_step)}
 
     def read_rows(self, start: int, stop: int) -> Tensor:
@@ -434,8 +455,8 @@ class Table:
             )
         return unique, inverse
 
-    def _interval(self, name: str) -> Pieces:
-        values = self.store[name]
+    def _interval(self, name: str, columns: slice) -> Pieces:
+        values = self.store[name][:, columns]
         width = values.shape[1]
 
         def fetch(first: int, last: int) -> None:

@@ -50,6 +50,11 @@ class WorkingSet:
         all micro-batches are then summed in fp32."""
         return _Lookup.apply(self.rows, self, self.inverse[micro_batch])
 
+    def columns(self, rows: Tensor, start: int, stop: int) -> Tensor:
+        """[u, stop - start] fp32: a part of some of the rows, int64 [u], no two of them the same, on the compute
+        device. For rows whose parts belong to several layers."""
+        return _Columns.apply(self.rows, self, rows, start, stop)
+
     def finite(self) -> Tensor:
         """bool scalar on the device: no gradient is infinite or NaN. (inf and NaN survive the sum.)"""
         if self.gradient is None:
@@ -58,16 +63,25 @@ class WorkingSet:
 
     def accumulate(self, index: Tensor, gradient: Tensor) -> None:
         """Add the gradient [..., D] of a lookup, in the order of its tokens."""
-        if self.gradient is None:
-            self.gradient = torch.zeros_like(self.rows, requires_grad=False)
+        total = self._total()
         index, gradient = index.reshape(-1), gradient.reshape(-1, self.rows.shape[1])
         if gradient.device.type == "cpu":
-            kernels.add_segments(self.gradient.numpy(), index.numpy(), gradient.float().contiguous().numpy())
+            kernels.add_segments(total.numpy(), index.numpy(), gradient.float().contiguous().numpy())
         else:
             # index_add_ adds atomically there, in any order.
             from kmem_kernels.segment_reduce.op import segment_reduce, segments_of
 
-            segment_reduce(gradient, *segments_of(index, len(self.gradient)), self.gradient)
+            segment_reduce(gradient, *segments_of(index, len(total)), total)
+
+    def accumulate_columns(self, rows: Tensor, start: int, stop: int, gradient: Tensor) -> None:
+        """Add the gradient [u, stop - start] of a part of some rows: one addition to each value, so that their order
+        is that of the backward passes."""
+        self._total()[:, start:stop].index_add_(0, rows, gradient.float())
+
+    def _total(self) -> Tensor:
+        if self.gradient is None:
+            self.gradient = torch.zeros_like(self.rows, requires_grad=False)
+        return self.gradient
 
 
 class _Lookup(torch.autograd.Function):
@@ -83,3 +97,18 @@ class _Lookup(torch.autograd.Function):
         (index,) = ctx.saved_tensors
         ctx.working_set.accumulate(index, gradient)
         return None, None, None
+
+
+class _Columns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, working_set: WorkingSet, index: Tensor, start: int, stop: int) -> Tensor:
+        ctx.working_set, ctx.part = working_set, (start, stop)
+        ctx.save_for_backward(index)
+        return rows[:, start:stop].index_select(0, index)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None, None]:
+        (index,) = ctx.saved_tensors
+        ctx.working_set.accumulate_columns(index, *ctx.part, gradient)
+        return None, None, None, None, None

@@ -42,6 +42,8 @@ from .shape import Shape
 
 MISSING = -1
 """In place of a leaf or a row: no block."""
+GENERIC = -2
+"""In place of a leaf among the addresses of a training batch: the generic blocks."""
 ADAPTED = {
     "lora_ffn": ("gate_proj", "up_proj", "down_proj"),
     "lora_qk": ("q_proj", "k_proj"),

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from kmem.config import Config
+from kmem.checkpoint.pieces import Pieces
+from kmem.config import Config, MemoryConfig
 from kmem.data.batch import SequenceBatch
-from kmem.memory.table import TableSpec
+from kmem.memory.table import Table, TableSpec
 from kmem.model.engram_memory import EngramAddresses, table_name
 from kmem.parallel.stage_memory import mapped_folder
 
@@ -19,8 +21,11 @@ class NgramTable:
         addresses: of the model.
     """
 
+    section = "memory"
+
     def __init__(self, config: Config, addresses: EngramAddresses, layer: int) -> None:
-        self.settings = config.memory
+        self.settings: MemoryConfig = config.memory
+        self.norm_group: dist.ProcessGroup | None = None
         self.addresses, self.layer = addresses, layer
 
     def spec(self, config: Config) -> TableSpec:
@@ -34,7 +39,7 @@ class NgramTable:
             engram.row_dim,
             memory.dtype,
             memory.store,
-            mapped_folder(config) if memory.store == "mmap" else None,
+            mapped_folder(config, memory, self.section) if memory.store == "mmap" else None,
             config.train.init_seed,
             engram.init_std,
         )
@@ -44,3 +49,6 @@ class NgramTable:
             torch.cat([getattr(batch, name) for batch in batches]) for name in ("input_ids", "document_ids")
         )
         return self.addresses.row_ids(self.layer, tokens, documents).unflatten(0, (len(batches), -1))
+
+    def pieces(self, table: Table) -> dict[str, dict[str, Pieces]]:
+        return {table.spec.name: table.pieces()}

@@ -18,13 +18,16 @@ from torch import Tensor, nn
 
 from kmem.config import Config, OptimizerConfig, UserError
 from kmem.data.batch import SequenceBatch
+from kmem.memory.exchange import join_groups
 from kmem.memory.working_set import WorkingSet
+from kmem.model.bank_layout import BankLayout
 from kmem.model.engram import Engram
 from kmem.model.engram_memory import EngramAddresses
 from kmem.model.expert_backends import find_backend, problem
 from kmem.model.init import initialise_
 from kmem.model.moe import ExpertLayer
 from kmem.model.shape import Shape
+from kmem.parallel.bank_table import BankTable
 from kmem.parallel.engine import StepEngine, UnclippedBF16Optimizer
 from kmem.parallel.expert_dispatch import AllToAllDispatcher
 from kmem.parallel.gradients import GradientNorm
@@ -33,8 +36,9 @@ from kmem.parallel.mesh import Mesh, expert_group, gather, limit_waiting, local_
 from kmem.parallel.ngram_table import NgramTable
 from kmem.parallel.routing_ledger import RoutingLedger, StepRouting
 from kmem.parallel.stage_layers import EmbeddingLayer, LossLayer, NormLayer, StageLayer, TransformerLayer, tied_loss
-from kmem.parallel.stage_memory import BegunStep, StageMemory
+from kmem.parallel.stage_memory import BegunStep, StageMemory, StageTable
 from kmem.parallel.stages import stage_bounds
+from kmem.parallel.step_blocks import step_blocks
 from kmem.parallel.step_context import MicroBatch, StepContext
 
 _REDUCE_BUCKET = 1 << 24
@@ -95,10 +99,14 @@ class Pipeline:
         self.addresses = addresses
         self.memory: StageMemory | None = None
         self.memory_ledger: MemoryLedger | None = None
+        tables: list[StageTable] = list(self._bank_tables())
+        modules = self._memory_layers()
         if addresses is not None:
-            modules = self._memory_layers()
-            tables = [NgramTable(config, addresses, layer) for layer in sorted(modules)]
+            tables += [NgramTable(config, addresses, layer) for layer in sorted(modules)]
+        if addresses is not None or shape.bank is not None:
             self.memory = StageMemory(config, mesh, tables, self.device, initialise_rows)
+        if addresses is not None:
+            assert self.memory is not None
             self.memory_ledger = MemoryLedger(self.memory, addresses, modules, shape, mesh, self.context)
 
     @property
@@ -184,7 +192,12 @@ class Pipeline:
 
     def _load(self, micro_batches: Sequence[SequenceBatch], working_sets: dict[str, WorkingSet]) -> int:
         """Make these the running micro-batches; returns the trained tokens over all data-parallel ranks."""
-        on_device = [MicroBatch.on_device(batch, self.shape, self.device) for batch in micro_batches]
+        layout = self.context.bank_layout
+        blocks = [None] * len(micro_batches) if layout is None else step_blocks(layout, micro_batches)
+        on_device = [
+            MicroBatch.on_device(batch, self.shape, self.device, used)
+            for batch, used in zip(micro_batches, blocks, strict=True)
+        ]
         self.context.load(on_device, working_sets)
         count = torch.stack([(micro.sequences.labels >= 0).sum() for micro in self.context.micro_batches]).sum()
         dist.all_reduce(count, group=self.engine.grid.get_data_parallel_group())
@@ -202,6 +215,28 @@ class Pipeline:
             if isinstance(layer, TransformerLayer) and isinstance(layer.module.engram, Engram):
                 found[layer.index] = layer.module.engram
         return found
+
+    def _bank_tables(self) -> list[BankTable]:
+        """The tables of this stage's layers of the memory bank, by level; tells the context of them. Collective over
+        the world where gradients are clipped."""
+        config, mesh = self.config, self.mesh
+        if self.shape.bank is None:
+            return []
+        whole, bounds = BankLayout.of(self.shape), stage_bounds(config)
+        stages = [
+            stage
+            for stage in range(mesh.pipeline)
+            if any(bounds[stage] <= layer + 1 < bounds[stage + 1] for layer in whole.layers)
+        ]
+        group = None
+        if config.bank.optimizer.clip_norm is not None and len(stages) > 1:
+            ranks = [stage * mesh.data + rank for stage in stages for rank in range(mesh.data)]
+            group = join_groups([ranks], config.parallel.timeout_seconds)
+        layout = whole.of_layers([layer.index for layer in self.layers() if isinstance(layer, TransformerLayer)])
+        if not layout.layers:
+            return []
+        self.context.bank_layout = layout
+        return [BankTable(config, layout, level, group) for level in layout.levels]
 
     def _connect_experts(self) -> dict[int, ExpertLayer]:
         found = {}

@@ -47,9 +47,9 @@ class TransformerLayer(StageLayer):
 
     def forward(self, hidden: Tensor) -> Tensor:
         micro = self.context.micro_batch()
-        memory = self.context.memory(self.index)
+        memory, bank = self.context.memory(self.index), self.context.bank(self.index)
         return self.module(
-            hidden, micro.sequences.position_ids, self.context.mask(), rotary=micro.rotary, memory=memory
+            hidden, micro.sequences.position_ids, self.context.mask(), rotary=micro.rotary, memory=memory, bank=bank
         )
 
 

@@ -30,14 +30,21 @@ from kmem.parallel.mesh import Mesh, any_rank, gather
 class StageTable(Protocol):
     """A table of this stage: what it is, and which of its rows a step reads."""
 
+    section: str
+    """Name of its section of the configuration."""
     settings: MemoryConfig
     """How it is kept and trained."""
+    norm_group: dist.ProcessGroup | None
+    """Ranks over which the norm of a gradient that is clipped is summed; None: those of the stage."""
 
     def spec(self, config: Config) -> TableSpec:
         """The table."""
 
     def ids(self, batches: Sequence[SequenceBatch]) -> Tensor:
         """Row ids int64 [M, B, T, K] of micro-batches, on the host; called by the memory's worker."""
+
+    def pieces(self, table: Table) -> dict[str, dict[str, Pieces]]:
+        """Canonical name -> array (`rows`, its optimizer's state, `step`) -> this rank's part of it."""
 
 
 @dataclass
@@ -72,6 +79,8 @@ class StageMemory:
         self.tables: dict[str, Table] = {}
         """By name."""
         self._of: dict[str, StageTable] = {}
+        self._ahead: list[BegunStep] = []
+        """Steps that are begun and not yet active, some of whose tables may not be fetched so far ahead."""
         self._worker: MemoryWorker | None = None
         seconds = config.parallel.timeout_seconds
         stages = [range(stage * mesh.data, (stage + 1) * mesh.data) for stage in range(mesh.pipeline)]
@@ -82,7 +91,7 @@ class StageMemory:
         try:
             self._build(config, stage_tables, device)
             if initialise:
-                self._initialise()
+                self.initialise()
         except BaseException as error:
             self.close(error)
             raise
@@ -90,7 +99,9 @@ class StageMemory:
     def _build(self, config: Config, stage_tables: Sequence[StageTable], device: torch.device) -> None:
         """Allocate all tables of the world, or none."""
         planned = [(table.spec(config), table) for table in stage_tables]
-        _agree(lambda: _check_host_memory([(spec, table.settings) for spec, table in planned], self._scale))
+        _agree(
+            lambda: _check_host_memory([(table.section, spec, table.settings) for spec, table in planned], self._scale)
+        )
         worker = self._worker
 
         def build() -> None:
@@ -100,20 +111,22 @@ class StageMemory:
                     try:
                         spec.folder.mkdir(parents=True, exist_ok=True)
                     except OSError as error:
-                        raise UserError(f"memory.folder: {spec.folder} cannot be made ({error.strerror})") from error
+                        problem = f"{table.section}.folder: {spec.folder} cannot be made ({error.strerror})"
+                        raise UserError(problem) from error
                 settings = table.settings
                 self._of[spec.name] = table
                 self.tables[spec.name] = Table(
                     spec, settings.optimizer, worker, device, settings.staleness, settings.prefetch_depth,
-                    settings.threads, initialise=False,
+                    settings.threads, initialise=False, norm_group=table.norm_group,
                 )  # fmt: skip
 
         _agree(build)
 
-    def _initialise(self) -> None:
-        """Draw the first rows of all tables, however long that takes: ranks that are through with theirs, or have none,
-        wait in short collectives, none of which meets its timeout."""
-        jobs = [self._worker.submit(table.initialise) for table in self.tables.values() if self._worker is not None]
+    def initialise(self, kind: type | None = None) -> None:
+        """Draw the first rows of all tables, or of those of one kind, however long that takes: ranks that are through
+        with theirs, or have none, wait in short collectives, none of which meets its timeout."""
+        tables = [table for name, table in self.tables.items() if kind is None or isinstance(self._of[name], kind)]
+        jobs = [self._worker.submit(table.initialise) for table in tables if self._worker is not None]
         waiting = True
         while waiting:
             done, _ = wait(jobs, timeout=1.0)
@@ -122,13 +135,24 @@ class StageMemory:
             job.result()
 
     def begin(self, micro_batches: Sequence[SequenceBatch]) -> BegunStep:
-        """Start fetching the rows of a step; all ranks of the stage begin the same steps in the same order."""
-        batches = list(micro_batches)
-        tickets = {name: table.begin(self._ids(name, batches)) for name, table in self.tables.items()}
-        return BegunStep(batches, tickets)
+        """Start fetching the rows of a step; all ranks of the stage begin the same steps in the same order. A table
+        whose own depth is less than the number of steps begun starts later."""
+        step = BegunStep(list(micro_batches))
+        self._ahead.append(step)
+        self._fetch_ahead()
+        return step
+
+    def _fetch_ahead(self) -> None:
+        for name, table in self.tables.items():
+            for step in self._ahead:
+                if name not in step.tickets and table.in_flight <= table.depth:
+                    step.tickets[name] = table.begin(self._ids(name, step.micro_batches))
 
     def activate(self, step: BegunStep) -> dict[str, WorkingSet]:
         """Wait for a step's rows, by table; the step before must have been committed or skipped."""
+        self._fetch_ahead()
+        assert self._ahead[0] is step, "steps are trained in the order in which they are begun"
+        del self._ahead[0]
         return {name: ticket.result() for name, ticket in step.tickets.items()}
 
     def commit(self, step: BegunStep, learning_rate: float) -> None:
@@ -141,8 +165,11 @@ class StageMemory:
         return {name: table.evaluate(self._ids(name, micro_batches)()) for name, table in self.tables.items()}
 
     def pieces(self) -> dict[str, dict[str, Pieces]]:
-        """Name of a table -> array (`rows`, its optimizer's state, `step`) -> this rank's part of it."""
-        return {table.spec.name: table.pieces() for table in self.tables.values()}
+        """Canonical name -> array (`rows`, its optimizer's state, `step`) -> this rank's part of it."""
+        found: dict[str, dict[str, Pieces]] = {}
+        for name, table in self.tables.items():
+            found |= self._of[name].pieces(table)
+        return found
 
     def close(self, error: BaseException | None = None) -> None:
         """Skip what is in flight and give back the memory. After an error that other ranks may not share, nothing is
@@ -173,34 +200,36 @@ def _agree(action: Callable[[], None]) -> None:
         raise UserError(problem)
 
 
-def _check_host_memory(planned: Sequence[tuple[TableSpec, MemoryConfig]], share: float) -> None:
+def _check_host_memory(planned: Sequence[tuple[str, TableSpec, MemoryConfig]], share: float) -> None:
     """Refuse tables that the ranks of a machine together have no memory for: each alone might fit.
 
     Args:
+        planned: section of the configuration, table, how it is kept.
         share: of a table's rows that a rank holds.
     """
     bytes_of_rank = sum(
         int(spec.rows * share) * row_bytes(spec, settings.optimizer)
-        for spec, settings in planned
+        for _, spec, settings in planned
         if spec.store == "host"
     )
+    sections = sorted({section for section, _, _ in planned})
     everyone: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
     dist.all_gather_object(everyone, (socket.gethostname(), bytes_of_rank))
     needed = sum(size for host, size in everyone if host == socket.gethostname())
     available = available_host_memory()
     if needed > available:
         raise StoreError(
-            f"memory.store: the tables of this machine's ranks need {gib(needed)} of host memory for rows and their "
-            f"optimizer state, and {gib(int(available))} are available on {socket.gethostname()}; use more machines, "
-            "fewer rows, memory.dtype=bf16 or memory.store=mmap"
+            f"{' and '.join(f'{name}.store' for name in sections)}: the tables of this machine's ranks need "
+            f"{gib(needed)} of host memory for rows and their optimizer state, and {gib(int(available))} are available "
+            f"on {socket.gethostname()}; use more machines, fewer rows, dtype=bf16 or store=mmap"
         )
 
 
-def mapped_folder(config: Config) -> Path:
-    """Where the mapped tables of a run lie; local to the machine."""
-    if config.memory.folder is None:
-        return Path(config.folder) / config.name / "memory"
-    return Path(os.path.expanduser(config.memory.folder)) / config.name
+def mapped_folder(config: Config, settings: MemoryConfig, section: str) -> Path:
+    """Where the mapped tables of a section of the configuration lie; local to the machine."""
+    if settings.folder is None:
+        return Path(config.folder) / config.name / section
+    return Path(os.path.expanduser(settings.folder)) / config.name
 
 
 def finite(working_sets: Mapping[str, WorkingSet]) -> bool:

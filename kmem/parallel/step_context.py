@@ -11,11 +11,15 @@ from torch import Tensor
 
 from kmem.data.batch import SequenceBatch
 from kmem.memory.working_set import WorkingSet
+from kmem.model.bank_blocks import BankInput
+from kmem.model.bank_layout import BankLayout
 from kmem.model.engram import EngramInput
 from kmem.model.engram_memory import table_name
 from kmem.model.mask import packed_mask, several_documents
 from kmem.model.rope import Rotation, rotation
 from kmem.model.shape import Shape
+from kmem.parallel.bank_table import stage_table_name
+from kmem.parallel.step_blocks import MicroBatchBlocks
 
 
 @dataclass
@@ -27,13 +31,18 @@ class MicroBatch:
     """Whether attention needs a mask of document boundaries."""
     rotary: Rotation
     """The rotary table of these positions, shared by all layers."""
+    blocks: MicroBatchBlocks | None = None
+    """What the memory bank has for these sequences, in all layers of the stage."""
 
     @classmethod
-    def on_device(cls, sequences: SequenceBatch, shape: Shape, device: torch.device) -> "MicroBatch":
+    def on_device(
+        cls, sequences: SequenceBatch, shape: Shape, device: torch.device, blocks: MicroBatchBlocks | None = None
+    ) -> "MicroBatch":
         packed = several_documents(sequences.document_ids)  # on the host, where looking costs no wait
-        present = {name: value for name, value in vars(sequences).items() if value is not None}
+        # Addresses stay there: `blocks` is what they mean.
+        present = {name: value for name, value in vars(sequences).items() if value is not None and name != "addresses"}
         moved = SequenceBatch(**{name: value.to(device) for name, value in present.items()})
-        return cls(moved, packed, rotation(shape, moved.position_ids))
+        return cls(moved, packed, rotation(shape, moved.position_ids), None if blocks is None else blocks.to(device))
 
 
 @dataclass
@@ -51,6 +60,8 @@ class StepContext:
     """Factor on the summed cross entropy of a micro-batch."""
     working_sets: dict[str, WorkingSet] = field(default_factory=dict)
     """By table: the rows that the step's micro-batches look up."""
+    bank_layout: BankLayout | None = None
+    """Of the memory bank's blocks in this stage's layers; None where they have none."""
     _mask: tuple[int, Tensor] | None = None
 
     def micro_batch(self) -> MicroBatch:
@@ -76,6 +87,21 @@ class StepContext:
         assert self.current is not None
         rows = working_set.lookup(self.current).flatten(-2)
         return EngramInput(rows, document_ids=self.micro_batch().sequences.document_ids)
+
+    def bank(self, layer: int) -> BankInput | None:
+        """The blocks of a layer for the running micro-batch; None where the layer has none."""
+        layout = self.bank_layout
+        if layout is None or layer not in layout.layers:
+            return None
+        used = self.micro_batch().blocks
+        assert used is not None
+        blocks = {}
+        for level in {level for group in used.groups for level in group.counts}:
+            width = layout.block_values(level)
+            start = layout.layers.index(layer) * width
+            working_set = self.working_sets[stage_table_name(layout, level)]
+            blocks[level] = working_set.columns(used.rows[level], start, start + width)
+        return BankInput(layout, used.groups, blocks)
 
     def load(self, micro_batches: list[MicroBatch], working_sets: dict[str, WorkingSet]) -> None:
         """Make these the micro-batches of the running step, and these the rows they look up."""

@@ -164,7 +164,7 @@ class Trainer:
         config, began = self.config, time.perf_counter()
         train = config.train
         torch.manual_seed(train.init_seed + self.step)  # randomness of a step is a function of its number
-        while len(self._begun) <= config.memory.prefetch_depth and self.step + len(self._begun) < train.steps:
+        while len(self._begun) <= config.prefetch_depth and self.step + len(self._begun) < train.steps:
             self._begun.append(self._begin(self.step + len(self._begun)))
         read = time.perf_counter() - began
         lr = learning_rate(train, self.step)
@@ -186,7 +186,10 @@ class Trainer:
         train = self.config.train
         first = self.consumed_samples + (step - self.step) * train.global_batch_size
         plan = split_samples(first, train.global_batch_size, train.micro_batch_size, self.mesh)
-        return self.pipeline.begin_step([self.data.training.read(samples) for samples in plan])
+        batches = [self.data.training.read(samples) for samples in plan]
+        if self.config.model.memory_bank is not None and any(batch.addresses is None for batch in batches):
+            raise TrainingError("model.memory_bank: the documents of data.sources have no addresses of a cluster tree")
+        return self.pipeline.begin_step(batches)
 
     def _record(self, result: StepResult, lr: float, seconds: float) -> StepRecord:
         train = self.config.train

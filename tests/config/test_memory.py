@@ -78,6 +78,33 @@ def test_table_errors_name_the_field(memory, message):
 
 
 @pytest.mark.parametrize(
+    ("bank", "message"),
+    [
+        ({"optimizer": {"name": "rowwise_adagrad"}}, "bank.optimizer.name=rowwise_adagrad has numbers that all values"),
+        ({"optimizer": {"name": "sinkhorn_momentum"}}, "bank.optimizer.name=sinkhorn_momentum has numbers that"),
+        (
+            {"dtype": "bf16", "optimizer": {"stochastic_rounding": True}},
+            "bank.optimizer.stochastic_rounding=true draws by a value's place in its row",
+        ),
+        ({"staleness": 2}, "bank.staleness=2 exceeds prefetch_depth=1"),
+    ],
+)
+def test_bank_table_errors_name_the_field(bank, message):
+    with pytest.raises(ConfigError) as error:
+        config({"layers": [1]}, bank=bank)
+    assert str(error.value).startswith(message)
+
+
+def test_blocks_have_a_rate_and_a_decay_of_their_own():
+    settings = config({"layers": [1]}, bank={"optimizer": {"weight_decay": 1e-3}, "prefetch_depth": 3})
+    assert (settings.bank.optimizer.name, settings.bank.optimizer.weight_decay) == ("lazy_adam", 1e-3)
+    assert (settings.bank.optimizer.lr_multiplier, settings.memory.optimizer.lr_multiplier) == (1.0, 5.0)
+    assert settings.prefetch_depth == 1  # there is no bank
+    bank = {"levels": [2], "children": 2}
+    assert parse_config(small_config(model__memory_bank=bank, bank={"prefetch_depth": 3})).prefetch_depth == 3
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"checkpoint__asynchronous": True}, "checkpoint.asynchronous=true does not go with model.engram"),

@@ -83,21 +83,37 @@ def train_case(tree: dict[str, Any], steps: int, evaluate_every: int = 0) -> dic
     begun: deque[BegunStep] = deque()
     results = []
     for step in range(steps):
-        while len(begun) <= pipeline.config.memory.prefetch_depth and step + len(begun) < steps:
+        while len(begun) <= pipeline.config.prefetch_depth and step + len(begun) < steps:
             begun.append(pipeline.begin_step(step_batches(pipeline, step + len(begun))))
         results.append(pipeline.train_step(begun.popleft(), lr=pipeline.config.train.optimizer.lr))
         if evaluate_every and step % evaluate_every == 0:
             pipeline.evaluate(step_batches(pipeline, 1000 + step))
     tables = {} if pipeline.memory is None else pipeline.memory.tables
     rows = {name: (t.local.start, t.read_rows(t.local.start, t.local.stop)) for name, t in tables.items()}
+    blocks = bank_blocks(pipeline)
     pipeline.close()
     return {
         "losses": [result.loss for result in results],
         "norms": [result.grad_norm for result in results],
         "counts": [result.routing.counts.tolist() if result.routing else None for result in results],
         "rows": rows,
+        "blocks": blocks,
         "memory": results[-1].memory,
     }
+
+
+def bank_blocks(pipeline: Pipeline) -> dict[str, tuple[int, torch.Tensor]]:
+    """Name of the blocks of a layer and level -> this rank's first row, and its rows."""
+    from kmem.model.bank_layout import layer_bank_name
+    from kmem.parallel.bank_table import stage_table_name
+
+    layout, found = pipeline.context.bank_layout, {}
+    for level in () if layout is None else layout.levels:
+        table = pipeline.memory.tables[stage_table_name(layout, level)]
+        rows = table.read_rows(table.local.start, table.local.stop)
+        for layer, blocks in layout.by_layer(rows, level).items():
+            found[layer_bank_name(layer, level)] = table.local.start, blocks.clone()
+    return found
 
 
 def checkpoint_case(
@@ -187,7 +203,14 @@ def step_batches(pipeline: Pipeline, step: int) -> list[SequenceBatch]:
 
     train = pipeline.config.train
     plan = split_samples(step * train.global_batch_size, train.global_batch_size, train.micro_batch_size, pipeline.mesh)
-    return [synthetic_sequences(samples) for samples in plan]
+    batches = [synthetic_sequences(samples) for samples in plan]
+    bank = pipeline.config.model.memory_bank
+    if bank is None:
+        return batches
+    from tests.distributed.bank_case import addressed
+
+    generic = bank.generic.probability > 0
+    return [addressed(batch, samples, generic) for batch, samples in zip(batches, plan, strict=True)]
 
 
 def state_checksums(pipeline: Pipeline) -> dict[str, str]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kmem.config import RowOptimizerConfig
+from kmem.config import BlockOptimizerConfig, RowOptimizerConfig
 from kmem.memory import counter_random
 from kmem.memory.row_optimizers import RowOptimizer, RowUpdate, kernels, reference
 from kmem.memory.row_optimizers.update import host_array
@@ -18,6 +18,7 @@ from kmem_kernels.row_update.op import CatchUp, Gradients, RandomRounding, adam_
 ROWS, RATE, SEED, TABLE, FIRST_ROW = 60, 0.05, 7, "table", (1 << 40) + 3
 OPTIMIZERS = [
     RowOptimizerConfig(name="lazy_adam"),
+    BlockOptimizerConfig(name="lazy_adam", weight_decay=0.1),
     RowOptimizerConfig(name="adam_catchup", weight_decay=0.1),
     RowOptimizerConfig(name="rowwise_adagrad"),
 ]
@@ -63,7 +64,7 @@ def update(settings, state, step, dim, device, backend):
     moments = state["rows"], state["first_moment"], state["second_moment"]
     if settings.name == "lazy_adam":
         scalars = reference.AdamStep.lazy(*settings.betas, settings.eps, RATE, step)
-        adam_(*moments, gradients, scalars, None, rounding, backend=backend)
+        adam_(*moments, gradients, scalars, None, rounding, 1 - RATE * settings.weight_decay, backend=backend)
         return
     scalars = reference.AdamStep.dense(*settings.betas, settings.eps, RATE, step)
     missed = np.arange(DECAYS)
@@ -76,7 +77,7 @@ def update(settings, state, step, dim, device, backend):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rounding", ["fp32", "nearest", "random"])
 @pytest.mark.parametrize("dim", [1, 5, 40, 520])
-@pytest.mark.parametrize("settings", OPTIMIZERS, ids=lambda s: s.name)
+@pytest.mark.parametrize("settings", OPTIMIZERS, ids=lambda s: s.name + "-decayed" * (type(s) is BlockOptimizerConfig))
 def test_the_bits_are_those_of_the_host(settings, dim, rounding, device):
     settings = settings.model_copy(update={"stochastic_rounding": rounding == "random"})
     states = on_the_host(settings, dim, torch.float32 if rounding == "fp32" else torch.bfloat16)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kmem.config import RowOptimizerConfig
+from kmem.config import BlockOptimizerConfig, RowOptimizerConfig
 from kmem.memory import stores
 from kmem.memory.counter_random import key, normal_rows
 from kmem.memory.row_optimizers import (
@@ -26,6 +26,7 @@ LAZY = [
     RowOptimizerConfig(name="sinkhorn_momentum", dense=False),
 ]
 DENSE = RowOptimizerConfig(name="sinkhorn_momentum")
+DECAYED = BlockOptimizerConfig(name="lazy_adam", weight_decay=0.1)
 names = pytest.mark.parametrize("settings", LAZY, ids=lambda s: s.name)
 
 
@@ -62,7 +63,7 @@ def snapshot(store):
 
 
 @pytest.mark.parametrize("dim", [1, 5, 64])
-@pytest.mark.parametrize("settings", LAZY[:2], ids=lambda s: s.name)
+@pytest.mark.parametrize("settings", [*LAZY[:2], DECAYED], ids=lambda s: f"{s.name}-{s.weight_decay}")
 def test_compiled_adam_is_bit_equal_to_its_reference(settings, dim):
     optimizer = optimizer_for(settings, dim)
     store = table(optimizer)
@@ -76,7 +77,8 @@ def test_compiled_adam_is_bit_equal_to_its_reference(settings, dim):
         last[at] = step
         if settings.name == "lazy_adam":
             scalars = reference.AdamStep.lazy(0.9, 0.999, 1e-8, RATE, step)
-            decays = [np.ones((len(at), 1), np.float32)] * 3
+            factors = [1, 1, 1 - RATE * settings.weight_decay]
+            decays = [np.full((len(at), 1), factor, np.float32) for factor in factors]
         else:
             scalars = reference.AdamStep.dense(0.9, 0.999, 1e-8, RATE, step)
             factors = [(0.9, missed), (0.999, missed), (1 - RATE * 0.1, missed + 1)]
@@ -166,7 +168,20 @@ def test_caught_up_adam_is_dense_adam(weight_decay):
     assert (store["rows"][4:] - weight[4:]).abs().max() > 1e-3
 
 
-@names
+def test_lazy_adam_decays_like_adamw_where_every_step_touches_a_row():
+    """And not at all elsewhere."""
+    optimizer = optimizer_for(DECAYED.model_copy(update={"eps": 1e-12}))
+    store = table(optimizer)
+    weight = torch.nn.Parameter(store["rows"].clone())
+    oracle = torch.optim.AdamW([weight], lr=RATE, weight_decay=0.1, eps=1e-12)
+    for update in updates(20, every=True):
+        optimizer.apply(store, update, 0)
+        weight.grad = dense_gradient(update)
+        oracle.step()
+    assert (store["rows"] - weight).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("settings", [*LAZY, DECAYED], ids=lambda s: f"{s.name}-{s.weight_decay}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_outside_the_working_set_never_move(settings, dtype):
     optimizer = optimizer_for(settings)
@@ -238,7 +253,7 @@ def test_nothing_depends_on_the_number_of_threads(settings):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-@pytest.mark.parametrize("settings", LAZY[:3], ids=lambda s: s.name)
+@pytest.mark.parametrize("settings", [*LAZY[:3], DECAYED], ids=lambda s: f"{s.name}-{s.weight_decay}")
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "bf16 at random"])
 def test_the_device_form_is_bit_equal(settings, clip_norm, kind, monkeypatch):

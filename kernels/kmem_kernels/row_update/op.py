@@ -73,6 +73,7 @@ def adam_(
     step: AdamStep,
     catch_up: CatchUp | None = None,
     rounding: RandomRounding | None = None,
+    decay: float = 1.0,
     backend: Backend | None = None,
 ) -> None:
     """One Adam step of the touched rows, in place.
@@ -81,23 +82,26 @@ def adam_(
         weights_RD: fp32 or bf16, contiguous.
         first_RD, second_RD: moments, fp32, contiguous.
         rounding: of bf16 rows; None rounds to nearest even.
+        decay: factor on the weights before the step; `catch_up` has its own.
         backend: default `triton` for CUDA tensors, else `torch`.
 
     Raises:
-        ValueError: types or shapes that do not fit.
+        ValueError: types or shapes that do not fit, or both a decay and a catch-up.
     """
     _check(weights_RD, gradients, rounding, first_RD, second_RD)
+    if catch_up is not None and decay != 1.0:
+        raise ValueError(f"decay={decay}: what is caught up has its decay in the table")
     if catch_up is not None and catch_up.decays.shape[1] < catch_up.step:
         raise ValueError(f"step {catch_up.step} needs as many decays, not {catch_up.decays.shape[1]}")
     with torch.no_grad():
         if chosen(backend, weights_RD) == "torch":
             from . import reference
 
-            reference.adam_(weights_RD, first_RD, second_RD, gradients, step, catch_up, rounding)
+            reference.adam_(weights_RD, first_RD, second_RD, gradients, step, catch_up, rounding, decay)
         else:
             from . import triton  # a CPU run never compiles
 
-            triton.adam_(weights_RD, first_RD, second_RD, gradients, step, catch_up, rounding)
+            triton.adam_(weights_RD, first_RD, second_RD, gradients, step, catch_up, rounding, decay)
 
 
 def rowwise_adagrad_(

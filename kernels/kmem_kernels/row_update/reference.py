@@ -27,10 +27,12 @@ def adam_(
     step: definition.AdamStep,
     catch_up: "CatchUp | None",
     rounding: "RandomRounding | None",
+    decay: float = 1.0,
 ) -> None:
     """See `op.adam_`."""
     rows = gradients.rows
     decays = np.ones((3, len(rows), 1), np.float32)
+    decays[2] = decay
     if catch_up is not None:
         missed = catch_up.step - 1 - catch_up.last_step[rows].long()
         decays = _host(catch_up.decays[:, missed.view(-1)]).reshape(3, -1, 1)

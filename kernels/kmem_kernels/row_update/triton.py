@@ -118,8 +118,10 @@ def _adam(
     inverse_root,
     eps,
     size,
+    decay,  # used if DECAY
     COLUMNS: tl.constexpr,
     CATCH_UP: tl.constexpr,
+    DECAY: tl.constexpr,
     SUM: tl.constexpr,
     ROUNDING: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -146,6 +148,8 @@ def _adam(
             m = m * decay_m
             v = v * decay_v
             w = w * decay_w
+        if DECAY:
+            w = w * decay
         m = m + (g - m) * rate_m
         v = v + (g * g - v) * rate_v
         w = w - tl.div_rn(m, tl.sqrt_rn(v) * inverse_root + eps) * size
@@ -220,6 +224,7 @@ def adam_(
     step: AdamStep,
     catch_up: CatchUp | None,
     rounding: RandomRounding | None,
+    decay: float = 1.0,
 ) -> None:
     """`reference.adam_`, bit for bit."""
     launch = _launch(weights_RD, gradients, rounding)
@@ -243,7 +248,9 @@ def adam_(
         step.inverse_root,
         step.eps,
         step.step_size,
+        decay,
         CATCH_UP=catch_up is not None,
+        DECAY=decay != 1.0,
         **options,
     )
 

@@ -111,15 +111,20 @@ class RowOptimizer:
         return make(*self.settings.betas, self.settings.eps, update.learning_rate, update.step)
 
     def _decays(self, store: Store, update: RowUpdate) -> list[np.ndarray]:
-        """[U, 1] fp32 factors on first moment, second moment and weight for missed steps; marks the rows as updated."""
+        """[U, 1] fp32 factors on first moment, second moment and weight: those of missed steps, and this step's decay
+        of weights; marks the rows as updated."""
         if self.settings.name == "lazy_adam":
-            return [np.ones((len(update.rows), 1), np.float32)] * 3
+            ones = np.ones((len(update.rows), 1), np.float32)
+            return [ones, ones, ones * np.float32(self._shrink(update))]
         missed = take_missed_steps(store, update)
-        shrink = 1 - update.learning_rate * self.settings.weight_decay
         return [
             *(reference.missed_steps_decay(beta, missed) for beta in self.settings.betas),
-            reference.missed_steps_decay(shrink, missed + 1),
+            reference.missed_steps_decay(self._shrink(update), missed + 1),
         ]
+
+    def _shrink(self, update: RowUpdate) -> float:
+        """Factor of a step's weight decay."""
+        return 1 - update.learning_rate * self.settings.weight_decay
 
     def _on_host(self, store: Store, update: RowUpdate, first_row: int) -> None:
         in_bf16, gradients = store["rows"].dtype == torch.bfloat16, update.gradients
@@ -184,13 +189,14 @@ class RowOptimizer:
         if self.settings.name == "adam_catchup":
             catch_up = CatchUp(store["last_step"], update.step, self._decays_after(update))
         moments = store["first_moment"], store["second_moment"]
-        adam_(store["rows"], *moments, gradients, self._adam_step(update), catch_up, rounding)
+        decay = self._shrink(update) if catch_up is None else 1.0
+        adam_(store["rows"], *moments, gradients, self._adam_step(update), catch_up, rounding, decay)
 
     def _decays_after(self, update: RowUpdate) -> Tensor:
         """[3, L] where the rows are: the factors of `_decays` for 0, 1, ... missed steps. Computed when the table has
         become too short for the step, and in every step in which the learning rate changes the decay of weights."""
         length = max(1024, 1 << update.step.bit_length())
-        shrink = 1 - update.learning_rate * self.settings.weight_decay
+        shrink = self._shrink(update)
         if self._decay_table is None or self._decay_table[0] != (length, shrink):
             missed = np.arange(length)
             factors = [(beta, missed) for beta in self.settings.betas] + [(shrink, missed + 1)]

@@ -42,8 +42,8 @@ def adam(
 ) -> tuple[Array, Array, Array]:
     """One Adam step of touched rows: (weights, first moments, second moments).
 
-    decays: factors per row on first moment, second moment and weight for the steps that the row has missed; ones for
-    lazy Adam.
+    decays: factors per row on first moment, second moment and weight for the steps that the row has missed, and on the
+    weight this step's decay; lazy Adam knows of this step only.
     """
     first = first * decays[0]
     first = first + (gradients - first) * (1 - step.beta1)

@@ -1,0 +1,73 @@
+"""The tables of a memory bank in the pipeline: one per level and stage, whose rows hold, for every cluster, the blocks
+of this stage's layers."""
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+from kmem.checkpoint.pieces import Pieces
+from kmem.config import Config, MemoryConfig
+from kmem.data.batch import SequenceBatch
+from kmem.memory.table import Table, TableSpec
+from kmem.model.bank_layout import BankLayout, bank_table_name, layer_bank_name
+from kmem.parallel.stage_memory import mapped_folder
+from kmem.parallel.step_blocks import step_rows
+
+
+def stage_table_name(layout: BankLayout, level: int) -> str:
+    """Name of a stage's table of a level, different for all stages.
+
+    Args:
+        layout: of this stage's layers.
+    """
+    return f"{bank_table_name(level)}.layers-{layout.layers[0]}-{layout.layers[-1]}"
+
+
+class BankTable:
+    """The table of a level.
+
+    Args:
+        layout: of this stage's layers, of which at least one has blocks.
+        norm_group: the ranks of all stages that have blocks, over which the norm of a level's gradient is summed; None
+            where these are the stage's own.
+    """
+
+    section = "bank"
+
+    def __init__(
+        self, config: Config, layout: BankLayout, level: int, norm_group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.settings: MemoryConfig = config.bank
+        self.layout, self.level, self.norm_group = layout, level, norm_group
+
+    def spec(self, config: Config) -> TableSpec:
+        bank, layout, seed = self.settings, self.layout, config.train.init_seed
+
+        def initial_rows(start: int, stop: int) -> Tensor:
+            return layout.initial_rows(seed, self.level, start, stop)
+
+        return TableSpec(
+            stage_table_name(layout, self.level),
+            layout.rows(self.level),
+            layout.row_values(self.level),
+            bank.dtype,
+            bank.store,
+            mapped_folder(config, bank, self.section) if bank.store == "mmap" else None,
+            seed,
+            initial_rows=initial_rows,
+        )
+
+    def ids(self, batches: Sequence[SequenceBatch]) -> Tensor:
+        """The distinct rows of all micro-batches, [1, 1, 1, U]; `step_blocks` has who uses which."""
+        return step_rows(self.layout, self.level, batches).view(1, 1, 1, -1)
+
+    def pieces(self, table: Table) -> dict[str, dict[str, Pieces]]:
+        """By layer: columns of the rows and of their moments. What a row has one number of is the same for all layers,
+        and stands with each."""
+        width, arrays = self.layout.block_values(self.level), table.arrays()
+        found = {}
+        for place, layer in enumerate(self.layout.layers):
+            columns = {name: slice(place * width, (place + 1) * width) for name, wide in arrays.items() if wide > 1}
+            found[layer_bank_name(layer, self.level)] = table.pieces(columns)
+        return found
