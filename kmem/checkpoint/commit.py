@@ -73,6 +73,9 @@ class Commit:
     addressing: dict[str, Any] | None = None
     """Manifest of the n-gram addressing (`NgramAddressing.to_manifest`): without it rows mean nothing. None for a model
     without tables."""
+    tree: dict[str, Any] | None = None
+    """Description of the cluster tree whose leaves address the memory bank (its tree.json). None for a model without,
+    or where the tree is not known."""
 
     def write(self, folder: Path) -> None:
         """Write the commit file into a folder whose other files are complete and durable."""
@@ -119,6 +122,7 @@ class Commit:
             },
             files={name: StoredFile(**entry) for name, entry in body["files"].items()},
             addressing=body.get("addressing"),
+            tree=body.get("tree"),
         )
         for name, file in commit.files.items():
             try:

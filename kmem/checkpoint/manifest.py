@@ -40,6 +40,37 @@ def check_addressing(folder: Path, stored: Mapping[str, Any] | None, used: Engra
         )
 
 
+TREE_REASONS = {
+    "tokenizer": "Its embedder counts token ids of another tokenizer",
+    "files": "Its centroids are others, so a leaf holds other documents",
+    "embedder": "Documents are embedded otherwise, so a leaf holds other documents",
+    "unit": "What has an address of its own is another part of the text",
+}
+
+
+def check_tree(folder: Path, stored: Mapping[str, Any] | None, used: Mapping[str, Any] | None) -> None:
+    """Refuse blocks that would be fetched by the leaves of another tree than they were trained with.
+
+    A checkpoint without a bank, or one of which no tree is known, goes with every tree.
+
+    Args:
+        stored, used: contents of tree.json.
+
+    Raises:
+        CheckpointError: names every field that differs, and why it matters.
+    """
+    if stored is None or used is None or stored["fingerprint"] == used["fingerprint"]:
+        return
+    named = sorted(name for name in stored.keys() | used.keys() if stored.get(name) != used.get(name))
+    shown = [f"{name} is {_short(used.get(name))} here and {_short(stored.get(name))} there" for name in named]
+    reasons = [reason for name, reason in TREE_REASONS.items() if name in named]
+    raise CheckpointError(
+        f"data.addresses.tree: not the tree that {folder} was trained with: {'; '.join(shown)}. "
+        + "".join(f"{reason}. " for reason in reasons)
+        + "Name that tree, or start a run of another name"
+    )
+
+
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -48,11 +48,12 @@ class CheckpointStore:
         shapes: dict[str, list[int]],
         asynchronous: bool = False,
         addressing: dict | None = None,
+        tree: dict | None = None,
     ) -> Path:
         """Save the state after `progress.step` steps; returns the folder it has once committed.
 
-        `addressing` is the manifest of memory tables. With `asynchronous` the state is copied to host memory and
-        written in the background, one save at a time.
+        `addressing` is the manifest of n-gram tables, `tree` that of a memory bank. With `asynchronous` the state is
+        copied to host memory and written in the background, one save at a time.
 
         Raises:
             CheckpointError: on every rank alike; earlier checkpoints stay as they are.
@@ -73,7 +74,7 @@ class CheckpointStore:
 
         def write(state: dict[str, Pieces]) -> None:
             def commit(tensors, files) -> None:
-                Commit(progress, config, shapes, tensors, files, addressing).write(partial)
+                Commit(progress, config, shapes, tensors, files, addressing, tree).write(partial)
                 os.rename(partial, final)
                 sync_folder(self.root)
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from kmem.config import ModelConfig
+from kmem.model.bank_layout import BankLayout, layer_bank_name
 from kmem.model.chain_of_experts import ChainOfExperts
 from kmem.model.decoder import Decoder, DecoderLayer
 from kmem.model.engram_memory import table_name, table_rows
@@ -140,4 +141,9 @@ def tensor_shapes(config: ModelConfig) -> dict[str, list[int]]:
     shapes = {name: list(tensor.shape) for name, tensor in decoder.state_dict().items()}
     for layer, rows in table_rows(decoder.shape).items():
         shapes[table_name(layer)] = [rows, decoder.shape.memory.row_dim]
+    if decoder.shape.bank is not None:
+        layout = BankLayout.of(decoder.shape)
+        for layer in layout.layers:
+            for level in layout.levels:
+                shapes[layer_bank_name(layer, level)] = [layout.rows(level), layout.block_values(level)]
     return shapes

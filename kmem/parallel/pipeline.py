@@ -83,6 +83,8 @@ class Pipeline:
         self.device = local_device()
         self.context = StepContext()
         self.shape = shape = Shape(config.model.model_dump())
+        self.frozen = shape.bank is not None and shape.bank.anchor == "frozen"
+        """Whether only the memory bank is trained."""
         for refusal in gather(expert_backend_problem(config)):
             if refusal is not None:
                 raise UserError(refusal)

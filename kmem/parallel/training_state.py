@@ -3,13 +3,14 @@
     weight/NAME       fp32 master weights, and persistent buffers such as selection biases
     exp_avg/NAME      first moments
     exp_avg_sq/NAME   second moments
-    ARRAY/NAME        of a memory table: the state of its row optimizer, such as first_moment, and its `step`
+    ARRAY/NAME        of a memory table: the state of its row optimizer, such as first_moment, and its `step`; of a
+                      memory bank, whose tables are those of a stage, NAME is that of a layer's blocks
 
 NAME is canonical. bf16 weights are not stored: they are the cast of the masters. Adam's step counter is one number,
 since every parameter is updated in every step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +38,16 @@ class _Fragment:
     """Live 1-D views: `weight` and the moments."""
 
 
-def model_state(pipeline: Pipeline, *, saving: bool, moments: bool) -> dict[str, Pieces]:
+def model_state(pipeline: Pipeline, *, saving: bool, moments: bool, row_state: bool | None = None) -> dict[str, Pieces]:
     """The pieces this rank saves, or the pieces it loads into in place.
 
     Args:
         saving: leave out copies that another rank of the pipeline saves (tied weights).
-        moments: include optimizer moments; they are created as zeros if no step was made yet.
+        moments: include optimizer moments; they are created as zeros if no step was made yet. A frozen anchor has none.
+        row_state: include the state of tables' row optimizers; default: as moments.
     """
+    row_state = moments if row_state is None else row_state
+    moments = moments and not pipeline.frozen
     if moments:
         _create_moments(pipeline)
     state = {}
@@ -55,13 +59,15 @@ def model_state(pipeline: Pipeline, *, saving: bool, moments: bool) -> dict[str,
     tables = {} if pipeline.memory is None else pipeline.memory.pieces()
     for name, arrays in tables.items():
         state[WEIGHT + name] = arrays.pop("rows")
-        if moments:
+        if row_state:
             state |= {f"{array}/{name}": pieces for array, pieces in arrays.items()}
     return state
 
 
 def optimizer_steps(pipeline: Pipeline) -> int:
-    """Updates behind the moments, the same for every parameter."""
+    """Updates behind the moments, the same for every parameter; 0 for a frozen anchor."""
+    if pipeline.frozen:
+        return 0
     counters = {int(state["step"]) for state in _adam(pipeline).state.values() if "step" in state}
     assert len(counters) <= 1, f"Adam counters differ: {counters}"
     return counters.pop() if counters else 0
@@ -76,15 +82,15 @@ def finish_load(pipeline: Pipeline, steps: int) -> None:
         update()
 
 
-def check_names(pipeline: Pipeline, shapes: dict[str, list[int]], new_memory: bool) -> None:
-    """Every tensor of this stage, but for those of a `new_memory`, is in a checkpoint's list of shapes.
+def check_names(pipeline: Pipeline, shapes: dict[str, list[int]], new: Sequence[str]) -> None:
+    """Every tensor of this stage, but for those whose names contain one of `new`, is in a checkpoint's list of shapes.
 
     Raises:
         CheckpointError: names a tensor that is not.
     """
-    tables = () if pipeline.memory is None else (table.spec.name for table in pipeline.memory.tables.values())
+    tables = () if pipeline.memory is None else pipeline.memory.pieces()
     for name in (*(name for name, _ in (*pipeline.named_parameters(), *pipeline.named_buffers())), *tables):
-        if name not in shapes and not (new_memory and ".engram." in name):
+        if name not in shapes and not any(part in name for part in new):
             raise CheckpointError(f"{name} is not in the checkpoint")
 
 

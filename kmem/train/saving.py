@@ -3,16 +3,26 @@
 from pathlib import Path
 
 from kmem.checkpoint.commit import Commit, Progress
-from kmem.checkpoint.manifest import check_addressing
+from kmem.checkpoint.manifest import check_addressing, check_tree
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.store import CheckpointStore
+from kmem.parallel.bank_table import BankTable
 from kmem.parallel.parameter_counts import tensor_shapes
 from kmem.parallel.pipeline import Pipeline
 from kmem.parallel.training_state import MOMENTS, check_names, finish_load, model_state
 
 
-def save_training(store: CheckpointStore, pipeline: Pipeline, progress: Progress, asynchronous: bool = False) -> Path:
+def save_training(
+    store: CheckpointStore,
+    pipeline: Pipeline,
+    progress: Progress,
+    asynchronous: bool = False,
+    tree: dict | None = None,
+) -> Path:
     """Save weights, moments and progress; collective.
+
+    Args:
+        tree: description of the cluster tree that addresses a memory bank.
 
     Raises:
         CheckpointError: on every rank alike.
@@ -21,15 +31,21 @@ def save_training(store: CheckpointStore, pipeline: Pipeline, progress: Progress
     config = pipeline.config
     addressing = None if pipeline.addresses is None else pipeline.addresses.addressing.to_manifest()
     shapes = tensor_shapes(config.model)
-    return store.save(state, progress, config.model_dump(mode="json"), shapes, asynchronous, addressing)
+    return store.save(state, progress, config.model_dump(mode="json"), shapes, asynchronous, addressing, tree)
 
 
-def load_training(store: CheckpointStore, folder: Path, commit: Commit, pipeline: Pipeline) -> Progress:
+def load_training(
+    store: CheckpointStore, folder: Path, commit: Commit, pipeline: Pipeline, tree: dict | None = None
+) -> Progress:
     """Fill a freshly built pipeline from a verified checkpoint; collective.
 
     A checkpoint without moments, as `kmem import` writes, leaves the optimizer as new. One without memory may be
-    continued by a model with memory, whose first rows are zeros: it computes at first exactly what was trained. Its
-    optimizer is new, too: Adam counts steps once for all parameters, and new ones would begin with steps too long.
+    continued by a model with memory:
+    - n-gram memory, whose first rows are zeros: it computes at first exactly what was trained. Its optimizer is new,
+      too: Adam counts steps once for all parameters, and new ones would begin with steps too long.
+    - a memory bank, whose first blocks change nothing either. It adds no parameters but its tables, which count their
+      own steps, so the optimizer goes on.
+    The anchor of a bank may be frozen from here on, or trained again, with a new optimizer.
 
     Raises:
         CheckpointError: the checkpoint is of another model; names the field or tensor.
@@ -37,33 +53,63 @@ def load_training(store: CheckpointStore, folder: Path, commit: Commit, pipeline
     config = pipeline.config
     check_addressing(folder, commit.addressing, pipeline.addresses)
     stored, wanted = dict(commit.config["model"]), config.model.model_dump(mode="json")
-    new_memory = stored.get("engram") is None and wanted["engram"] is not None
-    if new_memory:
+    new = [name for name in ("engram", "memory_bank") if stored.get(name) is None and wanted[name] is not None]
+    if "engram" in new:
         assert config.model.engram is not None
         if config.model.engram.init_std:
             raise CheckpointError(
                 f"model.engram.init_std: {config.model.engram.init_std}, and {folder} has no memory; set it to 0, so "
                 "that the memory added to the model changes nothing at first"
             )
-        stored["engram"] = wanted["engram"]
-    _same_model(folder, stored, wanted, "model")
-    check_names(pipeline, commit.shapes, new_memory)
-    with_moments = not new_memory and any(name.startswith(f"{MOMENTS[0]}/") for name in commit.tensors)
-    if with_moments and pipeline.memory is not None:
-        _same_rows(folder, commit.config.get("memory", {}), config.memory.model_dump(mode="json"))
-    state = model_state(pipeline, saving=False, moments=with_moments)
-    if new_memory:
-        state = {name: pieces for name, pieces in state.items() if ".engram." not in name}
+    if stored.get("memory_bank") is not None:
+        if wanted["memory_bank"] is None:
+            raise CheckpointError(f"{folder} holds a memory bank, and model.memory_bank is null; a run keeps its bank")
+        check_tree(folder, commit.tree, tree)
+    stored |= {name: wanted[name] for name in new}
+    _same_model(folder, _rows_of_bank(stored), _rows_of_bank(wanted), "model")
+    parts = [NAME_PARTS[name] for name in new]
+    check_names(pipeline, commit.shapes, parts)
+    moments = any(name.startswith(f"{MOMENTS[0]}/") for name in commit.tensors)
+    row_state = any(name.startswith("step/") for name in commit.tensors)
+    for name, section in (("engram", "memory"), ("memory_bank", "bank")):
+        if row_state and wanted[name] is not None and name not in new:
+            _same_rows(folder, section, commit.config.get(section, {}), config.model_dump(mode="json")[section])
+    moments = moments and "engram" not in new and not pipeline.frozen
+    state = model_state(pipeline, saving=False, moments=moments, row_state=row_state)
+    state = {name: pieces for name, pieces in state.items() if not any(part in name for part in parts)}
     store.load(folder, commit, state)
-    finish_load(pipeline, commit.progress.optimizer_steps if with_moments else 0)
+    if "memory_bank" in new:
+        assert pipeline.memory is not None
+        pipeline.memory.initialise(BankTable)
+    finish_load(pipeline, commit.progress.optimizer_steps if moments else 0)
     return commit.progress
 
 
-TRAINED_ONLY = {"bias_update_rate", "aux_loss", "sequence_aux_loss", "z_loss", "init_std", "depth_scaled_init"}
+NAME_PARTS = {"engram": ".engram.", "memory_bank": ".bank."}
+"""Section of the model -> what the names of its tensors have in common."""
+TRAINED_ONLY = {
+    "bias_update_rate",
+    "aux_loss",
+    "sequence_aux_loss",
+    "z_loss",
+    "init_std",
+    "depth_scaled_init",
+    "anchor",
+    "per",
+}
 """Fields of the model section that a run may change when it resumes: they shape training, not the function."""
 
 
-def _same_rows(folder: Path, stored: dict, wanted: dict) -> None:
+def _rows_of_bank(model: dict) -> dict:
+    """The section with what decides whether a bank has generic blocks in place of how often they are trained."""
+    bank = model.get("memory_bank")
+    if bank is None:
+        return model
+    generic = {**bank["generic"], "probability": bank["generic"]["probability"] > 0}
+    return {**model, "memory_bank": {**bank, "generic": generic}}
+
+
+def _same_rows(folder: Path, section: str, stored: dict, wanted: dict) -> None:
     """The state of rows fits one optimizer and one type only."""
     for path in (("dtype",), ("optimizer", "name"), ("optimizer", "dense")):
         one, other = stored, wanted
@@ -72,8 +118,8 @@ def _same_rows(folder: Path, stored: dict, wanted: dict) -> None:
         relevant = path[-1] != "dense" or wanted["optimizer"]["name"] == "sinkhorn_momentum"
         if one != other and relevant:
             raise CheckpointError(
-                f"memory.{'.'.join(path)}: {other!r} in the configuration, {one!r} in {folder}, whose rows and their "
-                "state fit no other; correct the configuration"
+                f"{section}.{'.'.join(path)}: {other!r} in the configuration, {one!r} in {folder}, whose rows and "
+                "their state fit no other; correct the configuration"
             )
 
 

@@ -124,6 +124,7 @@ def checkpoint_case(
     last: int,
     asynchronous: bool = False,
     forget_moments: bool = False,
+    tree_record: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Load the checkpoint of step `load` (or start afresh), train to step `last`, saving after step `save`."""
     from kmem.checkpoint.commit import Progress, step_folder
@@ -136,7 +137,7 @@ def checkpoint_case(
     step = 0
     if load is not None:
         folder = step_folder(Path(root), load)
-        step = load_training(store, folder, store.open(folder), pipeline).step
+        step = load_training(store, folder, store.open(folder), pipeline, tree_record).step
         assert step == load
         if forget_moments:
             for pieces in (v for k, v in model_state(pipeline, saving=False, moments=True).items() if "exp_avg" in k):
@@ -149,7 +150,7 @@ def checkpoint_case(
             checksums = state_checksums(pipeline)
         if step == save:
             progress = Progress(step, 0, 0, optimizer_steps(pipeline))
-            save_training(store, pipeline, progress, asynchronous)
+            save_training(store, pipeline, progress, asynchronous, tree_record)
         if step == last:
             break
         losses[step] = train_step(pipeline, step).loss

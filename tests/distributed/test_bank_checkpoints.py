@@ -1,0 +1,122 @@
+"""A memory bank in checkpoints: layers' blocks as whole tensors, on whichever mesh, and banks added to a model."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from kmem.checkpoint.pieces import CheckpointError
+from kmem.checkpoint.reader import CheckpointReader
+from kmem.checkpoint.store import CheckpointStore, step_folder
+from kmem.config import parse_config
+from kmem.model.bank_layout import BankLayout, layer_bank_name
+from kmem.model.shape import Shape
+from kmem.train.saving import load_training
+from tests.distributed.bank_case import bank_config
+from tests.distributed.training_case import build, checkpoint_case
+
+SAVE, LAST = 2, 4
+CATCHUP = {"bank__optimizer__name": "adam_catchup"}
+WIDE = (4, {"parallel__pipeline": 2, "parallel__expert": 2})
+ONE = (1, {})
+MESHES = {"one": ONE, "data-4": (4, {}), "four-stages": (4, {"parallel__pipeline": 4})}
+TREE = {"fingerprint": "a", "children": 3, "levels": 4, "unit": "document", "embedder": {"name": "tfidf"}}
+
+
+def run(ranks, mesh, root, load=None, save=None, last=LAST, **changes):
+    world, shape = mesh
+    config = bank_config(**shape, **changes)
+    return ranks.run(world, checkpoint_case, config, str(root), load, save, last, False, False, TREE)[0]
+
+
+@pytest.fixture(scope="module")
+def wide_run(ranks, tmp_path_factory):
+    """A run on pp2 ep2 dp2 that saves after step 2 and goes on to step 4."""
+    root = tmp_path_factory.mktemp("bank")
+    return root, run(ranks, WIDE, root, save=SAVE, **CATCHUP)
+
+
+def test_same_mesh_is_bit_identical(ranks, wide_run):
+    root, uninterrupted = wide_run
+    resumed = run(ranks, WIDE, root, load=SAVE, **CATCHUP)
+    assert resumed["checksums"] == uninterrupted["checksums"]
+    arrays = ("weight", "first_moment", "second_moment", "last_step", "step")
+    assert {f"{array}/{layer_bank_name(2, 4)}" for array in arrays} <= resumed["checksums"].keys()
+    assert resumed["losses"] == {step: uninterrupted["losses"][step] for step in range(SAVE, LAST)}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_other_mesh_continues(ranks, wide_run, mesh):
+    """Also with rows kept elsewhere: the store is no part of what is saved."""
+    root, uninterrupted = wide_run
+    store = {"bank__store": "mmap", "bank__folder": str(root)}
+    resumed = run(ranks, MESHES[mesh], root, load=SAVE, **store, **CATCHUP)
+    assert resumed["checksums"] == uninterrupted["checksums"]
+    expected = {step: uninterrupted["losses"][step] for step in range(SAVE, LAST)}
+    assert resumed["losses"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_reader_sees_whole_blocks(wide_run):
+    root, _ = wide_run
+    reader = CheckpointReader(step_folder(root, SAVE))
+    layout = BankLayout.of(Shape(parse_config(bank_config()).model.model_dump()))
+    name = layer_bank_name(3, 2)
+    whole = reader.read(name)
+    assert whole.shape == (layout.rows(2), layout.block_values(2))
+    assert torch.equal(reader.read_rows(name, 3, 7), whole[3:7])
+    assert reader.commit.tree == TREE
+
+
+OTHER_TREE = {**TREE, "fingerprint": "b", "embedder": {"name": "minilm"}}
+REFUSED = [
+    ({"model__memory_bank__levels": [5, 2, 0, 2]}, TREE, "model.memory_bank.levels: .* in the configuration"),
+    ({"model__memory_bank__kind": "kv"}, TREE, "model.memory_bank.kind: 'kv' in the configuration, 'ffn' in"),
+    ({"model__memory_bank__generic": {}}, TREE, "model.memory_bank.generic.probability: False in the configuration"),
+    ({"model__memory_bank": None}, TREE, "holds a memory bank, and model.memory_bank is null"),
+    ({"bank__optimizer__name": "lazy_adam"}, TREE, "bank.optimizer.name: 'lazy_adam' in the configuration, 'adam_ca"),
+    ({"bank__dtype": "bf16"}, TREE, "bank.dtype: 'bf16' in the configuration, 'fp32' in"),
+    ({}, OTHER_TREE, "data.addresses.tree: not the tree .* embedder is {'name': 'minilm'} here and .* embedded otherw"),
+]
+
+
+def test_other_banks_are_refused(ranks, wide_run):
+    """On every rank with the same message, which names the field."""
+    root, _ = wide_run
+    world, shape = (2, {"parallel__pipeline": 2})
+    trees = [(bank_config(**shape, **{**CATCHUP, **changes}), tree) for changes, tree, _ in REFUSED]
+    for messages in ranks.run(world, refusals, trees, str(root)):
+        for message, (_, _, expected) in zip(messages, REFUSED, strict=True):
+            assert re.search(expected, message)
+
+
+def refusals(cases, root):
+    """What loading step SAVE says for each configuration and cluster tree."""
+    return [_refusal(config, tree, Path(root)) for config, tree in cases]
+
+
+def _refusal(config, tree, root):
+    pipeline, store = build(config), CheckpointStore(root)
+    folder = step_folder(root, SAVE)
+    try:
+        load_training(store, folder, store.open(folder), pipeline, tree)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        pipeline.close()
+    return "loaded"
+
+
+def test_a_bank_added_to_a_checkpoint_is_a_no_op_at_first(ranks, tmp_path):
+    """And learns from then on; the optimizer of the rest goes on."""
+    plain = run(ranks, WIDE, tmp_path, save=SAVE, model__memory_bank=None)
+    for mesh in (WIDE, ONE):
+        added = run(ranks, mesh, tmp_path, load=SAVE)
+        tolerance = 0 if mesh == WIDE else 1e-6
+        assert added["losses"][SAVE] == pytest.approx(plain["losses"][SAVE], abs=tolerance)
+        assert added["losses"][SAVE + 1] != pytest.approx(plain["losses"][SAVE + 1], abs=1e-6)
+        moments = {name for name in plain["checksums"] if name.startswith("exp_avg")}
+        assert moments
+        assert all(added["checksums"][name] == plain["checksums"][name] for name in moments)
+        fresh = [name for name in added["checksums"] if name.startswith("weight/layers.0.bank.")]
+        assert len(fresh) == 3
