@@ -117,6 +117,11 @@ class _InMemory:
     folder: Path
     facts: dict[str, Any] = field(default_factory=dict)
     addressing: dict[str, Any] | None = None
+    tree: str | None = None
+
+    @property
+    def run_folder(self) -> Path:
+        return self.folder
 
     @property
     def tokenizer_path(self) -> Path:

@@ -56,11 +56,8 @@ def checkpoint_memory(reader: CheckpointReader, decoder: Decoder) -> EngramMemor
     """The memory of a checkpoint's model, given its layers; None for a model without.
 
     Raises:
-        CheckpointError: as `checkpoint_addresses`, or a file is missing or damaged; or it has a memory bank, too, which
-            is not fetched here.
+        CheckpointError: as `checkpoint_addresses`, or a file is missing or damaged.
     """
-    if reader.config.model.memory_bank is not None:
-        raise CheckpointError(f"{reader.folder}: has a memory bank (model.memory_bank), which is evaluated in training")
     addresses = checkpoint_addresses(reader)
     if addresses is None:
         return None

@@ -69,6 +69,11 @@ class CheckpointReader:
         """Manifest of the n-gram addressing its tables were trained with; None without tables."""
         return self.commit.addressing
 
+    @property
+    def tree(self) -> str | None:
+        """Fingerprint of the cluster tree its memory bank was trained with; None where that is not known."""
+        return None if self.commit.tree is None else str(self.commit.tree["fingerprint"])
+
     def verify(self) -> None:
         """Compare all files with their digests."""
         self.commit.verify(self.folder)

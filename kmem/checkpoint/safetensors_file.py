@@ -68,7 +68,7 @@ class SafetensorsWriter:
         self._tensors = {name: (tuple(shape), dtype) for name, (shape, dtype) in tensors.items()}
         self._names = list(self._tensors)
         self._next = 0  # index of the tensor being written
-        self._rows = 0  # its rows written so far
+        self._values = 0  # its values written so far
         self._hash = hashlib.sha256()
         self._digest: str | None = None
         header, data_bytes = _header(self._tensors, metadata)
@@ -92,8 +92,8 @@ class SafetensorsWriter:
         shape, dtype = self._expect(name)
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise ValueError(f"{name}: declared {list(shape)} {dtype}, got {list(tensor.shape)} {tensor.dtype}")
-        if self._rows:
-            raise ValueError(f"{name}: its first {self._rows} rows were written already")
+        if self._values:
+            raise ValueError(f"{name}: its first {self._values} values were written already")
         self._append_tensor(tensor)
         self._next += 1
 
@@ -105,14 +105,28 @@ class SafetensorsWriter:
         shape, dtype = self._expect(name)
         if not shape or tuple(rows.shape[1:]) != shape[1:] or rows.dtype != dtype:
             raise ValueError(f"{name}: declared {list(shape)} {dtype}, got rows {list(rows.shape)} {rows.dtype}")
-        if start != self._rows or start + len(rows) > shape[0]:
+        width = prod(shape[1:])
+        written = self._values // width if width else 0
+        if start * width != self._values or start + len(rows) > shape[0]:
             raise ValueError(
-                f"{name}: expected rows from {self._rows} up to {shape[0]}, got {start} to {start + len(rows)}"
+                f"{name}: expected rows from {written} up to {shape[0]}, got {start} to {start + len(rows)}"
             )
-        self._append_tensor(rows)
-        self._rows += len(rows)
-        if self._rows == shape[0]:
-            self._next, self._rows = self._next + 1, 0
+        self.write_values(name, rows)
+
+    def write_values(self, name: str, values: torch.Tensor) -> None:
+        """Append values of any shape to the next declared tensor, in row-major order: parts of rows that are too long
+        to be held. The tensor is complete with its last value."""
+        shape, dtype = self._expect(name)
+        size = prod(shape)
+        if values.dtype != dtype or self._values + values.numel() > size:
+            raise ValueError(
+                f"{name}: {self._values} of {size} values of {dtype} are written, got {values.numel()} more of "
+                f"{values.dtype}"
+            )
+        self._append_tensor(values)
+        self._values += values.numel()
+        if self._values == size:
+            self._next, self._values = self._next + 1, 0
 
     def close(self) -> None:
         """Flush to the disk and give the file its name.

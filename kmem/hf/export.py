@@ -3,24 +3,28 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from kmem.checkpoint.bank import Banked, checkpoint_router, checkpoint_tree
 from kmem.checkpoint.memory import Addressed, checkpoint_addresses
 from kmem.checkpoint.safetensors_file import SafetensorsWriter, sync_folder
 from kmem.config import Config, UserError
+from kmem.data.cluster_addresses import tree_record
 from kmem.data.progress import Progress
 from kmem.data.tokenizer import load_tokenizer
 from kmem.hf.architectures import KMEM, Choice, choose, to_fields
 from kmem.hf.custom_code import AUTO_MAP, code_files, register
-from kmem.hf.key_map import Piece, account, folder_pieces, parameters, table_parts
+from kmem.hf.key_map import Piece, account, bank_parts, folder_pieces, parameters, table_parts
 from kmem.hf.model_card import model_card
 from kmem.hf.native import Architecture
+from kmem.model.cluster_tree import CENTROIDS_FILE, EMBEDDER_FOLDER, TREE_FILE
 from kmem.model.engram_memory import EngramAddresses
+from kmem.model.exported_bank import TREE_FOLDER
 from kmem.model.exported_memory import COMPRESSION, INDEX_FILE, WEIGHTS_FILE
 from kmem.parallel.parameter_counts import tensor_shapes
 
@@ -29,7 +33,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 
 
-class TrainedModel(Addressed, Protocol):
+class TrainedModel(Addressed, Banked, Protocol):
     """What export needs of a checkpoint; `kmem.checkpoint.reader.CheckpointReader` has it."""
 
     @property
@@ -50,6 +54,7 @@ def export(
     custom_code: bool = False,
     dtype: str = "fp32",
     max_shard_bytes: int = 2_000_000_000,
+    tree: Path | None = None,
     force: bool = False,
     say: Callable[[str], None] = print,
 ) -> Choice:
@@ -62,13 +67,14 @@ def export(
         dtype: fp32 or bf16, of tables too; selection biases stay fp32.
         max_shard_bytes: weight files are no longer than this, single tensors apart; tables are cut into tensors that
             fit.
+        tree: folder of the cluster tree of a memory bank; default: the run's own.
         force: replace an earlier export.
         say: receives the choice of architecture and its reason.
 
     Raises:
         UserError: the folder exists, the checkpoint does not fit its own model section, the tokenizer is missing or
             has more tokens than the model, its n-gram memory was trained with other addresses than the tokenizer gives
-            now, no space.
+            now, its memory bank has no tree or another one, no space.
     """
     out = out.resolve()
     _check_target(out, force)
@@ -85,9 +91,14 @@ def export(
     )
     tokens = _token_ids(trained.tokenizer_path, model.vocab_size)
     addresses = checkpoint_addresses(trained)
+    tree = _tree(trained, tree)
     parts = table_parts(model, DTYPES[dtype].itemsize, max_shard_bytes)
-    pieces = folder_pieces(model, choice.architecture, parts)
+    bank = bank_parts(model, DTYPES[dtype].itemsize, max_shard_bytes)
+    pieces = folder_pieces(model, choice.architecture, parts, bank)
     config = transformers_config(trained.config, choice.architecture, tokens, DTYPES[dtype], addresses, parts)
+    if tree is not None:
+        config.bank_parts = {str(level): list(rows) for level, rows in bank.items()}
+        config.bank_tree = tree_record(tree)["fingerprint"]
     account(
         f"{choice.architecture.class_name} of this version of Transformers",
         expected=target_parameters(config, choice.architecture),
@@ -107,6 +118,8 @@ def export(
         with Progress(f"exporting {total / 1e6:,.1f} MB", total) as progress:
             _write_weights(trained, addresses, shards, DTYPES[dtype], partial, progress)
         _write_descriptions(trained, choice, config, tokens, dtype, partial)
+        if tree is not None:
+            copy_tree(tree, partial / TREE_FOLDER)
         _put_in_place(partial, out)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -158,10 +171,12 @@ def target_parameters(config: Any, architecture: Architecture) -> dict[str, tupl
     """Name -> shape of what the Transformers class itself holds, tied copies left out."""
     from transformers import AutoModelForCausalLM
 
+    held = {}
     if architecture is KMEM:
         register()
+        held = {"memory": "device"}
     with torch.device("meta"):
-        target = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        target = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **held)
     # On the meta device nothing is tied yet, so that tied copies are known by name only.
     tied = set(target._tied_weights_keys or ()) if config.tie_word_embeddings else set()
     return {name: tuple(tensor.shape) for name, tensor in target.state_dict().items() if name not in tied}
@@ -210,19 +225,57 @@ def _write_weights(
 def _write_piece(
     trained: TrainedModel, piece: Piece, dtype: torch.dtype, writer: SafetensorsWriter, progress: Progress
 ) -> None:
-    if piece.tensor is None:
+    if piece.tensor is None and not piece.beside:
         writer.write(piece.name, torch.empty(piece.shape, dtype=dtype))
         return
     if piece.expert is not None:
+        assert piece.tensor is not None
         expert = trained.read_rows(piece.tensor, piece.expert, piece.expert + 1)[0]
         writer.write(piece.name, expert[piece.start : piece.stop].to(dtype))
         progress.advance(_bytes(piece, dtype))
         return
+    if piece.beside:
+        for values in _side_by_side(trained, piece):
+            writer.write_values(piece.name, values.to(dtype))
+            progress.advance(values.numel() * dtype.itemsize)
+        return
+    assert piece.tensor is not None
     rows = max(1, SLICE_BYTES // max(1, prod(piece.shape[1:]) * torch.float32.itemsize))
     for start in range(0, piece.shape[0], rows):
         part = trained.read_rows(piece.tensor, piece.start + start, min(piece.start + start + rows, piece.stop))
         writer.write_rows(piece.name, start, part.to(dtype))
         progress.advance(part.numel() * dtype.itemsize)
+
+
+def _side_by_side(trained: TrainedModel, piece: Piece) -> Iterator[torch.Tensor]:
+    """The values of rows that stand side by side, in row-major order, a slice at a time; a long row layer by layer."""
+    rows = SLICE_BYTES // (piece.shape[1] * torch.float32.itemsize)
+    if rows:
+        for start in range(piece.start, piece.stop, rows):
+            stop = min(start + rows, piece.stop)
+            yield torch.cat([trained.read_rows(tensor, start, stop) for tensor in piece.beside], dim=1)
+        return
+    for row in range(piece.start, piece.stop):
+        for tensor in piece.beside:
+            yield trained.read_rows(tensor, row, row + 1)
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """The files of a tree: what tree.json names, and the licences beside the embedder."""
+    target.mkdir()
+    for name in (TREE_FILE, CENTROIDS_FILE):
+        shutil.copyfile(source / name, target / name)
+    shutil.copytree(source / EMBEDDER_FOLDER, target / EMBEDDER_FOLDER)
+
+
+def _tree(trained: TrainedModel, given: Path | None) -> Path | None:
+    """The tree to export; its embedder is loaded once, so that a damaged one is found here."""
+    if trained.config.model.memory_bank is None:
+        if given is not None:
+            raise UserError(f"--tree {given}: the model has no memory bank (model.memory_bank)")
+        return None
+    checkpoint_router(trained, given)
+    return checkpoint_tree(trained, given)
 
 
 def _write_descriptions(
@@ -279,7 +332,7 @@ def _check_target(out: Path, force: bool) -> None:
 
 def _put_in_place(partial: Path, out: Path) -> None:
     """Rename, so that `out` never holds half an export; an earlier one is removed after the new one has its name."""
-    for file in partial.iterdir():
+    for file in (path for path in partial.rglob("*") if path.is_file()):
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
     sync_folder(partial)

@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size", default="2GB", metavar="SIZE", help="longest weight file, such as 500MB (default: 2GB)"
     )
+    parser.add_argument(
+        "--tree", type=Path, metavar="TREE", help="cluster tree of a memory bank (default: that of the run)"
+    )
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
 
 
@@ -38,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         custom_code=arguments.custom_code,
         dtype=arguments.dtype,
         max_shard_bytes=size,
+        tree=arguments.tree,
         force=arguments.force,
     )
     return 0

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from kmem.checkpoint.bank_options import add_bank_arguments, chosen_levels
 from kmem.config import UserError
 
 
@@ -16,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     parser.add_argument("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    add_bank_arguments(parser, ("fetched", "generic", "none"))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -27,7 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--top-p {arguments.top_p}: above 0 and at most 1")
     from kmem.hf.loading import load
 
-    model, tokenizer = load(arguments.checkpoint)
+    levels = chosen_levels(arguments.bank_levels)
+    model, tokenizer = load(arguments.checkpoint, arguments.tree, arguments.bank, levels)
     print(
         continue_text(
             model,

@@ -14,6 +14,7 @@ import torch
 from kmem.config import LatentAttention, ModelConfig, UserError
 from kmem.hf.architectures import KMEM
 from kmem.hf.native import DEEPSEEK_V3, Architecture
+from kmem.model.bank_layout import BankLayout, bank_table_part_name, layer_bank_name
 from kmem.model.engram_memory import table_name, table_part_name, table_rows
 from kmem.model.exported_memory import COMPRESSION
 from kmem.model.shape import Shape
@@ -90,12 +91,14 @@ class Piece:
     """The parameter of the Transformers model that it becomes, or becomes a part of."""
     tensor: str | None
     """kmem's tensor; None for one that is no weight: the compression of the vocabulary, or a tensor without elements
-    that the architecture insists on."""
+    that the architecture insists on; and where `beside` has several."""
     start: int = 0
     expert: int | None = None
     """Index into the stack's first dimension; None for a tensor that is no stack."""
     dtype: torch.dtype | None = None
     """Its dtype where that is not the folder's."""
+    beside: tuple[str, ...] = ()
+    """kmem's tensors whose rows stand side by side in it: the layers' blocks of a memory bank."""
 
     @property
     def stop(self) -> int:
@@ -104,40 +107,67 @@ class Piece:
 
 
 def folder_pieces(
-    model: ModelConfig, architecture: Architecture, table_parts: Mapping[int, Sequence[int]] | None = None
+    model: ModelConfig,
+    architecture: Architecture,
+    table_parts: Mapping[int, Sequence[int]] | None = None,
+    bank_parts: Mapping[int, Sequence[int]] | None = None,
 ) -> list[Piece]:
     """The tensors of a folder of this architecture, in kmem's order; together they hold every row once.
 
     Args:
         table_parts: layer -> rows of each tensor that holds a range of its table's rows; default: one tensor.
+        bank_parts: level -> the same of the level's table.
     """
-    tensors = tensor_shapes(model)
-    tables = {table_name(layer): layer for layer in table_rows(Shape(model.model_dump()))}
+    tensors, whole = tensor_shapes(model), Shape(model.model_dump())
+    tables = {table_name(layer): layer for layer in table_rows(whole)}
+    layout = None if whole.bank is None else BankLayout.of(whole)
+    blocks = set() if layout is None else {name for level in layout.levels for name in _columns(layout, level)}
     found = []
     for tensor, shape in tensors.items():
+        if tensor in blocks:
+            continue
         if tensor in tables:
             layer = tables[tensor]
             found += _table(layer, (table_parts or {}).get(layer, [shape[0]]), shape[1])
         else:
             found += (_own if architecture is KMEM else _native)(tensor, tuple(shape))
+    if layout is not None:
+        for level in layout.levels:
+            found += _bank(layout, level, (bank_parts or {}).get(level, [layout.rows(level)]))
     if model.engram is not None and model.engram.compression:
         found.append(Piece(COMPRESSION, (model.vocab_size,), COMPRESSION, None, dtype=torch.int64))
     if architecture is DEEPSEEK_V3:
         found += _empty_shared_experts(model)
     assert len({piece.name for piece in found}) == len(found)
-    assert sum(prod(piece.shape) for piece in found if piece.tensor) == sum(map(prod, tensors.values()))
+    kept = sum(prod(piece.shape) for piece in found if piece.tensor or piece.beside)
+    assert kept == sum(map(prod, tensors.values()))
     return found
 
 
 def table_parts(model: ModelConfig, itemsize: int, max_bytes: int) -> dict[int, list[int]]:
     """Layer -> rows of each tensor of its table, near equal and at most `max_bytes` long with values of `itemsize`."""
-    found = {}
     shape = Shape(model.model_dump())
-    for layer, rows in table_rows(shape).items():
-        longest = max(1, max_bytes // (shape.memory.row_dim * itemsize))
-        count = -(-rows // longest)
-        found[layer] = [rows // count + (part < rows % count) for part in range(count)]
-    return found
+    return {
+        layer: _near_equal(rows, shape.memory.row_dim * itemsize, max_bytes)
+        for layer, rows in table_rows(shape).items()
+    }
+
+
+def bank_parts(model: ModelConfig, itemsize: int, max_bytes: int) -> dict[int, list[int]]:
+    """Level -> rows of each tensor of its table, as `table_parts`; one row at least, however long it is."""
+    shape = Shape(model.model_dump())
+    if shape.bank is None:
+        return {}
+    layout = BankLayout.of(shape)
+    return {
+        level: _near_equal(layout.rows(level), layout.row_values(level) * itemsize, max_bytes)
+        for level in layout.levels
+    }
+
+
+def _near_equal(rows: int, row_bytes: int, max_bytes: int) -> list[int]:
+    count = -(-rows // max(1, max_bytes // row_bytes))
+    return [rows // count + (part < rows % count) for part in range(count)]
 
 
 def parameters(pieces: Iterable[Piece], tensors: Shapes) -> dict[str, Sequence[int]]:
@@ -192,6 +222,20 @@ def _table(layer: int, parts: Sequence[int], row_dim: int) -> list[Piece]:
         found.append(Piece(name, (rows, row_dim), name, table_name(layer), start))
         start += rows
     return found
+
+
+def _bank(layout: BankLayout, level: int, parts: Sequence[int]) -> list[Piece]:
+    found, start = [], 0
+    for part, rows in enumerate(parts):
+        name = bank_table_part_name(level, part)
+        shape = (rows, layout.row_values(level))
+        found.append(Piece(name, shape, name, None, start, beside=_columns(layout, level)))
+        start += rows
+    return found
+
+
+def _columns(layout: BankLayout, level: int) -> tuple[str, ...]:
+    return tuple(layer_bank_name(layer, level) for layer in layout.layers)
 
 
 def _dtype(tensor: str) -> torch.dtype | None:

@@ -1,10 +1,13 @@
 """A model and its tokenizer to run, from a run's checkpoint or from a Hugging Face folder."""
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kmem.checkpoint.bank import bank_layout, bank_tensors, checkpoint_router, mapped_bank
 from kmem.checkpoint.memory import checkpoint_addresses, mapped_tables
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import UserError
@@ -18,20 +21,37 @@ from kmem.model.exported_memory import COMPRESSION
 from kmem.parallel.parameter_counts import tensor_shapes
 
 
-def load(path: Path) -> tuple[Any, Any]:
+def load(
+    path: Path, tree: Path | None = None, bank_memory: str | None = None, bank_levels: Sequence[int] | None = None
+) -> tuple[Any, Any]:
     """(Transformers causal language model in evaluation mode, tokenizer), on the CPU; tables stay in mapped files.
 
     Args:
         path: a run folder, the folder of one step, or a Hugging Face folder with safetensors weights. No code from the
             folder is run: kmem's own architecture is taken from the installed kmem.
+        tree: of a checkpoint's memory bank; default: that of the run. A Hugging Face folder has its own.
+        bank_memory: what a memory bank gives contexts, "fetched" (default), "generic" or "none".
+        bank_levels: levels of a memory bank that are on; default: all.
 
     Raises:
         UserError: neither of these, damaged, or no tokenizer.
     """
     if (path / "config.json").is_file():
-        return _load_folder(path)
-    reader = CheckpointReader(path)
-    return _load_checkpoint(reader), load_tokenizer(reader.tokenizer_path)
+        if tree is not None:
+            raise UserError(f"--tree {tree}: a Hugging Face folder has its own; leave it out")
+        model, tokenizer = _load_folder(path)
+    else:
+        reader = CheckpointReader(path)
+        model, tokenizer = _load_checkpoint(reader, tree), load_tokenizer(reader.tokenizer_path)
+    bank = getattr(model, "contexts", None)
+    if bank is None and (bank_memory, bank_levels, tree) != (None, None, None):
+        raise UserError("--bank, --bank-levels and --tree are for models with a memory bank (model.memory_bank)")
+    if bank is not None:
+        try:
+            bank.choose(bank_memory or "fetched", bank_levels)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    return model, tokenizer
 
 
 def _load_folder(path: Path) -> tuple[Any, Any]:
@@ -51,7 +71,7 @@ def _load_folder(path: Path) -> tuple[Any, Any]:
     return model.eval(), load_tokenizer(path)
 
 
-def _load_checkpoint(reader: CheckpointReader) -> Any:
+def _load_checkpoint(reader: CheckpointReader, tree: Path | None) -> Any:
     from kmem.model.configuration_kmem import KmemConfig
     from kmem.model.modeling_kmem import KmemForCausalLM
 
@@ -63,8 +83,10 @@ def _load_checkpoint(reader: CheckpointReader) -> Any:
         remedy="it was not saved by a run of its own model section",
     )
     addresses = checkpoint_addresses(reader)
+    layout = bank_layout(reader.config)
     fields: dict[str, Any] = {"model": model_section.model_dump(mode="json")}
-    weights = {name: reader.read(name) for name in reader.tensors if name not in _tables(addresses)}
+    tables = _tables(addresses) | bank_tensors(layout)
+    weights = {name: reader.read(name) for name in reader.tensors if name not in tables}
     if addresses is not None:
         fields["engram_addressing"] = addresses.addressing.to_manifest()
         if addresses.compression is not None:
@@ -74,6 +96,10 @@ def _load_checkpoint(reader: CheckpointReader) -> Any:
     model.load_state_dict(weights, assign=True)
     if addresses is not None:
         model.use_rows(mapped_tables(reader, addresses))
+    if layout is not None:
+        assert model.contexts is not None
+        model.contexts.sources = mapped_bank(reader, layout)
+        model.contexts.router = partial(checkpoint_router, reader, tree)
     return model.eval()
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import kmem
 from kmem.config import Config, dump_config
 from kmem.hf.architectures import KMEM, Choice
+from kmem.model.bank_layout import BankLayout
+from kmem.model.shape import Shape
 from kmem.parallel.parameter_counts import count_parameters
 
 
@@ -38,6 +40,14 @@ def model_card(config: Config, facts: Mapping[str, Any], choice: Choice, dtype_n
         note += (
             f"\nOf its parameters {counts.memory:,} are rows of n-gram memory, of which a token reads a few. With "
             '`memory="mmap"` in `from_pretrained` they stay in the weight files.\n'
+        )
+    if config.model.memory_bank is not None:
+        layout = BankLayout.of(Shape(config.model.model_dump()))
+        note += (
+            f"\nBeside them it has a memory bank of {layout.bank_values:,} parameters, of which a context fetches "
+            f"{layout.fetched_values:,}: `generate` those of its prompts, `model.fetch(context)` those of contexts "
+            "that you name. They stay in the weight files until they are fetched. `tree/` holds the clusters and the "
+            "embedder of contexts, with its licence.\n"
         )
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---

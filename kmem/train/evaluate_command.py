@@ -7,10 +7,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kmem.checkpoint.bank import bank_layout, bank_tensors
+from kmem.checkpoint.bank_options import add_bank_arguments, chosen_levels
 from kmem.checkpoint.memory import checkpoint_memory
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import ConfigError, DataConfig, Source
@@ -23,7 +26,8 @@ from kmem.model.mask import document_mask
 from kmem.model.ngram_addresses import NgramAddressing
 from kmem.model.shape import Shape
 from kmem.parallel.mesh import local_device
-from kmem.train.questions import answer, read_questions
+from kmem.train.evaluated_bank import BANK, BankChoice, EvaluatedBank
+from kmem.train.questions import Question, answer, read_questions
 
 MEMORY = ("on", "off", "shuffled", "single-row")
 """What a model's n-gram memory gives it; all but `on` are controls: does memory act as memory?"""
@@ -42,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="n-gram memory on (default); off: layers go without; shuffled: every n-gram reads another one's row; "
         "single-row: all read the first row of a head",
     )  # fmt: skip
+    add_bank_arguments(parser, BANK)
     parser.add_argument(
         "--questions", type=Path, metavar="FILE",
         help="instead of the held-out loss: how often the model continues a prompt by the answer, by how often its "
@@ -58,45 +63,78 @@ def run(arguments: argparse.Namespace) -> int:
     trained_on = reader.config.data
     if arguments.memory != "on" and reader.config.model.engram is None:
         raise ConfigError(f"--memory {arguments.memory}: the model has no n-gram memory (model.engram)")
+    bank = _bank_choice(reader, arguments)
     if arguments.questions is not None:
         if arguments.data or arguments.sequences:
             raise ConfigError("--questions: goes without --data and --sequences, which are for the held-out loss")
-        return _ask(reader, arguments)
+        return _ask(reader, arguments, bank)
     folders = arguments.data or [source.path for source in trained_on.sources]
-    figures = held_out_figures(reader, folders, arguments.memory, arguments.sequences, arguments.batch)
-    control = {} if reader.config.model.engram is None else {"memory": arguments.memory}
+    figures = held_out_figures(reader, folders, arguments.memory, arguments.sequences, arguments.batch, bank)
+    control = _controls(reader, arguments.memory, bank)
     if arguments.json:
         print(json.dumps({"checkpoint": str(reader.folder), "step": reader.step, **control, "held_out": figures}))
     else:
-        _print_table(reader, figures, f", memory {arguments.memory}" if control else "")
+        _print_table(reader, figures, _shown(control))
     return 0
 
 
-def _ask(reader: CheckpointReader, arguments: argparse.Namespace) -> int:
+def _bank_choice(reader: CheckpointReader, arguments: argparse.Namespace) -> BankChoice | None:
+    """How the model's memory bank is evaluated, None for a model without."""
+    levels = chosen_levels(arguments.bank_levels)
+    if reader.config.model.memory_bank is not None:
+        return BankChoice(arguments.bank or BANK[0], levels, arguments.tree)
+    if (arguments.bank, levels, arguments.tree) != (None, None, None):
+        raise ConfigError("--bank, --bank-levels and --tree: the model has no memory bank (model.memory_bank)")
+    return None
+
+
+def _controls(reader: CheckpointReader, memory: str, bank: BankChoice | None) -> dict[str, Any]:
+    """What the model's memories give it."""
+    found: dict[str, Any] = {} if reader.config.model.engram is None else {"memory": memory}
+    if bank is not None:
+        found["bank"] = bank.control
+        if bank.levels is not None:
+            found["bank_levels"] = list(bank.levels)
+    return found
+
+
+def _shown(controls: dict[str, Any]) -> str:
+    return "".join(f", {name.replace('_', ' ')} {value}" for name, value in controls.items())
+
+
+def _ask(reader: CheckpointReader, arguments: argparse.Namespace, choice: BankChoice | None) -> int:
     """Print how the model answers a file of questions."""
     questions = read_questions(arguments.questions, load_tokenizer(reader.tokenizer_path))
+    bank = None if choice is None else EvaluatedBank(reader, choice)
     model, memory = _load(reader, arguments.memory)
     device = local_device()
 
-    def forward(ids: Tensor) -> Tensor:
+    def forward(ids: Tensor, asked: Sequence[Question]) -> Tensor:
         positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
         found = None if memory is None else memory.read(ids, torch.zeros_like(ids))
-        return model.logits(model(ids, positions, memory=found))
+        prompts = [question.prompt for question in asked]
+        blocks = None if bank is None else bank.of_prompts(prompts, ids, model.projection_weight)
+        return model.logits(model(ids, positions, memory=found, bank=blocks))
 
     answers = answer(questions, forward, arguments.batch, device)
-    control = {} if reader.config.model.engram is None else {"memory": arguments.memory}
+    control = _controls(reader, arguments.memory, choice)
     if arguments.json:
         tree = {"checkpoint": str(reader.folder), "step": reader.step, **control}
         print(json.dumps({**tree, "questions": [asdict(group) for group in answers]}))
         return 0
-    title = f"{arguments.questions.name}, {reader.folder}" + (f", memory {arguments.memory}" if control else "")
+    title = f"{arguments.questions.name}, {reader.folder}{_shown(control)}"
     rows = [(group.group, f"{group.questions:,}", f"{group.right:.1%}", f"{group.bits:.2f}") for group in answers]
     _print(title, ("exposures", "questions", "right", "bits per answer"), rows)
     return 0
 
 
 def held_out_figures(
-    reader: CheckpointReader, folders: Sequence[str], memory: str = "on", sequences: int | None = None, batch: int = 8
+    reader: CheckpointReader,
+    folders: Sequence[str],
+    memory: str = "on",
+    sequences: int | None = None,
+    batch: int = 8,
+    bank: BankChoice | None = None,
 ) -> dict[str, dict[str, float]]:
     """Of each prepared folder: bits_per_byte, loss in nats, perplexity and scored tokens.
 
@@ -106,12 +144,17 @@ def held_out_figures(
         memory: one of MEMORY.
         sequences: at most this many of a folder, spread over the split; None takes all.
         batch: sequences per forward pass.
+        bank: how a model's memory bank is evaluated; default: with the addresses of the data, which must have some of
+            the run's tree.
     """
-    opened = {folder: _open(reader.config.data, folder, reader) for folder in folders}
+    blocks = None
+    if reader.config.model.memory_bank is not None:
+        blocks = EvaluatedBank(reader, BankChoice() if bank is None else bank)
+    opened = {folder: _open(reader.config.data, folder, reader, blocks) for folder in folders}
     model, rows = _load(reader, memory)
     figures = {}
     for folder, data in opened.items():
-        loss, tokens = _mean_loss(model, rows, data, sequences, batch, folder)
+        loss, tokens = _mean_loss(model, rows, blocks, data, sequences, batch, folder)
         figures[folder] = {
             "bits_per_byte": data.bits_per_byte(loss),
             "loss": loss,
@@ -121,9 +164,11 @@ def held_out_figures(
     return figures
 
 
-def _open(trained_on: DataConfig, folder: str, reader: CheckpointReader) -> PreparedData:
+def _open(
+    trained_on: DataConfig, folder: str, reader: CheckpointReader, bank: EvaluatedBank | None = None
+) -> PreparedData:
     config = trained_on.model_copy(update={"sources": (Source(path=folder),)})
-    data = open_data(config, reader.config.model.vocab_size)
+    data = open_data(config, reader.config.model.vocab_size, None if bank is None else bank.addressing)
     stored = reader.commit.progress.data.get("tokenizer", data.tokenizer_fingerprint)
     if stored != data.tokenizer_fingerprint:
         raise ConfigError(
@@ -134,11 +179,12 @@ def _open(trained_on: DataConfig, folder: str, reader: CheckpointReader) -> Prep
 
 
 def _load(reader: CheckpointReader, control: str) -> tuple[Decoder, EngramMemory | None]:
-    """The model and its n-gram memory, whose rows stay in the checkpoint's files."""
+    """The model without its memory bank, and its n-gram memory, whose rows stay in the checkpoint's files."""
     with torch.device("meta"):
         model = Decoder(Shape(reader.config.model.model_dump()))
     memory = checkpoint_memory(reader, model)
-    tables = set() if memory is None else {table_name(layer) for layer in memory.sources}
+    tables = bank_tensors(bank_layout(reader.config))
+    tables |= set() if memory is None else {table_name(layer) for layer in memory.sources}
     model.load_state_dict({name: reader.read(name) for name in reader.tensors if name not in tables}, assign=True)
     if memory is not None and control == "off":
         for index in memory.sources:
@@ -168,7 +214,13 @@ def _otherwise(source: RowSource, addressing: NgramAddressing, table: int, contr
 
 @torch.no_grad()
 def _mean_loss(
-    model: Decoder, memory: EngramMemory | None, data: PreparedData, sequences: int | None, batch: int, title: str
+    model: Decoder,
+    memory: EngramMemory | None,
+    bank: EvaluatedBank | None,
+    data: PreparedData,
+    sequences: int | None,
+    batch: int,
+    title: str,
 ) -> tuple[float, int]:
     """(mean cross entropy in nats, scored tokens), as training evaluates."""
     samples, device = data.validation.spread(sequences), local_device()
@@ -180,7 +232,8 @@ def _mean_loss(
                 tensor.to(device) for tensor in (rows.input_ids, rows.position_ids, rows.labels, rows.document_ids)
             )
             found = None if memory is None else memory.read(ids, documents)
-            hidden: Tensor = model(ids, positions, document_mask(documents), memory=found)
+            blocks = None if bank is None else bank.of_batch(rows, model.projection_weight)
+            hidden: Tensor = model(ids, positions, document_mask(documents), memory=found, bank=blocks)
             total += float(model.loss(hidden, labels))
             tokens += int((labels >= 0).sum())
             progress.advance(len(rows.input_ids))

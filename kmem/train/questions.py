@@ -19,8 +19,6 @@ from kmem.data.progress import Progress
 
 BOUNDS = (1, 2, 4, 16, 64)
 """Smallest exposures of each group."""
-Forward = Callable[[Tensor], Tensor]
-"""Token ids int64 [B, T], padded on the right -> logits [B, T, V]."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,10 @@ class Question:
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     exposures: int | None
+
+
+Forward = Callable[[Tensor, Sequence[Question]], Tensor]
+"""Token ids int64 [B, T] of questions and their answers, padded on the right -> logits [B, T, V]."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def answer(questions: Sequence[Question], forward: Forward, batch: int, device: 
             texts = [[*question.prompt, *question.answer] for question in asked]
             width = max(map(len, texts))
             ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
-            logits = forward(ids)
+            logits = forward(ids, asked)
             for question, row in zip(asked, logits, strict=True):
                 first, size = len(question.prompt) - 1, len(question.answer)
                 said = row[first : first + size].float().log_softmax(-1)

@@ -1,0 +1,98 @@
+"""The memory bank of a checkpoint that is evaluated, and its controls: does a bank know what its clusters' text says,
+or is it more parameters?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kmem.checkpoint.bank import bank_layout, checkpoint_router, checkpoint_tree, mapped_bank
+from kmem.checkpoint.reader import CheckpointReader
+from kmem.config import ConfigError
+from kmem.data.batch import SequenceBatch
+from kmem.data.cluster_addresses import Addressing
+from kmem.model.bank_blocks import BankInput
+from kmem.model.cluster_tree import ClusterTree
+from kmem.model.context_bank import ContextBank
+from kmem.model.context_router import ContextRouter, other_leaves
+
+BANK = ("fetched", "generic", "none", "blocked")
+"""What a memory bank gives contexts: the blocks of their own clusters; generic blocks; nothing; or the blocks of the
+next nearest clusters, as if all of the bank that their own cluster of level 1 owns were not there."""
+
+
+@dataclass(frozen=True)
+class BankChoice:
+    """How a bank is evaluated."""
+
+    control: str = "fetched"
+    """One of BANK."""
+    levels: tuple[int, ...] | None = None
+    """Levels that are on; None: all."""
+    tree: Path | None = None
+    """Folder of the tree; None: that of the run."""
+
+
+class EvaluatedBank:
+    """The bank of a checkpoint, whose rows stay in the checkpoint's files.
+
+    Raises:
+        ConfigError: a control that this bank does not have, or a level.
+        CheckpointError: no tree, or another one.
+    """
+
+    def __init__(self, reader: CheckpointReader, choice: BankChoice) -> None:
+        layout = bank_layout(reader.config)
+        assert layout is not None
+        self._reader, self._choice = reader, choice
+        self._blocked = choice.control == "blocked"
+        self._bank = ContextBank(layout)
+        try:
+            self._bank.choose("fetched" if self._blocked else choice.control, choice.levels)
+        except ValueError as error:
+            raise ConfigError(f"--bank, --bank-levels: {error}") from None
+        self._bank.sources = mapped_bank(reader, layout)
+        self._tree: ClusterTree | None = None
+        self._router: ContextRouter | None = None
+
+    @property
+    def addressing(self) -> Addressing | None:
+        """What evaluated data must have addresses of; None where the control needs none."""
+        if self._bank.memory != "fetched":
+            return None
+        return Addressing(checkpoint_tree(self._reader, self._choice.tree))
+
+    def of_batch(self, batch: SequenceBatch, like: Tensor) -> dict[int, BankInput]:
+        """What each layer's bank holds for sequences of data. Blocked, a leaf's centroid stands for the embeddings of
+        its documents."""
+        leaves = batch.addresses
+        if self._bank.memory == "fetched":
+            assert leaves is not None, "data is opened with the addressing that this names"
+            if self._blocked:
+                leaves = other_leaves(self._loaded_tree(), leaves)
+        return self._inputs(leaves, batch.input_ids, like)
+
+    def of_prompts(self, prompts: Sequence[Sequence[int]], ids: Tensor, like: Tensor) -> dict[int, BankInput]:
+        """What it holds for token ids [B, T] whose contexts are these prompts."""
+        leaves = None
+        if self._bank.memory == "fetched":
+            router = self._loaded_router()
+            contexts = [torch.tensor(prompt) for prompt in prompts]
+            leaves = router.other_leaves(contexts) if self._blocked else router.leaves(contexts)
+        return self._inputs(leaves, ids, like)
+
+    def _inputs(self, leaves: Tensor | None, ids: Tensor, like: Tensor) -> dict[int, BankInput]:
+        batch, tokens = ids.shape
+        return self._bank.inputs(leaves, batch, tokens, like)
+
+    def _loaded_tree(self) -> ClusterTree:
+        if self._tree is None:
+            self._tree = ClusterTree.load(checkpoint_tree(self._reader, self._choice.tree))
+        return self._tree
+
+    def _loaded_router(self) -> ContextRouter:
+        if self._router is None:
+            self._router = checkpoint_router(self._reader, self._choice.tree)
+        return self._router

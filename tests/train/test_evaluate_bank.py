@@ -1,0 +1,152 @@
+"""`kmem eval` of a memory bank: the addresses of the data or of the prompts, and the controls."""
+
+import json
+
+import pytest
+import torch
+
+from kmem.cli import main
+from kmem.data.batch import IGNORED_LABEL
+from kmem.data.cluster_addresses import Addressing
+from kmem.data.prepare import Preparation, prepare
+from kmem.data.reader import open_data
+from kmem.data.tokenizer import load_tokenizer
+from kmem.model.cluster_tree import ClusterTree
+from kmem.model.context_router import descend_elsewhere, other_leaves
+from kmem.model.decoder import Decoder
+from kmem.model.mask import document_mask
+from kmem.model.memory_bank import FetchedBlocks, without_blocks
+from tests.data.cluster_case import give_addresses
+from tests.data.conftest import write_jsonl
+from tests.hf.banks import BANKS, bank, make_tree, random_bank, router, tree, write_bank_run
+from tests.hf.models import TEXT, model, tokenizer, write_run
+
+TEXTS = [f"{text} {number}" for number, text in enumerate(TEXT)]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """(a prepared folder without addresses, one with them)."""
+    folders = []
+    for name in ("bare", "addressed"):
+        folder = tmp_path_factory.mktemp(name)
+        options = {"tokenizer": tokenizer(), "validation_share": 0.5}
+        prepare(Preparation([write_jsonl(folder / "texts.jsonl", TEXTS)], folder / "data", **options))
+        folders.append(folder / "data")
+    give_addresses(folders[1], tree())
+    return folders
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    decoder = random_bank(BANKS["ffn"])
+    return decoder, write_bank_run(tmp_path_factory.mktemp("bank") / "run", BANKS["ffn"], decoder)
+
+
+def evaluate(capsys, reader, folder, *options):
+    command = ["eval", "--checkpoint", str(reader.folder), "--data", str(folder), "--json", *options]
+    assert main(command) == 0
+    printed = json.loads(capsys.readouterr().out)
+    return printed, printed["held_out"][str(folder)]["loss"]
+
+
+@torch.no_grad()
+def expected_loss(decoder, reader, folder, change, generic=False, levels=None):
+    """Of all held-out sequences at once, each token with the blocks of its own document."""
+    source = reader.config.data.sources[0].model_copy(update={"path": str(folder)})
+    config = reader.config.data.model_copy(update={"sources": (source,)})
+    data = open_data(config, reader.config.model.vocab_size, Addressing(tree())).validation
+    batch = data.read(range(len(data)))
+    blocks = without_blocks(decoder.layout)
+    if change is not None:
+        ids = decoder.layout.row_ids(change(batch.addresses), generic, levels)
+        sources = {level: rows.__getitem__ for level, rows in decoder.rows.items()}
+        blocks = FetchedBlocks.read(decoder.layout, ids, sources).inputs(batch.input_ids.shape[1])
+    mask = document_mask(batch.document_ids)
+    hidden = Decoder.forward(decoder, batch.input_ids, batch.position_ids, mask, bank=blocks)
+    count = int((batch.labels != IGNORED_LABEL).sum())
+    return float(decoder.loss(hidden, batch.labels)) / count
+
+
+def test_the_loss_of_each_control(prepared, run, capsys):
+    (bare, folder), (decoder, reader) = prepared, run
+    own = ClusterTree.load(tree())
+    ways = {
+        ("fetched",): (lambda leaves: leaves,),
+        ("blocked",): (lambda leaves: other_leaves(own, leaves),),
+        ("generic",): (lambda leaves: leaves, True),
+        ("none",): (None,),
+        ("fetched", "--bank-levels", "2"): (lambda leaves: leaves, False, [2]),
+    }
+    losses = {}
+    for options, arguments in ways.items():
+        printed, losses[options] = evaluate(capsys, reader, folder, "--bank", *options, "--batch", "3")
+        assert printed["bank"] == options[0]
+        assert losses[options] == pytest.approx(expected_loss(decoder, reader, folder, *arguments), abs=1e-5)
+    assert len({round(loss, 4) for loss in losses.values()}) == len(losses)
+    assert evaluate(capsys, reader, folder, "--batch", "3")[1] == losses[("fetched",)]
+    # What needs no addresses is told without them.
+    assert evaluate(capsys, reader, bare, "--bank", "none", "--batch", "3")[1] == losses[("none",)]
+    assert evaluate(capsys, reader, bare, "--bank", "generic", "--batch", "3")[1] == losses[("generic",)]
+
+
+def test_blocked_contexts_take_the_next_nearest_clusters():
+    own, generator = ClusterTree.load(tree()), torch.Generator().manual_seed(5)
+    embeddings = torch.randn(64, own.dim, generator=generator)
+    first, second = own.descend(embeddings), descend_elsewhere(own, embeddings)
+    assert not bool((own.level_ids(first, 1) == own.level_ids(second, 1)).any())
+    for row, before, after in zip(embeddings, first.tolist(), second.tolist(), strict=True):
+        assert int(own.descend(row[None], blocked=[own.path(1, before // 3)])) == after
+    leaves = torch.tensor([[0, 4], [-1, 0]])
+    found = other_leaves(own, leaves)
+    assert found[0, 0] == found[1, 1] == descend_elsewhere(own, own.centroids[-1][:1])[0]
+    assert found[1, 0] == -1
+    assert found[0, 1] // 3 != 1
+
+
+def test_questions_fetch_for_their_prompts(run, tmp_path, capsys):
+    decoder, reader = run
+    path = tmp_path / "some.questions"
+    asked = [("the model", " reads"), ("a reader of the text", " trains"), ("another", " model")]
+    path.write_text("".join(json.dumps({"prompt": prompt, "answer": said}) + "\n" for prompt, said in asked))
+    text = router()
+    encode = load_tokenizer(reader.tokenizer_path).encode
+    for control, options in {
+        "fetched": (text.leaves, False),
+        "blocked": (text.other_leaves, False),
+        "generic": (text.leaves, True),
+        "none": (None, False),
+    }.items():
+        route, generic = options
+        bits = []
+        for prompt, said in asked:
+            ids = torch.tensor([encode(prompt + said)])
+            first = len(encode(prompt))
+            leaves = None if route is None else route([encode(prompt)])
+            logits = decoder.bank_logits(ids, leaves, generic)[0, first - 1 : -1].log_softmax(-1)
+            bits.append(-float(logits.gather(1, ids[0, first:, None]).sum()) / 0.6931471805599453)
+        command = ["eval", "--checkpoint", str(reader.folder), "--questions", str(path), "--json", "--bank", control]
+        assert main(command) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["bank"] == control
+        assert printed["questions"][-1]["bits"] == pytest.approx(sum(bits) / len(bits), abs=1e-4)
+    assert main(["eval", "--checkpoint", str(reader.folder), "--questions", str(path), "--bank", "blocked"]) == 0
+    assert "bank blocked" in " ".join(capsys.readouterr().out.split())
+
+
+def test_bad_input(prepared, run, tmp_path, capsys):
+    (bare, folder), (_, reader) = prepared, run
+
+    def fails(*options, checkpoint=reader, data=folder):
+        assert main(["eval", "--checkpoint", str(checkpoint.folder), "--data", str(data), *options]) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "kmem data cluster --data" in fails(data=bare)
+    assert "this bank has blocks on levels 1, 2" in fails("--bank-levels", "3")
+    assert "joined by commas" in fails("--bank-levels", "one")
+    assert "not the tree that" in fails("--tree", str(make_tree(tmp_path / "other", seed=1)))
+    assert "a tree of 3 levels with 2 children" in fails("--tree", str(make_tree(tmp_path / "deep", 2, 3)))
+    plain = write_run(tmp_path / "plain", model({"kind": "gqa", "num_heads": 2}, None))
+    assert "no memory bank" in fails("--bank", "none", checkpoint=plain)
+    without = write_bank_run(tmp_path / "run", bank(generic={"probability": 0}))
+    assert "no generic blocks" in fails("--bank", "generic", checkpoint=without)
