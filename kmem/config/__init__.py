@@ -1,6 +1,6 @@
 """Typed configuration: YAML files, dotted overrides, errors that name the field."""
 
-from kmem.config.data import DataConfig, Source
+from kmem.config.data import AddressesConfig, DataConfig, Source
 from kmem.config.engram import EngramConfig
 from kmem.config.errors import ConfigError, UserError
 from kmem.config.load import dump_config, load_config, packaged_configs, parse_config
@@ -18,6 +18,7 @@ from kmem.config.run import CheckpointConfig, Config, EvaluationConfig, Parallel
 from kmem.config.train import OptimizerConfig, ScheduleConfig, TrainConfig
 
 __all__ = [
+    "AddressesConfig",
     "BankConfig",
     "BlockOptimizerConfig",
     "ChainOfExperts",

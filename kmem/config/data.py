@@ -1,6 +1,6 @@
 """Where training text comes from and how it becomes sequences."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -16,6 +16,17 @@ class Source(Section):
     """Share of the training sequences drawn from this corpus, relative to the other weights."""
 
 
+class AddressesConfig(Section):
+    """Memory addresses of the text: the leaf, in a tree of clusters, of the document or window that a token stands
+    in."""
+
+    tree: str
+    """Folder of a tree written by `kmem data cluster`; all sources must have addresses of it."""
+    batching: Literal["packed", "leaf"] = "packed"
+    """packed: the sequences are those of a run without addresses, and every document of one has its own. leaf: a
+    sequence holds text of one leaf only, and the last one of each leaf is padded."""
+
+
 class DataConfig(Section):
     """The batches a run trains and is evaluated on."""
 
@@ -27,6 +38,8 @@ class DataConfig(Section):
     """Attend only within a document and restart position ids at each; predictions across a boundary are not trained."""
     seed: Annotated[int, Field(ge=0)] = 1234
     """Seed of the order of sequences."""
+    addresses: AddressesConfig | None = None
+    """Addresses of the text, by which memory banks are fetched; null reads none."""
 
     @model_validator(mode="after")
     def _distinct(self) -> "DataConfig":

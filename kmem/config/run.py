@@ -121,6 +121,11 @@ class Config(Section):
                 "parallel.zero_stage=0 does not go with train.precision=bf16: DeepSpeed's bf16 optimizer is always "
                 "sharded; use 1"
             )
+        if self.model.memory_bank is not None and self.data.addresses is None:
+            raise ValueError(
+                "model.memory_bank needs data.addresses, by which blocks are fetched; name the folder of a tree that "
+                "kmem data cluster has written, as in data.addresses.tree=data/tree"
+            )
         for name in ("engram", "memory_bank"):
             if getattr(self.model, name) is not None and self.checkpoint.asynchronous:
                 raise ValueError(

@@ -37,6 +37,8 @@ class PreparedData:
     loss / ln 2 / this, with the mean loss per token in nats."""
     fingerprint: str
     """Identity of the training sequences and their order: equal fingerprints give equal batches for every sample."""
+    sequences_fingerprint: str
+    """The same but for the addresses that sequences carry, where these do not decide what is a sequence."""
 
     def bits_per_byte(self, loss: float) -> float:
         """A mean held-out loss in nats per token as bits per UTF-8 byte, comparable between tokenizers."""
@@ -44,12 +46,15 @@ class PreparedData:
 
 
 def open_data(config: DataConfig, model_vocab_size: int, addressing: Addressing | None = None) -> PreparedData:
-    """Open the prepared corpora of a run; with `addressing`, sequences carry memory addresses.
+    """Open the prepared corpora of a run; with `data.addresses`, or `addressing` instead, sequences carry memory
+    addresses.
 
     Raises:
         UserError: a corpus is missing, unfinished, damaged or shorter than a sequence; the corpora do not share one
             tokenizer; the tokenizer has more tokens than the model; a corpus has no addresses of the tree.
     """
+    if addressing is None and config.addresses is not None:
+        addressing = Addressing(_folder(config.addresses.tree), config.addresses.batching)
     manifests = [read_manifest(_folder(source.path)) for source in config.sources]
     for source, manifest in zip(config.sources, manifests, strict=True):
         _check_tokenizer(_folder(source.path), manifest)
@@ -73,6 +78,7 @@ def open_data(config: DataConfig, model_vocab_size: int, addressing: Addressing 
         eos_token_id=tokenizer.eos_token_id,
         bytes_per_token_validation=sum(split.bytes for split in held_out) / sum(split.tokens for split in held_out),
         fingerprint=_fingerprint(config, manifests, addressing),
+        sequences_fingerprint=_fingerprint(config, manifests, addressing if _by_leaf(addressing) else None),
     )
 
 
@@ -213,7 +219,7 @@ class _Source:
         self._addresses: SplitAddresses | None = None
         if addressing is not None:
             self._addresses = read_addresses(folder, manifest, split, self._starts, lengths, addressing.tree)
-        self._by_leaf = addressing is not None and addressing.batching == "leaf"
+        self._by_leaf = _by_leaf(addressing)
         self._order: CorpusOrder | LeafOrder | None = None
         self.padding = 0
         if self._by_leaf:
@@ -287,6 +293,10 @@ def _within(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """0, 1, .. counts[0]-1, 0, 1, .. counts[1]-1, and so on."""
     ends = np.cumsum(counts)
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+
+
+def _by_leaf(addressing: Addressing | None) -> bool:
+    return addressing is not None and addressing.batching == "leaf"
 
 
 def _folder(path: str) -> Path:

@@ -41,6 +41,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.nproc is not None and arguments.nproc > 1:
         config.data_parallel_size(arguments.nproc)
         open_data(config.data, config.model.vocab_size)  # so that bad data is one error, not one per rank
+        from kmem.train.bank_addresses import bank_tree
+
+        bank_tree(config)
         from kmem.parallel.local_launch import launch_local
 
         words = ["train", "--config", arguments.config]

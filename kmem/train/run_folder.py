@@ -1,4 +1,4 @@
-"""The folder of a run: resolved configuration, tokenizer, metrics, checkpoints."""
+"""The folder of a run: resolved configuration, tokenizer, cluster tree, metrics, checkpoints."""
 
 import json
 import shutil
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kmem.config import Config, dump_config
+from kmem.model.exported_bank import TREE_FOLDER
 
 METRICS = "metrics.jsonl"
 
@@ -18,13 +19,15 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / METRICS
 
-    def prepare(self, config: Config, tokenizer: Path) -> str | None:
-        """Create the folder, write the resolved configuration, keep a copy of the tokenizer for exports; returns what
-        stands in the way, if anything."""
+    def prepare(self, config: Config, tokenizer: Path, tree: Path | None = None) -> str | None:
+        """Create the folder, write the resolved configuration, keep a copy of the tokenizer, and of the cluster tree of
+        a memory bank, for exports; returns what stands in the way, if anything."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "config.yaml").write_text(dump_config(config))
             shutil.copytree(tokenizer, self.path / "tokenizer", dirs_exist_ok=True)
+            if tree is not None and tree.resolve() != (self.path / TREE_FOLDER).resolve():
+                shutil.copytree(tree, self.path / TREE_FOLDER, dirs_exist_ok=True)
         except OSError as error:
             return f"folder: {self.path} cannot be written: {error}"
         return None

@@ -12,6 +12,7 @@ import torch
 
 import kmem
 from kmem.checkpoint.commit import Commit, Progress
+from kmem.checkpoint.manifest import check_tree
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import find_checkpoint
 from kmem.checkpoint.store import CheckpointStore
@@ -25,6 +26,7 @@ from kmem.parallel.parameter_counts import count_parameters
 from kmem.parallel.pipeline import Pipeline, StepResult, split_samples
 from kmem.parallel.stage_memory import BegunStep
 from kmem.parallel.training_state import optimizer_steps
+from kmem.train.bank_addresses import bank_tree, tree_folder, with_generic_blocks
 from kmem.train.callback import Callback
 from kmem.train.evaluation import EvaluationRecord, held_out_loss
 from kmem.train.interruption import Interruption
@@ -72,6 +74,7 @@ class Trainer:
         self.store = CheckpointStore(self.folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every)
         found = self._chosen_checkpoint(config.checkpoint.resume)
         addresses = model_addresses(config.model, data.tokenizer_path)
+        self.tree = bank_tree(config)
         self.pipeline = Pipeline(config, mesh, addresses, initialise_rows=found is None)
         self._begun: deque[BegunStep] = deque()
         """Steps whose rows are being fetched, the next one first."""
@@ -132,7 +135,7 @@ class Trainer:
     def _prepare_folder(self, finished: bool) -> None:
         problem = None
         if self.mesh.rank == 0 and not finished:
-            problem = self.folder.prepare(self.config, self.data.tokenizer_path)
+            problem = self.folder.prepare(self.config, self.data.tokenizer_path, tree_folder(self.config))
         for found in gather(problem):
             if found:
                 raise TrainingError(found)
@@ -186,10 +189,10 @@ class Trainer:
         train = self.config.train
         first = self.consumed_samples + (step - self.step) * train.global_batch_size
         plan = split_samples(first, train.global_batch_size, train.micro_batch_size, self.mesh)
-        batches = [self.data.training.read(samples) for samples in plan]
-        if self.config.model.memory_bank is not None and any(batch.addresses is None for batch in batches):
-            raise TrainingError("model.memory_bank: the documents of data.sources have no addresses of a cluster tree")
-        return self.pipeline.begin_step(batches)
+        read = ((self.data.training.read(samples), samples) for samples in plan)
+        return self.pipeline.begin_step(
+            [with_generic_blocks(self.config, batch, samples, step) for batch, samples in read]
+        )
 
     def _record(self, result: StepResult, lr: float, seconds: float) -> StepRecord:
         train = self.config.train
@@ -254,7 +257,7 @@ class Trainer:
             consumed_samples=self.consumed_samples,
             tokens=self.tokens,
             optimizer_steps=optimizer_steps(self.pipeline),
-            data={"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer_fingerprint},
+            data=self._data_fingerprints(),
             tracking=self.tracking,
             facts={
                 **self.facts,
@@ -264,7 +267,7 @@ class Trainer:
                 "torch": torch.__version__,
             },
         )
-        folder = save_training(self.store, self.pipeline, progress, self.config.checkpoint.asynchronous)
+        folder = save_training(self.store, self.pipeline, progress, self.config.checkpoint.asynchronous, self.tree)
         self._saved_at = self.step
         self._notify("on_checkpoint", folder, not self.config.checkpoint.asynchronous)
 
@@ -274,20 +277,30 @@ class Trainer:
         Raises:
             CheckpointError: it is of other data or another model.
         """
+        check_tree(folder, commit.tree, self.tree)
+        # A bank may be added, which needs addresses: sequences that the checkpoint had without any are the same ones.
+        accepted = {
+            "fingerprint": (self.data.fingerprint, self.data.sequences_fingerprint),
+            "tokenizer": (self.data.tokenizer_fingerprint,),
+        }
         for what, stored in commit.progress.data.items():
-            here = {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer_fingerprint}[what]
-            if stored != here:
+            if what in accepted and stored not in accepted[what]:
                 raise CheckpointError(
                     f"data: {what} differs from the one {folder} was trained on, so the run would not continue where "
                     "it stopped; restore data.sources, data.sequence_length and data.seed, or use another name"
                 )
-        progress = load_training(self.store, folder, commit, self.pipeline)
+        progress = load_training(self.store, folder, commit, self.pipeline, self.tree)
         self.step, self.consumed_samples, self.tokens = progress.step, progress.consumed_samples, progress.tokens
         self.facts = dict(progress.facts)
         if folder.parent.resolve() == self.folder.checkpoints.resolve():
             self.tracking = dict(progress.tracking)
             self._saved_at = self.step
             self.store.continue_from(self.step)
+
+    def _data_fingerprints(self) -> dict[str, str]:
+        """What a checkpoint says of the data it was trained on."""
+        found = {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer_fingerprint}
+        return found if self.tree is None else {**found, "tree": self.tree["fingerprint"]}
 
     def _chosen_checkpoint(self, resume: str) -> tuple[Path, Commit] | None:
         """What `checkpoint.resume` asks for, if any.

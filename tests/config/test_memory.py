@@ -4,6 +4,7 @@ import pytest
 
 from kmem.config import ConfigError, dump_config, parse_config
 from kmem.config.engram import PRESETS, EngramConfig
+from tests.distributed.bank_case import bank_config
 from tests.distributed.training_case import small_config
 
 
@@ -95,13 +96,30 @@ def test_bank_table_errors_name_the_field(bank, message):
     assert str(error.value).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__addresses": None}, "model.memory_bank needs data.addresses, by which blocks are fetched; name the"),
+        ({"checkpoint__asynchronous": True}, "checkpoint.asynchronous=true does not go with model.memory_bank"),
+        (
+            {"model__memory_bank__placement": "last", "model__memory_bank__placed_layers": 9},
+            "model.memory_bank.placed_layers=9 exceeds num_layers=4",
+        ),
+        ({"model__memory_bank__levels": [0, 0]}, "model.memory_bank.levels=[0, 0] leaves every level without blocks"),
+    ],
+)
+def test_what_does_not_go_with_a_bank_is_refused(changes, message):
+    with pytest.raises(ConfigError) as error:
+        parse_config(bank_config(**changes))
+    assert str(error.value).startswith(message)
+
+
 def test_blocks_have_a_rate_and_a_decay_of_their_own():
     settings = config({"layers": [1]}, bank={"optimizer": {"weight_decay": 1e-3}, "prefetch_depth": 3})
     assert (settings.bank.optimizer.name, settings.bank.optimizer.weight_decay) == ("lazy_adam", 1e-3)
     assert (settings.bank.optimizer.lr_multiplier, settings.memory.optimizer.lr_multiplier) == (1.0, 5.0)
     assert settings.prefetch_depth == 1  # there is no bank
-    bank = {"levels": [2], "children": 2}
-    assert parse_config(small_config(model__memory_bank=bank, bank={"prefetch_depth": 3})).prefetch_depth == 3
+    assert parse_config(bank_config(bank={"prefetch_depth": 3})).prefetch_depth == 3
 
 
 @pytest.mark.parametrize(

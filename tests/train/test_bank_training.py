@@ -1,0 +1,136 @@
+"""`kmem train` with a memory bank: addresses of prepared data, generic blocks, resuming, errors."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from kmem.checkpoint.reader import CheckpointReader
+from kmem.cli import main
+from kmem.config import UserError, parse_config
+from kmem.data.batch import SequenceBatch
+from kmem.model.bank_layout import GENERIC
+from kmem.train.bank_addresses import bank_tree, with_generic_blocks
+from tests.data.cluster_case import give_addresses, write_tree
+from tests.distributed.bank_case import bank_config
+from tests.train.trainer_case import trainer_case
+
+BANK = {"children": 2, "levels": [4, 1], "generic": {"probability": 0.3}}
+
+
+@pytest.fixture
+def addressed(corpus, tmp_path):
+    """(prepared folder with addresses, its tree of two levels of two children)."""
+    folder, tree = tmp_path / "prepared", write_tree(tmp_path / "the-tree", 2, 2)
+    shutil.copytree(corpus, folder)
+    give_addresses(folder, tree)
+    return folder, tree
+
+
+@pytest.fixture
+def bank_run(run_config, addressed):
+    """bank_run(**dotted changes) -> (tree, path of its YAML file) of a run with a bank."""
+    folder, tree = addressed
+
+    def make(**changes):
+        data = {"sources": [{"path": str(folder)}], "sequence_length": 32, "addresses": {"tree": str(tree)}}
+        return run_config(**{"model__memory_bank": BANK, "data": data, **changes})
+
+    return make
+
+
+@pytest.mark.parametrize("batching", ["packed", "leaf"])
+def test_a_run_trains_evaluates_and_resumes(ranks, bank_run, addressed, tmp_path, batching):
+    """An interrupted run ends where an uninterrupted one does, with the generic blocks drawn alike on another mesh."""
+    changes = {"data__addresses__batching": batching, "parallel__pipeline": 2}
+    whole, _ = bank_run(**changes, name="whole", train__steps=4)
+    assert ranks.run(2, trainer_case, whole)[0]["error"] is None
+    half, _ = bank_run(**changes, name="half", train__steps=2)
+    assert ranks.run(2, trainer_case, half)[0]["error"] is None
+    rest, _ = bank_run(**changes, name="half", train__steps=4)
+    resumed = ranks.run(2, trainer_case, rest)[0]
+    assert (resumed["error"], resumed["started_at"], resumed["steps"]) == (None, 2, 4)
+    one, other = (CheckpointReader(tmp_path / "runs" / name) for name in ("whole", "half"))
+    assert one.tensors.keys() == other.tensors.keys()
+    assert all(torch.equal(one.read(name), other.read(name)) for name in one.tensors)
+    assert one.commit.tree == bank_tree(parse_config(whole))
+    assert (one.run_folder / "tree" / "tree.json").is_file()
+
+
+def test_a_bank_is_added_to_a_run(ranks, bank_run, tmp_path):
+    """The sequences are the ones it was trained on, now with addresses; those of single leaves are others."""
+    plain, _ = bank_run(name="plain", model__memory_bank=None, data__addresses=None, train__steps=2)
+    assert ranks.run(1, trainer_case, plain)[0]["error"] is None
+    start = {"checkpoint__resume": str(tmp_path / "runs" / "plain"), "train__steps": 3}
+    added, _ = bank_run(name="added", **start)
+    result = ranks.run(1, trainer_case, added)[0]
+    assert (result["error"], result["started_at"], result["steps"]) == (None, 2, 3)
+    leaves, _ = bank_run(name="leaves", data__addresses__batching="leaf", **start)
+    assert "data: fingerprint differs" in ranks.run(1, trainer_case, leaves)[0]["error"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__memory_bank": {**BANK, "levels": [4]}}, "model.memory_bank.levels: 1 levels, but the tree has 2"),
+        ({"model__memory_bank": {**BANK, "levels": [4, 1, 1]}}, "model.memory_bank.levels: 3 levels, but the tree"),
+        ({"model__memory_bank": {**BANK, "children": 3}}, "model.memory_bank.children: 3, but the tree"),
+        ({"data__addresses__tree": "nowhere"}, "nowhere/tree.json: missing"),
+        ({"data__addresses": None}, "model.memory_bank needs data.addresses"),
+    ],
+)
+def test_bad_trees_are_one_error(bank_run, capsys, changes, message):
+    _, path = bank_run(**changes)
+    assert main(["train", "--config", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_documents_without_addresses_are_one_error(bank_run, addressed, capsys):
+    folder, _ = addressed
+    (folder / "addresses.json").unlink()
+    _, path = bank_run()
+    assert main(["train", "--config", str(path)]) == 2
+    assert "the documents have no memory addresses; run kmem data cluster" in capsys.readouterr().err
+
+
+def test_another_tree_than_the_checkpoints_is_refused(ranks, bank_run, addressed, tmp_path):
+    first, _ = bank_run(train__steps=2)
+    assert ranks.run(1, trainer_case, first)[0]["error"] is None
+    other = write_tree(tmp_path / "another", 2, 2, "window:16")
+    give_addresses(addressed[0], other)
+    second, _ = bank_run(data__addresses__tree=str(other))
+    error = ranks.run(1, trainer_case, second)[0]["error"]
+    assert error.startswith("data.addresses.tree: not the tree that")
+    assert "unit is window:16 here and document there" in error
+
+
+def draws(samples, step=0, **changes):
+    config = parse_config(bank_config(**changes))
+    blank = torch.zeros(len(samples), 4, dtype=torch.int64)
+    batch = SequenceBatch(blank, blank, blank, blank, addresses=blank + 5)
+    return with_generic_blocks(config, batch, samples, step).addresses
+
+
+def test_sequences_draw_generic_blocks_by_their_number():
+    found = draws(range(2000))
+    assert set(found.flatten().tolist()) == {5, GENERIC}
+    assert (found == found[:, :1]).all()
+    assert abs((found[:, 0] == GENERIC).float().mean() - 0.2) < 0.03
+    assert torch.equal(draws(range(700, 720), step=3), found[700:720])  # whatever the step, rank or micro-batch
+    assert not torch.equal(draws(range(2000), data__seed=1), found)
+    assert (draws(range(50), model__memory_bank__generic={"probability": 1.0}) == GENERIC).all()
+    assert (draws(range(50), model__memory_bank__generic={}) == 5).all()
+
+
+def test_steps_draw_generic_blocks_for_all_sequences():
+    per_batch = {"model__memory_bank__generic": {"probability": 0.2, "per": "batch"}}
+    by_step = [draws([7, 900], step, **per_batch) for step in range(500)]
+    assert all((found == found[0, 0]).all() for found in by_step)
+    assert abs(sum(int(found[0, 0] == GENERIC) for found in by_step) / 500 - 0.2) < 0.06
+    assert torch.equal(by_step[3], draws([1, 2], 3, **per_batch))
+
+
+def test_a_missing_tree_is_the_users_error(tmp_path):
+    with pytest.raises(UserError, match="holds no finished tree"):
+        bank_tree(parse_config(bank_config(data__addresses__tree=str(Path(tmp_path)))))
