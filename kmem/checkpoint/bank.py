@@ -78,8 +78,8 @@ def checkpoint_tree(reader: Banked, given: Path | None = None) -> Path:
 
 
 def _known_tree(reader: Banked) -> Path:
-    own, addresses = reader.run_folder / TREE_FOLDER, getattr(reader.config.data, "addresses", None)
-    found = [own] if addresses is None else [own, Path(addresses.tree)]
+    own, addresses = reader.run_folder / TREE_FOLDER, reader.config.data.addresses
+    found = [own] if addresses is None else [own, Path(addresses.tree).expanduser()]
     for folder in found:
         if folder.is_dir():
             return folder

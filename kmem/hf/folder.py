@@ -51,6 +51,10 @@ class ModelFolder:
         """Rows [start, stop) along the first dimension."""
         return self._files[self.tensors[name].file].get_slice(name)[start:stop]
 
+    def read_columns(self, name: str, start: int, stop: int, left: int, right: int) -> torch.Tensor:
+        """Columns [left, right) of rows [start, stop) of a tensor of two dimensions."""
+        return self._files[self.tensors[name].file].get_slice(name)[start:stop, left:right]
+
     def _find_tensors(self) -> dict[str, FolderTensor]:
         index, single = self.path / INDEX_FILE, self.path / WEIGHTS_FILE
         if index.is_file():

@@ -19,14 +19,17 @@ from kmem.checkpoint.safetensors_file import sync_folder
 from kmem.checkpoint.writer import write_weights
 from kmem.config import Config, LatentAttention, ModelConfig, UserError, dump_config, parse_config
 from kmem.data.addresses import model_addresses
+from kmem.data.cluster_addresses import tree_record
 from kmem.data.progress import Progress
-from kmem.data.tokenizer import adopt_tokenizer
+from kmem.data.tokenizer import adopt_tokenizer, load_tokenizer, tokenizer_fingerprint
 from kmem.hf.architectures import KMEM
+from kmem.hf.export import copy_tree
 from kmem.hf.folder import FolderTensor, ModelFolder
 from kmem.hf.foreign_config import MTP_FIELD, ignored_fields, read_architecture, read_config, read_model
 from kmem.hf.key_map import Piece, account, folder_pieces, half_split_rows
 from kmem.hf.native import DEEPSEEK_V3, Architecture
 from kmem.hf.retrofit import ChainedParts, chained
+from kmem.model.exported_bank import TREE_FOLDER, BankDescription
 from kmem.model.exported_memory import COMPRESSION, MemoryDescription
 from kmem.model.shape import Shape
 from kmem.parallel.parameter_counts import tensor_shapes
@@ -87,7 +90,10 @@ def import_folder(
         say(f"fields of config.json that were not read: {', '.join(ignored)}")
 
     memory = _memory(config, model, described)
-    pieces = folder_pieces(model, architecture, None if memory is None else memory.parts)
+    bank = _bank(config, model, described)
+    pieces = folder_pieces(
+        model, architecture, None if memory is None else memory.parts, None if bank is None else bank.parts
+    )
     left_out = _left_out(folder, model, architecture, drop_mtp)
     if left_out:
         say(f"tensors left out: {len(left_out)} ({', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''})")
@@ -111,6 +117,7 @@ def import_folder(
         tokenizer = _bring_tokenizer(folder.path, partial / "tokenizer", say)
         if memory is not None:
             _check_addresses(folder.path, memory, target, partial / "tokenizer")
+        tree = None if bank is None else _bring_tree(folder.path, bank, partial)
         with Progress(f"importing {elements * 4 / 1e6:,.1f} MB", elements) as bar:
             parts = _Parts(folder, model, pieces, interleaved, bar)
             checkpoint = write_weights(
@@ -120,6 +127,7 @@ def import_folder(
                 shapes=shapes,
                 parts=parts if chain_iterations is None else ChainedParts(parts, target),
                 addressing=None if memory is None else memory.addressing.to_manifest(),
+                tree=tree,
             )
         (partial / "config.yaml").write_text(dump_config(run), encoding="utf-8")
         section = OmegaConf.to_yaml(OmegaConf.create({"model": target.model_dump(mode="json")}))
@@ -137,7 +145,8 @@ def import_folder(
 
 
 def starting_config(out: Path, model: ModelConfig) -> Config:
-    """A configuration whose run folder is `out`: the model as imported, data and optimisation to be filled in.
+    """A configuration whose run folder is `out`: the model as imported, data and optimisation to be filled in. A memory
+    bank is addressed by the tree that lies in the run folder.
 
     Raises:
         ConfigError: the folder's name cannot be a run's name.
@@ -147,7 +156,11 @@ def starting_config(out: Path, model: ModelConfig) -> Config:
             "name": out.name,
             "folder": str(out.parent),
             "model": model.model_dump(mode="json"),
-            "data": {"sources": [{"path": "data"}], "sequence_length": min(1024, model.max_position_embeddings)},
+            "data": {
+                "sources": [{"path": "data"}],
+                "sequence_length": min(1024, model.max_position_embeddings),
+                "addresses": None if model.memory_bank is None else {"tree": str(out / TREE_FOLDER)},
+            },
             "train": {
                 "steps": 1000,
                 "global_batch_size": 8,
@@ -172,6 +185,40 @@ def _memory(config: Any, model: ModelConfig, path: Path) -> MemoryDescription | 
         raise UserError(f"{path}: {error}") from error
 
 
+def _bank(config: Any, model: ModelConfig, path: Path) -> BankDescription | None:
+    """Tables and tree of a model with a memory bank, which only kmem's own folders have."""
+    if model.memory_bank is None:
+        return None
+    try:
+        return BankDescription.read(
+            Shape(model.model_dump()), getattr(config, "bank_parts", {}), getattr(config, "bank_tree", None)
+        )
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _bring_tree(source: Path, bank: BankDescription, run: Path) -> dict[str, Any]:
+    """Copy the tree; returns its description."""
+    folder = source / TREE_FOLDER
+    if not folder.is_dir():
+        raise UserError(f"{folder}: missing, and it addresses the memory bank's rows; fetch or export the folder again")
+    tokenizer = run / "tokenizer"
+    try:
+        bank.router(folder, load_tokenizer(tokenizer) if tokenizer.is_dir() else None)
+        copy_tree(folder, run / TREE_FOLDER)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    record = tree_record(folder)
+    if record.get("tokenizer") is not None and tokenizer.is_dir():
+        found = tokenizer_fingerprint(tokenizer)
+        if found != record["tokenizer"]:
+            raise UserError(
+                f"{source}: its tokenizer ({found[:12]}) is not the one whose ids the tree's embedder counts "
+                f"({record['tokenizer'][:12]}); fetch or export the folder again"
+            )
+    return record
+
+
 def _check_addresses(source: Path, memory: MemoryDescription, model: ModelConfig, tokenizer: Path) -> None:
     """The run's tokenizer reads the rows that the folder's did."""
     if not tokenizer.is_dir():
@@ -187,17 +234,35 @@ class _Parts:
     ) -> None:
         self._folder, self._model, self._interleaved, self._bar = folder, model, interleaved, bar
         self._pieces: dict[str, list[Piece]] = {}
+        self._columns: dict[str, list[Piece]] = {}
         for piece in pieces:
+            for tensor in piece.beside:
+                self._columns.setdefault(tensor, []).append(piece)
             if piece.tensor is not None:
                 self._pieces.setdefault(piece.tensor, []).append(piece)
 
     def __call__(self, tensor: str) -> Iterator[torch.Tensor]:
+        if tensor in self._columns:
+            yield from self._side_by_side(tensor)
+            return
         order = None
         if self._interleaved:
             assert isinstance(self._model.attention, LatentAttention)
             order = half_split_rows(self._model.attention, tensor)
         for piece in self._pieces[tensor]:  # of a stack: expert by expert, gate before up
             for part in self._rows(piece) if order is None else [self._folder.read(piece.name)[order]]:
+                yield part.float()
+                self._bar.advance(part.numel())
+
+    def _side_by_side(self, tensor: str) -> Iterator[torch.Tensor]:
+        """The columns that are this tensor's in the pieces that hold several."""
+        for piece in self._columns[tensor]:
+            width = piece.shape[1] // len(piece.beside)
+            start = piece.beside.index(tensor) * width
+            rows = max(1, SLICE_BYTES // (width * torch.float32.itemsize))
+            for first in range(0, piece.shape[0], rows):
+                last = min(first + rows, piece.shape[0])
+                part = self._folder.read_columns(piece.name, first, last, start, start + width)
                 yield part.float()
                 self._bar.advance(part.numel())
 

@@ -230,6 +230,8 @@ class ContextBank:
 
 def as_contexts(context: Contexts, mask: Tensor | None = None) -> list[Context]:
     """Contexts one by one; `mask` [B, T] is 0 where a token of ids [B, T] is padding."""
+    if mask is not None and not isinstance(context, Tensor):
+        raise ValueError("an attention_mask goes with contexts as token ids [B, T]")
     if isinstance(context, str):
         return [context]
     if isinstance(context, Tensor):
@@ -238,8 +240,6 @@ def as_contexts(context: Contexts, mask: Tensor | None = None) -> list[Context]:
             return list(ids.cpu())
         present = mask.bool().cpu().view(ids.shape)
         return [row[there] for row, there in zip(ids.cpu(), present, strict=True)]
-    if mask is not None:
-        raise ValueError("an attention_mask goes with contexts as token ids [B, T]")
     if len(context) and isinstance(context[0], int):
         raise ValueError("one context of token ids: give a list of contexts, or a tensor [B, T]")
     return list(context)

@@ -1,7 +1,7 @@
 """From a context to the leaf whose blocks it uses: the tree and the embedder that the training data's addresses were
 made with. Ships beside exported weights."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,24 @@ from .context_embedder import ContextEmbedder, load_embedder
 
 Context = str | Sequence[int] | Tensor
 """Text, or token ids of the model's tokenizer."""
+
+
+class DeferredTokenizer:
+    """A tokenizer that is loaded when text is first read: contexts may be token ids, and embedders that count ids."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._load, self._loaded = load, None
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self._tokenizer()(*args, **options)
+
+    def decode(self, *args: Any, **options: Any) -> Any:
+        return self._tokenizer().decode(*args, **options)
+
+    def _tokenizer(self) -> Any:
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
 
 
 class ContextRouter:

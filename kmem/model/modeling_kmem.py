@@ -13,7 +13,7 @@ from transformers.utils.hub import cached_file
 
 from .configuration_kmem import KmemConfig
 from .context_bank import ContextBank
-from .context_router import ContextRouter
+from .context_router import ContextRouter, DeferredTokenizer
 from .decoder import Decoder
 from .engram import Engram, EngramInput
 from .engram_memory import EngramAddresses, EngramMemory, RowSource, RowTable
@@ -133,11 +133,11 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
             if kwargs.get("memory") != "device":
                 model.contexts.sources = dict(described.mapped(find))
 
+            def tokenizer() -> Any:
+                return AutoTokenizer.from_pretrained(pretrained_model_name_or_path, trust_remote_code=False, **options)
+
             def router() -> ContextRouter:
-                tokenizer = AutoTokenizer.from_pretrained(
-                    pretrained_model_name_or_path, trust_remote_code=False, **options
-                )
-                return described.router(described.find_tree(find), tokenizer)
+                return described.router(described.find_tree(find), DeferredTokenizer(tokenizer))
 
             model.contexts.router = router
             model._tree_folder = lambda: described.find_tree(find)
@@ -321,20 +321,23 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         present = None if token_mask is None or bool(token_mask.all()) else token_mask.bool()
         return memory.read(input_ids, present=present, state=state)
 
+    def _first_rows(self, parts: nn.ParameterList, table: str) -> None:
+        start = 0
+        for part in parts:
+            stop = start + len(part)
+            if not getattr(part, "_is_hf_initialized", False):
+                if table.startswith("bank.level"):
+                    level = int(table.removeprefix("bank.level"))
+                    part.copy_(self.bank.layout.initial_rows(torch.initial_seed(), level, start, stop))
+                else:
+                    nn.init.normal_(part, std=self.shape.memory.init_std)
+            start = stop
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """kmem's initialisation under the process's seed. Tensors that were loaded from a checkpoint stay."""
-        if isinstance(module, RowTable):
-            name, start = self._names[module], 0
-            for part in module.parts:
-                stop = start + len(part)
-                if not getattr(part, "_is_hf_initialized", False):
-                    if name.startswith("bank.level"):
-                        level, layout = int(name.removeprefix("bank.level")), self.bank.layout
-                        part.copy_(layout.initial_rows(torch.initial_seed(), level, start, stop))
-                    else:
-                        nn.init.normal_(part, std=self.shape.memory.init_std)
-                start = stop
+        if isinstance(module, nn.ParameterList):
+            self._first_rows(module, self._names[module].removesuffix(".parts"))
         if next(module.children(), None) is not None or isinstance(module, nn.ParameterList):
             return  # only the innermost modules own tensors
         tensors = (*module.parameters(), *module.buffers())

@@ -168,7 +168,10 @@ def _open(
     trained_on: DataConfig, folder: str, reader: CheckpointReader, bank: EvaluatedBank | None = None
 ) -> PreparedData:
     config = trained_on.model_copy(update={"sources": (Source(path=folder),)})
-    data = open_data(config, reader.config.model.vocab_size, None if bank is None else bank.addressing)
+    addressing = None
+    if bank is not None:  # its control may need no addresses
+        config, addressing = config.model_copy(update={"addresses": None}), bank.addressing
+    data = open_data(config, reader.config.model.vocab_size, addressing)
     stored = reader.commit.progress.data.get("tokenizer", data.tokenizer_fingerprint)
     if stored != data.tokenizer_fingerprint:
         raise ConfigError(

@@ -59,10 +59,13 @@ class EvaluatedBank:
 
     @property
     def addressing(self) -> Addressing | None:
-        """What evaluated data must have addresses of; None where the control needs none."""
-        if self._bank.memory != "fetched":
+        """What evaluated data must have addresses of, with the sequences of the run; None where neither the control nor
+        the sequences need any."""
+        trained_on = self._reader.config.data.addresses
+        batching = "packed" if trained_on is None else trained_on.batching
+        if self._bank.memory != "fetched" and batching == "packed":
             return None
-        return Addressing(checkpoint_tree(self._reader, self._choice.tree))
+        return Addressing(checkpoint_tree(self._reader, self._choice.tree), batching)
 
     def of_batch(self, batch: SequenceBatch, like: Tensor) -> dict[int, BankInput]:
         """What each layer's bank holds for sequences of data. Blocked, a leaf's centroid stands for the embeddings of

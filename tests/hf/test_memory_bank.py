@@ -1,17 +1,32 @@
 """Models with a memory bank in Transformers: contexts are looked up, and their blocks fetched, as kmem computes."""
 
 import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from kmem.checkpoint.reader import CheckpointReader
+from kmem.cli import main
+from kmem.config import UserError
+from kmem.data.tokenizer import train_tokenizer
 from kmem.hf.custom_code import register
 from kmem.hf.export import export
-from tests.hf.banks import BANKS, random_bank, router, write_bank_run
-from tests.hf.models import VOCABULARY
+from kmem.hf.importing import import_folder
+from kmem.hf.loading import load
+from kmem.model.configuration_kmem import KmemConfig
+from kmem.model.modeling_kmem import KmemForCausalLM
+from tests.hf.banks import BANKS, make_tree, random_bank, router, tree, write_bank_run
+from tests.hf.models import NATIVE, VOCABULARY, write_run
 
+PLAIN_MODEL = NATIVE["llama"].model_dump(mode="json")
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 TEXTS = ["the model reads the text", "a reader", "another model trains the export that wrote"]
 
@@ -220,3 +235,220 @@ def test_a_cache_keeps_its_contexts(folders):
         model(ids)
     with torch.enable_grad():
         model(ids).logits.sum().backward()
+
+
+@pytest.mark.parametrize("size", [600, 9_000, 10**9])
+def test_tables_are_cut_into_row_ranges_that_fit(size, tmp_path):
+    """Whole rows of all layers, in order, under an index that says where they are; one row at least to a part."""
+    reader = write_bank_run(tmp_path / "run", BANKS["ffn"])
+    export(reader, tmp_path / "out", max_shard_bytes=size, say=str)
+    decoder = random_bank(BANKS["ffn"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    for level, rows in decoder.rows.items():
+        parts = config["bank_parts"][str(level)]
+        tensors = [
+            load_file(tmp_path / "out" / index[name])[name]
+            for part in range(len(parts))
+            for name in [f"bank.level{level}.parts.{part}"]
+        ]
+        assert [len(tensor) for tensor in tensors] == parts
+        assert max(parts) - min(parts) <= 1
+        assert max(parts) == 1 or max(tensor.nbytes for tensor in tensors) <= size
+        assert torch.equal(torch.cat(tensors), rows)
+    sizes = {}
+    for name, file in index.items():
+        tensor = load_file(tmp_path / "out" / file)[name]
+        sizes.setdefault(file, []).append(tensor.nbytes)
+    assert all(sum(found) <= size or len(found) == 1 for found in sizes.values())
+    assert config["bank_tree"] == reader.tree
+    for file in ("tree.json", "tree.safetensors", "embedder/tfidf.safetensors", "embedder/LICENSE"):
+        assert (tmp_path / "out" / "tree" / file).read_bytes() == (tree() / file).read_bytes()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{decoder.layout.bank_values:,}" in card
+    assert "model.fetch(context)" in card
+
+
+@pytest.mark.parametrize("name", ["ffn", "ffn in some layers of experts", "with n-grams"])
+def test_import_gives_back_every_bit(name, folders, tmp_path):
+    _, folder = folders(name)
+    first = CheckpointReader(folder.parent / "run")
+    found = import_folder(folder, tmp_path / "back", say=str)
+    again = CheckpointReader(tmp_path / "back")
+    assert again.tensors == first.tensors
+    for tensor in first.tensors:
+        assert torch.equal(again.read(tensor), first.read(tensor)), tensor
+    assert again.commit.tree == first.commit.tree
+    assert found.model == first.config.model
+    export(again, tmp_path / "out", max_shard_bytes=9_000, say=str)
+    for file in folder.glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+
+
+TEXT_PROGRAM = """
+import sys
+for name in ("kmem", "kmem_kernels"):
+    sys.modules[name] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+found = model.fetch("the model reads")
+inputs = tokenizer("the model reads", return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+print([*found.leaves.tolist(), found.bytes, *output[0].tolist()])
+"""
+
+
+def test_torch_and_transformers_suffice(folders, tmp_path):
+    decoder, folder = folders("ffn")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", TEXT_PROGRAM, str(folder)],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    leaf, size, *ids = json.loads(done.stdout.splitlines()[-1])
+    prompt = torch.tensor([ids[:-5]])
+    leaves = router().leaves(prompt)
+    assert leaf == int(leaves)
+    assert size == 4 * decoder.layout.fetched_values
+    for _ in range(5):
+        prompt = torch.cat((prompt, decoder.bank_logits(prompt, leaves)[:, -1:].argmax(-1)), dim=1)
+    assert prompt[0].tolist() == ids
+
+
+def test_a_run_and_its_export_generate_the_same_text(folders, capsys):
+    _, folder = folders("ffn")
+    said = {}
+    for options in ([], ["--bank", "generic"], ["--bank", "none"], ["--bank-levels", "1"]):
+        for path in (folder, folder.parent / "run"):
+            command = ["generate", "--checkpoint", str(path), "--prompt", TEXTS[0], "--temperature", "0"]
+            assert main([*command, "--max-new-tokens", "12", *options]) == 0
+            said.setdefault(str(options), set()).add(capsys.readouterr().out)
+    assert all(len(texts) == 1 for texts in said.values())
+    assert len({texts.pop() for texts in said.values()}) == len(said)
+
+
+def test_saving_keeps_bank_and_tree(folders, tmp_path):
+    _, folder = folders("ffn")
+    with pytest.raises(ValueError, match='memory="device" to save'):
+        opened(folder).save_pretrained(tmp_path / "none")
+    model = opened(folder, memory="device")
+    model.save_pretrained(tmp_path / "saved")
+    again = opened(tmp_path / "saved")
+    again.fetch(tokens())  # its tree is there
+    again.forget()
+    assert torch.equal(again(tokens()).logits, opened(folder)(tokens()).logits)
+
+
+def test_rows_learn_in_transformers_as_in_kmem(folders):
+    decoder, folder = folders("ffn")
+    model, ids, leaves = opened(folder, memory="device").train(), tokens(), torch.tensor([1, 2, 2, 8])
+    model(ids, addresses=leaves).logits.square().sum().backward()
+    for rows in decoder.rows.values():
+        rows.requires_grad_()
+    decoder.bank_logits.__wrapped__(decoder, ids, leaves).square().sum().backward()
+    for level, rows in decoder.rows.items():
+        found = torch.cat([part.grad for part in model.bank.table(level).parts])
+        torch.testing.assert_close(found, rows.grad, rtol=1e-4, atol=1e-4)
+        rows.requires_grad_(False)
+
+
+@torch.no_grad()
+def test_a_new_model_starts_as_without_a_bank():
+    config = KmemConfig(model=BANKS["ffn"].model_dump(mode="json"))
+    torch.manual_seed(3)
+    model = KmemForCausalLM(config, memory="device")
+    expected = model(tokens(), addresses=torch.arange(4)).logits
+    assert torch.cat([part for part in model.bank.table(1).parts]).abs().sum() > 0
+    model.bank_memory = "none"
+    assert torch.equal(model(tokens()).logits, expected)
+
+
+@torch.no_grad()
+def test_a_folder_in_bf16(tmp_path):
+    register()
+    decoder = random_bank(BANKS["ffn"])
+    export(write_bank_run(tmp_path / "run", BANKS["ffn"], decoder), tmp_path / "out", dtype="bf16", say=str)
+    for tensor in (*decoder.state_dict().values(), *decoder.rows.values()):
+        tensor.copy_(tensor.bfloat16())
+    expected = decoder.bank_logits(tokens(), router().leaves(tokens()))
+    for memory in ("device", "mmap"):
+        wide = opened(tmp_path / "out", memory=memory, dtype=torch.float32)
+        torch.testing.assert_close(wide(tokens()).logits, expected, **TOLERANCE)
+    narrow = [opened(tmp_path / "out", memory=memory)(tokens()).logits for memory in ("device", "mmap")]
+    assert narrow[0].dtype == torch.bfloat16
+    assert torch.equal(*narrow)
+
+
+def test_faults_are_named(folders, tmp_path):
+    _, folder = folders("ffn")
+    model = opened(folder)
+    for call, complaint in [
+        (lambda: model.fetch(), "either contexts or addresses"),
+        (lambda: model.fetch("a", levels=[3]), "this bank has blocks on levels 1, 2"),
+        (lambda: model.fetch("a", blocked=["3.1.2"]), "a path of this tree has 1 to 2 parts"),
+        (lambda: model.fetch("a", blocked=["7"]), "children are numbered 0 to 2"),
+        (lambda: model.fetch(addresses=[9]), "leaves of this bank's tree count from 0 to 8"),
+        (lambda: model.fetch("a", attention_mask=torch.ones(1, 1)), "goes with contexts as token ids"),
+        (lambda: setattr(model, "bank_memory", "some"), "one of fetched, generic, none"),
+        (lambda: KmemForCausalLM(model.config)(tokens()), "no cluster tree"),
+        (lambda: KmemForCausalLM(model.config)(tokens(), addresses=torch.zeros(4).long()), "from_pretrained"),
+        (lambda: KmemForCausalLM(KmemConfig(model=PLAIN_MODEL), bank_memory="none"), "models with a memory bank"),
+        (lambda: KmemForCausalLM(KmemConfig(model=PLAIN_MODEL)).fetch("a"), "no memory bank"),
+    ]:
+        with pytest.raises(ValueError, match=complaint):
+            call()
+    model.bank_memory = "none"
+    with pytest.raises(ValueError, match="fetches nothing"):
+        model.fetch("a")
+
+    damaged = tmp_path / "damaged"
+
+    def broken(change, complaint):
+        shutil.rmtree(damaged, ignore_errors=True)
+        shutil.copytree(folder, damaged)
+        change()
+        with pytest.raises((ValueError, OSError), match=complaint):
+            opened(damaged).fetch("a")
+
+    broken(lambda: shutil.rmtree(damaged / "tree"), "tree/tree.json: missing beside the weights")
+    broken(lambda: (damaged / "tree" / "tree.safetensors").unlink(), "tree.safetensors: missing")
+    other = make_tree(tmp_path / "other", seed=1)
+
+    def another_tree():
+        shutil.rmtree(damaged / "tree")
+        shutil.copytree(other, damaged / "tree")
+
+    def another_embedder():
+        shutil.copyfile(other / "embedder" / "tfidf.safetensors", damaged / "tree" / "embedder" / "tfidf.safetensors")
+
+    broken(another_tree, "not the tree that the bank was trained with")
+    broken(another_embedder, "not the file of the embedder that the tree was made with")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    part = index["bank.level2.parts.1"]
+    broken(lambda: (damaged / part).unlink(), part)
+
+    run = write_bank_run(tmp_path / "run", BANKS["ffn"])
+    with pytest.raises(UserError, match="not the tree that"):
+        export(run, tmp_path / "out", tree=other, say=str)
+    shutil.rmtree(tmp_path / "run" / "tree")
+    with pytest.raises(UserError, match="with --tree"):
+        export(run, tmp_path / "out", say=str)
+    export(run, tmp_path / "out", tree=tree(), say=str)
+    with pytest.raises(UserError, match="has its own; leave it out"):
+        load(tmp_path / "out", tree())
+    shutil.rmtree(tmp_path / "out" / "tree")
+    with pytest.raises(UserError, match="missing, and it addresses"):
+        import_folder(tmp_path / "out", tmp_path / "back", say=str)
+    train_tokenizer(iter(["another text of another model"] * 8), VOCABULARY, tmp_path / "words")
+    shutil.copyfile(tmp_path / "words" / "tokenizer.json", tmp_path / "run" / "tokenizer" / "tokenizer.json")
+    with pytest.raises(UserError, match="counts token ids of another tokenizer"):
+        export(run, tmp_path / "other-out", tree=tree(), say=str)
+    plain = write_run(tmp_path / "plain", NATIVE["llama"])
+    with pytest.raises(UserError, match="has no memory bank"):
+        export(plain, tmp_path / "plain-out", tree=tree(), say=str)
+    with pytest.raises(UserError, match="for models with a memory bank"):
+        load(tmp_path / "plain", bank_memory="none")
