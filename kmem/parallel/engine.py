@@ -53,7 +53,8 @@ def _timed(phase: str, function: Callable[..., None]) -> Callable[..., None]:
 
 
 class StepEngine(PipelineEngine):
-    """Numbers the micro-batches of a schedule and guards the optimizer step."""
+    """Numbers the micro-batches of a schedule and guards the optimizer step. Where only a memory bank is trained there
+    is no such step: nothing is reduced, and no weight is written."""
 
     context: StepContext
     gradient_norm: GradientNorm
@@ -107,10 +108,21 @@ class StepEngine(PipelineEngine):
         super()._exec_backward_pass(buffer_id)
         self.context.current = None
 
+    def _exec_reduce_tied_grads(self):
+        if not self.context.frozen:
+            super()._exec_reduce_tied_grads()
+
+    def _exec_reduce_grads(self):
+        if not self.context.frozen:
+            super()._exec_reduce_grads()
+
     def _exec_optimizer_step(self, lr_kwargs=None):
         self._guard_and_clip()
         self.on_sound_step()
-        super()._exec_optimizer_step(lr_kwargs)
+        if self.context.frozen:
+            self.global_steps += 1
+        else:
+            super()._exec_optimizer_step(lr_kwargs)
 
     def _guard_and_clip(self) -> None:
         """One all-reduce decides for all ranks: stop before anything is written, or scale and go on.
@@ -136,6 +148,8 @@ StepEngine._INSTRUCTION_MAP = {
         **PipelineEngine._INSTRUCTION_MAP,
         schedule.ForwardPass: StepEngine._exec_forward_pass,
         schedule.BackwardPass: StepEngine._exec_backward_pass,
+        schedule.ReduceTiedGrads: StepEngine._exec_reduce_tied_grads,
+        schedule.ReduceGrads: StepEngine._exec_reduce_grads,
         schedule.OptimizerStep: StepEngine._exec_optimizer_step,
     }.items()
 }

@@ -54,7 +54,7 @@ class StepResult:
     tokens: int
     """Trained tokens of the global batch (labels that are not masked)."""
     grad_norm: float
-    """Global 2-norm of the gradients before clipping; rows of memory tables are not in it."""
+    """Global 2-norm of the gradients before clipping; rows of memory tables are not in it. 0 where only they train."""
     routing: StepRouting | None
     memory: dict[int, LayerMemory] | None = None
     """By layer."""
@@ -90,6 +90,7 @@ class Pipeline:
                 raise UserError(refusal)
         with _quiet():
             self.module = _StagedModule(_layer_specs(config, shape, mesh), mesh.pipeline, stage_bounds(config))
+        self.context.frozen = self.frozen
         for layer in self.layers():
             layer.bind(self.context)
             initialise_(layer.module, shape, config.train.init_seed, layer.prefix)
@@ -173,7 +174,8 @@ class Pipeline:
         if self.ledger is not None:
             assert self.config.model.moe is not None
             routing = self.ledger.close_step(self.micro_batches)
-            self.ledger.update_biases(routing, self.config.model.moe.bias_update_rate)
+            if not self.frozen:
+                self.ledger.update_biases(routing, self.config.model.moe.bias_update_rate)
         figures = None if self.memory_ledger is None else self.memory_ledger.close_step(begun, sampled)
         return StepResult(loss, tokens, self.engine.grad_norm, routing, figures)
 
@@ -272,6 +274,9 @@ class Pipeline:
             )
         if type(engine.optimizer) is BF16_Optimizer:
             engine.optimizer.__class__ = UnclippedBF16Optimizer
+        if self.frozen:
+            # Only now: DeepSpeed looks for trainable parameters while it builds, and keeps the masters of bf16 weights.
+            self.module.requires_grad_(False)
         limit_waiting(self.config)
         norm = GradientNorm(self.module, engine.optimizer, self.mesh)
         return StepEngine.adopt(engine, self.context, norm, train.optimizer.clip_norm)
@@ -291,8 +296,11 @@ def engine_config(config: Config, mesh: Mesh) -> dict[str, Any]:
     """DeepSpeed's configuration. Clipping, schedule, logging and checkpoints are kmem's, so they are off here."""
     train = config.train
     bf16 = train.precision == "bf16"
-    # Without data parallelism there is nothing to shard, and fp32 ZeRO-1 would keep every weight twice.
-    stage = 1 if bf16 or (config.parallel.zero_stage == 1 and mesh.data > 1) else 0
+    bank = config.model.memory_bank
+    frozen = bank is not None and bank.anchor == "frozen"
+    # Without data parallelism there is nothing to shard, and fp32 ZeRO-1 would keep every weight twice. A frozen anchor
+    # has no state.
+    stage = 1 if bf16 or (config.parallel.zero_stage == 1 and mesh.data > 1 and not frozen) else 0
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": False,

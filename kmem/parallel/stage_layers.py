@@ -3,6 +3,7 @@
 Each layer knows the canonical prefix of its parameters, so that names do not depend on the mesh.
 """
 
+import torch
 from torch import Tensor, nn
 
 from kmem.model.decoder import DecoderLayer, Embedding, Head
@@ -35,7 +36,10 @@ class EmbeddingLayer(StageLayer):
         self.branches = shape.branches
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return expand_branches(self.module(input_ids), self.branches)
+        hidden = self.module(input_ids)
+        if self.context.frozen and torch.is_grad_enabled():
+            hidden.requires_grad_()  # the engine runs a backward pass through every stage, whoever has blocks
+        return expand_branches(hidden, self.branches)
 
 
 class TransformerLayer(StageLayer):

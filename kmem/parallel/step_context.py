@@ -60,6 +60,8 @@ class StepContext:
     """Factor on the summed cross entropy of a micro-batch."""
     working_sets: dict[str, WorkingSet] = field(default_factory=dict)
     """By table: the rows that the step's micro-batches look up."""
+    frozen: bool = False
+    """Only the memory bank is trained: gradients of hidden states are needed, none of weights."""
     bank_layout: BankLayout | None = None
     """Of the memory bank's blocks in this stage's layers; None where they have none."""
     _mask: tuple[int, Tensor] | None = None

@@ -13,7 +13,7 @@ from kmem.config import parse_config
 from kmem.model.bank_layout import BankLayout, layer_bank_name
 from kmem.model.shape import Shape
 from kmem.train.saving import load_training
-from tests.distributed.bank_case import bank_config
+from tests.distributed.bank_case import EXPERTS, bank_config
 from tests.distributed.training_case import build, checkpoint_case
 
 SAVE, LAST = 2, 4
@@ -120,3 +120,26 @@ def test_a_bank_added_to_a_checkpoint_is_a_no_op_at_first(ranks, tmp_path):
         assert all(added["checksums"][name] == plain["checksums"][name] for name in moments)
         fresh = [name for name in added["checksums"] if name.startswith("weight/layers.0.bank.")]
         assert len(fresh) == 3
+
+
+FROZEN = {"model__memory_bank__anchor": "frozen"}
+BALANCED = {**EXPERTS, "score_function": "sigmoid", "selection_bias": True, "bias_update_rate": 0.01}
+
+
+@pytest.mark.parametrize("changes", [{}, {"train__precision": "bf16"}], ids=["fp32", "bf16"])
+def test_a_frozen_anchor_keeps_its_bits(ranks, tmp_path, changes):
+    """Weights, in bf16 their masters, and selection biases; nothing else is saved of it."""
+    changes = {**changes, "model__moe": BALANCED}
+    run(ranks, ONE, tmp_path, save=1, last=1, **changes, model__memory_bank=None)
+    trained = run(ranks, WIDE, tmp_path, load=1, save=3, last=3, **changes, **FROZEN)
+    before, after = (CheckpointReader(step_folder(tmp_path, step)) for step in (1, 3))
+    assert any(name.endswith("selection_bias") for name in before.tensors)
+    for name in before.tensors:
+        assert torch.equal(before.read(name).view(torch.int32), after.read(name).view(torch.int32)), name
+    assert after.read(layer_bank_name(0, 1)).any()
+    assert not [name for name in after.commit.tensors if name.startswith("exp_avg")]
+    # It goes on, elsewhere and with the anchor trained, too.
+    again = run(ranks, ONE, tmp_path, load=3, last=4, **changes, **FROZEN)
+    assert again["checksums"].keys() == trained["checksums"].keys()
+    together = run(ranks, ONE, tmp_path, load=3, last=4, **changes)
+    assert together["losses"][3] == pytest.approx(again["losses"][3], abs=1e-6)

@@ -38,8 +38,10 @@ KINDS = {
     "kv": {"model__memory_bank__kind": "kv"},
     "last layer": {"model__memory_bank__placement": "last", "model__memory_bank__placed_layers": 1},
     "adam_catchup": {"bank__optimizer__name": "adam_catchup"},
+    "frozen anchor": {"model__memory_bank__anchor": "frozen"},
+    "frozen anchor, tied": {"model__memory_bank__anchor": "frozen", "model__tie_embeddings": True},
 }
-LONG = ("lora_qk", "lora_ov")
+LONG = ("lora_qk", "lora_ov", "frozen anchor, tied")
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +208,8 @@ def plain_training(tree):
             parameter.grad = None
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_norm).item())
-        adam.step()
+        if config.model.memory_bank.anchor == "train":
+            adam.step()
         for level, ids in layout.row_ids(leaves, generic).items():
             blocks[level].step(ids[ids >= 0].unique())
         losses.append(loss.item())
