@@ -24,7 +24,9 @@ class GroupedQueryAttention(Section):
     head_dim: PositiveInt | None = None
     """Width of one head. Default: hidden_size / num_heads."""
     qk_norm: bool = False
-    """RMSNorm over each query and key head before the rotation (Qwen3)."""
+    """RMSNorm of queries and keys before the rotation."""
+    qk_norm_span: Literal["head", "all_heads"] = "head"
+    """What one norm spans: each head (Qwen3), or all heads of a token together (OpenLM)."""
     qkv_bias: bool = False
     """Biases in the query, key and value projections."""
     rotary_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -36,6 +38,8 @@ class GroupedQueryAttention(Section):
             raise ValueError(f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}")
         if self.head_dim and (self.head_dim % 2 or round(self.head_dim * self.rotary_fraction) % 2):
             raise ValueError(f"head_dim={self.head_dim} and its rotated part must be even")
+        if self.qk_norm_span != "head" and not self.qk_norm:
+            raise ValueError(f"qk_norm_span={self.qk_norm_span} needs qk_norm=true")
         return self
 
 

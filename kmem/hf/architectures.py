@@ -45,6 +45,8 @@ def choose(model: ModelConfig, custom_code: bool = False) -> Choice:
         return Choice(KMEM, "no native architecture has a memory bank (model.memory_bank)")
     if Shape(model.model_dump()).branches > 1:
         return Choice(KMEM, "no native architecture has a residual stream of branches (model.hyper_connections)")
+    if model.attention.kind == "gqa" and model.attention.qk_norm_span == "all_heads":
+        return Choice(KMEM, "no native architecture norms queries and keys over all heads (attention.qk_norm_span)")
     for architecture in NATIVE:
         if architecture.asks(model):
             obstacles = architecture.obstacles(model)

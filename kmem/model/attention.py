@@ -26,8 +26,9 @@ def build_attention(shape: Shape, index: int) -> nn.Module:
 
 
 class GroupedQueryAttention(nn.Module):
-    """Attention whose query heads share key/value heads in groups (arXiv 2305.13245), optionally with RMSNorm over
-    each query and key head before the rotation (Qwen3) and with the rotation on a part of the head only (GLM-4)."""
+    """Attention whose query heads share key/value heads in groups (arXiv 2305.13245), optionally with RMSNorm of the
+    queries and keys before the rotation, over each head (Qwen3) or over all of them (OpenLM), and with the rotation on
+    a part of the head only (GLM-4)."""
 
     def __init__(self, shape: Shape, index: int) -> None:
         super().__init__()
@@ -38,8 +39,11 @@ class GroupedQueryAttention(nn.Module):
         self.k_proj = Linear(shape.hidden_size, kv_heads * width, bias=attention.qkv_bias)
         self.v_proj = Linear(shape.hidden_size, kv_heads * width, bias=attention.qkv_bias)
         self.o_proj = Linear(attention.num_heads * width, shape.hidden_size, bias=False)
-        self.q_norm = RMSNorm(width, shape.norm_eps) if attention.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(width, shape.norm_eps) if attention.qk_norm else nn.Identity()
+        self.norm_all_heads = attention.get("qk_norm_span", "head") == "all_heads"  # older models lack the field
+        widths = (attention.num_heads * width, kv_heads * width) if self.norm_all_heads else (width, width)
+        self.q_norm, self.k_norm = (
+            RMSNorm(span, shape.norm_eps) if attention.qk_norm else nn.Identity() for span in widths
+        )
 
     def forward(
         self,
@@ -55,8 +59,11 @@ class GroupedQueryAttention(nn.Module):
             query = bank.adapt("q_proj", hidden_BTH, query)
             key = bank.adapt("k_proj", hidden_BTH, key)
             value = bank.adapt("v_proj", hidden_BTH, value)
+        if self.norm_all_heads:
+            query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in (query, key, value))
-        query, key = self.q_norm(query), self.k_norm(key)
+        if not self.norm_all_heads:
+            query, key = self.q_norm(query), self.k_norm(key)
         found = None if bank is None else bank.attend(query)
         query, key = rotate(query, rotation), rotate(key, rotation)
         out = _attend(query, key, value, mask, cache, self.index)

@@ -24,7 +24,7 @@ class ParameterCounts:
     C iterations counts the C * top_k experts that a token can visit at most, or top_k where the choice is frozen; what
     several iterations use is counted once."""
     memory: int
-    """Elements in lookup tables, padding rows included; of these a token touches a few rows."""
+    """Elements in lookup tables, padding rows and generic blocks included; of these a token touches a few rows."""
     embedding: int
     """Embedding, and the head when it is not tied."""
     components: dict[str, int]
@@ -33,6 +33,15 @@ class ParameterCounts:
     balancing."""
     head: int
     """Elements the projection to the vocabulary multiplies with, tied or not."""
+    fetched: int = 0
+    """Elements of the blocks that a context fetches from a memory bank, one of each level."""
+    bank: int = 0
+    """Elements of all blocks in the tree of a memory bank; generic blocks are as many as `fetched`."""
+
+    @property
+    def anchor(self) -> int:
+        """Elements outside all tables."""
+        return self.total - self.memory
 
     @property
     def non_embedding(self) -> int:
@@ -61,6 +70,9 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     }
     if config.engram is not None:
         components |= {"engram": 0, "memory": sum(tables.values())}
+    layout = None if shape.bank is None else BankLayout.of(shape)
+    if layout is not None:
+        components |= {"bank": layout.bank_values} | ({"generic": layout.fetched_values} if layout.generic else {})
     if shape.branches > 1:
         components["hyper_connections"] = 0
     active = embedding = components["embedding"] + components["head"]
@@ -89,16 +101,20 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
             components["engram"] += _size(layer.engram)
             always += _size(layer.engram)
             active += layer.engram.width  # the rows of a token
+        if layout is not None and layer.has_bank:
+            always += sum(layout.block_values(level) for level in layout.levels)
         active += always + touched
         layers.append(always + multiplied)
     return ParameterCounts(
         total=sum(components.values()),
         active=active,
-        memory=sum(tables.values()),
+        memory=sum(tables.values()) + components.get("bank", 0) + components.get("generic", 0),
         embedding=embedding,
         components=components,
         layers=layers,
         head=config.vocab_size * config.hidden_size,
+        fetched=0 if layout is None else layout.fetched_values,
+        bank=0 if layout is None else layout.bank_values,
     )
 
 

@@ -2,16 +2,18 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from kmem.config import Config, dump_config
+from kmem.config import Config, MemoryConfig, dump_config
 from kmem.memory.row_optimizers import RowOptimizer
 from kmem.memory.sharding import row_range
 from kmem.memory.stores import ArrayLayout, RecordLayout, StoreKind
 from kmem.memory.table import DTYPES
+from kmem.model.bank_layout import BankLayout, layer_bank_name
 from kmem.model.engram_memory import table_name, table_rows
 from kmem.model.shape import Shape
 from kmem.parallel.mesh import Mesh, environment_rank
@@ -24,9 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TableMemory:
-    """The table of a memory layer, on the rank of the layer's stage that owns most of its rows."""
+    """A table of a stage, on the rank that owns most of its rows: that of a layer's n-gram memory, or of a level of the
+    memory bank in all of the stage's layers."""
 
     layer: int
+    """Of a memory bank the first of the stage's layers."""
+    level: int | None
+    """None: of n-gram memory."""
     rows: int
     """Of this rank."""
     row_bytes: int
@@ -38,7 +44,8 @@ class TableMemory:
     store: StoreKind
     working_set: int
     """At most, for the running step, on the compute device: unique rows and their gradient in fp32, and an index of
-    all look-ups. Text repeats itself, so a step has fewer unique rows than look-ups, the bound taken here."""
+    all look-ups. Text repeats itself, so a step has fewer unique rows than look-ups, the bound taken here; those of a
+    bank are sequences of single leaves, or else tokens."""
     prefetched: int
     """At most, in host memory: rows and indices of the steps that are fetched ahead."""
 
@@ -62,7 +69,7 @@ class RankMemory:
     activations: int
     """Estimate for the micro-batches in flight on this stage."""
     tables: tuple[TableMemory, ...] = ()
-    """Of the stage's memory layers."""
+    """Of the stage."""
 
     @property
     def working_set(self) -> int:
@@ -98,11 +105,16 @@ def to_json(config: Config, mesh: Mesh, counts: ParameterCounts, memory: list[Ra
         "memory": counts.memory,
         "non_embedding": counts.non_embedding,
         "active_non_embedding": counts.active_non_embedding,
-        "components": counts.components,
+        "components": counts.components | _bank_components(counts),
         "mesh": {"pipeline": mesh.pipeline, "data": mesh.data, "expert": mesh.expert, "world": mesh.world},
         "rank_memory": [_stage_json(stage) for stage in memory],
         "config": config.model_dump(mode="json"),
     }
+
+
+def _bank_components(counts: ParameterCounts) -> dict[str, int]:
+    """Of a model with a memory bank: what it is without tables, and the part of its bank that a context fetches."""
+    return {"anchor": counts.anchor, "fetched": counts.fetched} if counts.bank else {}
 
 
 def _stage_json(stage: RankMemory) -> dict:
@@ -113,7 +125,7 @@ def _stage_json(stage: RankMemory) -> dict:
 def rank_memory(config: Config, mesh: Mesh) -> list[RankMemory]:
     """Memory of a rank of each stage."""
     bounds, train = stage_bounds(config), config.train
-    sizes, tables = _layer_sizes(config), _tables(config, mesh)
+    sizes, tables = _layer_sizes(config), _ngram_tables(config, mesh)
     stages = []
     for stage in range(mesh.pipeline):
         layers = range(bounds[stage], bounds[stage + 1])
@@ -123,7 +135,10 @@ def rank_memory(config: Config, mesh: Mesh) -> list[RankMemory]:
         shards = mesh.data if config.parallel.zero_stage == 1 else 1
         expert_shards = mesh.data // mesh.expert if config.parallel.zero_stage == 1 else 1
         sharded = -(-dense // shards) + -(-experts // expert_shards)
-        if train.precision == "bf16":
+        frozen = config.model.memory_bank is not None and config.model.memory_bank.anchor == "frozen"
+        if frozen and train.precision == "fp32":
+            weights, gradients, optimizer = 4 * own, 0, 0
+        elif train.precision == "bf16":
             weights, gradients, optimizer = 2 * own, (2 + 4) * own, 12 * sharded
         elif shards > 1:
             weights, gradients, optimizer = 4 * own, 4 * own, 12 * sharded
@@ -132,44 +147,73 @@ def rank_memory(config: Config, mesh: Mesh) -> list[RankMemory]:
         micro_batches = train.global_batch_size // (train.micro_batch_size * mesh.data)
         in_flight = min(micro_batches, mesh.pipeline - stage)
         activations = in_flight * sum(_activation_bytes(config, layer) for layer in layers)
-        own_tables = tuple(table for table in tables if table.layer + 1 in layers)
-        stages.append(RankMemory(stage, own, weights, gradients, optimizer, activations, own_tables))
+        own_tables = [table for table in tables if table.layer + 1 in layers]
+        own_tables += _bank_tables(config, mesh, [layer - 1 for layer in layers])
+        stages.append(RankMemory(stage, own, weights, gradients, optimizer, activations, tuple(own_tables)))
     return stages
 
 
-def _tables(config: Config, mesh: Mesh) -> list[TableMemory]:
-    """All tables of the model; the rows of each are divided over the data-parallel ranks of its layer's stage."""
-    engram, memory = config.model.engram, config.memory
+def _ngram_tables(config: Config, mesh: Mesh) -> list[TableMemory]:
+    """All tables of n-gram memories; the rows of each are divided over the data-parallel ranks of its layer's stage."""
+    engram = config.model.engram
     if engram is None:
         return []
     assert engram.orders is not None
     assert engram.heads is not None
     assert engram.row_dim is not None
-    dim = engram.row_dim
     tokens = config.train.global_batch_size // mesh.data * config.data.sequence_length
-    addresses = tokens * len(engram.orders) * engram.heads
-    tables = []
-    for layer, rows in table_rows(Shape(config.model.model_dump())).items():
-        state = RowOptimizer(memory.optimizer, dim, config.train.init_seed, table_name(layer)).state()
-        state_bytes = sum(array.row_bytes for array in state.values())
-        row, busy = ArrayLayout(dim, DTYPES[memory.dtype]), ArrayLayout(1, torch.uint8)
-        row_bytes, busy_bytes, unique = row.row_bytes, busy.row_bytes, min(addresses, rows)
-        if memory.store == "mmap":
-            busy_bytes = RecordLayout.of({"rows": row, **state, "busy": busy}).stride - row_bytes - state_bytes
-        index = addresses * torch.int64.itemsize
-        tables.append(
-            TableMemory(
-                layer=layer,
-                rows=len(row_range(rows, mesh.data, 0)),
-                row_bytes=row_bytes,
-                state_bytes=state_bytes,
-                busy_bytes=busy_bytes,
-                store=memory.store,
-                working_set=2 * unique * dim * torch.float32.itemsize + index,
-                prefetched=memory.prefetch_depth * (unique * row_bytes + index),
-            )
-        )
-    return tables
+    look_ups = tokens * len(engram.orders) * engram.heads
+    return [
+        _table(config, config.memory, mesh, rows, engram.row_dim, look_ups, look_ups, layer)
+        for layer, rows in table_rows(Shape(config.model.model_dump())).items()
+    ]
+
+
+def _bank_tables(config: Config, mesh: Mesh, layers: Sequence[int]) -> list[TableMemory]:
+    """The tables of a memory bank on the stage of these layers, by level."""
+    shape, addresses = Shape(config.model.model_dump()), config.data.addresses
+    layout = None if shape.bank is None else BankLayout.of(shape).of_layers(layers)
+    if layout is None or not layout.layers:
+        return []
+    sequences, first = config.train.global_batch_size // mesh.data, layout.layers[0]
+    by_leaf = addresses is not None and addresses.batching == "leaf"
+    look_ups = sequences * (1 if by_leaf else config.data.sequence_length)
+    return [
+        _table(config, config.bank, mesh, layout.rows(level), layout.row_values(level), look_ups, 0, first, level)
+        for level in layout.levels
+    ]
+
+
+def _table(
+    config: Config,
+    settings: MemoryConfig,
+    mesh: Mesh,
+    rows: int,
+    dim: int,
+    look_ups: int,
+    indexed: int,
+    layer: int,
+    level: int | None = None,
+) -> TableMemory:
+    """A table of `rows` rows of `dim` values of which a rank's step looks up so many, with an index of `indexed`."""
+    state = RowOptimizer(settings.optimizer, dim, config.train.init_seed, table_name(layer)).state()
+    state_bytes = sum(array.row_bytes for array in state.values())
+    row, busy = ArrayLayout(dim, DTYPES[settings.dtype]), ArrayLayout(1, torch.uint8)
+    row_bytes, busy_bytes, unique = row.row_bytes, busy.row_bytes, min(look_ups, rows)
+    if settings.store == "mmap":
+        busy_bytes = RecordLayout.of({"rows": row, **state, "busy": busy}).stride - row_bytes - state_bytes
+    index = indexed * torch.int64.itemsize
+    return TableMemory(
+        layer=layer,
+        level=level,
+        rows=len(row_range(rows, mesh.data, 0)),
+        row_bytes=row_bytes,
+        state_bytes=state_bytes,
+        busy_bytes=busy_bytes,
+        store=settings.store,
+        working_set=2 * unique * dim * torch.float32.itemsize + index,
+        prefetched=settings.prefetch_depth * (unique * row_bytes + index),
+    )
 
 
 def _layer_sizes(config: Config) -> list[tuple[int, int]]:
@@ -177,6 +221,9 @@ def _layer_sizes(config: Config) -> list[tuple[int, int]]:
     tied = config.model.tie_embeddings
     sizes = [[0, 0] for _ in range(config.model.num_layers + 2 + tied)]
     tables = {table_name(layer) for layer in table_rows(Shape(config.model.model_dump()))}
+    if config.model.memory_bank is not None:
+        layout = BankLayout.of(Shape(config.model.model_dump()))
+        tables |= {layer_bank_name(layer, level) for layer in layout.layers for level in layout.levels}
     for name, shape in tensor_shapes(config.model).items():
         elements = 1
         for length in shape:
@@ -239,7 +286,7 @@ def _print_tables(config: Config, mesh: Mesh, counts: ParameterCounts, memory: l
     for name, count in rows.items():
         parameters.add_row(name, f"{count:,}")
     parameters.add_section()
-    for name, count in counts.components.items():
+    for name, count in (counts.components | _bank_components(counts)).items():
         parameters.add_row(name, f"{count:,}")
     per_rank = Table(
         "stage", "parameters", "weights", "gradients", "optimizer", "activations (estimate)", "total",
@@ -252,7 +299,9 @@ def _print_tables(config: Config, mesh: Mesh, counts: ParameterCounts, memory: l
         per_rank.add_row(str(stage.stage), f"{stage.parameters:,}", *map(_bytes, parts))
     shown = [parameters, per_rank]
     if config.model.engram is not None:
-        shown.append(_tables_for_people(config, memory))
+        shown.append(_tables_for_people("layer", config.memory, memory))
+    if config.model.memory_bank is not None:
+        shown.append(_tables_for_people("level", config.bank, memory))
     console = Console(width=max(Console().width, 120))
     for table in shown:
         for column in table.columns[1:]:
@@ -260,19 +309,23 @@ def _print_tables(config: Config, mesh: Mesh, counts: ParameterCounts, memory: l
         console.print(table)
 
 
-def _tables_for_people(config: Config, memory: list[RankMemory]) -> "Table":
+def _tables_for_people(number: Literal["layer", "level"], settings: MemoryConfig, memory: list[RankMemory]) -> "Table":
+    """The tables that have a layer, or those that have a level."""
     from rich.table import Table
 
-    place = {"device": "device memory", "host": "host memory", "mmap": "a mapped file"}[config.memory.store]
+    place = {"device": "device memory", "host": "host memory", "mmap": "a mapped file"}[settings.store]
     tables = Table(
-        "stage", "layer", "rows", "bytes of a row + state", f"in {place}", "in use (at most)", "prefetched (at most)",
-        title=f"tables per rank: {config.memory.dtype} rows, {config.memory.optimizer.name}",
+        "stage", number, "rows", "bytes of a row + state", f"in {place}", "in use (at most)", "prefetched (at most)",
+        title=f"{'n-gram' if number == 'layer' else 'bank'} tables per rank: {settings.dtype} rows, "
+        f"{settings.optimizer.name}",
     )  # fmt: skip
     for stage in memory:
         for table in stage.tables:
+            if (table.level is None) != (number == "layer"):
+                continue
             tables.add_row(
                 str(stage.stage),
-                str(table.layer),
+                str(getattr(table, number)),
                 f"{table.rows:,}",
                 f"{table.row_bytes:,} + {table.state_bytes + table.busy_bytes:,}",
                 _bytes(table.bytes),

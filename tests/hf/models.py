@@ -64,6 +64,7 @@ OWN = {
     "softmax and shared experts": model(
         {**GQA, "qk_norm": True}, {**EXPERTS, "num_shared_experts": 1}, tie_embeddings=True
     ),
+    "norm over all heads": model({**GQA, "qk_norm": True, "qk_norm_span": "all_heads"}, None),
     "softmax in groups": model({**GQA, "qk_norm": True, "rotary_fraction": 0.5}, {**EXPERTS, **GROUPS}),
     "latent attention without experts": model(MLA, None),
     "chain of experts": model(

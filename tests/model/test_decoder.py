@@ -5,7 +5,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
+from kmem.model.attention import build_attention
 from kmem.model.mask import document_mask, padded_positions, padding_mask
+from kmem.model.rope import rotation
 from tests.model import tiny
 
 MODELS = {
@@ -167,3 +169,23 @@ def test_bfloat16_gradients_follow_fp32(model):
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, wide_loss, rtol=5e-2, atol=0)
     assert torch.nn.functional.cosine_similarity(grad.flatten().float(), wide_grad.flatten(), dim=0) > 0.97
+
+
+def test_a_norm_over_all_heads_spans_the_whole_projection():
+    """Attention with weights of one is that of projections which are scaled to a mean square of one per token."""
+    whole = tiny.shape({**tiny.GQA, "qk_norm": True, "qk_norm_span": "all_heads"})
+    attention = build_attention(whole, 0)
+    plain = build_attention(tiny.shape(tiny.GQA), 0)
+    plain.load_state_dict({name: w for name, w in attention.state_dict().items() if "norm" not in name})
+    hidden, positions = tiny.random(2, 5, whole.hidden_size), torch.arange(5).expand(2, 5)
+    for name in ("q_proj", "k_proj"):
+        projection = getattr(plain, name)
+        norm = getattr(attention, name.replace("proj", "norm"))
+        assert norm.weight.shape == projection.weight.shape[:1]
+
+        def scaled(_, __, out):
+            return out / (out.square().mean(-1, keepdim=True) + whole.norm_eps).sqrt()
+
+        projection.register_forward_hook(scaled)
+    rotary = rotation(whole, positions)
+    torch.testing.assert_close(attention(hidden, rotary), plain(hidden, rotary))

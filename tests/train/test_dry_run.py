@@ -37,13 +37,19 @@ def test_the_heaviest_stage_is_as_light_as_it_can_be():
     assert heaviest(bounds[1], bounds[2]) == best
 
 
+BANK = {"model__memory_bank": {"children": 3, "levels": [2, 0, 1]}, "data__addresses": {"tree": "none"}}
 ENGRAM = {"layers": [0, 2], "heads": 2, "rows_per_head": 100, "row_dim": 8, "compression": False}
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"model__tie_embeddings": True}, {"model__engram": ENGRAM, "model__hyper_connections": {"branches": 2}}],
-    ids=["untied", "tied", "memory"],
+    [
+        {},
+        {"model__tie_embeddings": True},
+        {"model__engram": ENGRAM, "model__hyper_connections": {"branches": 2}},
+        {**BANK, "model__memory_bank__placement": "last", "model__memory_bank__placed_layers": 2},
+    ],
+    ids=["untied", "tied", "memory", "bank"],
 )
 def test_parameters_and_tables_per_rank_are_those_of_the_built_pipeline(ranks, changes):
     tree = small_config(parallel={"pipeline": 2, "expert": 2}, **changes)
@@ -52,9 +58,14 @@ def test_parameters_and_tables_per_rank_are_those_of_the_built_pipeline(ranks, c
     for rank, (parameters, rows) in enumerate(built):
         stage = planned[rank // 2]
         assert parameters == stage.parameters
-        assert set(rows) == {table_name(table.layer) for table in stage.tables}
+        assert len(rows) == len(stage.tables)
         first = rank % 2 == 0  # the rank whose rows are planned; the other may have one fewer
-        assert all(table.rows - rows[table_name(table.layer)] in ((0,) if first else (0, 1)) for table in stage.tables)
+        for table in stage.tables:
+            prefix = (
+                table_name(table.layer) if table.level is None else f"bank.level{table.level}.layers-{table.layer}-"
+            )
+            (found,) = (count for name, count in rows.items() if name.startswith(prefix))
+            assert table.rows - found in ((0,) if first else (0, 1))
 
 
 def built_case(tree):
@@ -149,3 +160,43 @@ def test_a_table_beyond_any_machine_is_only_counted(capsys):
     printed = capsys.readouterr().out
     assert "tables per rank" in printed
     assert "TiB" in printed
+
+
+def test_a_bank_is_divided_over_stages_by_columns_and_over_ranks_by_rows():
+    config = parse_config(small_config(**BANK, parallel__pipeline=2))
+    whole, stages = (rank_memory(config, Mesh(0, 2, data, 1)) for data in (1, 2))
+    counts = count_parameters(config.model)
+    rows = {1: 3, 3: 27}
+    assert [table.level for stage in whole for table in stage.tables] == [1, 3, 1, 3]
+    assert all(table.rows == rows[table.level] for stage in whole for table in stage.tables)
+    assert all(table.rows == -(-rows[table.level] // 2) for stage in stages for table in stage.tables)
+    values = sum(table.rows * table.row_bytes // 4 for stage in whole for table in stage.tables)
+    assert values == counts.bank == counts.memory == counts.components["bank"]
+    assert counts.total == sum(counts.components.values()) == counts.anchor + counts.bank
+    assert sum(stage.parameters for stage in whole) == counts.anchor
+    plain = count_parameters(parse_config(small_config()).model)
+    assert counts.active - plain.active == sum(counts.layers) - sum(plain.layers) == counts.fetched
+
+
+def test_a_step_fetches_a_block_for_each_sequence_of_one_leaf():
+    def unique(batching):
+        data = {"data__addresses": {"tree": "none", "batching": batching}, "train__global_batch_size": 8}
+        (stage,) = rank_memory(parse_config(small_config(**{**BANK, **data})), Mesh(0, 1, 1, 1))
+        return [table.working_set // (2 * table.row_bytes) for table in stage.tables]
+
+    assert unique("leaf") == [3, 8]
+    assert unique("packed") == [3, 27]
+
+
+def test_a_frozen_anchor_needs_weights_only():
+    frozen = {**BANK, "model__memory_bank__anchor": "frozen"}
+    (stage,) = rank_memory(parse_config(small_config(**frozen)), Mesh(0, 1, 1, 1))
+    assert (stage.gradients, stage.optimizer, stage.weights) == (0, 0, 4 * stage.parameters)
+
+
+def test_tables_of_both_memories_are_shown(capsys):
+    assert print_dry_run(parse_config(small_config(**BANK, model__engram=ENGRAM)), 2, as_json=False) == 0
+    printed = capsys.readouterr().out
+    assert "n-gram tables per rank" in printed
+    assert "bank tables per rank" in printed
+    assert "fetched" in printed

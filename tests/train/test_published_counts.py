@@ -19,6 +19,17 @@ ENGRAM = {  # total, active without the embedding, memory; as printed by the pap
     "engram-40b": ((39_467_658_260, 3_839_594_580, 18_534_311_360), ("39.5", "3.8", "18.5")),
 }
 
+BANKS = {  # anchor; fetched and bank as arXiv 2510.02375 prints them, or as 3 r L d says
+    "160m": (163_510_016, "18.063M", "4.624B", 3 * 35 * 512, (256, 64, 16, 0)),
+    "160m-level-4": (163_510_016, "18.278M", "18.717B", 3 * 35 * 512, (256, 64, 16, 4)),
+    "410m": (411_665_408, "49.545M", "12.684B", 3 * 24 * 1024, (512, 128, 32, 0)),
+    "1.4b": (1_439_893_504, "153.354M", "21.139B", 3 * 24 * 2048, (768, 256, 16, 0)),
+    # The published models': Gemma's without the norms behind its sublayers, 2 * 18 * 640.
+    "gemma-3-270m": (268_098_176 - 23_040, "23.224M", "5.945B", 3 * 18 * 640, (512, 128, 32, 0)),
+    "qwen2.5-0.5b": (494_032_768, "43.352M", "11.098B", 3 * 24 * 896, (512, 128, 32, 0)),
+    "llama-3.2-1b": (1_235_814_400, "102.236M", "14.093B", 3 * 16 * 2048, (768, 256, 16, 0)),
+}
+
 
 def dry_run(name, capsys):
     assert main(["train", "--config", name, "--dry-run", "--json"]) == 0
@@ -78,3 +89,22 @@ def test_deepseek_v41_flash(capsys):
     data = figures["mesh"]["data"]
     owned = {table["layer"]: table["rows"] for stage in figures["rank_memory"] for table in stage["tables"]}
     assert owned == {1: -(-384_006_168 // data), 14: -(-384_016_682 // data)}
+
+
+@pytest.mark.parametrize("name", BANKS)
+def test_memory_bank(name, capsys):
+    """Section 4.1 and table 2 of arXiv 2510.02375; what a rank keeps of it, too."""
+    figures = dry_run(f"memory-bank/{name}", capsys)
+    components, (anchor, fetched, bank, unit, ranks) = figures["components"], BANKS[name]
+    assert components["anchor"] == anchor
+    assert components["fetched"] == unit * sum(ranks)
+    assert components["bank"] == sum(unit * rank * 16**level for level, rank in enumerate(ranks, 1))
+    assert (f"{components['fetched'] / 1e6:.3f}M", f"{components['bank'] / 1e9:.3f}B") == (fetched, bank)
+    assert components["generic"] == components["fetched"]  # the control is of the fetched size
+    assert figures["total"] == anchor + figures["memory"] == anchor + components["bank"] + components["generic"]
+    assert figures["active"] == anchor + components["fetched"]
+    tables = figures["rank_memory"][0]["tables"]
+    assert [table["level"] for table in tables] == [level for level, rank in enumerate(ranks, 1) if rank]
+    for table in tables:
+        assert table["rows"] == 16 ** table["level"] + 1
+        assert table["row_bytes"] == 2 * unit * ranks[table["level"] - 1]  # bf16
