@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": ("kmem.hf.generate_command", "continue a prompt"),
     "export": ("kmem.hf.export_command", "write a Hugging Face folder"),
     "import": ("kmem.hf.import_command", "make a checkpoint from a Hugging Face folder"),
+    "memory": ("kmem.checkpoint.memory_command", "list, erase, replace and merge blocks of a memory bank"),
     "bench": ("kmem.bench.command", "compare speed with other libraries"),
 }
 """Command -> (module with `add_arguments` and `run`, what it does). The module is imported when its command is used."""

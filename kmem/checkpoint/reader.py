@@ -81,13 +81,27 @@ class CheckpointReader:
     def read(self, name: str) -> Tensor:
         """A whole tensor."""
         shape = self.tensors[name].shape
-        return self._interval(WEIGHT + name, 0, prod(shape)).view(shape)
+        return self.read_stored(WEIGHT + name, 0, prod(shape)).view(shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) along the first dimension."""
         shape = self.tensors[name].shape
         width = prod(shape[1:])
-        return self._interval(WEIGHT + name, start * width, stop * width).view(stop - start, *shape[1:])
+        return self.read_stored(WEIGHT + name, start * width, stop * width).view(stop - start, *shape[1:])
+
+    def read_stored(self, key: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of anything that is stored, such as `weight/NAME` or an optimizer's moments."""
+        stored = self.commit.tensors[key]
+        out = torch.empty(stop - start, dtype=TORCH_DTYPES[stored.dtype])
+        for first, length, file in stored.chunks:
+            low, high = max(first, start), min(first + length, stop)
+            if low < high:
+                if file not in self._opened:
+                    self._opened[file] = safe_open(self.folder / file, framework="pt")
+                out[low - start : high - start] = self._opened[file].get_slice(entry_name(key, first))[
+                    low - first : high - first
+                ]
+        return out
 
     def map_rows(self, name: str) -> MappedRows:
         """A tensor [R, D] to fetch rows of, which stay in the checkpoint's files.
@@ -109,19 +123,6 @@ class CheckpointReader:
         if file not in self._mapped:
             self._mapped[file] = SafetensorsFile(self.folder / file)
         return self._mapped[file]
-
-    def _interval(self, key: str, start: int, stop: int) -> Tensor:
-        stored = self.commit.tensors[key]
-        out = torch.empty(stop - start, dtype=TORCH_DTYPES[stored.dtype])
-        for first, length, file in stored.chunks:
-            low, high = max(first, start), min(first + length, stop)
-            if low < high:
-                if file not in self._opened:
-                    self._opened[file] = safe_open(self.folder / file, framework="pt")
-                out[low - start : high - start] = self._opened[file].get_slice(entry_name(key, first))[
-                    low - first : high - first
-                ]
-        return out
 
 
 def find_checkpoint(path: Path) -> Path:

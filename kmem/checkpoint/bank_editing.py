@@ -1,0 +1,283 @@
+"""Erasing, replacing and merging blocks of a memory bank, with the state of their optimizer.
+
+A checkpoint is never changed: the result is a run folder of its own, which training continues from
+(`checkpoint.resume`), and which is evaluated and exported as any other.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kmem.checkpoint.bank import bank_layout, bank_tensors
+from kmem.checkpoint.bank_rows import Selection, changed_rows, cluster_path, level_figures, select
+from kmem.checkpoint.commit import Progress
+from kmem.checkpoint.pieces import CheckpointError
+from kmem.checkpoint.reader import WEIGHT, CheckpointReader
+from kmem.checkpoint.rewriting import rewrite_run
+from kmem.model.bank_layout import BankLayout, layer_bank_name
+
+COMPARED = 1 << 24
+"""Elements that are compared at a time."""
+KEPT, FIRST = -1, -2
+"""Where a row comes from: the checkpoint that is copied, or its first values; else the number of another checkpoint."""
+LISTED = 5
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What an edit changed on a level."""
+
+    level: int
+    clusters: int
+    """Rows, generic blocks included."""
+    values: int
+    norm: float
+    """2-norm of what these blocks wrote, before."""
+
+
+@dataclass(frozen=True)
+class Edited:
+    """The result of an edit."""
+
+    checkpoint: Path
+    levels: tuple[Changed, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to merge."""
+
+    reader: CheckpointReader
+    paths: tuple[str, ...] = ()
+    """Subtrees that are its own; none: the clusters that it has trained."""
+
+
+def the_layout(reader: CheckpointReader) -> BankLayout:
+    """The blocks of a checkpoint's bank.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    layout = bank_layout(reader.config)
+    if layout is None:
+        raise CheckpointError(f"{reader.folder}: has no memory bank (model.memory_bank)")
+    return layout
+
+
+def erase(reader: CheckpointReader, out: Path, paths: list[str], subtree: bool) -> Edited:
+    """Give clusters the blocks that they began with, which change nothing, and no optimizer state: as if no text had
+    reached them.
+
+    Raises:
+        UserError: a path outside the tree, or a folder that cannot be written.
+    """
+    layout = the_layout(reader)
+    chosen = select(layout, paths, subtree)
+    owners = {level: torch.where(rows, FIRST, KEPT) for level, rows in chosen.items()}
+    return _written(reader, out, layout, owners, [], f"erased {_named(paths, subtree)}")
+
+
+def replace_blocks(
+    reader: CheckpointReader, out: Path, paths: list[str], subtree: bool, other: CheckpointReader
+) -> Edited:
+    """Give clusters the blocks that they have in another checkpoint, with their optimizer state.
+
+    Raises:
+        UserError: a path outside the tree, another bank, tree or anchor, or a folder that cannot be written.
+    """
+    layout = the_layout(reader)
+    chosen = select(layout, paths, subtree)
+    _check_same_bank(reader, other)
+    _check_same_anchor(reader, other)
+    owners = {level: torch.where(rows, 0, KEPT) for level, rows in chosen.items()}
+    note = f"replaced {_named(paths, subtree)} by those of {other.folder.parent.parent.name}"
+    return _written(reader, out, layout, owners, [other], note)
+
+
+def merge(sources: Sequence[Source], out: Path, start: CheckpointReader | None = None) -> tuple[Edited, list[str]]:
+    """One checkpoint of several that were trained on different clusters with the same frozen anchor: each gives the
+    rows that are its own.
+
+    Args:
+        start: the checkpoint that all started from, if it had blocks that were not the first ones.
+
+    Returns:
+        What was taken, and remarks.
+
+    Raises:
+        UserError: other banks, trees or anchors, a cluster of two sources, a path outside the tree, or a folder that
+            cannot be written.
+    """
+    readers = [source.reader for source in sources]
+    layout = the_layout(readers[0])
+    for other in (*readers[1:], *([] if start is None else [start])):
+        _check_same_bank(readers[0], other)
+        _check_same_anchor(readers[0], other)
+    own, remarks = [], []
+    trained: list[Selection] = []
+    for source in sources:
+        found = {level: _trained(source.reader, start, layout, level) for level in layout.levels}
+        trained.append(found)
+        if not source.paths:
+            own.append(found)
+            continue
+        own.append(select(layout, list(source.paths)))
+        outside = [path for level in layout.levels for path in _paths(layout, level, found[level] & ~own[-1][level])]
+        if outside:
+            remarks.append(
+                f"{source.reader.folder}: {len(outside)} clusters that it trained lie outside its paths and are left "
+                f"out: {_some(outside)}"
+            )
+    _check_disjoint(layout, sources, own)
+
+    base = max(range(len(readers)), key=lambda number: readers[number].step)
+    given = readers if start is None else [*readers, start]
+    owners = {}
+    for level in layout.levels:
+        owner = torch.full((layout.rows(level),), KEPT)
+        # Rows that the copied checkpoint trained and does not own go back to where they began.
+        owner[trained[base][level]] = FIRST if start is None else len(readers)
+        for number, rows in enumerate(own):
+            owner[rows[level]] = KEPT if number == base else number
+        owners[level] = owner
+    tokens = 0 if start is None else start.commit.progress.tokens
+    tokens += sum(reader.commit.progress.tokens - tokens for reader in readers)
+    progress = replace(readers[base].commit.progress, tokens=tokens)
+    note = "merged " + ", ".join(reader.run_folder.name for reader in readers)
+    return _written(readers[base], out, layout, owners, given, note, progress), remarks
+
+
+def _trained(reader: CheckpointReader, start: CheckpointReader | None, layout: BankLayout, level: int) -> Tensor:
+    """Rows that were trained: they write, or differ from the start. bool [rows]."""
+    if start is None:
+        return ~level_figures(reader, layout, level).untouched
+    return changed_rows(reader, start, layout, level)
+
+
+def _written(
+    base: CheckpointReader,
+    out: Path,
+    layout: BankLayout,
+    owners: Mapping[int, Tensor],
+    sources: Sequence[CheckpointReader],
+    note: str,
+    progress: Progress | None = None,
+) -> Edited:
+    """Copy `base` with the rows that come from elsewhere."""
+    figures = []
+    for level, owner in owners.items():
+        changed = owner != KEPT
+        norms = level_figures(base, layout, level).norms[changed]
+        count = int(changed.sum())
+        if count:
+            figures.append(Changed(level, count, count * layout.row_values(level), float(norms.norm())))
+    of_name = {layer_bank_name(layer, level): (layer, level) for level in layout.levels for layer in layout.layers}
+    lists = {level: owner.tolist() for level, owner in owners.items()}
+    seed = base.config.train.init_seed
+
+    def edit(key: str, start: int, values: Tensor) -> Tensor:
+        kind, _, name = key.partition("/")
+        if name not in of_name:
+            return values
+        layer, level = of_name[name]
+        rows = layout.rows(level)
+        size = base.commit.tensors[key].size
+        if size % rows:  # a number of the whole table: its optimizer's step
+            return values
+        width = size // rows
+        values = values.clone()
+        for owner, first, last in _runs(lists[level], start // width, -(-(start + len(values)) // width)):
+            low, high = max(first * width, start), min(last * width, start + len(values))
+            target = values[low - start : high - start]
+            if owner >= 0 and key in sources[owner].commit.tensors:
+                target.copy_(sources[owner].read_stored(key, low, high))
+            elif kind == WEIGHT.rstrip("/"):
+                block = layout.of_layers([layer]).initial_rows(seed, level, first, last).view(-1)
+                target.copy_(block[low - first * width : high - first * width])
+            else:
+                target.zero_()
+        return values
+
+    stands = base.commit.progress if progress is None else progress
+    before = stands.facts.get("edited")
+    facts = {**stands.facts, "edited": note if before is None else f"{before}; {note}"}
+    stands = replace(stands, facts=facts, tracking={})
+    return Edited(rewrite_run(base, out, stands, edit), tuple(figures))
+
+
+def _runs(owners: list[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """(where they come from, first, end) of consecutive rows in [start, stop) that do not stay."""
+    for owner, found in groupby(range(start, stop), key=owners.__getitem__):
+        if owner != KEPT:
+            rows = list(found)
+            yield owner, rows[0], rows[-1] + 1
+
+
+def _check_same_bank(one: CheckpointReader, other: CheckpointReader) -> None:
+    """Both have blocks of the same form, for clusters of the same tree."""
+    first, second = the_layout(one), the_layout(other)
+    if first != second:
+        names = [name for name in vars(first) if getattr(first, name) != getattr(second, name)]
+        raise CheckpointError(
+            f"{other.folder}: its memory bank has another form than that of {one.folder}: {', '.join(names)} "
+            "(model.memory_bank); blocks of one bank fit no other"
+        )
+    if None not in (one.tree, other.tree) and one.tree != other.tree:
+        raise CheckpointError(
+            f"{other.folder}: its bank was trained with another cluster tree than that of {one.folder}: the same path "
+            "names other documents"
+        )
+    for key in one.commit.tensors.keys() & other.commit.tensors.keys():
+        types = [reader.commit.tensors[key].dtype for reader in (one, other)]
+        if types[0] != types[1]:
+            raise CheckpointError(f"{other.folder}: {key} is {types[1]}, and {types[0]} in {one.folder} (bank.dtype)")
+
+
+def _check_same_anchor(one: CheckpointReader, other: CheckpointReader) -> None:
+    """Everything but the bank is the same to the bit: blocks are trained for one anchor."""
+    bank = bank_tensors(the_layout(one))
+    keys = {name for name in one.tensors if name not in bank} ^ {name for name in other.tensors if name not in bank}
+    differing = sorted(keys)
+    for name in one.tensors:
+        if name in bank or differing:
+            continue
+        size = one.commit.tensors[WEIGHT + name].size
+        for start in range(0, size, COMPARED):
+            parts = [reader.read_stored(WEIGHT + name, start, min(start + COMPARED, size)) for reader in (one, other)]
+            if not torch.equal(*parts):
+                differing.append(name)
+                break
+    if differing:
+        raise CheckpointError(
+            f"{other.folder}: its anchor differs from that of {one.folder} ({_some(differing)}); blocks are trained "
+            "for one anchor: train with model.memory_bank.anchor=frozen from one checkpoint"
+        )
+
+
+def _check_disjoint(layout: BankLayout, sources: Sequence[Source], own: Sequence[Selection]) -> None:
+    for level in layout.levels:
+        for second in range(1, len(sources)):
+            for first in range(second):
+                shared = _paths(layout, level, own[first][level] & own[second][level])
+                if shared:
+                    folders = " and by ".join(str(sources[number].reader.folder) for number in (first, second))
+                    raise CheckpointError(
+                        f"level {level}, cluster {_some(shared)}: trained by {folders}; each cluster has one source: "
+                        "name the subtrees of each after its checkpoint, as in --from RUN 0 1 --from RUN 2"
+                    )
+
+
+def _paths(layout: BankLayout, level: int, rows: Tensor) -> list[str]:
+    return [cluster_path(layout, level, row) for row in rows.nonzero().flatten().tolist()]
+
+
+def _named(paths: Sequence[str], subtree: bool) -> str:
+    return ", ".join(paths) + (" with all below" if subtree else "")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")

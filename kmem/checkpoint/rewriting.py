@@ -1,0 +1,93 @@
+"""A checkpoint written again with some of its values changed, an entry of its files at a time."""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kmem.checkpoint.commit import Commit, Progress, StoredFile, step_folder
+from kmem.checkpoint.pieces import CheckpointError
+from kmem.checkpoint.reader import CheckpointReader
+from kmem.checkpoint.safetensors_file import SafetensorsWriter, sync_folder
+from kmem.checkpoint.storage import TORCH_DTYPES, entry_name
+from kmem.config import Config, dump_config, parse_config
+from kmem.data.progress import Progress as ProgressBar
+from kmem.model.exported_bank import TREE_FOLDER
+
+Edit = Callable[[str, int, Tensor], Tensor]
+"""(what is stored, such as `weight/NAME`; the first element; values 1-D) -> values of the same type and length."""
+
+
+def rewrite_run(source: CheckpointReader, out: Path, progress: Progress, edit: Edit) -> Path:
+    """A new run folder with one checkpoint, a copy of `source` whose values have passed through `edit`; with the
+    tokenizer and the tree, and a configuration of its own name. It appears when it is complete.
+
+    Args:
+        out: a folder that does not exist or is empty.
+        progress: of the new checkpoint.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        CheckpointError: the folder exists or cannot be written.
+    """
+    out = out.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"--out {out}: exists and is not an empty folder; name a new one")
+    config = parse_config({**source.config.model_dump(mode="json"), "name": out.name, "folder": str(out.parent)})
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        (partial / "checkpoints").mkdir(parents=True)
+        folder = _write(source, partial / "checkpoints", progress, config, edit)
+        (partial / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        for name in ("tokenizer", TREE_FOLDER):
+            if (source.run_folder / name).is_dir():
+                shutil.copytree(source.run_folder / name, partial / name)
+        os.replace(partial, out)
+        sync_folder(out.parent)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"--out {out}: cannot be written: {error.strerror or error}") from error
+        raise
+    return out / folder.relative_to(partial)
+
+
+def _write(source: CheckpointReader, root: Path, progress: Progress, config: Config, edit: Edit) -> Path:
+    commit, folder = source.commit, step_folder(root, progress.step)
+    folder.mkdir()
+    files: dict[str, StoredFile] = {}
+    entries = _entries_by_file(commit)
+    total = sum(length for found in entries.values() for _, _, length in found)
+    with ProgressBar(f"writing {folder.name}", total) as bar:
+        for file, found in entries.items():
+            # The widest types come first, so that every entry is aligned.
+            found = sorted(found, key=lambda entry: -TORCH_DTYPES[commit.tensors[entry[0]].dtype].itemsize)
+            declared = {
+                entry_name(key, start): ((length,), TORCH_DTYPES[commit.tensors[key].dtype])
+                for key, start, length in found
+            }
+            with SafetensorsWriter(folder / file, declared) as writer:
+                for key, start, length in found:
+                    values = source.read_stored(key, start, start + length)
+                    writer.write(entry_name(key, start), edit(key, start, values))
+                    bar.advance(length)
+            files[file] = StoredFile(writer.size, writer.sha256)
+    changed: Mapping[str, Any] = {"progress": progress, "config": config.model_dump(mode="json"), "files": files}
+    replace(commit, **changed).write(folder)
+    return folder
+
+
+def _entries_by_file(commit: Commit) -> dict[str, list[tuple[str, int, int]]]:
+    """File -> (what is stored, first element, length) of its entries."""
+    found: dict[str, list[tuple[str, int, int]]] = {file: [] for file in commit.files}
+    for key, tensor in commit.tensors.items():
+        for start, length, file in tensor.chunks:
+            found[file].append((key, start, length))
+    return found

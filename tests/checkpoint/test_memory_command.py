@@ -1,0 +1,142 @@
+"""`kmem memory` on checkpoints of random blocks: what is listed, edited, and refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from kmem.checkpoint import bank_rows, pieces, writer
+from kmem.checkpoint.reader import CheckpointReader
+from kmem.cli import main
+from tests.hf.banks import BANKS, bank, random_bank, write_bank_run
+from tests.hf.models import NATIVE, write_run
+
+CHOSEN = ["ffn", "lora_qk", "kv"]
+
+
+def memory(capsys, *words):
+    assert main(["memory", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys, *words):
+    assert main(["memory", *map(str, words)]) == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def blocks(reader):
+    return {name: reader.read(name) for name in reader.tensors if ".bank." in name}
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Entries, files and slices so short that rows lie across them."""
+    monkeypatch.setattr(writer, "CHUNK_ELEMENTS", 101)
+    monkeypatch.setattr(pieces, "CHUNK_ELEMENTS", 101)
+    monkeypatch.setattr(bank_rows, "SLICE_BYTES", 2_000)
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_list_gives_sizes_and_norms(name, tmp_path, capsys, small_pieces):
+    decoder = random_bank(BANKS[name])
+    layout = decoder.layout
+    writing = [part.name for part in layout.parts if part.start == "zero"]
+    for layer_blocks in layout.by_layer(decoder.rows[2], 2).values():
+        for part, values in layout.by_part(layer_blocks).items():
+            if part in writing:
+                values[4] = 0  # no text has reached 1.1
+    reader = write_bank_run(tmp_path / "run", BANKS[name], decoder)
+    listed = json.loads(memory(capsys, "list", "--checkpoint", tmp_path / "run", "1", "generic", "--json"))
+    assert listed["step"] == reader.step
+    first, second = listed["levels"]
+    assert (first["clusters"], first["untouched"], second["clusters"], second["untouched"]) == (3, 0, 9, 1)
+    assert second["values_per_cluster"] == layout.row_values(2)
+    assert second["bytes"] == 4 * 10 * layout.row_values(2)
+    clusters = {(cluster["path"], cluster["level"]): cluster for cluster in listed["clusters"]}
+    assert clusters.keys() == {("1", 1), ("1.0", 2), ("1.1", 2), ("1.2", 2), ("generic", 1), ("generic", 2)}
+    assert clusters["1.1", 2]["untouched"]
+    row = sum(
+        layout.by_part(found[3:4])[part].double().square().sum()
+        for found in layout.by_layer(decoder.rows[2], 2).values()
+        for part in writing
+    )
+    assert clusters["1.0", 2]["norm"] == pytest.approx(float(row.sqrt()), rel=1e-6)
+    printed = memory(capsys, "list", "--checkpoint", tmp_path / "run", "1")
+    assert "untouched" in printed
+    assert "1.1" in printed
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_erased_blocks_are_those_of_a_new_bank(name, tmp_path, capsys, small_pieces):
+    decoder = random_bank(BANKS[name])
+    reader = write_bank_run(tmp_path / "run", BANKS[name], decoder)
+    before = {file: file.read_bytes() for file in reader.folder.iterdir()}
+    printed = memory(capsys, "erase", "1.1", "generic", "2", "--checkpoint", reader.folder, "--out", tmp_path / "out")
+    layout = decoder.layout
+    assert f"level 2: blocks of 2 clusters erased, {2 * layout.row_values(2):,} values" in printed
+    assert all(file.read_bytes() == content for file, content in before.items())
+    again = CheckpointReader(tmp_path / "out")
+    again.verify()
+    assert (again.run_folder / "tokenizer" / "tokenizer.json").is_file()
+    assert (again.run_folder / "tree" / "tree.json").is_file()
+    assert (again.run_folder / "config.yaml").is_file()
+    assert (again.config.name, again.commit.tree) == ("out", reader.commit.tree)
+    seed = reader.config.train.init_seed
+    for level, erased in ((1, [2, 3]), (2, [4, 9])):
+        fresh = layout.by_layer(layout.initial_rows(seed, level, 0, layout.rows(level)), level)
+        for layer, values in fresh.items():
+            stored = again.read(f"layers.{layer}.bank.level{level}")
+            old = reader.read(f"layers.{layer}.bank.level{level}")
+            for row in range(layout.rows(level)):
+                assert torch.equal(stored[row], values[row] if row in erased else old[row])
+    listed = json.loads(memory(capsys, "list", "--checkpoint", tmp_path / "out", "--json"))["levels"]
+    assert [level["untouched"] for level in listed] == [1, 1]
+    assert [level["generic_norm"] for level in listed] == [0, 0]
+
+
+def test_blocks_of_another_checkpoint(tmp_path, capsys, small_pieces):
+    decoder, other = random_bank(BANKS["ffn"]), random_bank(BANKS["ffn"])
+    for rows in other.rows.values():
+        rows.neg_()
+    run, source = write_bank_run(tmp_path / "run", BANKS["ffn"], decoder), tmp_path / "source"
+    write_bank_run(source, BANKS["ffn"], other)
+    memory(capsys, "replace", "0", "--subtree", "--checkpoint", run.folder, "--from", source, "--out", tmp_path / "out")
+    again = CheckpointReader(tmp_path / "out")
+    for name, values in blocks(run).items():
+        found, taken = again.read(name), 3 if name.endswith("2") else 1
+        assert torch.equal(found[:taken], -values[:taken])
+        assert torch.equal(found[taken:], values[taken:])
+
+    different = random_bank(BANKS["ffn"], seed=5)
+    write_bank_run(tmp_path / "anchor", BANKS["ffn"], different)
+    words = ["replace", "0", "--checkpoint", run.folder, "--out", tmp_path / "none", "--from"]
+    assert "train with model.memory_bank.anchor=frozen" in refused(capsys, *words, tmp_path / "anchor")
+    write_bank_run(tmp_path / "form", bank(levels=[5, 4]))
+    assert "another form than that of" in refused(capsys, *words, tmp_path / "form")
+    assert not (tmp_path / "none").exists()
+
+
+def test_bad_input(tmp_path, capsys):
+    run = write_bank_run(tmp_path / "run", bank(levels=[0, 3], generic={"probability": 0})).run_folder
+    out = tmp_path / "out"
+    for path, complaint in [
+        ("3.1", "children are numbered 0 to 2"),
+        ("0.1.2", "3 levels deep, and the bank's tree has 2"),
+        ("a", "write a path as numbers"),
+        ("0", "level 1 of this bank has no blocks (its rank is 0); add --subtree"),
+        ("generic", "no generic blocks"),
+    ]:
+        assert complaint in refused(capsys, "erase", path, "--checkpoint", run, "--out", out)
+    assert not out.exists()
+    memory(capsys, "erase", "0", "--subtree", "--checkpoint", run, "--out", out)
+    assert "is not an empty folder" in refused(capsys, "erase", "0.0", "--checkpoint", run, "--out", out)
+    assert "name two runs" in refused(capsys, "merge", "--from", run, "--out", tmp_path / "merged")
+    write_run(tmp_path / "plain", NATIVE["llama"])
+    assert "has no memory bank" in refused(capsys, "list", "--checkpoint", tmp_path / "plain")
+    part = next(CheckpointReader(run).folder.glob("*.safetensors"))
+    data = bytearray(part.read_bytes())
+    data[-1] ^= 1
+    part.write_bytes(data)
+    shutil.rmtree(out)
+    assert "does not match its digest" in refused(capsys, "erase", "0.0", "--checkpoint", run, "--out", out)

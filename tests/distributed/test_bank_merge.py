@@ -1,0 +1,167 @@
+"""Runs that train the blocks of different subtrees with one frozen anchor: merged, they are the run that trains all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kmem.checkpoint.bank_editing import Source, erase, merge
+from kmem.checkpoint.bank_rows import level_figures
+from kmem.checkpoint.pieces import CheckpointError
+from kmem.checkpoint.reader import CheckpointReader
+from kmem.cli import main
+from kmem.model.bank_layout import MISSING, BankLayout
+from kmem.model.shape import Shape
+from tests.distributed.bank_case import CHILDREN, LEAVES, bank_config
+
+STEPS = 3
+FROZEN = {"children": CHILDREN, "levels": (5, 2, 0, 1), "anchor": "frozen"}
+
+
+def subtree_case(tree: dict[str, Any], run: str, subtrees: list[int], steps: int) -> list[float]:
+    """Train on all text with the blocks of these clusters of level 1 alone, and save."""
+    from kmem.checkpoint.commit import Progress
+    from kmem.checkpoint.store import CheckpointStore
+    from kmem.parallel.training_state import optimizer_steps
+    from kmem.train.saving import save_training
+    from tests.distributed.training_case import build, step_batches
+
+    pipeline = build(tree)
+    losses = []
+    for step in range(steps):
+        batches = []
+        for batch in step_batches(pipeline, step):
+            mine = torch.isin(batch.addresses // (LEAVES // CHILDREN), torch.tensor(subtrees))
+            batches.append(replace(batch, addresses=batch.addresses.masked_fill(~mine, MISSING)))
+        losses.append(pipeline.train_step(batches, lr=pipeline.config.train.optimizer.lr).loss)
+    progress = Progress(steps, 8 * steps, 100 * steps, optimizer_steps(pipeline))
+    save_training(CheckpointStore(Path(run) / "checkpoints"), pipeline, progress)
+    pipeline.close()
+    return losses
+
+
+@pytest.fixture(scope="module")
+def runs(ranks, tmp_path_factory):
+    """Folder with the run of all subtrees, those of some, and one that went on for a step more."""
+    root = tmp_path_factory.mktemp("merge")
+    # Without experts: their balance losses make the gradients of a block depend on all text of a step.
+    config = bank_config(model__memory_bank=FROZEN, model__moe=None, bank__optimizer__name="adam_catchup")
+    for name, subtrees, steps in [
+        ("all", [0, 1, 2], STEPS),
+        ("first", [0], STEPS),
+        ("rest", [1, 2], STEPS),
+        ("overlapping", [0, 1], STEPS),
+        ("late", [1, 2], STEPS + 1),
+    ]:
+        ranks.run(1, subtree_case, config, str(root / name), subtrees, steps)
+    return root
+
+
+def stored(reader):
+    return {key: reader.read_stored(key, 0, tensor.size) for key, tensor in reader.commit.tensors.items()}
+
+
+def test_a_merge_is_the_single_run(runs, tmp_path, capsys):
+    expected = stored(CheckpointReader(runs / "all"))
+    for number, words in enumerate(
+        [
+            ["--from", f"{runs}/first", "--from", f"{runs}/rest"],
+            ["--from", f"{runs}/rest", "--from", f"{runs}/first"],
+            ["--from", f"{runs}/first", "0", "--from", f"{runs}/rest", "1", "2"],
+            ["--from", f"{runs}/overlapping", "0", "--from", f"{runs}/rest", "1", "2"],
+        ]
+    ):
+        out = tmp_path / f"merged-{number}"
+        assert main(["memory", "merge", *words, "--out", str(out)]) == 0
+        merged = CheckpointReader(out)
+        merged.verify()
+        found = stored(merged)
+        assert found.keys() == expected.keys()
+        for key, values in expected.items():  # the order of sums over the tokens of a step differs
+            torch.testing.assert_close(found[key], values, rtol=0, atol=1e-6)
+        printed = capsys.readouterr().out
+        assert ("lie outside its paths and are left out" in printed) == (number == 3)
+    layout = BankLayout.of(Shape(merged.config.model.model_dump()))
+    for number, name in enumerate(["overlapping", "rest", "rest"]):
+        source = stored(CheckpointReader(runs / name))
+        for key in source:
+            level = int(key[-1]) if ".bank." in key and not key.startswith("step/") else None
+            if level is not None:
+                rows = slice(*(part * layout.rows(level) // CHILDREN for part in (number, number + 1)))
+                one, other = (values[key].view(layout.rows(level), -1)[rows] for values in (found, source))
+                assert torch.equal(one, other), key
+    assert merged.commit.progress.tokens == 100 * STEPS * 2
+    assert merged.commit.progress.facts["edited"] == "merged overlapping, rest"
+    assert merged.config.name == "merged-3"
+
+
+def test_of_runs_of_other_lengths_each_gives_its_rows(runs, tmp_path):
+    first, late = CheckpointReader(runs / "first"), CheckpointReader(runs / "late")
+    edited, _ = merge([Source(first), Source(late)], tmp_path / "out")
+    merged = CheckpointReader(tmp_path / "out")
+    assert merged.step == STEPS + 1
+    assert edited.checkpoint == merged.folder
+    layout = BankLayout.of(Shape(merged.config.model.model_dump()))
+    for level in layout.levels:
+        found, one, other = (level_figures(reader, layout, level).norms for reader in (merged, first, late))
+        share = layout.rows(level) // CHILDREN
+        assert torch.equal(found, torch.cat((one[:share], other[share:])))
+
+
+def test_a_row_of_two_runs_is_a_conflict(runs, tmp_path):
+    readers = {name: CheckpointReader(runs / name) for name in ("first", "rest", "overlapping", "all")}
+    with pytest.raises(CheckpointError, match=r"level 1, cluster 1: trained by .*overlapping.* and by .*rest"):
+        merge([Source(readers["overlapping"]), Source(readers["rest"])], tmp_path / "out")
+    with pytest.raises(CheckpointError, match="each cluster has one source"):
+        merge([Source(readers["first"], ("0", "1.2")), Source(readers["rest"], ("1",))], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_what_has_changed_since_the_start_counts(runs, tmp_path):
+    """Of runs that went on from a trained bank, the rows that differ from it are taken, and the others are its own."""
+    start = CheckpointReader(runs / "all")
+    for name, paths in [("one", ["0"]), ("two", ["1.1", "2"]), ("both", ["0", "1.1", "2"])]:
+        erase(start, tmp_path / name, paths, subtree=True)
+    one, two, both = (CheckpointReader(tmp_path / name) for name in ("one", "two", "both"))
+    with pytest.raises(CheckpointError, match="each cluster has one source"):
+        merge([Source(one), Source(two)], tmp_path / "none")
+    merge([Source(one), Source(two)], tmp_path / "out", start)
+    found, expected = stored(CheckpointReader(tmp_path / "out")), stored(both)
+    assert all(torch.equal(found[key], values) for key, values in expected.items())
+
+
+def test_what_is_erased_is_as_if_no_text_had_reached_it(runs, tmp_path, capsys):
+    """Blocks and the state of their optimizer; nothing else has changed."""
+    out = tmp_path / "out"
+    command = ["memory", "erase", "0", "1.2", "--subtree", "--checkpoint", str(runs / "all"), "--out", str(out)]
+    assert main(command) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    layout = BankLayout.of(Shape(CheckpointReader(runs / "all").config.model.model_dump()))
+    assert f"level 1: blocks of 1 clusters erased, {layout.row_values(1):,} values" in printed
+    assert f"level 4: blocks of 36 clusters erased, {36 * layout.row_values(4):,} values" in printed
+    whole, never, erased = (stored(CheckpointReader(folder)) for folder in (runs / "all", runs / "rest", out))
+    assert whole.keys() == erased.keys()
+    for key, values in whole.items():
+        if ".bank." not in key or key.startswith("step/"):
+            assert torch.equal(erased[key], values), key
+            continue
+        rows = layout.rows(int(key[-1]))
+        one, before, other = (values.view(rows, -1) for values in (erased[key], whole[key], never[key]))
+        assert torch.equal(one[: rows // 3], other[: rows // 3]), key
+        gone = slice(rows // 3 + 2 * rows // 9, 2 * rows // 3) if rows > 3 else slice(0)
+        kept = torch.ones(rows, dtype=torch.bool)
+        kept[: rows // 3] = kept[gone] = False
+        assert torch.equal(one[kept], before[kept]), key
+        assert key.startswith("weight/") or not bool(one[gone].any()), key
+    assert CheckpointReader(out).facts["edited"] == "erased 0, 1.2 with all below"
+
+    back = tmp_path / "back"
+    command = ["memory", "replace", "0", "1", "--subtree", "--checkpoint", str(out), "--from", str(runs / "all")]
+    assert main([*command, "--out", str(back)]) == 0
+    assert "replaced" in capsys.readouterr().out
+    assert all(torch.equal(values, whole[key]) for key, values in stored(CheckpointReader(back)).items())
+    assert CheckpointReader(back).facts["edited"].endswith("; replaced 0, 1 with all below by those of all")
