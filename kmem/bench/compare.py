@@ -12,6 +12,8 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 from kmem.config import Config, ConfigError, load_config
 from kmem.config.load import config_folders
 from kmem.config.section import Section
+from kmem.model.bank_layout import BankLayout
+from kmem.model.shape import Shape
 from kmem.parallel.parameter_counts import count_parameters
 
 COMPARISON_FILE = "compare.yaml"
@@ -75,6 +77,11 @@ class Comparison(Section):
     expert_calls are those of a token in all layers, shared experts included; tokens are those of the whole run."""
     controls: tuple[Literal["off", "shuffled", "single-row"], ...] = ()
     """Further evaluations of contestants with memory: `kmem eval --memory`."""
+    bank_controls: tuple[Literal["generic", "none", "blocked"], ...] = ()
+    """Further evaluations of contestants with a memory bank: `kmem eval --bank`. One that is trained on generic blocks
+    only is evaluated with them, and has no other control than none."""
+    questions: bool = False
+    """Also ask the questions of the corpus: `kmem eval --questions`."""
     horizons: tuple[PositiveInt, ...] = ()
     """Steps at which the held-out loss during training is reported too; `evaluation.every` must divide them."""
 
@@ -84,7 +91,14 @@ class Comparison(Section):
             raise ValueError(f"baseline={self.baseline} is none of the contestants {', '.join(self.contestants)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)} names one twice")
+        if self.questions and len(self.data.corpora) > 1:
+            raise ValueError("questions=true is for text of one corpus, which has questions")
         return self
+
+    @property
+    def questions_file(self) -> Path | None:
+        """Where the questions of the text are."""
+        return Path(self.data.folder) / "questions" if self.questions else None
 
 
 @dataclass(frozen=True)
@@ -100,7 +114,7 @@ class Size:
     memory: int
     """Elements in tables."""
     memory_read: int
-    """Elements of tables that one token reads."""
+    """Elements of tables that one token reads, of a memory bank one context."""
     expert_calls: int
     """Routed and shared experts that a token runs through, over all layers and iterations."""
     tokens: int
@@ -211,7 +225,9 @@ def measure(config: Config) -> Size:
         assert engram.orders is not None
         assert engram.heads is not None
         assert engram.row_dim is not None
-        read = len(engram.layers) * len(engram.orders) * engram.heads * engram.row_dim
+        read += len(engram.layers) * len(engram.orders) * engram.heads * engram.row_dim
+    if model.memory_bank is not None:
+        read += BankLayout.of(Shape(model.model_dump())).fetched_values
     return Size(
         total=counts.total,
         active=counts.active,
@@ -291,6 +307,8 @@ def ensure_data(data: PreparedText) -> None:
         # The tokenizer is that of all corpora together, which are prepared for its sake where each has its own folder.
         whole = text / "all" if data.by_corpus else folder
         prepare(Preparation(files, whole, vocab_size=data.vocab_size))
+        for asked in text.glob("*.questions"):
+            shutil.copy(asked, folder / "questions")
         for source in missing if data.by_corpus else ():
             file = text / f"{source.name}.jsonl"
             prepare(Preparation([file], source, tokenizer=whole / "tokenizer"))

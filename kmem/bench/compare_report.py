@@ -56,7 +56,7 @@ def collect(
     }
     for run in runs:
         print(f"evaluating {run.label}, seed {run.seed}", flush=True)
-        memory = evaluate(run, comparison.controls, BATCH)
+        memory = evaluate(run, comparison, BATCH)
         figures = {"bits_per_byte": memory["on"]["bits_per_byte"], "memory": memory, **curve(run)}
         contestants[run.label]["runs"][str(run.seed)] = figures
     seeds = list(dict.fromkeys(str(run.seed) for run in runs))
@@ -96,7 +96,7 @@ def result_tables(comparison: Comparison, results: dict[str, Any]) -> list[Table
     sizes = Table(
         "What each contestant is (parameters without embeddings)",
         (
-            "contestant", "total", "active", "in memory", "memory read per token", "expert calls per token",
+            "contestant", "total", "active", "in memory", "memory read at a time", "expert calls per token",
             "embedding and head", "tokens",
         ),
         [
@@ -136,22 +136,56 @@ def result_tables(comparison: Comparison, results: dict[str, Any]) -> list[Table
     tables = [sizes, held_out, *_source_table(results), speed]
     if comparison.horizons:
         tables.insert(2, _horizon_table(comparison, results))
-    with_memory = [label for label, found in contestants.items() if found["size"]["memory"]]
-    if comparison.controls and with_memory:
-        states = ("on", *comparison.controls)
-        rows = []
-        for label in with_memory:
-            runs = contestants[label]["runs"].values()
-            spreads = [_spread([run["memory"][state]["bits_per_byte"] for run in runs]) for state in states]
-            rows.append((label, *map(_pm, spreads)))
-        tables.append(
-            Table(
-                "Controls: held-out bits per byte of the same weights, by what memory gives",
-                ("contestant", *states),
-                rows,
-            )
-        )
-    return tables
+    return [*tables, *_control_table(results), *_question_table(results)]
+
+
+def _states(results: dict[str, Any]) -> dict[str, list[str]]:
+    """How each contestant was evaluated, `on` first."""
+    return {
+        label: list(next(iter(found["runs"].values()))["memory"]) for label, found in results["contestants"].items()
+    }
+
+
+def _control_table(results: dict[str, Any]) -> list[Table]:
+    states = {label: own for label, own in _states(results).items() if len(own) > 1}
+    if not states:
+        return []
+    columns = list(dict.fromkeys(state for own in states.values() for state in own))
+    rows = []
+    for label, own in states.items():
+        runs = results["contestants"][label]["runs"].values()
+        spreads = {state: _spread([run["memory"][state]["bits_per_byte"] for run in runs]) for state in own}
+        rows.append((label, *(_pm(spreads[state]) if state in spreads else "" for state in columns)))
+    title = "Controls: held-out bits per byte of the same weights, by what memory gives"
+    return [Table(title, ("contestant", *columns), rows)]
+
+
+def _question_table(results: dict[str, Any]) -> list[Table]:
+    """Share of questions that are answered right, by how many documents tell the answer."""
+    answers = _answers(results)
+    if not answers:
+        return []
+    groups = list(next(iter(answers.values())))
+    rows = [(label, *(_pm(own[group], digits=1) for group in groups)) for label, own in answers.items()]
+    return [
+        Table("Questions answered right, in %, by how many documents tell the answer", ("contestant", *groups), rows)
+    ]
+
+
+def _answers(results: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Contestant and control -> group of questions -> share of right answers over the seeds, in %."""
+    found = {}
+    for label, own in _states(results).items():
+        runs = list(results["contestants"][label]["runs"].values())
+        for state in own:
+            asked = [run["memory"][state].get("questions") for run in runs]
+            if all(asked):
+                name = label if state == "on" else f"{label}, {state}"
+                found[name] = {
+                    group["group"]: _spread([100 * run[place]["right"] for run in asked])
+                    for place, group in enumerate(asked[0])
+                }
+    return found
 
 
 def plot(comparison: Comparison, results: dict[str, Any], path: Path) -> None:
@@ -163,7 +197,12 @@ def plot(comparison: Comparison, results: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     base = results["contestants"][comparison.baseline]["runs"]
-    figure, (losses, differences) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    answers = _answers(results)
+    panels = 3 if answers else 2
+    figure, axes = pyplot.subplots(1, panels, figsize=(5.5 * panels, 4.2), layout="constrained")
+    losses, differences = axes[:2]
+    if answers:
+        _plot_answers(answers, axes[2])
     for number, (label, found) in enumerate(results["contestants"].items()):
         for seed, run in found["runs"].items():
             steps, smooth = _smoothed(run)
@@ -220,6 +259,14 @@ def _horizon_table(comparison: Comparison, results: dict[str, Any]) -> Table:
     )
 
 
+def _plot_answers(answers: dict[str, dict[str, dict[str, Any]]], axes: Any) -> None:
+    for name, groups in answers.items():
+        own = {group: value for group, value in groups.items() if group != "all"}
+        axes.plot(list(own), [value["mean"] for value in own.values()], marker="o", markersize=3, label=name)
+    axes.set(title="questions answered right", ylabel="%", xlabel="documents that tell the answer")
+    axes.legend(frameon=False, fontsize="small")
+
+
 def _smoothed(run: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """(steps, moving average of the losses)."""
     width = max(1, round(SMOOTHED_SHARE * len(run["losses"])))
@@ -237,8 +284,9 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"values": list(values), "mean": statistics.mean(values), "std": deviation}
 
 
-def _pm(spread: dict[str, Any], sign: str = "") -> str:
-    return f"{spread['mean']:{sign}.4f}" + ("" if spread["std"] is None else f" ± {spread['std']:.4f}")
+def _pm(spread: dict[str, Any], sign: str = "", digits: int = 4) -> str:
+    deviation = "" if spread["std"] is None else f" ± {spread['std']:.{digits}f}"
+    return f"{spread['mean']:{sign}.{digits}f}{deviation}"
 
 
 def _minutes(seconds: float) -> str:

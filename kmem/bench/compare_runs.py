@@ -3,14 +3,16 @@
 import json
 import math
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kmem.bench.compare import Run
+from kmem.bench.compare import Comparison, Run
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import UserError
 from kmem.parallel.local_launch import launch_local
+from kmem.train.evaluated_bank import BankChoice
 
 HELD_OUT = "held_out.json"
 """In a run's folder: its checkpoint's held-out figures on the whole split, by what memory gave."""
@@ -37,10 +39,11 @@ def train(run: Run) -> bool:
     return is_finished(run)
 
 
-def evaluate(run: Run, controls: tuple[str, ...], batch: int) -> dict[str, dict[str, Any]]:
+def evaluate(run: Run, comparison: Comparison, batch: int) -> dict[str, dict[str, Any]]:
     """Figures of `kmem eval` on the whole held-out split for memory `on` and each control; kept in the run's folder.
-    With several sources the figures are those of all their text, and `sources` has each one's."""
-    from kmem.train.evaluate_command import held_out_figures
+    With several sources the figures are those of all their text, and `sources` has each one's. Of a comparison with
+    questions, `questions` has the answers."""
+    from kmem.train.evaluate_command import answered, held_out_figures
 
     path = run.folder / HELD_OUT
     known: dict[str, Any] = {}
@@ -49,11 +52,31 @@ def evaluate(run: Run, controls: tuple[str, ...], batch: int) -> dict[str, dict[
         known = stored["memory"] if stored["step"] == run.config.train.steps else {}
     reader = CheckpointReader(run.folder)
     folders = [source.path for source in run.config.data.sources]
-    for control in ("on", *(controls if run.config.model.engram is not None else ())):
-        if control not in known:
-            known[control] = _whole(held_out_figures(reader, folders, control, batch=batch))
+    for state, (memory, bank) in states(run, comparison).items():
+        if state not in known:
+            figures = _whole(held_out_figures(reader, folders, memory, batch=batch, bank=bank))
+            if comparison.questions_file is not None:
+                answers = answered(reader, comparison.questions_file, memory, 4 * batch, bank)
+                figures["questions"] = [asdict(group) for group in answers]
+            known[state] = figures
             _write(path, {"step": reader.step, "memory": known})
     return known
+
+
+def states(run: Run, comparison: Comparison) -> dict[str, tuple[str, BankChoice | None]]:
+    """How a run is evaluated: `on` and its controls, each with what n-gram memory and memory bank give."""
+    model = run.config.model
+    found: dict[str, tuple[str, BankChoice | None]] = {"on": ("on", None)}
+    if model.engram is not None:
+        found |= {control: (control, None) for control in comparison.controls}
+    bank = model.memory_bank
+    if bank is not None:
+        only_generic = bank.generic.probability == 1
+        found["on"] = ("on", BankChoice("generic" if only_generic else "fetched"))
+        for control in comparison.bank_controls:
+            if control == "none" or not (only_generic or (control == "generic" and not bank.generic.probability)):
+                found[control] = ("on", BankChoice(control))
+    return found
 
 
 def _whole(figures: dict[str, dict[str, float]]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from kmem.model.ngram_addresses import NgramAddressing
 from kmem.model.shape import Shape
 from kmem.parallel.mesh import local_device
 from kmem.train.evaluated_bank import BANK, BankChoice, EvaluatedBank
-from kmem.train.questions import Question, answer, read_questions
+from kmem.train.questions import Answers, Question, answer, read_questions
 
 MEMORY = ("on", "off", "shuffled", "single-row")
 """What a model's n-gram memory gives it; all but `on` are controls: does memory act as memory?"""
@@ -104,19 +104,7 @@ def _shown(controls: dict[str, Any]) -> str:
 
 def _ask(reader: CheckpointReader, arguments: argparse.Namespace, choice: BankChoice | None) -> int:
     """Print how the model answers a file of questions."""
-    questions = read_questions(arguments.questions, load_tokenizer(reader.tokenizer_path))
-    bank = None if choice is None else EvaluatedBank(reader, choice)
-    model, memory = _load(reader, arguments.memory)
-    device = local_device()
-
-    def forward(ids: Tensor, asked: Sequence[Question]) -> Tensor:
-        positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
-        found = None if memory is None else memory.read(ids, torch.zeros_like(ids))
-        prompts = [question.prompt for question in asked]
-        blocks = None if bank is None else bank.of_prompts(prompts, ids, model.projection_weight)
-        return model.logits(model(ids, positions, memory=found, bank=blocks))
-
-    answers = answer(questions, forward, arguments.batch, device)
+    answers = answered(reader, arguments.questions, arguments.memory, arguments.batch, choice)
     control = _controls(reader, arguments.memory, choice)
     if arguments.json:
         tree = {"checkpoint": str(reader.folder), "step": reader.step, **control}
@@ -126,6 +114,33 @@ def _ask(reader: CheckpointReader, arguments: argparse.Namespace, choice: BankCh
     rows = [(group.group, f"{group.questions:,}", f"{group.right:.1%}", f"{group.bits:.2f}") for group in answers]
     _print(title, ("exposures", "questions", "right", "bits per answer"), rows)
     return 0
+
+
+def answered(
+    reader: CheckpointReader, path: Path, memory: str = "on", batch: int = 8, bank: BankChoice | None = None
+) -> list[Answers]:
+    """How the model answers a file of questions, by their exposures and over all; a bank's contexts are the prompts.
+
+    Args:
+        memory: one of MEMORY.
+        batch: questions per forward pass.
+        bank: how a model's memory bank is evaluated; default: fetched.
+    """
+    questions = read_questions(path, load_tokenizer(reader.tokenizer_path))
+    blocks = None
+    if reader.config.model.memory_bank is not None:
+        blocks = EvaluatedBank(reader, BankChoice() if bank is None else bank)
+    model, rows = _load(reader, memory)
+    device = local_device()
+
+    def forward(ids: Tensor, asked: Sequence[Question]) -> Tensor:
+        positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
+        found = None if rows is None else rows.read(ids, torch.zeros_like(ids))
+        prompts = [question.prompt for question in asked]
+        fetched = None if blocks is None else blocks.of_prompts(prompts, ids, model.projection_weight)
+        return model.logits(model(ids, positions, memory=found, bank=fetched))
+
+    return answer(questions, forward, batch, device)
 
 
 def held_out_figures(
