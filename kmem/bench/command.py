@@ -2,13 +2,14 @@
 
 import argparse
 
-from kmem.bench import compare_command, experts_command, memory_command, rows_command, train_command
+from kmem.bench import compare_command, experts_command, fetch_command, memory_command, rows_command, train_command
 
 COMMANDS = {
     "train": (train_command, "a training step against plain Transformers or another precision"),
     "experts": (experts_command, "a layer of experts against Transformers' own, its features and backends"),
     "rows": (rows_command, "gathers and row optimizers of tables on the host against torch's"),
     "compare": (compare_command, "models of equal budgets on the same text: loss over several seeds, with a report"),
+    "fetch": (fetch_command, "fetching the blocks of a memory bank's contexts, from memory and from disk"),
     "memory": (memory_command, "a training step with large tables of rows against one with small ones"),
 }
 

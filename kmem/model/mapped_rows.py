@@ -71,6 +71,14 @@ class SafetensorsFile:
             raise ValueError(f"{self.path}: has no tensor {name}")
         return self.entries[name]
 
+    def drop_pages(self) -> None:
+        """Let go of what the system keeps of the file in memory, so that it is read from the disk again: for
+        measurements, where the system has both calls."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.mapped.madvise(mmap.MADV_DONTNEED)  # pages that are mapped are not dropped
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def read_into(self, out: np.ndarray[Any, Any], start: int) -> None:
         """Fill a contiguous array with the bytes from `start` on, not through the mapping.
 
@@ -162,6 +170,11 @@ class MappedRows:
         lengths = [len(part.rows) for part in self._parts]
         self._starts = np.cumsum([0, *lengths[:-1]])
         self.rows = sum(lengths)
+
+    @property
+    def files(self) -> list[SafetensorsFile]:
+        """Those that its rows lie in."""
+        return list({part.file.path: part.file for part in self._parts if part.file is not None}.values())
 
     @classmethod
     def open(cls, name: str, dim: int, parts: Iterable[tuple[str | os.PathLike[str], str, int]]) -> "MappedRows":

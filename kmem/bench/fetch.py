@@ -1,0 +1,208 @@
+"""Fetching the blocks of contexts from an exported memory bank, whose levels lie in memory or on disk."""
+
+import random
+import statistics
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kmem.checkpoint.safetensors_file import SafetensorsWriter
+from kmem.config import UserError
+from kmem.model.bank_layout import BankLayout, Part, bank_table_part_name
+from kmem.model.context_bank import ContextBank
+from kmem.model.context_router import ContextRouter
+from kmem.model.exported_bank import TREE_FOLDER, BankDescription
+from kmem.model.exported_memory import WEIGHTS_FILE
+from kmem.model.mapped_rows import MappedRows
+from kmem.model.shape import Shape
+
+Place = Literal["ram", "disk"]
+Placement = Mapping[int, Place]
+CONTEXT_TOKENS = 256
+"""Of the contexts that routing is timed with."""
+SLICE_VALUES = 1 << 23
+
+
+@dataclass(frozen=True)
+class LevelTime:
+    """Reading the row of a context on a level, medians."""
+
+    level: int
+    place: Place
+    bytes: int
+    ms: float
+
+
+@dataclass(frozen=True)
+class FetchTimes:
+    """Of one placement, medians over contexts."""
+
+    placement: str
+    levels: tuple[LevelTime, ...]
+    """Of contexts of which nothing is there."""
+    all_ms: float
+    """Those together: a context of another cluster of level 1 than the one before."""
+    all_bytes: int
+    deep_ms: float
+    """A context of the same cluster of level 1, and of others below: that row is there already."""
+    deep_bytes: int
+
+
+@dataclass(frozen=True)
+class ExportedBank:
+    """The bank of a folder."""
+
+    layout: BankLayout
+    rows: dict[int, MappedRows]
+    router: ContextRouter | None
+    vocab_size: int
+
+
+def open_bank(folder: Path) -> ExportedBank:
+    """The bank of an exported folder; of the rest of the model nothing is read.
+
+    Raises:
+        UserError: no exported folder, none with a bank, or a damaged one.
+    """
+    from kmem.data.tokenizer import load_tokenizer
+    from kmem.hf.folder import read_json
+
+    config = read_json(folder / "config.json")
+    model = config.get("model")
+    if not isinstance(model, dict) or model.get("memory_bank") is None:
+        raise UserError(f"{folder / 'config.json'}: describes no model with a memory bank; name an export of one")
+
+    def find(file: str) -> str | None:
+        return str(folder / file) if (folder / file).is_file() else None
+
+    try:
+        described = BankDescription.read(Shape(model), config.get("bank_parts", {}), config.get("bank_tree"))
+        router = described.router(folder / TREE_FOLDER, load_tokenizer(folder))
+        return ExportedBank(described.layout, described.mapped(find), router, int(model["vocab_size"]))
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from error
+
+
+def synthetic_bank(folder: Path, layers: int, width: int, ranks: tuple[int, ...], children: int) -> ExportedBank:
+    """A file with random bf16 blocks of the kind ffn, as an export has them, and no tree."""
+    parts = tuple(Part(name, width, "normal") for name in ("gate", "up", "down"))
+    layout = BankLayout("ffn", children, ranks, tuple(range(layers)), parts, 2.0, False, 0.02)
+    tensors = {
+        bank_table_part_name(level, 0): ((layout.rows(level), layout.row_values(level)), torch.bfloat16)
+        for level in layout.levels
+    }
+    values = torch.randn(SLICE_VALUES).bfloat16()
+    with SafetensorsWriter(folder / WEIGHTS_FILE, tensors) as writer:
+        for name, ((rows, size), _) in tensors.items():
+            left = rows * size
+            while left:
+                writer.write_values(name, values[:left])
+                left -= min(left, len(values))
+    parts_of = {level: [layout.rows(level)] for level in layout.levels}
+    described = BankDescription(layout, parts_of, None)
+    mapped = described.mapped(lambda file: str(folder / file) if file == WEIGHTS_FILE else None)
+    return ExportedBank(layout, mapped, None, 0)
+
+
+def measure(bank: ExportedBank, placement: Placement, contexts: int, seed: int, like: Tensor) -> FetchTimes:
+    """Fetch for `contexts` contexts of random leaves, twice; before each, the pages of levels on disk are dropped.
+
+    Args:
+        like: a tensor of the type and device that rows come to.
+    """
+    layout, draw = bank.layout, random.Random(seed)
+    held = ContextBank(layout, dict(bank.rows))
+    for level, place in placement.items():
+        if place == "ram":
+            held.sources[level] = _in_memory(bank.rows[level])
+    leaves = layout.children ** len(layout.ranks)
+    below = leaves // layout.children
+    fresh, deep = [], []
+    for _ in range(contexts):
+        held.forget()
+        _drop(bank, placement)
+        fresh.append(held.fetch(None, torch.tensor([draw.randrange(leaves)]), None, (), like))
+    subtree = draw.randrange(layout.children)
+    before = subtree * below
+    held.forget()
+    held.fetch(None, torch.tensor([before]), None, (), like)
+    for _ in range(contexts if below > 1 else 0):
+        leaf = draw.randrange(subtree * below, (subtree + 1) * below)
+        if leaf == before:
+            leaf = subtree * below + (leaf + 1) % below
+        _drop(bank, placement)
+        deep.append(held.fetch(None, torch.tensor([leaf]), None, (), like))
+        before = leaf
+    return FetchTimes(
+        ",".join(f"{level}={place}" for level, place in placement.items()),
+        tuple(
+            LevelTime(
+                level,
+                place,
+                fresh[0].levels[level].bytes,
+                1e3 * statistics.median(found.levels[level].seconds for found in fresh),
+            )
+            for level, place in placement.items()
+        ),
+        1e3 * _median(found.seconds for found in fresh),
+        int(_median(found.bytes for found in fresh)),
+        1e3 * _median(found.seconds for found in deep),
+        int(_median(found.bytes for found in deep)),
+    )
+
+
+def route_ms(bank: ExportedBank, contexts: int, seed: int) -> float | None:
+    """Median of embedding a context of CONTEXT_TOKENS tokens and descending the tree; None without a tree."""
+    if bank.router is None:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    times = []
+    for _ in range(contexts + 1):
+        ids = torch.randint(bank.vocab_size, (CONTEXT_TOKENS,), generator=generator)
+        began = time.perf_counter()
+        bank.router.leaves([ids])
+        times.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(times[1:])  # the first one loads what is loaded once
+
+
+def memory_needed(bank: ExportedBank, placement: Placement) -> int:
+    """Bytes of the levels that are placed in memory."""
+    return sum(
+        bank.layout.rows(level) * bank.layout.row_values(level) * bank.rows[level].dtype.itemsize
+        for level, place in placement.items()
+        if place == "ram"
+    )
+
+
+def _in_memory(rows: MappedRows) -> "_Held":
+    table = torch.empty(len(rows), rows.dim, dtype=rows.dtype)
+    for row in range(len(rows)):
+        table[row] = rows(torch.tensor([row]))[0]
+    return _Held(table)
+
+
+class _Held:
+    """A table in memory."""
+
+    def __init__(self, table: Tensor) -> None:
+        self._table = table
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self._table[rows]
+
+
+def _drop(bank: ExportedBank, placement: Placement) -> None:
+    for level, place in placement.items():
+        if place == "disk":
+            for file in bank.rows[level].files:
+                file.drop_pages()
+
+
+def _median(values: Iterable[float]) -> float:
+    found = list(values)
+    return statistics.median(found) if found else 0.0

@@ -1,0 +1,155 @@
+"""`kmem bench fetch`: milliseconds and bytes of fetching a context's blocks, for levels in memory and on disk."""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kmem.bench.machine import processor
+from kmem.config import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from kmem.bench.fetch import ExportedBank, FetchTimes, Placement
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", type=Path, metavar="FOLDER", help="exported folder; default: random blocks of the shape below"
+    )
+    parser.add_argument("--contexts", type=int, default=15, metavar="N", help="contexts of each kind (default: 15)")
+    parser.add_argument(
+        "--placement", metavar="L=PLACE,..", help="where levels lie, as in 1=ram,2=disk; levels that are not named are "
+        "on disk (default: all on disk, then level 1 in memory, then all)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=1234, help="of the contexts (default: 1234)")
+    shape = parser.add_argument_group(
+        "without --model", "bf16 FFN blocks of the published 160M anchor, in a small tree"
+    )
+    shape.add_argument("--layers", type=int, default=35, help="default: 35")
+    shape.add_argument("--width", type=int, default=512, help="default: 512")
+    shape.add_argument("--levels", default="256,64,16", metavar="R,R", help="ranks of the levels (default: 256,64,16)")
+    shape.add_argument("--children", type=int, default=4, help="of a node (default: 4)")
+    shape.add_argument("--folder", type=Path, default=Path("runs"), help="for the blocks, on a disk (default: runs)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurement as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from kmem.bench.fetch import open_bank, synthetic_bank
+
+    for name in ("contexts", "layers", "width", "children"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name}: at least 1")
+    if arguments.model is not None:
+        _measure(arguments, open_bank(arguments.model))
+        return 0
+    ranks = parse_ranks(arguments.levels)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bench-fetch-", dir=arguments.folder) as scratch:
+        _measure(arguments, synthetic_bank(Path(scratch), arguments.layers, arguments.width, ranks, arguments.children))
+    return 0
+
+
+def parse_ranks(text: str) -> tuple[int, ...]:
+    """Ranks of `--levels`.
+
+    Raises:
+        ConfigError: not numbers joined by commas, or no level with blocks.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts) or not any(int(part) for part in parts):
+        raise ConfigError(f"--levels {text}: write ranks joined by commas, such as 256,64,16")
+    return tuple(int(part) for part in parts)
+
+
+def placements(text: str | None, levels: Sequence[int]) -> "list[Placement]":
+    """Where each level lies, of every placement to measure.
+
+    Raises:
+        ConfigError: no placement, or of a level that the bank has not.
+    """
+    if text is None:
+        chosen = [set(), {levels[0]}, set(levels)]
+        return [{level: "ram" if level in some else "disk" for level in levels} for some in chosen]
+    found: Placement = dict.fromkeys(levels, "disk")
+    for part in text.split(","):
+        name, _, place = part.partition("=")
+        if not name.strip().isdecimal() or place not in ("ram", "disk"):
+            raise ConfigError(f"--placement {text}: write levels and places, such as 1=ram,2=disk")
+        if int(name) not in levels:
+            raise ConfigError(f"--placement {text}: this bank has blocks on levels {', '.join(map(str, levels))}")
+        found = {**found, int(name): "ram" if place == "ram" else "disk"}
+    return [found]
+
+
+def _measure(arguments: argparse.Namespace, bank: "ExportedBank") -> None:
+    import torch
+
+    from kmem.bench.fetch import CONTEXT_TOKENS, measure, memory_needed, route_ms
+
+    layout = bank.layout
+    chosen = placements(arguments.placement, layout.levels)
+    for placement in chosen:
+        needed, free = memory_needed(bank, placement), _free_memory()
+        if free is not None and needed > free:
+            raise UserError(f"--placement: {needed:,} bytes in memory, and {free:,} are free; leave levels on disk")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    like = torch.empty(0, dtype=next(iter(bank.rows.values())).dtype, device=device)
+    shape = (
+        f"{layout.kind} blocks of {len(layout.layers)} layers, ranks {list(layout.ranks)}, {layout.children} children, "
+        f"{like.dtype}, to {device}; {arguments.contexts} contexts of each kind, medians"
+    )
+    times = [measure(bank, placement, arguments.contexts, arguments.seed, like) for placement in chosen]
+    routing = route_ms(bank, arguments.contexts, arguments.seed)
+    _print(times, shape)
+    if routing is not None:
+        print(f"embedding a context of {CONTEXT_TOKENS} tokens and descending the tree: {routing:.2f} ms")
+    machine = f"torch {torch.__version__}, {processor()}"
+    print(f"pages of levels on disk are dropped before every fetch (posix_fadvise); {machine}")
+    if arguments.json:
+        record = {
+            "shape": shape,
+            "machine": machine,
+            "route_ms": routing,
+            "measured": [asdict(found) for found in times],
+        }
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _print(times: "Sequence[FetchTimes]", shape: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    levels = [level.level for level in times[0].levels]
+    table = Table(
+        "levels", *(f"level {level}: ms" for level in levels), "new topic: ms", "MB", "same level 1: ms", "MB", "",
+        title=shape,
+    )  # fmt: skip
+    for found in times:
+        faster = f"{found.all_ms / found.deep_ms:.1f}x" if found.deep_ms else ""
+        table.add_row(
+            found.placement,
+            *(f"{level.ms:.2f} ({level.bytes / 1e6:.2f} MB)" for level in found.levels),
+            f"{found.all_ms:.2f}",
+            f"{found.all_bytes / 1e6:.2f}",
+            f"{found.deep_ms:.2f}",
+            f"{found.deep_bytes / 1e6:.2f}",
+            faster,
+        )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    Console(width=max(Console().width, 150)).print(table)
+    print("new topic: nothing is there yet; same level 1: its row is kept, and rows of deeper levels are read")
+
+
+def _free_memory() -> int | None:
+    """Bytes that can be allocated, where the system says so."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None

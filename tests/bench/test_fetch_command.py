@@ -1,0 +1,71 @@
+"""`kmem bench fetch`: bytes are those of the blocks, deep levels alone where level 1 stays, and faults are named."""
+
+import json
+
+import pytest
+import torch
+
+from kmem.bench.fetch import measure, open_bank, synthetic_bank
+from kmem.bench.fetch_command import placements
+from kmem.cli import main
+from kmem.config import ConfigError
+from kmem.hf.export import export
+from tests.hf.banks import BANKS, random_bank, write_bank_run
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fetch")
+    export(write_bank_run(folder / "run", BANKS["ffn"]), folder / "out", max_shard_bytes=9_000, say=str)
+    return folder / "out"
+
+
+def test_an_export_is_measured(exported, tmp_path, capsys):
+    layout = random_bank(BANKS["ffn"]).layout
+    sizes = [4 * layout.row_values(level) for level in (1, 2)]
+    words = ["bench", "fetch", "--model", str(exported), "--contexts", "3", "--json", str(tmp_path / "found.json")]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "new topic" in printed
+    assert "descending the tree" in printed
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [times["placement"] for times in found["measured"]] == ["1=disk,2=disk", "1=ram,2=disk", "1=ram,2=ram"]
+    for times in found["measured"]:
+        assert [level["bytes"] for level in times["levels"]] == sizes
+        assert (times["all_bytes"], times["deep_bytes"]) == (sum(sizes), sizes[1])
+        assert min(times["all_ms"], times["deep_ms"], *(level["ms"] for level in times["levels"])) > 0
+
+
+def test_random_blocks_need_no_model(tmp_path, capsys):
+    words = ["--levels", "4,0,2", "--children", "2", "--layers", "3", "--width", "8", "--placement", "3=ram"]
+    assert main(["bench", "fetch", "--contexts", "2", "--folder", str(tmp_path / "new"), *words]) == 0
+    assert "1=disk,3=ram" in capsys.readouterr().out
+    assert not list((tmp_path / "new").iterdir())
+    bank = synthetic_bank(tmp_path, 3, 8, (4, 0, 2), 2)
+    times = measure(bank, {1: "disk", 3: "disk"}, 2, 0, torch.empty(0, dtype=torch.bfloat16))
+    assert [level.bytes for level in times.levels] == [3 * 3 * 4 * 8 * 2, 3 * 3 * 2 * 8 * 2]
+
+
+def test_dropped_pages_are_read_again(exported):
+    bank = open_bank(exported)
+    rows = torch.arange(3)
+    before = bank.rows[1](rows)
+    for file in bank.rows[1].files:
+        file.drop_pages()
+    assert torch.equal(bank.rows[1](rows), before)
+
+
+def test_faults_are_named(exported, tmp_path, capsys):
+    for text, complaint in [
+        ("1", "such as 1=ram,2=disk"),
+        ("1=cloud", "such as 1=ram,2=disk"),
+        ("3=ram", "blocks on levels 1, 2"),
+    ]:
+        with pytest.raises(ConfigError, match=complaint):
+            placements(text, (1, 2))
+    assert main(["bench", "fetch", "--model", str(tmp_path)]) == 2
+    assert "config.json" in capsys.readouterr().err
+    assert main(["bench", "fetch", "--levels", "0,0"]) == 2
+    assert "--levels 0,0" in capsys.readouterr().err
+    assert main(["bench", "fetch", "--contexts", "0"]) == 2
+    assert "--contexts" in capsys.readouterr().err
