@@ -203,7 +203,7 @@ class Table:
         self._worker, self._exchange = worker, worker.exchange
         self.local = row_range(spec.rows, self._exchange.ranks, self._exchange.rank)
         dtype = DTYPES[spec.dtype]
-        self._threads = RowThreads(threads)
+        self._threads = RowThreads(threads, spec.dim)
         self._copy = DeviceCopy(torch.device(device), depth)
         assert not (optimizer.is_dense and spec.store == "mmap"), "a mapped file cannot serve several passes per step"
         assert not optimizer.stochastic_rounding or dtype == torch.bfloat16

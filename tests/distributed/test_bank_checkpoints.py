@@ -126,7 +126,9 @@ FROZEN = {"model__memory_bank__anchor": "frozen"}
 BALANCED = {**EXPERTS, "score_function": "sigmoid", "selection_bias": True, "bias_update_rate": 0.01}
 
 
-@pytest.mark.parametrize("changes", [{}, {"train__precision": "bf16"}], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "changes", [pytest.param({}, marks=pytest.mark.full), {"train__precision": "bf16"}], ids=["fp32", "bf16"]
+)
 def test_a_frozen_anchor_keeps_its_bits(ranks, tmp_path, changes):
     """Weights, in bf16 their masters, and selection biases; nothing else is saved of it."""
     changes = {**changes, "model__moe": BALANCED}

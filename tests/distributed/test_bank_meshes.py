@@ -41,7 +41,7 @@ KINDS = {
     "frozen anchor": {"model__memory_bank__anchor": "frozen"},
     "frozen anchor, tied": {"model__memory_bank__anchor": "frozen", "model__tie_embeddings": True},
 }
-LONG = ("lora_qk", "lora_ov", "frozen anchor, tied")
+LONG = ("lora_ffn", "lora_qk", "lora_ov", "frozen anchor, tied")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_pipeline_depth_prefetch_and_recomputation_are_bitwise(ranks):
     assert abs(without[0]["losses"][-1] - reference[0][-1]) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["lazy_adam", "adam_catchup"])
+@pytest.mark.parametrize("name", ["lazy_adam", pytest.param("adam_catchup", marks=pytest.mark.full)])
 def test_blocks_that_no_step_fetches_keep_their_bits(ranks, name):
     tree = bank_config(bank__optimizer__name=name, parallel__pipeline=2)
     results = ranks.run(4, train_case, tree, 1)
@@ -141,7 +141,11 @@ FIRST = {"model__memory_bank__placement": "first", "model__memory_bank__placed_l
 
 @pytest.mark.parametrize(
     "changes",
-    [{"bank__optimizer__clip_norm": 0.003}, BESIDE, {"model__tie_embeddings": True, **FIRST}],
+    [
+        {"bank__optimizer__clip_norm": 0.003},
+        BESIDE,
+        pytest.param({"model__tie_embeddings": True, **FIRST}, marks=pytest.mark.full),
+    ],
     ids=["clipped", "beside-ngram-memory", "tied-first"],
 )
 def test_other_models_on_the_widest_mesh(ranks, tmp_path, changes):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.distributed.bank_case import bank_config
+from tests.distributed.test_bank_meshes import merged as merged_blocks
 from tests.distributed.test_memory_meshes import memory_config, merged
 from tests.distributed.training_case import small_config, train_case
 
@@ -40,6 +42,21 @@ def test_fetching_ahead_and_recomputing_on_the_gpu_change_no_bit(gpu_ranks, stor
     for result in results[1:]:
         assert result[0]["losses"] == results[0][0]["losses"]
         assert all(torch.equal(table, merged(results[0])[layer]) for layer, table in merged(result).items())
+
+
+@pytest.mark.parametrize("store", ["device", "host"])
+def test_a_bank_on_the_gpu_equals_that_of_the_cpu(ranks, gpu_ranks, monkeypatch, store):
+    """Whatever is fetched ahead or recomputed, bit for bit."""
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    cpu = ranks.run(1, train_case, bank_config(), 6)
+    first = gpu_ranks.run(1, train_case, bank_config(bank__store=store), 6)
+    assert first[0]["losses"] == pytest.approx(cpu[0]["losses"], abs=1e-3)
+    for name, table in merged_blocks(first).items():
+        torch.testing.assert_close(table, merged_blocks(cpu)[name], rtol=0, atol=1e-2)
+    ahead = {"bank__prefetch_depth": 2, "train__activation_checkpointing": True}
+    again = gpu_ranks.run(1, train_case, bank_config(bank__store=store, **ahead), 6)
+    assert again[0]["losses"] == first[0]["losses"]
+    assert all(torch.equal(table, merged_blocks(first)[name]) for name, table in merged_blocks(again).items())
 
 
 def test_bf16_on_the_gpu_learns(gpu_ranks):

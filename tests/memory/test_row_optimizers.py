@@ -348,3 +348,12 @@ def test_own_clip_norm(settings):
     norm = float(np.linalg.norm(update.gradients.astype(np.float64) * update.scale))
     plain.apply(two, replace(update, scale=update.scale * 0.1 / (norm + 1e-6)), 0)
     assert all(torch.allclose(one[name].float(), two[name].float(), rtol=1e-6) for name in one.arrays)
+
+
+def test_few_wide_rows_are_shared_out_like_many_narrow_ones():
+    for dim, rows, expected in ((64, 512, 2), (64, 500, 1), (1 << 20, 3, 3), (1 << 20, 1, 1)):
+        threads, seen = RowThreads(3, dim), []
+        threads.run(rows, seen.append)
+        assert len(seen) == expected
+        assert sorted(row for part in seen for row in range(part.start, part.stop)) == list(range(rows))
+        threads.close()

@@ -70,6 +70,25 @@ def test_a_bank_is_added_to_a_run(ranks, bank_run, tmp_path):
     assert "data: fingerprint differs" in ranks.run(1, trainer_case, leaves)[0]["error"]
 
 
+@pytest.mark.parametrize("anchor", ["frozen", pytest.param("train", marks=pytest.mark.full)])
+def test_a_bank_is_added_to_an_imported_model(ranks, bank_run, tmp_path, anchor, capsys):
+    plain, _ = bank_run(name="plain", model__moe=None, model__memory_bank=None, data__addresses=None, train__steps=2)
+    ranks.run(1, trainer_case, plain)
+    exported, imported = str(tmp_path / "exported"), str(tmp_path / "runs" / "imported")
+    assert main(["export", "--checkpoint", str(tmp_path / "runs" / "plain"), "--out", exported]) == 0
+    assert main(["import", "--from", exported, "--out", imported]) == 0
+    bank = {**BANK, "anchor": anchor}
+    section = CheckpointReader(imported).config.model.model_dump(mode="json")
+    added, _ = bank_run(name="imported", train__steps=2)
+    added["model"] = {**section, "memory_bank": bank}
+    result = ranks.run(1, trainer_case, added)[0]
+    assert (result["error"], result["started_at"], result["steps"]) == (None, 0, 2)
+    kept, after = CheckpointReader(tmp_path / "runs" / "plain"), CheckpointReader(imported)
+    same = [torch.equal(kept.read(name), after.read(name)) for name in kept.tensors]
+    assert all(same) if anchor == "frozen" else not all(same)
+    assert any(after.read(name).any() for name in after.tensors if ".bank." in name)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
