@@ -249,7 +249,7 @@ def _write_piece(
 
 def _side_by_side(trained: TrainedModel, piece: Piece) -> Iterator[torch.Tensor]:
     """The values of rows that stand side by side, in row-major order, a slice at a time; a long row layer by layer."""
-    rows = SLICE_BYTES // (piece.shape[1] * torch.float32.itemsize)
+    rows = SLICE_BYTES // (2 * piece.shape[1] * torch.float32.itemsize)  # the layers' columns, and side by side
     if rows:
         for start in range(piece.start, piece.stop, rows):
             stop = min(start + rows, piece.stop)

@@ -13,8 +13,12 @@ from kmem.checkpoint.commit import Progress
 from kmem.checkpoint.writer import write_weights
 from kmem.data.addresses import model_addresses
 from kmem.hf.importing import starting_config
+from kmem.model.bank_layout import BankLayout
+from kmem.model.cluster_tree import read_tree_record
 from kmem.model.engram_memory import table_name
+from kmem.model.shape import Shape
 from kmem.parallel.parameter_counts import tensor_shapes
+from tests.hf.banks import BANKS, make_tree, write_bank_run
 from tests.hf.models import EXPERTS, GQA, memory, model, tokenizer, write_run
 
 MEASURE = """
@@ -137,3 +141,37 @@ def test_a_table_passes_through_in_slices_and_is_never_loaded(tmp_path):
     assert tables > 250e6
     assert max(exporting, importing) < 80e6  # a slice is 32 MiB
     assert max(mapped, from_run) < 20e6
+
+
+def test_a_bank_passes_through_in_slices_and_a_context_loads_its_blocks(tmp_path):
+    """Rows of 40 MB, which are longer than a slice, and of 6 MB; a forward pass of one context holds one of each."""
+    write_bank_run(tmp_path / "small", BANKS["ffn"])
+    config = model(
+        GQA, None, hidden_size=256, num_layers=4, memory_bank={"children": 4, "levels": [3414, 512], "kind": "ffn"}
+    )
+    shapes, block = tensor_shapes(config), torch.randn(1 << 22)
+    own = make_tree(tmp_path / "large" / "tree", children=4)
+
+    def parts(name):
+        left = torch.Size(shapes[name]).numel()
+        while left:
+            yield block[: min(left, len(block))]
+            left -= min(left, len(block))
+
+    write_weights(
+        tmp_path / "large" / "checkpoints",
+        Progress(step=1, consumed_samples=0, tokens=0, optimizer_steps=0),
+        starting_config(tmp_path / "large", config),
+        shapes,
+        parts,
+        tree=read_tree_record(own),
+    )
+    os.symlink(tmp_path / "small" / "tokenizer", tmp_path / "large" / "tokenizer")
+    exporting, importing, mapped, from_run = measure(tmp_path)
+    layout = BankLayout.of(Shape(config.model_dump()))
+    bank, fetched = 4 * layout.bank_values, 4 * layout.fetched_values
+    figures = {"bank": bank, "fetched": fetched, "export": exporting, "import": importing, "mapped": mapped}
+    print(json.dumps({**figures, "run": from_run}))
+    assert bank > 250e6
+    assert max(exporting, importing) < 80e6  # a slice is 32 MiB
+    assert max(mapped, from_run) < 2.5 * fetched  # twice while the layers' columns are put side by side
