@@ -27,6 +27,7 @@ from kmem.model.expert_backends import find_backend, problem
 from kmem.model.init import initialise_
 from kmem.model.moe import ExpertLayer
 from kmem.model.shape import Shape
+from kmem.parallel.bank_ledger import BankLedger, LevelBank
 from kmem.parallel.bank_table import BankTable
 from kmem.parallel.engine import StepEngine, UnclippedBF16Optimizer
 from kmem.parallel.expert_dispatch import AllToAllDispatcher
@@ -58,6 +59,8 @@ class StepResult:
     routing: StepRouting | None
     memory: dict[int, LayerMemory] | None = None
     """By layer."""
+    bank: dict[int, LevelBank] | None = None
+    """By level."""
 
 
 class Pipeline:
@@ -102,12 +105,15 @@ class Pipeline:
         self.addresses = addresses
         self.memory: StageMemory | None = None
         self.memory_ledger: MemoryLedger | None = None
+        self.bank_ledger: BankLedger | None = None
         tables: list[StageTable] = list(self._bank_tables())
         modules = self._memory_layers()
         if addresses is not None:
             tables += [NgramTable(config, addresses, layer) for layer in sorted(modules)]
         if addresses is not None or shape.bank is not None:
             self.memory = StageMemory(config, mesh, tables, self.device, initialise_rows)
+            if shape.bank is not None:
+                self.bank_ledger = BankLedger(self.memory, BankLayout.of(shape), self.context.bank_layout)
         if addresses is not None:
             assert self.memory is not None
             self.memory_ledger = MemoryLedger(self.memory, addresses, modules, shape, mesh, self.context)
@@ -177,7 +183,8 @@ class Pipeline:
             if not self.frozen:
                 self.ledger.update_biases(routing, self.config.model.moe.bias_update_rate)
         figures = None if self.memory_ledger is None else self.memory_ledger.close_step(begun, sampled)
-        return StepResult(loss, tokens, self.engine.grad_norm, routing, figures)
+        bank = None if self.bank_ledger is None else self.bank_ledger.close_step(begun)
+        return StepResult(loss, tokens, self.engine.grad_norm, routing, figures, bank)
 
     def evaluate(self, micro_batches: Sequence[SequenceBatch]) -> tuple[float, int]:
         """(sum of cross entropy in nats, tokens) of all ranks' micro-batches; every rank passes equally many."""

@@ -68,6 +68,9 @@ class StepRecord:
     memory: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Per layer with an n-gram memory: the fields of `kmem.parallel.memory_ledger.LayerMemory`, and dedup_ratio."""
 
+    bank: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Per level of a memory bank: the fields of `kmem.parallel.bank_ledger.LevelBank`."""
+
     def to_json(self) -> dict[str, Any]:
         return {"kind": "step", **asdict(self)}
 

@@ -59,6 +59,8 @@ class WandbTracking(Callback):
             del figures["coactivation"]  # matrices; they are in metrics.jsonl
             figures |= {f"phase/{name}": seconds for name, seconds in phases.items()}
             figures |= {f"experts/{layer}/{name}": v for layer, load in experts.items() for name, v in load.items()}
+            for level, bank in figures.pop("bank").items():
+                figures |= _flat(f"bank/{level}", bank)
             for layer, memory in figures.pop("memory").items():
                 figures |= _flat(f"memory/{layer}", memory)
             self._run.log(figures, step=record.step)

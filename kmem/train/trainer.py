@@ -225,6 +225,7 @@ class Trainer:
                 str(layer): {**asdict(figures), "dedup_ratio": figures.dedup_ratio}
                 for layer, figures in result.memory.items()
             }
+        record.bank = {str(level): asdict(figures) for level, figures in (result.bank or {}).items()}
         return record
 
     def _evaluation_due(self, step: int) -> bool:

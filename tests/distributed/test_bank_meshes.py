@@ -122,6 +122,25 @@ def test_blocks_that_no_step_fetches_keep_their_bits(ranks, name):
             assert (after[used] != rows[used]).any(dim=1).all()
 
 
+def test_figures_count_the_clusters_of_the_global_batch(ranks):
+    """Each once, whatever the number of stages."""
+    for world, mesh in ((1, {}), (4, {"parallel__pipeline": 2})):
+        tree = bank_config(**mesh)
+        results = ranks.run(world, train_case, tree, 2)
+        layout = BankLayout.of(Shape(parse_config(tree).model.model_dump()))
+        for step, figures in enumerate(results[-1]["bank"]):
+            samples = list(range(step * 8, (step + 1) * 8))
+            addresses = addressed(synthetic_sequences(samples), samples).addresses
+            assert list(figures) == list(layout.levels)
+            for level, found in figures.items():
+                rows = rows_of(layout, addresses, level)
+                assert found.touched_blocks == len(rows[rows >= 0].unique())
+                assert found.touch_density == found.touched_blocks / layout.rows(level)
+                assert found.touched_blocks <= found.fetched_blocks <= 2 * found.touched_blocks
+                assert (found.fetched_blocks == found.touched_blocks) or world == 4
+        assert results[0]["bank"][1][1].touched_blocks == results[-1]["bank"][1][1].touched_blocks
+
+
 def test_evaluation_in_between_changes_nothing(ranks):
     tree = bank_config(bank__prefetch_depth=2)
     without, between = (merged(ranks.run(1, train_case, tree, STEPS, every)) for every in (0, 2))

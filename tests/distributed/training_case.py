@@ -100,6 +100,7 @@ def train_case(tree: dict[str, Any], steps: int, evaluate_every: int = 0) -> dic
         "rows": rows,
         "blocks": blocks,
         "memory": results[-1].memory,
+        "bank": [result.bank for result in results],
     }
 
 

@@ -1,5 +1,6 @@
 """`kmem train` with a memory bank: addresses of prepared data, generic blocks, resuming, errors."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -56,6 +57,10 @@ def test_a_run_trains_evaluates_and_resumes(ranks, bank_run, addressed, tmp_path
     assert all(torch.equal(one.read(name), other.read(name)) for name in one.tensors)
     assert one.commit.tree == bank_tree(parse_config(whole))
     assert (one.run_folder / "tree" / "tree.json").is_file()
+    records = [json.loads(line) for line in (one.run_folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [record["bank"] for record in records if record["kind"] == "step"]
+    assert [list(figures) for figures in steps] == [["1", "2"]] * 4
+    assert all(0 < figures["2"]["touched_blocks"] <= 5 for figures in steps)
 
 
 def test_a_bank_is_added_to_a_run(ranks, bank_run, tmp_path):
