@@ -106,7 +106,9 @@ def tree() -> Path:
     return make_tree(Path(folder.name) / "tree")
 
 
-def make_tree(folder: Path, children: int = CHILDREN, levels: int = LEVELS, seed: int = 0) -> Path:
+def make_tree(
+    folder: Path, children: int = CHILDREN, levels: int = LEVELS, seed: int = 0, of_tokenizer: Path | None = None
+) -> Path:
     dim, generator = 4, torch.Generator().manual_seed(seed)
     embedder = folder.parent / f"{folder.name}-embedder"
     embedder.mkdir(parents=True)
@@ -121,7 +123,7 @@ def make_tree(folder: Path, children: int = CHILDREN, levels: int = LEVELS, seed
         "children": children,
         "levels": levels,
         "unit": "document",
-        "tokenizer": tokenizer_fingerprint(tokenizer()),
+        "tokenizer": tokenizer_fingerprint(of_tokenizer or tokenizer()),
     }
     leaves = np.ones(children**levels, dtype=np.int64)
     write_tree(folder, [rows.numpy() for rows in centroids], leaves, embedder, described)

@@ -1,6 +1,8 @@
 """`kmem eval` of a memory bank: the addresses of the data or of the prompts, and the controls."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ from tests.data.cluster_case import give_addresses
 from tests.data.conftest import write_jsonl
 from tests.hf.banks import BANKS, bank, make_tree, random_bank, router, tree, write_bank_run
 from tests.hf.models import TEXT, model, tokenizer, write_run
+from tests.train.test_trainer import metrics
+from tests.train.trainer_case import trainer_case
 
 TEXTS = [f"{text} {number}" for number, text in enumerate(TEXT)]
 
@@ -150,3 +154,28 @@ def test_bad_input(prepared, run, tmp_path, capsys):
     assert "no memory bank" in fails("--bank", "none", checkpoint=plain)
     without = write_bank_run(tmp_path / "run", bank(generic={"probability": 0}))
     assert "no generic blocks" in fails("--bank", "generic", checkpoint=without)
+
+
+@pytest.mark.parametrize("batching", ["packed", "leaf"])
+def test_eval_equals_the_evaluation_of_the_run(batching, ranks, run_config, corpus, tmp_path, capsys):
+    """With the tree and the sequences of the run."""
+    folder, own = tmp_path / "prepared", make_tree(tmp_path / "own", 2, 2, of_tokenizer=corpus / "tokenizer")
+    shutil.copytree(corpus, folder)
+    give_addresses(folder, own)
+    data = {
+        "sources": [{"path": str(folder)}],
+        "sequence_length": 32,
+        "addresses": {"tree": str(own), "batching": batching},
+    }
+    section = {"children": 2, "levels": [4, 2], "generic": {"probability": 0.3}}
+    changes = {"model__memory_bank": section, "data": data, "evaluation": {"sequences": None}}
+    settings, _ = run_config(**changes, train__steps=4, bank__optimizer__lr_multiplier=20.0)
+    assert ranks.run(2, trainer_case, settings)[0]["error"] is None
+    run = Path(settings["folder"]) / settings["name"]
+    losses = {}
+    for control in ("fetched", "generic", "none", "blocked"):
+        assert main(["eval", "--checkpoint", str(run), "--bank", control, "--json"]) == 0
+        losses[control] = json.loads(capsys.readouterr().out)["held_out"][str(folder)]["loss"]
+    assert losses["fetched"] == pytest.approx(metrics(settings, "evaluation")[-1]["loss"], abs=1e-5)
+    assert losses["fetched"] < losses["none"]
+    assert losses["fetched"] != losses["blocked"]
