@@ -212,4 +212,4 @@ def _print(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
         column.justify = "right"
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=max(Console().width, 110)).print(table)

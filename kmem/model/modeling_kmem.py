@@ -134,7 +134,9 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
                 model.contexts.sources = dict(described.mapped(find))
 
             def tokenizer() -> Any:
-                return AutoTokenizer.from_pretrained(pretrained_model_name_or_path, trust_remote_code=False, **options)
+                return AutoTokenizer.from_pretrained(
+                    pretrained_model_name_or_path, config=model.config, trust_remote_code=False, **options
+                )
 
             def router() -> ContextRouter:
                 return described.router(described.find_tree(find), DeferredTokenizer(tokenizer))

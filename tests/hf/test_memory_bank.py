@@ -356,6 +356,18 @@ def test_rows_learn_in_transformers_as_in_kmem(folders):
         rows.requires_grad_(False)
 
 
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("memory", ["device", "mmap"])
+def test_blocks_come_to_the_models_device(memory, folders):
+    decoder, folder = folders("ffn")
+    model, ids = opened(folder, memory=memory).cuda(), tokens()
+    for leaves in (torch.tensor([1, 2, 2, 8]), torch.tensor([1, 0, 2, 7])):
+        found = model(ids.cuda(), addresses=leaves).logits.cpu()
+        torch.testing.assert_close(found, decoder.bank_logits(ids, leaves), rtol=1e-4, atol=1e-4)
+    assert model.generate(ids.cuda(), **COMMON).shape == (4, 20)
+
+
 @torch.no_grad()
 def test_a_new_model_starts_as_without_a_bank():
     config = KmemConfig(model=BANKS["ffn"].model_dump(mode="json"))
