@@ -25,6 +25,9 @@ CHAINS = {
 
 
 def chain_config(chain=None, **changes):
+    # Where two experts' scores nearly tie, rounding decides, and curves part: with seed 2 by 1e-4, with 0 by 1e-5, with
+    # 1, 3 and 4 nothing comes so near in these steps.
+    changes = {"train__init_seed": 1, **changes}
     return small_config(model__moe__chain=chain or {"iterations": 2}, **changes)
 
 
