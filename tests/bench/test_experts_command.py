@@ -76,6 +76,7 @@ def test_every_pass_has_gradients_of_its_own(config):
     assert all(leaf.grad.equal(gradient) for leaf, gradient in zip(leaves, gradients, strict=True))
 
 
+@pytest.mark.full
 def test_both_sides_are_timed_in_turn(tmp_path, capsys):
     record = tmp_path / "experts.json"
     rounds = ["--rounds", "2", "--steps", "1", "--threads", "1", "--profile", "--json", str(record)]

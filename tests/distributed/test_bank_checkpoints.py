@@ -127,7 +127,7 @@ BALANCED = {**EXPERTS, "score_function": "sigmoid", "selection_bias": True, "bia
 
 
 @pytest.mark.parametrize(
-    "changes", [pytest.param({}, marks=pytest.mark.full), {"train__precision": "bf16"}], ids=["fp32", "bf16"]
+    "changes", [{}, pytest.param({"train__precision": "bf16"}, marks=pytest.mark.full)], ids=["fp32", "bf16"]
 )
 def test_a_frozen_anchor_keeps_its_bits(ranks, tmp_path, changes):
     """Weights, in bf16 their masters, and selection biases; nothing else is saved of it."""

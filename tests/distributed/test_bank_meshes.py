@@ -178,6 +178,7 @@ def test_other_models_on_the_widest_mesh(ranks, tmp_path, changes):
         assert loose[0]["losses"] != pytest.approx(one[0]["losses"], abs=1e-4)
 
 
+@pytest.mark.full
 def test_bf16_trains_close_to_fp32(ranks):
     (fp32,) = ranks.run(1, train_case, bank_config(), STEPS)
     changes = {"train__precision": "bf16", "bank__dtype": "bf16", "parallel__pipeline": 2, "parallel__expert": 2}

@@ -136,6 +136,7 @@ def test_other_models_on_the_widest_mesh(ranks, tmp_path, changes):
         torch.testing.assert_close(merged(four)[name], table, rtol=0, atol=1e-4)
 
 
+@pytest.mark.full
 def test_bf16_trains_close_to_fp32(ranks):
     (fp32,) = ranks.run(1, train_case, memory_config(), STEPS)
     changes = {"train__precision": "bf16", "memory__dtype": "bf16", "memory__optimizer__stochastic_rounding": True}
