@@ -167,6 +167,7 @@ FIRST = {"model__memory_bank__placement": "first", "model__memory_bank__placed_l
     ],
     ids=["clipped", "beside-ngram-memory", "tied-first"],
 )
+@pytest.mark.full
 def test_other_models_on_the_widest_mesh(ranks, tmp_path, changes):
     tree = bank_config(**changes, bank__folder=str(tmp_path))
     wide = bank_config(**changes, bank__folder=str(tmp_path), parallel__pipeline=2, parallel__expert=2)

@@ -46,6 +46,7 @@ def test_loss_curve_equals_plain_pytorch(ranks, mesh, variant):
 
 
 @pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.full
 def test_other_chains_on_the_widest_mesh(ranks, chain):
     tree = chain_config(CHAINS[chain], parallel__pipeline=2, parallel__expert=2)
     losses, norms = plain_training(chain_config(CHAINS[chain]))
@@ -54,6 +55,7 @@ def test_other_chains_on_the_widest_mesh(ranks, chain):
     assert result["norms"] == pytest.approx(norms, rel=1e-4)
 
 
+@pytest.mark.full
 def test_bf16_trains_close_to_fp32(ranks):
     chain = {"iterations": 2, "retrofit_scale": True}
     (fp32,) = ranks.run(1, train_case, chain_config(chain), STEPS)

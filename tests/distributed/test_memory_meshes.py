@@ -127,6 +127,7 @@ def test_evaluation_in_between_changes_nothing(ranks):
     ],
     ids=["qwen", "v4.1", "tied-mapped", "catchup-clipped", "sinkhorn", "first-and-last-layer"],
 )
+@pytest.mark.full
 def test_other_models_on_the_widest_mesh(ranks, tmp_path, changes):
     changes = {**changes, "memory__folder": str(tmp_path)}
     one = ranks.run(1, train_case, memory_config(**changes), 5)

@@ -63,6 +63,7 @@ def test_pipeline_depth_and_recomputation_are_bitwise(ranks):
     ],
     ids=["tied", "mla", "dense", "softmax"],
 )  # fmt: skip
+@pytest.mark.full
 def test_other_models_on_the_widest_mesh(ranks, changes):
     (reference,) = ranks.run(1, train_case, small_config(**changes), 5)
     expert = {} if changes.get("model__moe", 0) is None else {"parallel__expert": 2}
@@ -72,6 +73,7 @@ def test_other_models_on_the_widest_mesh(ranks, changes):
 
 
 @pytest.mark.parametrize("changes", [{"parallel__zero_stage": 0}, {"train__precision": "bf16"}], ids=["zero-0", "bf16"])
+@pytest.mark.full
 def test_tied_weights_over_stages(ranks, changes):
     """The gradient norm counts the embedding once, though two stages hold it."""
     changes = changes | {"model__tie_embeddings": True}
@@ -111,6 +113,7 @@ def test_micro_batch_aux_loss_at_a_fixed_composition_of_micro_batches(ranks):
     assert other["losses"] != pytest.approx(reference["losses"], abs=1e-5), "the control must differ"
 
 
+@pytest.mark.full
 def test_bf16_trains_close_to_fp32(ranks):
     """On one rank, on the widest mesh, and with a stage that has no experts, on which DeepSpeed's own step hangs."""
     (fp32,) = ranks.run(1, train_case, small_config(), STEPS)
