@@ -263,3 +263,8 @@ class ModelConfig(Section):
         if self.memory_bank is not None:
             self.memory_bank.check_model(self)
         return self
+
+    @property
+    def frozen_anchor(self) -> bool:
+        """Whether only the memory bank is trained."""
+        return self.memory_bank is not None and self.memory_bank.anchor == "frozen"

@@ -6,14 +6,17 @@ ranks that share one set of experts are neighbours within a stage.
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from kmem.config import Config, ConfigError
+from kmem.config import Config, ConfigError, UserError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,26 @@ def lost_peer(error: BaseException | None) -> bool:
     return isinstance(error, RuntimeError | TimeoutError) and any(sign in str(error) for sign in signs)
 
 
-def gather(value: str | None) -> list[str | None]:
-    """Every rank's text, by rank; collective over the world."""
-    values: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+def raise_anywhere(problem: str | None, kind: type[UserError] = UserError) -> None:
+    """Raise the problem of the first rank that has one, on every rank; collective over the world."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    found = [(rank, text) for rank, text in enumerate(problems) if text is not None]
+    if found:
+        rank, text = found[0]
+        raise kind(text if rank == 0 else f"rank {rank}: {text}")
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """The result of an action that every rank does for itself; if it is a UserError on any, all ranks raise one.
+    Collective over the world."""
+    result, problem = None, None
+    try:
+        result = action()
+    except UserError as error:
+        problem = str(error)
+    raise_anywhere(problem)
+    return cast(Result, result)
 
 
 def leave_mesh() -> None:

@@ -16,7 +16,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
-from kmem.config import Config, OptimizerConfig, UserError
+from kmem.config import Config, OptimizerConfig
 from kmem.data.batch import SequenceBatch
 from kmem.memory.exchange import join_groups
 from kmem.memory.working_set import WorkingSet
@@ -33,7 +33,7 @@ from kmem.parallel.engine import StepEngine, UnclippedBF16Optimizer
 from kmem.parallel.expert_dispatch import AllToAllDispatcher
 from kmem.parallel.gradients import GradientNorm
 from kmem.parallel.memory_ledger import LayerMemory, MemoryLedger
-from kmem.parallel.mesh import Mesh, expert_group, gather, limit_waiting, local_device
+from kmem.parallel.mesh import Mesh, expert_group, limit_waiting, local_device, raise_anywhere
 from kmem.parallel.ngram_table import NgramTable
 from kmem.parallel.routing_ledger import RoutingLedger, StepRouting
 from kmem.parallel.stage_layers import EmbeddingLayer, LossLayer, NormLayer, StageLayer, TransformerLayer, tied_loss
@@ -86,11 +86,8 @@ class Pipeline:
         self.device = local_device()
         self.context = StepContext()
         self.shape = shape = Shape(config.model.model_dump())
-        self.frozen = shape.bank is not None and shape.bank.anchor == "frozen"
-        """Whether only the memory bank is trained."""
-        for refusal in gather(expert_backend_problem(config)):
-            if refusal is not None:
-                raise UserError(refusal)
+        self.frozen = config.model.frozen_anchor
+        raise_anywhere(expert_backend_problem(config))
         with _quiet():
             self.module = _StagedModule(_layer_specs(config, shape, mesh), mesh.pipeline, stage_bounds(config))
         self.context.frozen = self.frozen
@@ -303,11 +300,9 @@ def engine_config(config: Config, mesh: Mesh) -> dict[str, Any]:
     """DeepSpeed's configuration. Clipping, schedule, logging and checkpoints are kmem's, so they are off here."""
     train = config.train
     bf16 = train.precision == "bf16"
-    bank = config.model.memory_bank
-    frozen = bank is not None and bank.anchor == "frozen"
     # Without data parallelism there is nothing to shard, and fp32 ZeRO-1 would keep every weight twice. A frozen anchor
     # has no state.
-    stage = 1 if bf16 or (config.parallel.zero_stage == 1 and mesh.data > 1 and not frozen) else 0
+    stage = 1 if bf16 or (config.parallel.zero_stage == 1 and mesh.data > 1 and not config.model.frozen_anchor) else 0
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": False,

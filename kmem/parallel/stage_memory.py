@@ -24,7 +24,7 @@ from kmem.memory.stores import StoreError, available_host_memory, gib
 from kmem.memory.table import Table, TableSpec, Ticket, row_bytes
 from kmem.memory.worker import MemoryWorker
 from kmem.memory.working_set import WorkingSet
-from kmem.parallel.mesh import Mesh, any_rank, gather
+from kmem.parallel.mesh import Mesh, any_rank, together
 
 
 class StageTable(Protocol):
@@ -99,7 +99,7 @@ class StageMemory:
     def _build(self, config: Config, stage_tables: Sequence[StageTable], device: torch.device) -> None:
         """Allocate all tables of the world, or none."""
         planned = [(table.spec(config), table) for table in stage_tables]
-        _agree(
+        together(
             lambda: _check_host_memory([(table.section, spec, table.settings) for spec, table in planned], self._scale)
         )
         worker = self._worker
@@ -120,7 +120,7 @@ class StageMemory:
                     settings.threads, initialise=False, norm_group=table.norm_group,
                 )  # fmt: skip
 
-        _agree(build)
+        together(build)
 
     def initialise(self, kind: type | None = None) -> None:
         """Draw the first rows of all tables, or of those of one kind, however long that takes: ranks that are through
@@ -186,18 +186,6 @@ class StageMemory:
     def _ids(self, name: str, batches: Sequence[SequenceBatch]) -> Callable[[], Tensor]:
         """Row ids, computed where the function is called: by the worker, beside the running step."""
         return lambda: self._of[name].ids(batches)
-
-
-def _agree(action: Callable[[], None]) -> None:
-    """Do something on every rank; if it fails on one, all of them raise its message. Collective over the world."""
-    problem = None
-    try:
-        action()
-    except UserError as error:
-        problem = str(error)
-    problem = next((found for found in gather(problem) if found), None)
-    if problem is not None:
-        raise UserError(problem)
 
 
 def _check_host_memory(planned: Sequence[tuple[str, TableSpec, MemoryConfig]], share: float) -> None:

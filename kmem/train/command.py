@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from kmem.config import ConfigError, UserError, load_config
+from kmem.config import Config, ConfigError, UserError, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,15 +34,14 @@ def run(arguments: argparse.Namespace) -> int:
         from kmem.train.dry_run import print_dry_run
 
         return print_dry_run(config, arguments.nproc, as_json=arguments.json)
-    from kmem.data.reader import open_data
-
     if arguments.nproc is not None and "RANK" in os.environ and not arguments.dry_run:
         raise ConfigError("--nproc: this process is already a rank of a launcher (RANK is set); leave --nproc out")
     if arguments.nproc is not None and arguments.nproc > 1:
         config.data_parallel_size(arguments.nproc)
-        open_data(config.data, config.model.vocab_size)  # so that bad data is one error, not one per rank
+        from kmem.data.reader import open_data
         from kmem.train.bank_addresses import bank_tree
 
+        open_data(config.data, config.model.vocab_size)  # so that bad data is one error, before ranks are started
         bank_tree(config)
         from kmem.parallel.local_launch import launch_local
 
@@ -53,8 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         config.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
-        data = open_data(config.data, config.model.vocab_size)
-        return _train(config, data)
+        return _train(config)
     except UserError as error:
         if rank == 0:
             raise
@@ -62,14 +60,16 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
 
 
-def _train(config, data) -> int:
-    from kmem.parallel.mesh import join_mesh, leave_mesh
+def _train(config: Config) -> int:
+    from kmem.data.reader import open_data
+    from kmem.parallel.mesh import join_mesh, leave_mesh, together
     from kmem.train.reporting import MetricsFile, ProgressReport
     from kmem.train.run_folder import RunFolder
     from kmem.train.tracking import WandbTracking
     from kmem.train.trainer import Trainer
 
     mesh = join_mesh(config)
+    data = together(lambda: open_data(config.data, config.model.vocab_size))
     folder = RunFolder(config)
     trainer = Trainer(
         config,

@@ -135,8 +135,7 @@ def rank_memory(config: Config, mesh: Mesh) -> list[RankMemory]:
         shards = mesh.data if config.parallel.zero_stage == 1 else 1
         expert_shards = mesh.data // mesh.expert if config.parallel.zero_stage == 1 else 1
         sharded = -(-dense // shards) + -(-experts // expert_shards)
-        frozen = config.model.memory_bank is not None and config.model.memory_bank.anchor == "frozen"
-        if frozen and train.precision == "fp32":
+        if config.model.frozen_anchor and train.precision == "fp32":
             weights, gradients, optimizer = 4 * own, 0, 0
         elif train.precision == "bf16":
             weights, gradients, optimizer = 2 * own, (2 + 4) * own, 12 * sharded

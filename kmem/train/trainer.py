@@ -21,7 +21,7 @@ from kmem.data.addresses import model_addresses
 from kmem.data.reader import PreparedData
 from kmem.memory.exchange import ExchangeError
 from kmem.parallel.engine import NonFiniteStepError
-from kmem.parallel.mesh import Mesh, any_rank, gather, lost_peer
+from kmem.parallel.mesh import Mesh, any_rank, lost_peer, raise_anywhere, together
 from kmem.parallel.parameter_counts import count_parameters
 from kmem.parallel.pipeline import Pipeline, StepResult, split_samples
 from kmem.parallel.stage_memory import BegunStep
@@ -73,8 +73,9 @@ class Trainer:
         self._flops = flops_per_token(config, self._counts)
         self.store = CheckpointStore(self.folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every)
         found = self._chosen_checkpoint(config.checkpoint.resume)
-        addresses = model_addresses(config.model, data.tokenizer_path)
-        self.tree = bank_tree(config)
+        addresses, self.tree = together(
+            lambda: (model_addresses(config.model, data.tokenizer_path), bank_tree(config))
+        )
         self.pipeline = Pipeline(config, mesh, addresses, initialise_rows=found is None)
         self._begun: deque[BegunStep] = deque()
         """Steps whose rows are being fetched, the next one first."""
@@ -136,9 +137,7 @@ class Trainer:
         problem = None
         if self.mesh.rank == 0 and not finished:
             problem = self.folder.prepare(self.config, self.data.tokenizer_path, tree_folder(self.config))
-        for found in gather(problem):
-            if found:
-                raise TrainingError(found)
+        raise_anywhere(problem, TrainingError)
 
     def _asked_to_stop(self, interruption: Interruption) -> bool:
         """Whether any rank was asked to stop; collective, so that all ranks stop after the same step.
@@ -149,7 +148,7 @@ class Trainer:
         problem = self.store.failure() or self._callback_problem
         asked, failed = any_rank([interruption.received is not None, problem is not None])
         if failed:
-            raise TrainingError(next(found for found in gather(problem) if found))
+            raise_anywhere(problem, TrainingError)
         return asked
 
     def summary(self) -> str:

@@ -192,13 +192,15 @@ def test_errors_are_one_line_and_exit_code_2(run_config, tmp_path):
         assert len(answer.stderr.strip().splitlines()) == 1, answer.stderr
 
 
-def test_bad_input_is_reported_by_every_rank_before_a_process_group_starts(run_config):
-    """As a launcher would start them; each ends by itself, so that no rank waits for the others."""
-    _, path = run_config(data__sources=[{"path": "/none"}])
+def test_bad_input_of_one_rank_is_reported_by_all(run_config):
+    """As on two machines, one of which lacks the data; no rank waits for the others."""
+    _, path = run_config()
+    lacking = ["--set", "data.sources.0.path=/none"]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29520", "WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "launch/pretrain.py", "--config", str(path)],
-            env=ENVIRONMENT | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
+            [sys.executable, "launch/pretrain.py", "--config", str(path), *(lacking if rank else [])],
+            env=ENVIRONMENT | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=ROOT, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(2)
@@ -206,7 +208,7 @@ def test_bad_input_is_reported_by_every_rank_before_a_process_group_starts(run_c
     for process in processes:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 2
-        assert "/none: no such folder" in errors
+        assert "rank 1: /none: no such folder" in errors
 
 
 def test_dry_run_needs_no_data_and_prints_exact_integers(run_config):
