@@ -6,6 +6,9 @@ from pathlib import Path
 
 from kmem.config import UserError
 
+FETCHING = ("fetched", "blocked")
+"""Of `--bank`: what looks up the clusters of contexts."""
+
 
 def add_bank_arguments(parser: argparse.ArgumentParser, controls: Sequence[str]) -> None:
     """Options of commands that run a model with a memory bank.
@@ -19,6 +22,10 @@ def add_bank_arguments(parser: argparse.ArgumentParser, controls: Sequence[str])
     parser.add_argument(
         "--bank-levels", metavar="L,L", help="levels of a memory bank that are on, such as 1,2 (default: all)"
     )
+    parser.add_argument(
+        "--blocked", metavar="PATH,PATH", help="clusters of a memory bank that contexts may not use, such as 3,7.2; "
+        "the next nearest take their place",
+    )  # fmt: skip
     parser.add_argument(
         "--tree", type=Path, metavar="TREE", help="cluster tree of a run's memory bank (default: that of the run)"
     )
@@ -35,3 +42,24 @@ def chosen_levels(text: str | None) -> tuple[int, ...] | None:
     if not all(part.strip().isdecimal() for part in text.split(",")):
         raise UserError(f"--bank-levels {text}: write levels joined by commas, such as 1,2")
     return tuple(int(part) for part in text.split(","))
+
+
+def blocked_clusters(text: str | None, control: str | None) -> tuple[tuple[int, ...], ...]:
+    """Paths of `--blocked`; whether the tree has them is for the bank to say.
+
+    Args:
+        control: what `--bank` says, None for its default.
+
+    Raises:
+        UserError: not paths joined by commas, or `--bank` fetches nothing that could be blocked.
+    """
+    if text is None:
+        return ()
+    from kmem.model.cluster_tree import parse_path
+
+    if control not in (None, *FETCHING):
+        raise UserError(f"--blocked {text}: --bank {control} looks up no clusters; leave one of them out")
+    try:
+        return tuple(parse_path(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--blocked {text}: {error}") from None

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kmem.checkpoint.bank_options import add_bank_arguments, chosen_levels
+from kmem.checkpoint.bank_options import add_bank_arguments, blocked_clusters, chosen_levels
 from kmem.config import UserError
 
 
@@ -29,8 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--top-p {arguments.top_p}: above 0 and at most 1")
     from kmem.hf.loading import load
 
-    levels = chosen_levels(arguments.bank_levels)
-    model, tokenizer = load(arguments.checkpoint, arguments.tree, arguments.bank, levels)
+    levels, blocked = chosen_levels(arguments.bank_levels), blocked_clusters(arguments.blocked, arguments.bank)
+    model, tokenizer = load(arguments.checkpoint, arguments.tree, arguments.bank, levels, blocked)
     print(
         continue_text(
             model,

@@ -16,13 +16,18 @@ from kmem.hf.architectures import KMEM
 from kmem.hf.custom_code import register
 from kmem.hf.folder import ModelFolder
 from kmem.hf.key_map import account
+from kmem.model.cluster_tree import ClusterPath
 from kmem.model.engram_memory import EngramAddresses, table_name
 from kmem.model.exported_memory import COMPRESSION
 from kmem.parallel.parameter_counts import tensor_shapes
 
 
 def load(
-    path: Path, tree: Path | None = None, bank_memory: str | None = None, bank_levels: Sequence[int] | None = None
+    path: Path,
+    tree: Path | None = None,
+    bank_memory: str | None = None,
+    bank_levels: Sequence[int] | None = None,
+    bank_blocked: Sequence[ClusterPath] = (),
 ) -> tuple[Any, Any]:
     """(Transformers causal language model in evaluation mode, tokenizer), on the CPU; tables stay in mapped files.
 
@@ -32,6 +37,7 @@ def load(
         tree: of a checkpoint's memory bank; default: that of the run. A Hugging Face folder has its own.
         bank_memory: what a memory bank gives contexts, "fetched" (default), "generic" or "none".
         bank_levels: levels of a memory bank that are on; default: all.
+        bank_blocked: clusters of a memory bank that contexts may not use.
 
     Raises:
         UserError: neither of these, damaged, or no tokenizer.
@@ -44,11 +50,14 @@ def load(
         reader = CheckpointReader(path)
         model, tokenizer = _load_checkpoint(reader, tree), load_tokenizer(reader.tokenizer_path)
     bank = getattr(model, "contexts", None)
-    if bank is None and (bank_memory, bank_levels, tree) != (None, None, None):
-        raise UserError("--bank, --bank-levels and --tree are for models with a memory bank (model.memory_bank)")
+    if bank is None and (bank_memory, bank_levels, tree, bank_blocked) != (None, None, None, ()):
+        raise UserError(
+            "--bank, --bank-levels, --blocked and --tree are for models with a memory bank (model.memory_bank)"
+        )
     if bank is not None:
         try:
             bank.choose(bank_memory or "fetched", bank_levels)
+            bank.block(bank_blocked)
         except ValueError as error:
             raise UserError(str(error)) from None
     return model, tokenizer

@@ -110,6 +110,39 @@ class ClusterTree:
             )
         return node_N
 
+    def detour(self, leaves: Tensor, blocked: Iterable[ClusterPath]) -> Tensor:
+        """The leaves that contexts of these leaves have where clusters are blocked; int64 of the same shape.
+
+        Down to the first cluster that is blocked, a context goes where it went. From there its leaf's centroid descends
+        in its place: for addresses of data whose embeddings are not at hand. Negative numbers, which are no leaves,
+        stay.
+
+        Raises:
+            ValueError: as `descend`.
+        """
+        barred = self._barred(blocked)
+        if barred is None:
+            return leaves
+        distinct, places = leaves.unique(return_inverse=True)
+        own = distinct[distinct >= 0]
+        centroids_ND = self.centroids[-1][own.cpu()].to(leaves.device)
+        node, off = torch.zeros_like(own), torch.zeros_like(own, dtype=torch.bool)
+        for level, (centroids, closed) in enumerate(zip(self.centroids, barred, strict=True), 1):
+            here = self.level_ids(own, level)
+            off |= closed.to(leaves.device)[here]
+            here[off] = nearest_children(centroids_ND[off], node[off], centroids, self.children, closed)
+            node = here
+        distinct[distinct >= 0] = node
+        return distinct[places]
+
+    def check_blocked(self, blocked: Iterable[ClusterPath]) -> None:
+        """Refuse paths of clusters that cannot be blocked.
+
+        Raises:
+            ValueError: one is not there, or nothing would be left.
+        """
+        self._barred(blocked)
+
     def level_ids(self, leaves: Tensor, level: int) -> Tensor:
         """Clusters of a level (1..p) that leaves belong to; int64 of the same shape."""
         return level_ids(leaves, level, self.children, self.levels)

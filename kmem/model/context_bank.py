@@ -84,6 +84,8 @@ class ContextBank:
     """One of BANK_MEMORY."""
     levels: tuple[int, ...] | None = None
     """Levels that are on; None: all."""
+    blocked: tuple[ClusterPath, ...] = ()
+    """Clusters that no context may use where its leaf is looked up; the next nearest takes their place."""
     router: ContextRouter | Callable[[], ContextRouter] | None = None
     """Or how to load it when it is first needed."""
     leaves: Tensor | None = None
@@ -113,7 +115,7 @@ class ContextBank:
         contexts: Sequence[Context] | None,
         leaves: Tensor | None,
         levels: Iterable[int] | None,
-        blocked: Iterable[ClusterPath | str],
+        blocked: Iterable[ClusterPath | str] | None,
         like: Tensor,
     ) -> Fetch:
         """Fetch for contexts, or for leaves, and keep it until `forget`; `like` has the model's type and device."""
@@ -121,12 +123,18 @@ class ContextBank:
             raise ValueError(f"bank_memory={self.memory!r} fetches nothing; set it to 'fetched' first")
         if (contexts is None) == (leaves is None):
             raise ValueError("give either contexts or addresses to fetch for")
+        given = leaves if contexts is None else contexts
+        assert given is not None
+        if not len(given):
+            raise ValueError("no contexts to fetch for; to let go of those that were fetched: forget()")
         chosen = self.levels if levels is None else self._checked(levels)
+        paths = self.blocked if blocked is None else cluster_paths(blocked)
         began = time.perf_counter()
         if leaves is None:
             assert contexts is not None
-            paths = [parse_path(path) if isinstance(path, str) else tuple(path) for path in blocked]
             leaves = self.loaded_router().leaves(contexts, paths)
+        elif paths:
+            leaves = self.loaded_router().tree.detour(leaves, paths)
         routed = time.perf_counter() - began
         ids = self.layout.row_ids(leaves, levels=chosen)
         self._forget_others(ids)
@@ -141,7 +149,18 @@ class ContextBank:
 
     def route(self, contexts: Sequence[Context]) -> Tensor:
         """The leaf of each context, int64 [B]."""
-        return self.loaded_router().leaves(contexts)
+        return self.loaded_router().leaves(contexts, self.blocked)
+
+    def block(self, paths: Iterable[ClusterPath | str]) -> None:
+        """Name the clusters that no context may use.
+
+        Raises:
+            ValueError: one is not there, or nothing would be left; or there is no tree.
+        """
+        blocked = cluster_paths(paths)
+        if blocked:
+            self.loaded_router().tree.check_blocked(blocked)
+        self.blocked = blocked
 
     def prompt_leaves(self) -> Tensor | None:
         """Leaves of the running generation's contexts, None where none runs or has token ids."""
@@ -226,6 +245,13 @@ class ContextBank:
             known = ", ".join(map(str, self.layout.levels))
             raise ValueError(f"level {unknown[0]}: this bank has blocks on levels {known}")
         return chosen
+
+
+def cluster_paths(paths: Iterable[ClusterPath | str]) -> tuple[ClusterPath, ...]:
+    """Paths, each a tuple or written as `3.7`."""
+    if isinstance(paths, str):
+        raise ValueError(f"clusters {paths!r}: give a list of paths, such as [{paths!r}]")
+    return tuple(parse_path(path) if isinstance(path, str) else tuple(path) for path in paths)
 
 
 def as_contexts(context: Contexts, mask: Tensor | None = None) -> list[Context]:

@@ -135,7 +135,16 @@ class MiniLmEmbedder:
         return cls(model.to(device).eval(), word_pieces, tokenizer, record["max_word_pieces"], record["max_pieces"])
 
     def embed(self, contexts: Sequence[Tensor]) -> Tensor:
-        """float32 [N, D]."""
+        """float32 [N, D]. On the CPU one thread computes, whatever the process has: products of matrices round by the
+        number of threads, and what trained with an address must find it again."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self._embedded(contexts)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _embedded(self, contexts: Sequence[Tensor]) -> Tensor:
         texts = [self._tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in contexts]
         rows = [self._one(encoded.ids) for encoded in self._word_pieces.encode_batch(texts, add_special_tokens=False)]
         return torch.stack(rows).cpu() if rows else torch.empty(0, self.dim)
@@ -145,11 +154,13 @@ class MiniLmEmbedder:
         pieces = [ids[start : start + self._room] for start in range(0, len(ids), self._room)] or [[]]
         if len(pieces) > self._max_pieces:
             pieces = [pieces[number * len(pieces) // self._max_pieces] for number in range(self._max_pieces)]
-        total, count = torch.zeros(self.dim, device=self._model.device), 0
-        for piece in pieces:
-            row = torch.tensor([[self._first, *piece, self._last]], device=self._model.device)
-            total += self._model(input_ids=row).last_hidden_state[0].sum(dim=0)
-            count += row.shape[1]
+        device = self._model.device
+        total, count = torch.zeros(self.dim, dtype=torch.float32, device=device), 0
+        with torch.autocast(device.type, enabled=False):  # the model that asks may run under one
+            for piece in pieces:
+                row = torch.tensor([[self._first, *piece, self._last]], device=device)
+                total += self._model(input_ids=row).last_hidden_state[0].sum(dim=0)
+                count += row.shape[1]
         return F.normalize(total / count, dim=-1)
 
 

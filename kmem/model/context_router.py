@@ -1,14 +1,14 @@
 """From a context to the leaf whose blocks it uses: the tree and the embedder that the training data's addresses were
 made with. Ships beside exported weights."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cluster_tree import EMBEDDER_FOLDER, ClusterPath, ClusterTree, file_digest
+from .cluster_tree import EMBEDDER_FOLDER, TREE_FILE, ClusterPath, ClusterTree, file_digest
 from .context_embedder import ContextEmbedder, load_embedder
 
 Context = str | Sequence[int] | Tensor
@@ -52,7 +52,7 @@ class ContextRouter:
         """
         tree = ClusterTree.load(folder)
         beside = Path(folder) / EMBEDDER_FOLDER
-        for name, digest in tree.record["embedder"].get("files", {}).items():
+        for name, digest in embedder_files(tree.record, folder).items():
             if not (beside / name).is_file() or file_digest(beside / name) != digest:
                 raise ValueError(
                     f"{beside / name}: missing, or not the file of the embedder that the tree was made with; copy the "
@@ -72,10 +72,14 @@ class ContextRouter:
         """
         return self.tree.descend(self.embed(contexts), blocked)
 
-    def other_leaves(self, contexts: Sequence[Context]) -> Tensor:
+    def other_leaves(self, contexts: Sequence[Context], blocked: Iterable[ClusterPath] = ()) -> Tensor:
         """The leaf of each context if its own cluster of level 1 is blocked, int64 [N]: the control that fetches what
-        the nearest other part of the corpus owns."""
-        return descend_elsewhere(self.tree, self.embed(contexts))
+        the nearest other part of the corpus owns.
+
+        Args:
+            blocked: clusters that may not be entered either.
+        """
+        return descend_elsewhere(self.tree, self.embed(contexts), blocked)
 
     def _ids(self, context: Context) -> Tensor:
         if isinstance(context, str):
@@ -88,21 +92,37 @@ class ContextRouter:
         return self  # read-only: copies of a model share it
 
 
-def descend_elsewhere(tree: ClusterTree, embeddings_ND: Tensor) -> Tensor:
-    """Leaves of float32 embeddings, each with its own cluster of level 1 blocked; int64 [N]."""
-    leaves = tree.descend(embeddings_ND)
+def embedder_files(record: Mapping[str, Any], folder: str | Path) -> Mapping[str, str]:
+    """The files of the embedder of a tree, and their digests, as its tree.json names them.
+
+    Raises:
+        ValueError: it names none.
+    """
+    files = record["embedder"].get("files")
+    if not files:
+        raise ValueError(
+            f"{Path(folder) / TREE_FILE}: names no files of the embedder, so none can be told from another; run "
+            "kmem data cluster anew"
+        )
+    return dict(files)
+
+
+def descend_elsewhere(tree: ClusterTree, embeddings_ND: Tensor, blocked: Iterable[ClusterPath] = ()) -> Tensor:
+    """Leaves of float32 embeddings, each with its own cluster of level 1 blocked, and the clusters named; int64 [N]."""
+    paths, leaves = list(blocked), tree.descend(embeddings_ND)
     own = tree.level_ids(leaves, 1)
     for cluster in own.unique().tolist():
         here = own == cluster
-        leaves[here] = tree.descend(embeddings_ND[here], blocked=[(cluster,)])
+        leaves[here] = tree.descend(embeddings_ND[here], [(cluster,), *paths])
     return leaves
 
 
-def other_leaves(tree: ClusterTree, leaves: Tensor) -> Tensor:
-    """For leaves int64 of any shape, which stand for their centroids, the leaves that `descend_elsewhere` finds: for
-    addresses of data whose embeddings are not at hand. Negative numbers, which are no leaves, stay."""
-    distinct, places = leaves.unique(return_inverse=True)
-    found = distinct.clone()
-    real = distinct >= 0
-    found[real] = descend_elsewhere(tree, tree.centroids[-1][distinct[real]])
-    return found[places]
+def other_leaves(tree: ClusterTree, leaves: Tensor, blocked: Iterable[ClusterPath] = ()) -> Tensor:
+    """The same for leaves int64 of any shape, whose centroids stand for embeddings that are not at hand
+    (`ClusterTree.detour`). Negative numbers, which are no leaves, stay."""
+    paths, found = list(blocked), leaves.clone()
+    own = tree.level_ids(leaves, 1)
+    for cluster in own[leaves >= 0].unique().tolist():
+        here = own == cluster
+        found[here] = tree.detour(leaves[here], [(cluster,), *paths])
+    return found

@@ -7,7 +7,7 @@ from typing import Any
 
 from .bank_layout import BankLayout, bank_table_name, bank_table_part_name
 from .cluster_tree import CENTROIDS_FILE, EMBEDDER_FOLDER, TREE_FILE, ClusterTree, read_tree_record
-from .context_router import ContextRouter
+from .context_router import ContextRouter, embedder_files
 from .exported_memory import weight_files
 from .mapped_rows import MappedRows
 from .shape import Shape
@@ -103,7 +103,7 @@ class BankDescription:
 
         folder = path(TREE_FILE).parent
         record = read_tree_record(folder)
-        for file in (CENTROIDS_FILE, *(f"{EMBEDDER_FOLDER}/{name}" for name in record["embedder"]["files"])):
+        for file in (CENTROIDS_FILE, *(f"{EMBEDDER_FOLDER}/{name}" for name in embedder_files(record, folder))):
             path(file)
         return folder
 

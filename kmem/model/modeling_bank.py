@@ -42,6 +42,16 @@ class BankContexts:
     def bank_levels(self, value: Iterable[int] | None) -> None:
         self._contexts().choose(self._contexts().memory, value)
 
+    @property
+    def bank_blocked(self) -> tuple[ClusterPath, ...]:
+        """Clusters of the bank that no context may use where its leaf is looked up; can be set, as in ["3.7"]. `fetch`
+        can choose others; what was fetched before stays."""
+        return self._contexts().blocked
+
+    @bank_blocked.setter
+    def bank_blocked(self, value: Iterable[ClusterPath | str]) -> None:
+        self._contexts().block(value)
+
     def fetch(
         self,
         context: Contexts | None = None,
@@ -49,7 +59,7 @@ class BankContexts:
         *,
         addresses: Tensor | Sequence[int] | None = None,
         levels: Iterable[int] | None = None,
-        blocked: Iterable[ClusterPath | str] = (),
+        blocked: Iterable[ClusterPath | str] | None = None,
     ) -> Fetch:
         """Fetch the blocks of contexts, and use them in all forward passes until the next `fetch` or `forget`.
 
@@ -61,13 +71,16 @@ class BankContexts:
             attention_mask: [B, T], 0 where a token id is padding.
             addresses: leaves of the tree instead, int64 [B].
             levels: those that are on; default: `bank_levels`.
-            blocked: clusters that may not be used, such as "3" or "3.7": the next nearest is.
+            blocked: clusters that may not be used, such as "3" or "3.7": the next nearest is; default: `bank_blocked`.
+                Of an address, that is the next nearest to its leaf's centroid, from the first blocked cluster on its
+                way down.
 
         Returns:
             The leaves; and by level what was read, in bytes and seconds.
 
         Raises:
-            ValueError: no bank, no tree, a damaged file, or a cluster or level that is not there.
+            ValueError: no contexts, no bank, no tree, a damaged file, a cluster or level that is not there, or nothing
+                left that is not blocked.
         """
         leaves = None if addresses is None else torch.as_tensor(addresses, dtype=torch.int64).cpu().view(-1)
         contexts = None if context is None else as_contexts(context, attention_mask)

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from kmem.checkpoint.bank import bank_layout, bank_tensors
-from kmem.checkpoint.bank_options import add_bank_arguments, chosen_levels
+from kmem.checkpoint.bank_options import add_bank_arguments, blocked_clusters, chosen_levels
 from kmem.checkpoint.memory import checkpoint_memory
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import ConfigError, DataConfig, Source
 from kmem.data.progress import Progress
 from kmem.data.reader import PreparedData, open_data
 from kmem.data.tokenizer import load_tokenizer
+from kmem.model.cluster_tree import format_path
 from kmem.model.decoder import Decoder
 from kmem.model.engram_memory import EngramMemory, RowSource, table_name
 from kmem.model.mask import document_mask
@@ -80,11 +81,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _bank_choice(reader: CheckpointReader, arguments: argparse.Namespace) -> BankChoice | None:
     """How the model's memory bank is evaluated, None for a model without."""
-    levels = chosen_levels(arguments.bank_levels)
+    levels, blocked = chosen_levels(arguments.bank_levels), blocked_clusters(arguments.blocked, arguments.bank)
     if reader.config.model.memory_bank is not None:
-        return BankChoice(arguments.bank or BANK[0], levels, arguments.tree)
-    if (arguments.bank, levels, arguments.tree) != (None, None, None):
-        raise ConfigError("--bank, --bank-levels and --tree: the model has no memory bank (model.memory_bank)")
+        return BankChoice(arguments.bank or BANK[0], levels, arguments.tree, blocked)
+    if (arguments.bank, levels, arguments.tree, blocked) != (None, None, None, ()):
+        raise ConfigError(
+            "--bank, --bank-levels, --blocked and --tree: the model has no memory bank (model.memory_bank)"
+        )
     return None
 
 
@@ -95,11 +98,16 @@ def _controls(reader: CheckpointReader, memory: str, bank: BankChoice | None) ->
         found["bank"] = bank.control
         if bank.levels is not None:
             found["bank_levels"] = list(bank.levels)
+        if bank.blocked:
+            found["blocked"] = [format_path(path) for path in bank.blocked]
     return found
 
 
 def _shown(controls: dict[str, Any]) -> str:
-    return "".join(f", {name.replace('_', ' ')} {value}" for name, value in controls.items())
+    def text(value: Any) -> str:
+        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    return "".join(f", {name.replace('_', ' ')} {text(value)}" for name, value in controls.items())
 
 
 def _ask(reader: CheckpointReader, arguments: argparse.Namespace, choice: BankChoice | None) -> int:

@@ -14,7 +14,7 @@ from kmem.config import ConfigError
 from kmem.data.batch import SequenceBatch
 from kmem.data.cluster_addresses import Addressing
 from kmem.model.bank_blocks import BankInput
-from kmem.model.cluster_tree import ClusterTree
+from kmem.model.cluster_tree import ClusterPath, ClusterTree
 from kmem.model.context_bank import ContextBank
 from kmem.model.context_router import ContextRouter, other_leaves
 
@@ -33,13 +33,15 @@ class BankChoice:
     """Levels that are on; None: all."""
     tree: Path | None = None
     """Folder of the tree; None: that of the run."""
+    blocked: tuple[ClusterPath, ...] = ()
+    """Clusters that contexts may not use, whatever the control; the next nearest take their place."""
 
 
 class EvaluatedBank:
     """The bank of a checkpoint, whose rows stay in the checkpoint's files.
 
     Raises:
-        ConfigError: a control that this bank does not have, or a level.
+        ConfigError: a control that this bank does not have, a level, or a cluster to block; or nothing is left open.
         CheckpointError: no tree, or another one.
     """
 
@@ -56,6 +58,13 @@ class EvaluatedBank:
         self._bank.sources = mapped_bank(reader, layout)
         self._tree: ClusterTree | None = None
         self._router: ContextRouter | None = None
+        try:
+            if choice.blocked:
+                own = range(self._loaded_tree().children) if self._blocked else ()  # of some context, each
+                for paths in (choice.blocked, *([(cluster,), *choice.blocked] for cluster in own)):
+                    self._loaded_tree().check_blocked(paths)
+        except ValueError as error:
+            raise ConfigError(f"--blocked: {error}") from None
 
     @property
     def addressing(self) -> Addressing | None:
@@ -68,13 +77,12 @@ class EvaluatedBank:
         return Addressing(checkpoint_tree(self._reader, self._choice.tree), batching)
 
     def of_batch(self, batch: SequenceBatch, like: Tensor) -> dict[int, BankInput]:
-        """What each layer's bank holds for sequences of data. Blocked, a leaf's centroid stands for the embeddings of
-        its documents."""
+        """What each layer's bank holds for sequences of data. Where clusters are blocked, a leaf's centroid stands for
+        the embeddings of its documents."""
         leaves = batch.addresses
         if self._bank.memory == "fetched":
             assert leaves is not None, "data is opened with the addressing that this names"
-            if self._blocked:
-                leaves = other_leaves(self._loaded_tree(), leaves)
+            leaves = self._open(leaves)
         return self._inputs(leaves, batch.input_ids, like)
 
     def of_prompts(self, prompts: Sequence[Sequence[int]], ids: Tensor, like: Tensor) -> dict[int, BankInput]:
@@ -83,8 +91,14 @@ class EvaluatedBank:
         if self._bank.memory == "fetched":
             router = self._loaded_router()
             contexts = [torch.tensor(prompt) for prompt in prompts]
-            leaves = router.other_leaves(contexts) if self._blocked else router.leaves(contexts)
+            leaves = (router.other_leaves if self._blocked else router.leaves)(contexts, self._choice.blocked)
         return self._inputs(leaves, ids, like)
+
+    def _open(self, leaves: Tensor) -> Tensor:
+        """Leaves [B, T], or those that take their place where they are blocked."""
+        if self._blocked:
+            return other_leaves(self._loaded_tree(), leaves, self._choice.blocked)
+        return self._loaded_tree().detour(leaves, self._choice.blocked) if self._choice.blocked else leaves
 
     def _inputs(self, leaves: Tensor | None, ids: Tensor, like: Tensor) -> dict[int, BankInput]:
         batch, tokens = ids.shape

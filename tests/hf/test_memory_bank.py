@@ -21,7 +21,9 @@ from kmem.hf.custom_code import register
 from kmem.hf.export import export
 from kmem.hf.importing import import_folder
 from kmem.hf.loading import load
+from kmem.model.cluster_tree import record_fingerprint
 from kmem.model.configuration_kmem import KmemConfig
+from kmem.model.context_router import ContextRouter
 from kmem.model.modeling_kmem import KmemForCausalLM
 from tests.hf.banks import BANKS, make_tree, random_bank, router, tree, write_bank_run
 from tests.hf.models import NATIVE, VOCABULARY, write_run
@@ -133,8 +135,18 @@ def test_fetch_reads_what_is_not_there_yet(folders):
     beside = int(model.fetch(TEXTS[0], blocked=[f"{own // 3}.{own % 3}"]).leaves)
     assert beside != own
     assert beside // 3 == own // 3
-    assert int(model.fetch(TEXTS[0], blocked=[(own // 3,)]).leaves) // 3 != own // 3
+    elsewhere = model.fetch(TEXTS[0], blocked=[(own // 3,)]).leaves
+    assert int(elsewhere) // 3 != own // 3
+    assert int(model.fetch(addresses=[own], blocked=[(own // 3,)]).leaves) // 3 != own // 3
     model.forget()
+    # .. and what is blocked for all contexts, unless fetch says otherwise.
+    model.bank_blocked = [str(own // 3)]
+    assert torch.equal(model.fetch(TEXTS[0]).leaves, elsewhere)
+    assert model.fetch(TEXTS[0], blocked=[]).leaves == own
+    model.forget()
+    prompt = torch.tensor([contexts[0]])
+    torch.testing.assert_close(model(prompt).logits, decoder.bank_logits(prompt, elsewhere), **TOLERANCE)
+    model.bank_blocked = []
     torch.testing.assert_close(model(ids).logits, decoder.bank_logits(ids, router().leaves(ids)), **TOLERANCE)
 
 
@@ -322,13 +334,23 @@ def test_torch_and_transformers_suffice(folders, tmp_path):
 def test_a_run_and_its_export_generate_the_same_text(folders, capsys):
     _, folder = folders("ffn")
     said = {}
-    for options in ([], ["--bank", "generic"], ["--bank", "none"], ["--bank-levels", "1"]):
+    own = int(router().leaves([AutoTokenizer.from_pretrained(folder)(TEXTS[0])["input_ids"]]))
+    ways = [["--bank", "generic"], ["--bank", "none"], ["--bank-levels", "1"], ["--blocked", f"{own // 3},0.0"]]
+    for options in ([], *ways):
         for path in (folder, folder.parent / "run"):
             command = ["generate", "--checkpoint", str(path), "--prompt", TEXTS[0], "--temperature", "0"]
             assert main([*command, "--max-new-tokens", "12", *options]) == 0
             said.setdefault(str(options), set()).add(capsys.readouterr().out)
     assert all(len(texts) == 1 for texts in said.values())
     assert len({texts.pop() for texts in said.values()}) == len(said)
+    for options, complaint in [
+        (["--blocked", "7"], "children are numbered 0 to 2"),
+        (["--blocked", "0,1,2"], "every cluster of the tree is blocked"),
+        (["--blocked", "0", "--bank", "none"], "--bank none looks up no clusters"),
+    ]:
+        for path in (folder, folder.parent / "run"):
+            assert main(["generate", "--checkpoint", str(path), "--prompt", "a", *options]) == 2
+            assert complaint in " ".join(capsys.readouterr().err.split())
 
 
 def test_saving_keeps_bank_and_tree(folders, tmp_path):
@@ -404,6 +426,10 @@ def test_faults_are_named(folders, tmp_path):
         (lambda: model.fetch("a", blocked=["3.1.2"]), "a path of this tree has 1 to 2 parts"),
         (lambda: model.fetch("a", blocked=["7"]), "children are numbered 0 to 2"),
         (lambda: model.fetch(addresses=[9]), "leaves of this bank's tree count from 0 to 8"),
+        (lambda: model.fetch("a", blocked="0"), "give a list of paths"),
+        (lambda: setattr(model, "bank_blocked", ["0", "1", "2"]), "every cluster of the tree is blocked"),
+        (lambda: model.fetch([]), "no contexts to fetch for"),
+        (lambda: model.fetch(addresses=[]), "no contexts to fetch for"),
         (lambda: model.fetch("a", attention_mask=torch.ones(1, 1)), "goes with contexts as token ids"),
         (lambda: setattr(model, "bank_memory", "some"), "one of fetched, generic, none"),
         (lambda: KmemForCausalLM(model.config)(tokens()), "no cluster tree"),
@@ -438,6 +464,16 @@ def test_faults_are_named(folders, tmp_path):
         shutil.copyfile(other / "embedder" / "tfidf.safetensors", damaged / "tree" / "embedder" / "tfidf.safetensors")
 
     broken(another_tree, "not the tree that the bank was trained with")
+
+    def nameless_embedder():
+        path = damaged / "tree" / "tree.json"
+        record = json.loads(path.read_text())
+        del record["embedder"]["files"]
+        path.write_text(json.dumps({**record, "fingerprint": record_fingerprint(record)}))
+        with pytest.raises(ValueError, match="names no files of the embedder"):
+            ContextRouter.load(damaged / "tree")
+
+    broken(nameless_embedder, "names no files of the embedder")
     broken(another_embedder, "not the file of the embedder that the tree was made with")
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     part = index["bank.level2.parts.1"]

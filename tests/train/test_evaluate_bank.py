@@ -81,11 +81,14 @@ def test_the_loss_of_each_control(prepared, run, capsys):
         ("generic",): (lambda leaves: leaves, True),
         ("none",): (None,),
         ("fetched", "--bank-levels", "2"): (lambda leaves: leaves, False, [2]),
+        ("fetched", "--blocked", "1,2.0"): (lambda leaves: own.detour(leaves, [(1,), (2, 0)]),),
+        ("blocked", "--blocked", "2"): (lambda leaves: other_leaves(own, leaves, [(2,)]),),
     }
     losses = {}
     for options, arguments in ways.items():
         printed, losses[options] = evaluate(capsys, reader, folder, "--bank", *options, "--batch", "3")
         assert printed["bank"] == options[0]
+        assert printed.get("blocked") == (options[2].split(",") if "--blocked" in options else None)
         assert losses[options] == pytest.approx(expected_loss(decoder, reader, folder, *arguments), abs=1e-5)
     assert len({round(loss, 4) for loss in losses.values()}) == len(losses)
     assert evaluate(capsys, reader, folder, "--batch", "3")[1] == losses[("fetched",)]
@@ -103,9 +106,30 @@ def test_blocked_contexts_take_the_next_nearest_clusters():
         assert int(own.descend(row[None], blocked=[own.path(1, before // 3)])) == after
     leaves = torch.tensor([[0, 4], [-1, 0]])
     found = other_leaves(own, leaves)
-    assert found[0, 0] == found[1, 1] == descend_elsewhere(own, own.centroids[-1][:1])[0]
+    assert found[0, 0] == found[1, 1] == own.descend(own.centroids[-1][:1], [(0,)])[0]
     assert found[1, 0] == -1
     assert found[0, 1] // 3 != 1
+    # A leaf's own cluster is the one it is numbered in, wherever its centroid would descend to.
+    every = torch.arange(9)
+    astray = own.level_ids(own.descend(own.centroids[-1]), 1) != own.level_ids(every, 1)
+    assert bool(astray.any())
+    assert not bool((own.level_ids(other_leaves(own, every), 1) == own.level_ids(every, 1)).any())
+    barred = torch.tensor([3, 4, 6])
+    assert not bool(torch.isin(descend_elsewhere(own, embeddings, [(1, 0), (1, 1), (2, 0)]), barred).any())
+    assert not bool(torch.isin(other_leaves(own, every, [(1, 0), (1, 1), (2, 0)]), barred).any())
+
+
+def test_a_detour_begins_at_the_first_blocked_cluster():
+    own, every = ClusterTree.load(tree()), torch.arange(9).view(3, 3)
+    found = own.detour(every, [(1,), (2, 0)])
+    assert torch.equal(found[0], every[0])
+    assert torch.equal(found[1], own.descend(own.centroids[-1][3:6], [(1,), (2, 0)]))
+    assert found[2].tolist()[1:] == [7, 8]
+    apart = (own.centroids[-1][7:] - own.centroids[-1][6]).norm(dim=1)
+    assert int(found[2, 0]) == 7 + int(apart.argmin())  # the next nearest below the same cluster
+    assert torch.equal(own.detour(every, [(2, 0), (2, 1), (2, 2)]), own.detour(every, [(2,)]))
+    assert own.detour(every, []) is every
+    assert own.detour(torch.tensor([-1, 4]), [(1, 1)])[0] == -1
 
 
 def test_questions_fetch_for_their_prompts(run, tmp_path, capsys):
@@ -117,7 +141,9 @@ def test_questions_fetch_for_their_prompts(run, tmp_path, capsys):
     encode = load_tokenizer(reader.tokenizer_path).encode
     for control, options in {
         "fetched": (text.leaves, False),
+        "fetched --blocked 1,2": (lambda contexts: text.leaves(contexts, [(1,), (2,)]), False),
         "blocked": (text.other_leaves, False),
+        "blocked --blocked 1.1": (lambda contexts: text.other_leaves(contexts, [(1, 1)]), False),
         "generic": (text.leaves, True),
         "none": (None, False),
     }.items():
@@ -129,10 +155,10 @@ def test_questions_fetch_for_their_prompts(run, tmp_path, capsys):
             leaves = None if route is None else route([encode(prompt)])
             logits = decoder.bank_logits(ids, leaves, generic)[0, first - 1 : -1].log_softmax(-1)
             bits.append(-float(logits.gather(1, ids[0, first:, None]).sum()) / 0.6931471805599453)
-        command = ["eval", "--checkpoint", str(reader.folder), "--questions", str(path), "--json", "--bank", control]
-        assert main(command) == 0
+        command = ["eval", "--checkpoint", str(reader.folder), "--questions", str(path), "--json", "--bank"]
+        assert main([*command, *control.split()]) == 0
         printed = json.loads(capsys.readouterr().out)
-        assert printed["bank"] == control
+        assert printed["bank"] == control.split()[0]
         assert printed["questions"][-1]["bits"] == pytest.approx(sum(bits) / len(bits), abs=1e-4)
     assert main(["eval", "--checkpoint", str(reader.folder), "--questions", str(path), "--bank", "blocked"]) == 0
     assert "bank blocked" in " ".join(capsys.readouterr().out.split())
@@ -148,10 +174,17 @@ def test_bad_input(prepared, run, tmp_path, capsys):
     assert "kmem data cluster --data" in fails(data=bare)
     assert "this bank has blocks on levels 1, 2" in fails("--bank-levels", "3")
     assert "joined by commas" in fails("--bank-levels", "one")
+    assert "children are numbered 0 to 2" in fails("--blocked", "0,7")
+    assert "a path of this tree has 1 to 2 parts" in fails("--blocked", "0.1.2")
+    assert "write a path as numbers" in fails("--blocked", "0,,1")
+    assert "every cluster of the tree is blocked" in fails("--blocked", "0,1,2.0,2.1,2.2")
+    assert "every cluster of the tree is blocked" in fails("--bank", "blocked", "--blocked", "0,1")
+    assert "--bank generic looks up no clusters" in fails("--bank", "generic", "--blocked", "0")
     assert "not the tree that" in fails("--tree", str(make_tree(tmp_path / "other", seed=1)))
     assert "a tree of 3 levels with 2 children" in fails("--tree", str(make_tree(tmp_path / "deep", 2, 3)))
     plain = write_run(tmp_path / "plain", model({"kind": "gqa", "num_heads": 2}, None))
     assert "no memory bank" in fails("--bank", "none", checkpoint=plain)
+    assert "no memory bank" in fails("--blocked", "0", checkpoint=plain)
     without = write_bank_run(tmp_path / "run", bank(generic={"probability": 0}))
     assert "no generic blocks" in fails("--bank", "generic", checkpoint=without)
 
