@@ -57,7 +57,7 @@ def collect(
     for run in runs:
         print(f"evaluating {run.label}, seed {run.seed}", flush=True)
         memory = evaluate(run, comparison, BATCH)
-        figures = {"bits_per_byte": memory["on"]["bits_per_byte"], "memory": memory, **curve(run)}
+        figures = {"bits_per_byte": _as_trained(memory)["bits_per_byte"], "memory": memory, **curve(run)}
         contestants[run.label]["runs"][str(run.seed)] = figures
     seeds = list(dict.fromkeys(str(run.seed) for run in runs))
     base = contestants[comparison.baseline]["runs"]
@@ -139,8 +139,13 @@ def result_tables(comparison: Comparison, results: dict[str, Any]) -> list[Table
     return [*tables, *_control_table(results), *_question_table(results)]
 
 
+def _as_trained(memory: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Of a run's figures by what memory gave, those of the model as it was trained, which come first."""
+    return next(iter(memory.values()))
+
+
 def _states(results: dict[str, Any]) -> dict[str, list[str]]:
-    """How each contestant was evaluated, `on` first."""
+    """How each contestant was evaluated, first as it was trained."""
     return {
         label: list(next(iter(found["runs"].values()))["memory"]) for label, found in results["contestants"].items()
     }
@@ -180,7 +185,7 @@ def _answers(results: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
         for state in own:
             asked = [run["memory"][state].get("questions") for run in runs]
             if all(asked):
-                name = label if state == "on" else f"{label}, {state}"
+                name = label if len(own) == 1 else f"{label}, {state}"
                 found[name] = {
                     group["group"]: _spread([100 * run[place]["right"] for run in asked])
                     for place, group in enumerate(asked[0])
@@ -227,14 +232,14 @@ def plot(comparison: Comparison, results: dict[str, Any], path: Path) -> None:
 def _source_table(results: dict[str, Any]) -> list[Table]:
     """Held-out figures of each source, where there are several."""
     runs = {label: list(found["runs"].values()) for label, found in results["contestants"].items()}
-    sources = list(next(iter(runs.values()))[0]["memory"]["on"].get("sources", ()))
+    sources = list(_as_trained(next(iter(runs.values()))[0]["memory"]).get("sources", ()))
     if not sources:
         return []
     rows = [
         (
             label,
             *(
-                _pm(_spread([run["memory"]["on"]["sources"][source]["bits_per_byte"] for run in own]))
+                _pm(_spread([_as_trained(run["memory"])["sources"][source]["bits_per_byte"] for run in own]))
                 for source in sources
             ),
         )

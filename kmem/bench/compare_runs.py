@@ -40,9 +40,9 @@ def train(run: Run) -> bool:
 
 
 def evaluate(run: Run, comparison: Comparison, batch: int) -> dict[str, dict[str, Any]]:
-    """Figures of `kmem eval` on the whole held-out split for memory `on` and each control; kept in the run's folder.
-    With several sources the figures are those of all their text, and `sources` has each one's. Of a comparison with
-    questions, `questions` has the answers."""
+    """Figures of `kmem eval` on the whole held-out split for each of `states`; kept in the run's folder. With several
+    sources the figures are those of all their text, and `sources` has each one's. Of a comparison with questions,
+    `questions` has the answers."""
     from kmem.train.evaluate_command import answered, held_out_figures
 
     path = run.folder / HELD_OUT
@@ -52,30 +52,36 @@ def evaluate(run: Run, comparison: Comparison, batch: int) -> dict[str, dict[str
         known = stored["memory"] if stored["step"] == run.config.train.steps else {}
     reader = CheckpointReader(run.folder)
     folders = [source.path for source in run.config.data.sources]
+    found = {}
     for state, (memory, bank) in states(run, comparison).items():
-        if state not in known:
-            figures = _whole(held_out_figures(reader, folders, memory, batch=batch, bank=bank))
-            if comparison.questions_file is not None:
-                answers = answered(reader, comparison.questions_file, memory, 4 * batch, bank)
-                figures["questions"] = [asdict(group) for group in answers]
-            known[state] = figures
-            _write(path, {"step": reader.step, "memory": known})
-    return known
+        figures = found[state] = known.setdefault(state, {})
+        if not figures:
+            figures |= _whole(held_out_figures(reader, folders, memory, batch=batch, bank=bank))
+        if comparison.questions_file is not None and "questions" not in figures:
+            answers = answered(reader, comparison.questions_file, memory, 4 * batch, bank)
+            figures["questions"] = [asdict(group) for group in answers]
+        _write(path, {"step": reader.step, "memory": known})
+    return found
 
 
 def states(run: Run, comparison: Comparison) -> dict[str, tuple[str, BankChoice | None]]:
-    """How a run is evaluated: `on` and its controls, each with what n-gram memory and memory bank give."""
+    """How a run is evaluated, first as it was trained and then its controls, each with what n-gram memory and memory
+    bank give. The names are those of `kmem eval --memory`, or for a model with a bank of `--bank`."""
     model = run.config.model
-    found: dict[str, tuple[str, BankChoice | None]] = {"on": ("on", None)}
-    if model.engram is not None:
-        found |= {control: (control, None) for control in comparison.controls}
     bank = model.memory_bank
-    if bank is not None:
+    found: dict[str, tuple[str, BankChoice | None]] = {}
+    if bank is None:
+        found["on"] = ("on", None)
+    else:
         only_generic = bank.generic.probability == 1
-        found["on"] = ("on", BankChoice("generic" if only_generic else "fetched"))
+        trained = "generic" if only_generic else "fetched"
+        found[trained] = ("on", BankChoice(trained))
         for control in comparison.bank_controls:
             if control == "none" or not (only_generic or (control == "generic" and not bank.generic.probability)):
                 found[control] = ("on", BankChoice(control))
+    if model.engram is not None:
+        (_, blocks), *_ = found.values()
+        found |= {control: (control, blocks) for control in comparison.controls}
     return found
 
 

@@ -113,6 +113,57 @@ def test_a_comparison_is_trained_evaluated_and_reported_once(comparison, tmp_pat
     assert json.loads((out / "report.json").read_text()) == results
 
 
+def test_banks_are_evaluated_by_what_contexts_fetch_and_asked_questions(comparison, prepared, tmp_path, capsys):
+    """A bank with fetched and generic blocks, one with generic blocks only, and a model without."""
+    data = tmp_path / "data"
+    shutil.copytree(prepared, data)
+    bank = {"children": 2, "levels": [4, 2], "generic": {"probability": 0.5}}
+    text = {"sources": [{"path": str(data)}], "addresses": {"tree": str(data / "tree")}}
+    folder = comparison(
+        data={
+            "folder": str(data), "corpora": ["none"], "vocab_size": 257,
+            "tree": {"children": 2, "levels": 2},
+        },
+        contestants={"moe": "moe.yaml", "bank": "bank.yaml", "generic": "generic.yaml"},
+        equal={"tokens": 0}, controls=[], bank_controls=["generic", "blocked", "none"],
+    )  # fmt: skip
+    for name, changes in (
+        ("moe", {"include": "plain.yaml", "data": {"sources": [{"path": str(data)}]}}),
+        ("bank", {"include": "moe.yaml", "model": {"memory_bank": bank}, "data": text}),
+        ("generic", {"include": "bank.yaml", "model": {"memory_bank": {"generic": {"probability": 1.0}}}}),
+    ):
+        if name == "moe":
+            (folder / "moe.yaml").rename(folder / "plain.yaml")
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"name": name} | changes))
+    out = tmp_path / "out"
+    command = ["bench", "compare", str(folder), "--out", str(out), "--seeds", "1"]
+    assert main(command) == 0
+    results = json.loads((out / "report.json").read_text())
+    found = {label: contestant["runs"]["1"]["memory"] for label, contestant in results["contestants"].items()}
+    assert {label: list(own) for label, own in found.items()} == {
+        "moe": ["on"],
+        "bank": ["fetched", "generic", "blocked", "none"],
+        "generic": ["generic", "none"],
+    }
+    assert len({figures["loss"] for figures in found["bank"].values()}) == 4, "the blocks are not the same"
+    assert results["contestants"]["generic"]["bits_per_byte"]["mean"] == found["generic"]["generic"]["bits_per_byte"]
+    assert "| contestant | fetched | generic | blocked | none |" in (out / "report.md").read_text()
+
+    # Questions that are asked later are answered by the evaluated runs.
+    known = {"prompt": "the state of", "answer": " a", "exposures": 3}
+    (data / "questions").write_text("\n".join(json.dumps(known | {"exposures": n}) for n in (1, 3, 90)))
+    told = yaml.safe_load((folder / "compare.yaml").read_text())
+    (folder / "compare.yaml").write_text(yaml.safe_dump(told | {"questions": True}))
+    assert main(command) == 0
+    again = json.loads((out / "report.json").read_text())["contestants"]["bank"]["runs"]["1"]["memory"]
+    asked = {state: figures.pop("questions") for state, figures in again.items()}
+    assert again == found["bank"]
+    assert all([group["group"] for group in groups] == ["1", "2-3", "64+", "all"] for groups in asked.values())
+    text = (out / "report.md").read_text()
+    assert "| contestant | 1 | 2-3 | 64+ | all |" in text
+    assert all(f"| {name} |" in text for name in ("moe", "bank, fetched", "bank, blocked", "generic, generic"))
+
+
 def test_an_interrupted_run_goes_on(comparison, tmp_path, monkeypatch, capsys):
     """After the first run stopped early, the same command continues it; nothing else has been started."""
     started = []
