@@ -32,6 +32,7 @@ EXTRAS = {
         "scikit-learn>=1.5,<2",
         "pytest>=8,<10",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "ruff>=0.12,<1",
         "mypy>=1.14,<3",
         "types-PyYAML",

@@ -2,6 +2,8 @@
 # Installs what is missing and runs the checks: style, types, tests. --full adds the long cases.
 #
 #   bash launch/test.sh [--full] [pytest arguments]
+#
+# One pytest process per core, four at most; a test file is never divided, so its fixtures are made once.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install_kmem dev
@@ -13,4 +15,4 @@ ruff format --check .
 echo "== mypy"
 mypy
 echo "== pytest"
-pytest "$@"
+pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -22,7 +22,13 @@ def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run the long cases")
 
 
+_LONG_FOLDERS = ("train", "distributed", "memory", "bench")
+"""Begun first where several processes share the files, so that none ends long after the others."""
+
+
 def pytest_collection_modifyitems(config, items):
+    folders = dict(zip(_LONG_FOLDERS, range(len(_LONG_FOLDERS)), strict=True))
+    items.sort(key=lambda item: folders.get(item.path.parent.name, len(folders)))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -4,11 +4,13 @@ A case is a module-level function `case(*arguments)` of a test module; every ran
 the asked size and returns something picklable.
 """
 
+import contextlib
 import gc
 import importlib
 import multiprocessing as mp
 import os
 import queue
+import random
 import socket
 import traceback
 from collections.abc import Callable
@@ -100,6 +102,8 @@ def _forget_engines() -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port below those that systems give away, so that no other process gets it before rank 0 listens."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", random.SystemRandom().randrange(20_000, 32_000)))
+            return probe.getsockname()[1]
