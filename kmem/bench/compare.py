@@ -296,6 +296,7 @@ def ensure_data(data: PreparedText) -> None:
     from kmem.data.manifest import MANIFEST_NAME
     from kmem.data.packages import default_cache
     from kmem.data.prepare import Preparation, prepare
+    from kmem.data.questions import QUESTIONS_SUFFIX
 
     folder = Path(data.folder)
     missing = [Path(source) for source in data.sources if not (Path(source) / MANIFEST_NAME).is_file()]
@@ -307,11 +308,12 @@ def ensure_data(data: PreparedText) -> None:
         # The tokenizer is that of all corpora together, which are prepared for its sake where each has its own folder.
         whole = text / "all" if data.by_corpus else folder
         prepare(Preparation(files, whole, vocab_size=data.vocab_size))
-        for asked in text.glob("*.questions"):
-            shutil.copy(asked, folder / "questions")
         for source in missing if data.by_corpus else ():
             file = text / f"{source.name}.jsonl"
             prepare(Preparation([file], source, tokenizer=whole / "tokenizer"))
+        for source in missing:  # counted in the training split of the contestants
+            for asked in source.glob(f"*{QUESTIONS_SUFFIX}"):
+                shutil.copy(asked, folder / "questions")
         shutil.rmtree(text)
     if data.tree is not None:
         _ensure_tree(data, data.tree)

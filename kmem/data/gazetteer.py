@@ -151,9 +151,10 @@ def gazetteer(_root: Tree) -> Iterator[tuple[str, str]]:
 def questions() -> Iterator[dict[str, Any]]:
     """Of every place, the beginning of a document that the corpus does not hold, up to its fact.
 
-    `prompt` and `answer` are text, of which the answer begins with a blank; `exposures` is how many documents of the
-    corpus tell the fact.
+    `prompt` and `answer` are text, of which the answer begins with a blank; `documents` are the numbers of the corpus'
+    documents that tell the fact (kmem.data.questions).
     """
+    first = 0
     for number in range(PLACES):
         where = place(number)
         draw = random.Random(f"{SEED} place {number} question")
@@ -161,10 +162,11 @@ def questions() -> Iterator[dict[str, Any]]:
         yield {
             "prompt": prompt,
             "answer": f" {where.height}",
-            "exposures": where.documents,
+            "documents": list(range(first, first + where.documents)),
             "subject": where.name,
             "domain": where.land_name,
         }
+        first += where.documents
 
 
 def _filled(template: str, where: Place, **words: str) -> str:

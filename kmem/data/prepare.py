@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 import kmem
 from kmem.config import UserError
 from kmem.data.documents import PROVENANCE_NAME, Problem, Reading, find_files, read_documents
+from kmem.data.held_out import choose_held_out
 from kmem.data.manifest import FileRecord, Manifest, SkipRecord, SourceRecord, SplitRecord, TokenizerRecord
 from kmem.data.output import complete_folder
 from kmem.data.progress import Progress
+from kmem.data.questions import count_exposures
 from kmem.data.tokenizer import Encoder, SavedTokenizer, adopt_tokenizer, train_tokenizer
 from kmem.data.workers import Workers
 
@@ -73,9 +75,12 @@ def prepare(options: Preparation) -> Manifest:
         raise UserError(f"--workers {options.workers}: expected at least 1")
     with complete_folder(options.out, options.force) as folder, Workers(options.workers) as workers:
         surveys = _survey(find_files(options.inputs), options, workers)
-        held_out = _choose_held_out(sum(survey.documents for survey in surveys), options)
+        documents = sum(survey.documents for survey in surveys)
+        _check_splittable(documents, options)
+        held_out = choose_held_out(documents, options.validation_share, options.seed)
         tokenizer = _tokenizer(folder / "tokenizer", surveys, held_out, options)
         dtype, splits = _tokenize(folder, surveys, held_out, tokenizer, options, workers)
+        _copy_questions(folder, surveys, held_out)
         manifest = _manifest(folder, surveys, tokenizer, dtype, splits, options)
         manifest.write(folder)
     return manifest
@@ -136,8 +141,7 @@ def _survey(files: Sequence[Path], options: Preparation, workers: Workers) -> li
     return surveys
 
 
-def _choose_held_out(documents: int, options: Preparation) -> NDArray[np.bool_]:
-    """[documents] whether a document is held out: those with the smallest of one random number per document."""
+def _check_splittable(documents: int, options: Preparation) -> None:
     if documents == 0:
         raise UserError(f"{', '.join(map(str, options.inputs))}: no documents in the input")
     if documents == 1:
@@ -145,12 +149,6 @@ def _choose_held_out(documents: int, options: Preparation) -> NDArray[np.bool_]:
             f"{', '.join(map(str, options.inputs))}: only one document, but training and validation are split by "
             "document; add more, or cut plain text with --documents blank-line, line or marker:TEXT"
         )
-    count = min(max(round(documents * options.validation_share), 1), documents - 1)
-    key = hashlib.blake2b(f"{options.seed}/held out".encode(), digest_size=16).digest()
-    drawn = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(documents)
-    held_out = np.zeros(documents, dtype=bool)
-    held_out[np.argsort(drawn, kind="stable")[:count]] = True
-    return held_out
 
 
 def _tokenizer(
@@ -284,6 +282,14 @@ def _batches(surveys: Sequence[Survey], options: Preparation) -> Iterator[list[s
 
 def _changed(surveys: Sequence[Survey]) -> UserError:
     return UserError(f"{', '.join(str(survey.path) for survey in surveys)}: the input changed while it was read; retry")
+
+
+def _copy_questions(folder: Path, surveys: Sequence[Survey], held_out: NDArray[np.bool_]) -> None:
+    first = 0
+    for survey in surveys:
+        if _provenance(survey) is not None:
+            count_exposures(survey.path, held_out[first : first + survey.documents], folder)
+        first += survey.documents
 
 
 def _manifest(

@@ -3,10 +3,18 @@
 import json
 import re
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
+import pytest
+
+from kmem.config import UserError
 from kmem.data import gazetteer as generator
 from kmem.data.corpora import extract_corpora
 from kmem.data.gazetteer import PLACES, document, gazetteer, place, questions
+from kmem.data.indexed import IndexedTokens
+from kmem.data.prepare import Preparation, prepare
+from kmem.data.tokenizer import load_tokenizer
 
 NUMBERS = range(0, PLACES, 16)
 
@@ -56,18 +64,65 @@ def test_questions_end_before_the_fact_and_stand_in_no_document():
         assert question["answer"] == f" {where.height}"
         assert str(where.height) not in question["prompt"]
         assert question["prompt"].endswith(f"{where.name} is")
-        assert question["exposures"] == where.documents
+        assert len(question["documents"]) == where.documents
         assert not any(
             document(where, exposure).startswith(question["prompt"] + question["answer"])
             for exposure in range(min(where.documents, 3))
         )
 
 
-def test_it_is_a_corpus_with_questions_beside_it(tmp_path, monkeypatch):
+@pytest.fixture
+def corpus(tmp_path, monkeypatch) -> Path:
+    """A gazetteer of 20 places, as `kmem data corpora` writes it."""
     monkeypatch.setattr(generator, "PLACES", 20)
     entry = extract_corpora(["gazetteer"], tmp_path, tmp_path)["gazetteer.jsonl"]
     lines = (tmp_path / "gazetteer.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == entry["documents"]
     assert json.loads(lines[0])["domain"] == "facts"
-    asked = [json.loads(line) for line in (tmp_path / "gazetteer.questions").read_text(encoding="utf-8").splitlines()]
+    return tmp_path / "gazetteer.jsonl"
+
+
+def read_questions(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_questions_name_the_documents_that_tell_the_answer(corpus):
+    texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]
+    asked = read_questions(corpus.with_suffix(".questions"))
     assert len(asked) == 20
+    for question in asked:
+        tells = [number for number, text in enumerate(texts) if question["subject"] in text]
+        assert question["documents"] == tells
+        assert all(question["answer"] in texts[number] for number in tells)
+
+
+def test_exposures_are_counted_in_the_training_split(corpus, tmp_path):
+    """A document that is held out has told a model nothing."""
+    other = corpus.with_name("before.jsonl")  # comes first, and is no corpus
+    other.write_text("".join(json.dumps({"text": f"line {number}"}) + "\n" for number in range(30)))
+    out = tmp_path / "out"
+    prepare(Preparation([other, corpus], out, vocab_size=600, validation_share=0.3))
+    indexed, tokenizer = IndexedTokens(out / "train"), load_tokenizer(out / "tokenizer")
+    read = [
+        tokenizer.decode(indexed.take(np.arange(start, start + length)))
+        for start, length in zip(indexed.starts, indexed.lengths, strict=True)
+    ]
+    asked = read_questions(out / "gazetteer.questions")
+    assert len(asked) == 20
+    assert not any("documents" in question for question in asked)
+    assert [question["exposures"] for question in asked] == [
+        sum(question["subject"] in text for text in read) for question in asked
+    ]
+    whole = read_questions(corpus.with_suffix(".questions"))
+    assert sum(q["exposures"] for q in asked) < sum(len(q["documents"]) for q in whole)
+
+
+def test_questions_of_another_corpus_are_an_error_and_those_of_changed_text_are_left(corpus, tmp_path):
+    questions = corpus.with_suffix(".questions")
+    questions.write_text(questions.read_text().replace('"documents": [0', '"documents": [100000'))
+    with pytest.raises(UserError, match=r"not the questions of gazetteer.jsonl.*kmem data corpora"):
+        prepare(Preparation([corpus], tmp_path / "out", vocab_size=600))
+    with open(corpus, "a") as file:
+        file.write('{"text": "one more"}\n')
+    prepare(Preparation([corpus], tmp_path / "out", vocab_size=600))
+    assert not (tmp_path / "out" / "gazetteer.questions").exists()

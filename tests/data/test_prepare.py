@@ -213,14 +213,14 @@ def test_other_peoples_folders_are_never_replaced(source, tmp_path):
 
 
 def test_two_preparations_of_one_folder_exclude_each_other(source, tmp_path, monkeypatch):
-    choose = preparation._choose_held_out
+    choose = preparation.choose_held_out
 
     def meanwhile(*arguments):
         with pytest.raises(UserError, match="another kmem data prepare is writing it"):
             prepared(tmp_path / "out", source)
         return choose(*arguments)
 
-    monkeypatch.setattr(preparation, "_choose_held_out", meanwhile)
+    monkeypatch.setattr(preparation, "choose_held_out", meanwhile)
     prepared(tmp_path / "out", source)
     assert read_manifest(tmp_path / "out").splits["train"].documents > 0
 

@@ -1,0 +1,45 @@
+"""Questions about a corpus, with how many documents of a training split tell the answer.
+
+`kmem data corpora` writes NAME.questions beside NAME.jsonl: JSON lines with `prompt`, `answer`, and `documents`, the
+numbers of the corpus' documents that tell the answer. Which of these a model reads is decided when the corpus is split,
+so `kmem data prepare` puts the same questions into the prepared folder with their number, `exposures`.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kmem.config import UserError
+
+QUESTIONS_SUFFIX = ".questions"
+
+
+def count_exposures(corpus: Path, held_out: NDArray[np.bool_], folder: Path) -> Path | None:
+    """Write the questions of a corpus file into a prepared folder; where they are, None if the corpus has none.
+
+    Args:
+        corpus: the file that `kmem data corpora` wrote, unchanged.
+        held_out: [documents of the file] whether a document is held out.
+
+    Raises:
+        UserError: questions that are damaged or belong to another corpus.
+    """
+    source = corpus.with_suffix(QUESTIONS_SUFFIX)
+    if not source.is_file():
+        return None
+    lines = []
+    try:
+        for line in source.read_text(encoding="utf-8").splitlines():
+            question = json.loads(line)
+            tells = np.array(question.pop("documents"), dtype=np.int64)
+            question["exposures"] = int((~held_out[tells]).sum())
+            lines.append(json.dumps(question, ensure_ascii=False) + "\n")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise UserError(
+            f"{source}: not the questions of {corpus.name}; write both again with kmem data corpora, or remove it"
+        ) from None
+    target = folder / source.name
+    target.write_text("".join(lines), encoding="utf-8")
+    return target
