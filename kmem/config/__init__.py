@@ -13,6 +13,7 @@ from kmem.config.model import (
     LatentAttention,
     MixtureOfExperts,
     ModelConfig,
+    RopeScaling,
 )
 from kmem.config.run import CheckpointConfig, Config, EvaluationConfig, ParallelConfig, TrackingConfig
 from kmem.config.train import OptimizerConfig, ScheduleConfig, TrainConfig
@@ -38,6 +39,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "RopeScaling",
     "RowOptimizerConfig",
     "ScheduleConfig",
     "Source",

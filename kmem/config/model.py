@@ -180,6 +180,32 @@ class HyperConnectionsConfig(Section):
     """Initial lead of a branch over the others in its own mixture."""
 
 
+class RopeScaling(Section):
+    """Llama 3's scaling of rotary frequencies, as in its reference code: a dimension that turns more than
+    `high_freq_factor` times within `original_max_position_embeddings` tokens keeps its frequency, one that turns less
+    than `low_freq_factor` times has it divided by `factor`, and in between the two are mixed linearly. The defaults are
+    those of Llama 3.1."""
+
+    kind: Literal["llama3"] = "llama3"
+    """Selects this form."""
+    factor: Annotated[float, Field(ge=1)] = 8.0
+    """What low frequencies are divided by (Llama 3.2: 32)."""
+    low_freq_factor: PositiveFloat = 1.0
+    """Turns below which a frequency is low."""
+    high_freq_factor: PositiveFloat = 4.0
+    """Turns above which a frequency is high."""
+    original_max_position_embeddings: PositiveInt = 8192
+    """Length of the sequences of pretraining."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "RopeScaling":
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor={self.high_freq_factor} must exceed low_freq_factor={self.low_freq_factor}"
+            )
+        return self
+
+
 class ModelConfig(Section):
     """A decoder-only language model."""
 
@@ -197,6 +223,8 @@ class ModelConfig(Section):
     """Epsilon of every RMSNorm."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Scaling of the rotary frequencies for sequences longer than those of pretraining; null makes none."""
     tie_embeddings: bool = False
     """The head is the embedding matrix."""
     init_std: PositiveFloat = 0.02

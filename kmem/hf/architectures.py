@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kmem.config import ModelConfig
-from kmem.hf.native import NATIVE, Architecture
+from kmem.hf.native import NATIVE, Architecture, rope_parameters, rope_scaling
 from kmem.model.shape import Shape
 
 KMEM = Architecture(
@@ -67,7 +67,7 @@ def to_fields(model: ModelConfig, architecture: Architecture) -> dict[str, Any]:
         "num_attention_heads": model.attention.num_heads,
         "max_position_embeddings": model.max_position_embeddings,
         "rms_norm_eps": model.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "rope_parameters": rope_parameters(model),
         "tie_word_embeddings": model.tie_embeddings,
         "initializer_range": model.init_std,
         "attention_dropout": 0.0,
@@ -87,6 +87,7 @@ def from_fields(config: Any, architecture: Architecture) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_parameters["rope_theta"],
+        "rope_scaling": rope_scaling(config.rope_parameters),
         "tie_embeddings": config.tie_word_embeddings,
         "init_std": config.initializer_range,
         **architecture.from_fields(config),

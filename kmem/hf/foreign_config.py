@@ -84,9 +84,11 @@ def ignored_fields(fields: Mapping[str, Any], model: ModelConfig, architecture: 
 def _check_rope(config: Any, fields: Mapping[str, Any], architecture: Architecture, path: Path) -> None:
     rope = config.rope_parameters
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-    if rope.get("rope_type", "default") != "default" or not isinstance(rope.get("rope_theta"), int | float):
+    known = rope.get("rope_type", "default") in ("default", "llama3")
+    if not known or not isinstance(rope.get("rope_theta"), int | float):
         raise UserError(
-            f"{path}: {name}={rope} is not supported; kmem's rotary embedding has rope_theta and no scaling"
+            f"{path}: {name}={rope} is not supported; kmem's rotary embedding has rope_theta, and the scaling of "
+            "Llama 3 (rope_type llama3) or none"
         )
     if architecture is not GLM4_MOE and rope.get("partial_rotary_factor", 1) != 1:
         raise UserError(

@@ -61,7 +61,7 @@ def import_folder(
     """Make the run folder `out`: a checkpoint, the tokenizer, `config.yaml` to edit, `model.yaml` to include.
 
     Args:
-        source: a folder of Qwen3-MoE, DeepSeek-V3, GLM-4-MoE, Qwen3, Llama or kmem with safetensors weights.
+        source: a folder of Qwen3-MoE, DeepSeek-V3, GLM-4-MoE, Qwen3, Qwen2, Llama or kmem with safetensors weights.
         out: a folder that does not exist or is empty.
         drop_mtp: leave out layers for multi-token prediction.
         chain_iterations: make the MoE layers chains of so many iterations that start by computing what they computed.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kmem.config import GroupedQueryAttention, LatentAttention, ModelConfig
+from kmem.config import GroupedQueryAttention, LatentAttention, ModelConfig, RopeScaling
 from kmem.model.shape import Shape
 
 LATENT_NORM_EPS = 1e-6  # of DeepSeek-V3's norms of compressed queries and keys, whatever rms_norm_eps says
@@ -62,6 +62,24 @@ def _group_obstacles(model: ModelConfig) -> list[str]:
     return found
 
 
+def rope_parameters(model: ModelConfig) -> dict[str, Any]:
+    """The rotary embedding as Transformers writes it; all its architectures know the scaling of Llama 3."""
+    scaling = model.rope_scaling
+    found: dict[str, Any] = {
+        "rope_type": "default" if scaling is None else scaling.kind,
+        "rope_theta": model.rope_theta,
+    }
+    return found if scaling is None else {**found, **scaling.model_dump(exclude={"kind"})}
+
+
+def rope_scaling(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`model.rope_scaling` of Transformers' `rope_parameters`, not yet checked."""
+    if parameters.get("rope_type", "default") == "default":
+        return None
+    names = RopeScaling.model_fields.keys() - {"kind"}
+    return {"kind": parameters["rope_type"], **{name: parameters.get(name) for name in names}}
+
+
 def _gqa_fields(model: ModelConfig) -> dict[str, Any]:
     return {
         "num_key_value_heads": _gqa(model).num_kv_heads or model.attention.num_heads,
@@ -85,9 +103,12 @@ def _plain_gqa_obstacles(model: ModelConfig) -> list[str]:
     found = []
     if _gqa(model).qkv_bias:
         found.append("its attention has biases on all four projections or none, and model.attention.qkv_bias is true")
-    if _gqa(model).rotary_fraction != 1:
-        found.append(f"it rotates whole heads, not model.attention.rotary_fraction={_gqa(model).rotary_fraction}")
-    return found
+    return found + _whole_heads_obstacles(model)
+
+
+def _whole_heads_obstacles(model: ModelConfig) -> list[str]:
+    fraction = _gqa(model).rotary_fraction
+    return [] if fraction == 1 else [f"it rotates whole heads, not model.attention.rotary_fraction={fraction}"]
 
 
 # Qwen3-MoE ------------------------------------------------------------------------------------------------------------
@@ -191,11 +212,7 @@ def _glm4_moe_fields(model: ModelConfig) -> dict[str, Any]:
         **_biased_moe_fields(model),
         "attention_bias": _gqa(model).qkv_bias,
         "use_qk_norm": _gqa(model).qk_norm,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": model.rope_theta,
-            "partial_rotary_factor": _gqa(model).rotary_fraction,
-        },
+        "rope_parameters": {**rope_parameters(model), "partial_rotary_factor": _gqa(model).rotary_fraction},
     }
 
 
@@ -346,6 +363,22 @@ QWEN3 = Architecture(
     },
     required={**EVERYWHERE, **PLAIN_BIAS, **FULL_ATTENTION},
 )
+QWEN2 = Architecture(
+    name="Qwen2",
+    model_type="qwen2",
+    class_name="Qwen2ForCausalLM",
+    shape="grouped-query attention without qk-norm but with qkv biases, no experts",
+    asks=lambda model: (
+        model.attention.kind == "gqa" and not model.attention.qk_norm and model.attention.qkv_bias and model.moe is None
+    ),
+    obstacles=_whole_heads_obstacles,
+    to_fields=_dense_fields,
+    from_fields=lambda config: {
+        "intermediate_size": config.intermediate_size,
+        "attention": _gqa_section(config, qk_norm=False, qkv_bias=True),
+    },
+    required={**EVERYWHERE, **FULL_ATTENTION},
+)
 LLAMA = Architecture(
     name="Llama",
     model_type="llama",
@@ -360,4 +393,4 @@ LLAMA = Architecture(
     },
     required={**EVERYWHERE, **PLAIN_BIAS, "mlp_bias": (False,)},
 )
-NATIVE = (QWEN3_MOE, GLM4_MOE, DEEPSEEK_V3, QWEN3, LLAMA)
+NATIVE = (QWEN3_MOE, GLM4_MOE, DEEPSEEK_V3, QWEN3, QWEN2, LLAMA)

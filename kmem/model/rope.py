@@ -1,5 +1,6 @@
 """Rotary position embedding (RoPE, arXiv 2104.09864), half-split: dimension i is rotated with i + width/2."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -24,11 +25,23 @@ def rotation(shape: Shape, position_ids: Tensor) -> Rotation:
         head = width = shape.attention.qk_rope_head_dim
     else:
         head, width = shape.head_dim, round(shape.head_dim * shape.attention.rotary_fraction)
-    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=position_ids.device) / width
-    # The reciprocal is taken last, as Transformers does: another rounding of the frequencies shows at long positions.
-    angles = position_ids[..., None, None].float() * (1.0 / shape.rope_theta**exponents)
+    angles = position_ids[..., None, None].float() * _frequencies(shape, width, position_ids.device)
     cos = angles.cos()
     return Rotation(pad(torch.cat((cos, cos), dim=-1), (0, head - width), value=1.0), angles.sin())
+
+
+def _frequencies(shape: Shape, width: int, device: torch.device) -> Tensor:
+    """Radians per position, fp32 [width/2]."""
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+    # The reciprocal is taken last, as Transformers does: another rounding of the frequencies shows at long positions.
+    frequencies = 1.0 / shape.rope_theta**exponents
+    scaling = shape.get("rope_scaling")  # models saved before scaling lack the field
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_position_embeddings / (2 * math.pi / frequencies)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:

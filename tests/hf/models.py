@@ -44,6 +44,10 @@ def model(attention: dict[str, Any], moe: dict[str, Any] | None, **changes: Any)
     return ModelConfig.model_validate({**base, "attention": attention, "moe": moe, **changes})
 
 
+SCALED: dict[str, Any] = {"factor": 4.0, "original_max_position_embeddings": 64}
+"""Of the tiny models' frequencies some are kept, some mixed and some divided."""
+
+
 NATIVE = {
     "qwen3_moe": model({**GQA, "qk_norm": True}, {**EXPERTS, "first_dense_layers": 1}, rope_theta=5e5),
     "qwen3_moe, tied, scores as they are": model(
@@ -58,7 +62,9 @@ NATIVE = {
     "deepseek_v3": model(MLA, {**SIGMOID, **GROUPS, "num_shared_experts": 1, "first_dense_layers": 1}),
     "deepseek_v3, no shared expert": model({**MLA, "q_lora_rank": None}, SIGMOID),
     "qwen3": model({**GQA, "qk_norm": True}, None),
+    "qwen2": model({**GQA, "qkv_bias": True}, None, tie_embeddings=True),
     "llama": model(GQA, None, norm_eps=1e-5, tie_embeddings=True),
+    "llama, scaled rotary frequencies": model(GQA, None, rope_scaling=SCALED),
 }
 OWN = {
     "softmax and shared experts": model(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from kmem.hf.export import export
 from kmem.hf.importing import import_folder
 from kmem.model.decoder import Decoder
 from kmem.model.shape import Shape
-from tests.hf.models import MEMORY, NATIVE, OWN, VOCABULARY, logits, random_weights, write_run
+from tests.hf.models import MEMORY, NATIVE, OWN, VOCABULARY, logits, random_weights, tokenizer, write_run
 
 
 def decoder_of(reader):
@@ -102,6 +103,7 @@ FOREIGN = {
         "num_nextn_predict_layers": 0,
     },
     "qwen3": {"head_dim": 16},
+    "qwen2": {"tie_word_embeddings": True},
     "llama": {"tie_word_embeddings": True},
 }
 SMALL = {
@@ -113,6 +115,15 @@ SMALL = {
     "num_key_value_heads": 2,
     "bos_token_id": None,
     "eos_token_id": None,
+}
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
 }
 
 
@@ -130,19 +141,29 @@ def foreign_folder(folder, kind, **changes):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [*FOREIGN, "deepseek_v3 half-split", "deepseek_v3 without query compression"])
+@pytest.mark.parametrize(
+    "kind", [*FOREIGN, "deepseek_v3 half-split", "deepseek_v3 without query compression", "llama 3", "llama 3.1"]
+)
 def test_logits_are_those_of_transformers(kind, tmp_path):
     changes = {
         "deepseek_v3 half-split": {"rope_interleave": False},
         "deepseek_v3 without query compression": {"q_lora_rank": None},
+        "llama 3": {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
+        "llama 3.1": {"rope_scaling": LLAMA3, "rope_theta": 5e5},  # as written by older Transformers
     }.get(kind, {})
     model = foreign_folder(tmp_path / "from", kind.split()[0], **changes)
+    shutil.copytree(tokenizer(), tmp_path / "from", dirs_exist_ok=True)
     import_folder(tmp_path / "from", tmp_path / "run", say=str)
     decoder = decoder_of(CheckpointReader(tmp_path / "run"))
     input_ids = torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
     expected = model(input_ids).logits
     torch.testing.assert_close(logits(decoder, input_ids), expected, rtol=1e-5, atol=1e-5)
     assert expected.std() > 0.3
+    export(CheckpointReader(tmp_path / "run"), tmp_path / "out", say=str)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(again) is type(model)
+    assert again.config.rope_parameters == model.config.rope_parameters
+    torch.testing.assert_close(again(input_ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_bf16_weights_become_exact_fp32_masters(tmp_path):
@@ -159,6 +180,10 @@ REFUSED = {
     "rope_scaling": (
         "qwen3",
         {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_theta": 1e4},
+    ),
+    "high_freq_factor": (
+        "llama",
+        {"rope_parameters": {**LLAMA3, "rope_theta": 1e4, "high_freq_factor": 1.0}},
     ),
     "use_sliding_window": ("qwen3", {"use_sliding_window": True}),
     "layer_types": ("qwen3", {"layer_types": ["sliding_attention", *["full_attention"] * 2], "sliding_window": 8}),

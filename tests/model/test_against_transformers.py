@@ -27,6 +27,7 @@ MODELS = {
         {**tiny.MLA, "q_lora_rank": None}, {**tiny.SIGMOID, "num_shared_experts": 1, "renormalize": False}
     ),
     "qwen3": tiny.config({**tiny.GQA, "qk_norm": True}),
+    "qwen2": tiny.config({**tiny.GQA, "qkv_bias": True}, tie_embeddings=True),
     "llama": tiny.config({**tiny.GQA, "num_kv_heads": None}, tie_embeddings=True),
 }
 
@@ -98,3 +99,21 @@ def test_loss_and_gradients_equal(name):
         torch.testing.assert_close(
             parameter.grad, theirs.grad, atol=2e-6, rtol=1e-4, msg=lambda m, t=tensor: f"{t}: {m}"
         )
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "glm4_moe", "deepseek_v3", "qwen3", "qwen2", "llama"])
+def test_scaled_rotary_frequencies_equal(name):
+    """At the end of a long sequence, too. Llama 3's scaling keeps, mixes and divides some of these frequencies each."""
+    scaling = {"factor": 4.0, "low_freq_factor": 1.5, "original_max_position_embeddings": 64}
+    model = ModelConfig.model_validate({**MODELS[name].model_dump(), "rope_scaling": scaling})
+    decoder = tiny.decoder(model)
+    other = transformers_model(model, decoder.state_dict()).eval()
+    assert other.config.rope_parameters["rope_type"] == "llama3"
+    ids, positions = tiny.tokens()
+    with torch.no_grad():
+        for start in (0, 50_000):
+            ours = decoder.logits(decoder(ids, start + positions))
+            theirs = other(input_ids=ids, position_ids=start + positions).logits
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        plain = tiny.decoder(MODELS[name])
+        assert (plain.logits(plain(ids, 50_000 + positions)) - ours).abs().max() > 0.01
