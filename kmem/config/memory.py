@@ -62,6 +62,11 @@ class RowOptimizerConfig(Section):
         """True when a step moves rows outside its working set."""
         return self.name == "sinkhorn_momentum" and self.dense
 
+    @property
+    def counts_updates(self) -> bool:
+        """True when the bias correction of a row's moments counts the updates of this row, not those of the table."""
+        return False
+
 
 class MemoryConfig(Section):
     """Tables of the model's memory layers: where rows live, how far ahead they are fetched, how they are trained."""
@@ -98,7 +103,8 @@ class MemoryConfig(Section):
 
 class BlockOptimizerConfig(RowOptimizerConfig):
     """The optimizer of a memory bank's blocks, lazy_adam or adam_catchup. Blocks outside a step's working set never
-    move."""
+    move. With lazy_adam each block counts its own steps, as a parameter of its own; adam_catchup keeps the moments of
+    dense Adam and its count, that of all steps."""
 
     lr_multiplier: PositiveFloat = 1.0
     """Factor on the learning rate of the step."""
@@ -117,6 +123,12 @@ class BlockOptimizerConfig(RowOptimizerConfig):
                 "the layers of one pipeline stage: results would depend on parallel.pipeline; set it to false"
             )
         return self
+
+    @property
+    def counts_updates(self) -> bool:
+        """A block that text reaches late begins as a parameter of its own would. Caught-up moments are those of dense
+        Adam, whose correction counts all steps."""
+        return self.name == "lazy_adam"
 
 
 class BankConfig(MemoryConfig):

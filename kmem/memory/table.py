@@ -308,6 +308,15 @@ class Table:
         pieces = {name: self._interval(name, (columns or {}).get(name, slice(None))) for name in self.arrays()}
         return pieces | {"step": Pieces.interval(1, 0, self._optimizer_step)}
 
+    def count_updates(self) -> None:
+        """Let rows that have moments count as many updates as the table has made steps: what corrected them before
+        rows counted their own."""
+        self.drain()
+        moments, step = self.store["second_moment"], int(self._optimizer_step)
+        for start, stop in self.store.chunks("second_moment"):
+            self.store.fetch_ahead(np.arange(start, stop))
+            self.store["updates"][start:stop] = step * (moments[start:stop] != 0).any(dim=1, keepdim=True)
+
     def read_rows(self, start: int, stop: int) -> Tensor:
         """[stop - start, D] fp32 copy of rows of this rank, by their numbers in the table, after the last commit."""
         assert self.local.start <= start <= stop <= self.local.stop, "these rows belong to another rank"

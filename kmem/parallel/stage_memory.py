@@ -134,6 +134,12 @@ class StageMemory:
         for job in jobs:
             job.result()
 
+    def count_updates(self) -> None:
+        """Of rows that count theirs, after a load from a checkpoint without counts; see `Table.count_updates`."""
+        for name, table in self.tables.items():
+            if self._of[name].settings.optimizer.counts_updates:
+                table.count_updates()
+
     def begin(self, micro_batches: Sequence[SequenceBatch]) -> BegunStep:
         """Start fetching the rows of a step; all ranks of the stage begin the same steps in the same order. A table
         whose own depth is less than the number of steps begun starts later."""

@@ -77,7 +77,12 @@ def load_training(
     moments = moments and "engram" not in new and not pipeline.frozen
     state = model_state(pipeline, saving=False, moments=moments, row_state=row_state)
     state = {name: pieces for name, pieces in state.items() if not any(part in name for part in parts)}
-    store.load(folder, commit, state)
+    # Checkpoints of banks from before their blocks counted updates.
+    uncounted = {name for name in state if name.startswith("updates/") and name not in commit.tensors}
+    store.load(folder, commit, {name: pieces for name, pieces in state.items() if name not in uncounted})
+    if uncounted:
+        assert pipeline.memory is not None
+        pipeline.memory.count_updates()
     if "memory_bank" in new:
         assert pipeline.memory is not None
         pipeline.memory.initialise(BankTable)

@@ -1,11 +1,13 @@
 """A memory bank in checkpoints: layers' blocks as whole tensors, on whichever mesh, and banks added to a model."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from kmem.checkpoint.commit import Commit
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.checkpoint.store import CheckpointStore, step_folder
@@ -66,6 +68,31 @@ def test_reader_sees_whole_blocks(wide_run):
     assert whole.shape == (layout.rows(2), layout.block_values(2))
     assert torch.equal(reader.read_rows(name, 3, 7), whole[3:7])
     assert reader.commit.tree == TREE
+
+
+def test_blocks_of_a_checkpoint_without_counts_have_counted_all_steps(ranks, tmp_path):
+    """Those that were trained: that is what their moments were corrected by."""
+    run(ranks, ONE, tmp_path, save=SAVE, last=SAVE)
+    folder = step_folder(tmp_path, SAVE)
+    commit = Commit.read(folder)
+    without = {key: tensor for key, tensor in commit.tensors.items() if not key.startswith("updates/")}
+    assert len(without) < len(commit.tensors)
+    replace(commit, tensors=without).write(folder)
+    (found,) = ranks.run(1, counts_case, bank_config(), str(tmp_path))
+    for updates, trained in found:
+        assert torch.equal(updates, SAVE * trained.int())
+    assert any(trained.any() and not trained.all() for _, trained in found)
+
+
+def counts_case(tree, root):
+    """Updates of the blocks of each level, and which have moments, after loading step SAVE."""
+    pipeline, store = build(tree), CheckpointStore(Path(root))
+    folder = step_folder(Path(root), SAVE)
+    load_training(store, folder, store.open(folder), pipeline, TREE)
+    tables = [table.store for table in pipeline.memory.tables.values()]
+    found = [(rows["updates"].clone(), (rows["first_moment"] != 0).any(dim=1, keepdim=True)) for rows in tables]
+    pipeline.close()
+    return found
 
 
 OTHER_TREE = {**TREE, "fingerprint": "b", "embedder": {"name": "minilm"}}

@@ -22,8 +22,8 @@ STEPS = 3
 FROZEN = {"children": CHILDREN, "levels": (5, 2, 0, 1), "anchor": "frozen"}
 
 
-def subtree_case(tree: dict[str, Any], run: str, subtrees: list[int], steps: int) -> list[float]:
-    """Train on all text with the blocks of these clusters of level 1 alone, and save."""
+def subtree_case(tree: dict[str, Any], run: str, plan: list[tuple[int, list[int]]]) -> list[float]:
+    """Train on the text of some steps, in each with the blocks of some clusters of level 1 alone, and save."""
     from kmem.checkpoint.commit import Progress
     from kmem.checkpoint.store import CheckpointStore
     from kmem.parallel.training_state import optimizer_steps
@@ -32,12 +32,13 @@ def subtree_case(tree: dict[str, Any], run: str, subtrees: list[int], steps: int
 
     pipeline = build(tree)
     losses = []
-    for step in range(steps):
+    for step, subtrees in plan:
         batches = []
         for batch in step_batches(pipeline, step):
             mine = torch.isin(batch.addresses // (LEAVES // CHILDREN), torch.tensor(subtrees))
             batches.append(replace(batch, addresses=batch.addresses.masked_fill(~mine, MISSING)))
         losses.append(pipeline.train_step(batches, lr=pipeline.config.train.optimizer.lr).loss)
+    steps = len(plan)
     progress = Progress(steps, 8 * steps, 100 * steps, optimizer_steps(pipeline))
     save_training(CheckpointStore(Path(run) / "checkpoints"), pipeline, progress)
     pipeline.close()
@@ -57,7 +58,7 @@ def runs(ranks, tmp_path_factory):
         ("overlapping", [0, 1], STEPS),
         ("late", [1, 2], STEPS + 1),
     ]:
-        ranks.run(1, subtree_case, config, str(root / name), subtrees, steps)
+        ranks.run(1, subtree_case, config, str(root / name), [(step, subtrees) for step in range(steps)])
     return root
 
 
@@ -97,6 +98,19 @@ def test_a_merge_is_the_single_run(runs, tmp_path, capsys):
     assert merged.commit.progress.tokens == 100 * STEPS * 2
     assert merged.commit.progress.facts["edited"] == "merged overlapping, rest"
     assert merged.config.name == "merged-3"
+
+
+def test_blocks_that_count_their_own_steps_do_not_see_how_jobs_are_cut(ranks, tmp_path):
+    """Steps without text of a subtree may be left out of its job: to the bit."""
+    config = bank_config(model__memory_bank=FROZEN, model__moe=None)
+    plan = [(0, [0]), (1, [1, 2]), (2, [1, 2]), (3, [0]), (4, [2])]
+    for name, part in [("all", plan), ("first", plan[:1] + plan[3:4]), ("rest", plan[1:3] + plan[4:])]:
+        ranks.run(1, subtree_case, config, str(tmp_path / name), part)
+    merge([Source(CheckpointReader(tmp_path / name)) for name in ("first", "rest")], tmp_path / "out")
+    found, expected = (stored(CheckpointReader(tmp_path / name)) for name in ("out", "all"))
+    for key, values in expected.items():
+        assert key.startswith("step/") or torch.equal(found[key], values), key
+    assert {0, 1, 2} <= set(found["updates/layers.0.bank.level4"].tolist())
 
 
 def test_of_runs_of_other_lengths_each_gives_its_rows(runs, tmp_path):

@@ -1,7 +1,5 @@
 """Memory banks in the pipeline: the loss curve of plain PyTorch on every mesh, whatever is fetched ahead."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -247,12 +245,13 @@ def plain_training(tree):
 
 
 class BlockAdam:
-    """Adam on the rows that a step fetches, by the formulas; weights decay in these steps."""
+    """Adam on the rows that a step fetches, by the formulas; weights decay in these steps. Lazy rows count their own
+    steps."""
 
     def __init__(self, table, settings, rate):
         self.table, self.settings, self.rate = table, settings, rate * settings.lr_multiplier
         self.first, self.second = torch.zeros_like(table), torch.zeros_like(table)
-        self.last, self.number = torch.zeros(len(table), 1), 0
+        self.last, self.counts, self.number = torch.zeros(len(table), 1), torch.zeros(len(table), 1), 0
 
     @torch.no_grad()
     def step(self, rows):
@@ -261,12 +260,14 @@ class BlockAdam:
         decay = 1 - self.rate * self.settings.weight_decay
         missed, dense = self.number - 1 - self.last[rows], self.settings.name == "adam_catchup"
         self.last[rows] = self.number
+        self.counts[rows] += 1
+        number = torch.full_like(missed, self.number)
         if not dense:
-            missed = torch.zeros_like(missed)
+            missed, number = torch.zeros_like(missed), self.counts[rows]
         first = self.first[rows] * a**missed * a + gradient * (1 - a)
         second = self.second[rows] * b**missed * b + gradient**2 * (1 - b)
         self.first[rows], self.second[rows] = first, second
-        root = math.sqrt(1 - b**self.number)
+        root = (1 - b**number).sqrt()
         below = second.sqrt() / root + self.settings.eps / (1 if dense else root)
-        change = self.rate * first / (1 - a**self.number) / below
+        change = self.rate * first / (1 - a**number) / below
         self.table[rows] = self.table[rows] * decay ** (missed + 1) - change

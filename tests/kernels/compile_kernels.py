@@ -13,7 +13,7 @@ from kmem_kernels.ngram_ids.triton import ngram_ids
 from kmem_kernels.permute.triton import combine_backward, gather_sum, scatter, sort_by_expert
 from kmem_kernels.route.triton import route, route_backward
 from kmem_kernels.row_gather.triton import row_gather
-from kmem_kernels.row_update.op import CatchUp, Gradients, RandomRounding
+from kmem_kernels.row_update.op import CatchUp, Gradients, OwnSteps, RandomRounding
 from kmem_kernels.row_update.triton import adam_, rowwise_adagrad_, square_norms
 from kmem_kernels.segment_reduce.op import segments_of
 from kmem_kernels.segment_reduce.triton import segment_reduce
@@ -92,7 +92,7 @@ def main() -> None:
         table, rows = torch.zeros(9, columns, dtype=dtype), torch.zeros(300, dtype=torch.int64)
         row_gather(table, rows, torch.zeros(300, columns), None)
         row_gather(table, rows, torch.zeros(900, columns), rows)
-    for dtype, columns in ((torch.float32, 256), (torch.bfloat16, 264)):
+    for dtype, columns in ((torch.float32, 256), (torch.bfloat16, 264), (torch.bfloat16, 30_000)):
         table, rows = torch.zeros(9, columns, dtype=dtype), torch.arange(7)
         first, second = torch.zeros(9, columns), torch.zeros(9, columns)
         catch_up = CatchUp(torch.zeros(9, 1, dtype=torch.int32), 5, torch.ones(3, 8))
@@ -103,6 +103,8 @@ def main() -> None:
         ):
             gradients = Gradients(rows, torch.zeros(7, columns), 0.5, order, starts)
             adam_(table, first, second, gradients, AdamStep.lazy(0.9, 0.999, 1e-8, 0.1, 2), missed, rounding)
+            own = None if missed else OwnSteps(torch.zeros(9, 1, dtype=torch.int32), torch.ones(99))
+            adam_(table, first, second, gradients, AdamStep.own(0.9, 0.999, 1e-8, 0.1), None, rounding, 0.9, own)
             rowwise_adagrad_(table, torch.zeros(9, 1), gradients, 0.1, 1e-8, rounding)
         square_norms(gradients.values)
     for dtype, width in ((torch.bfloat16, 768), (torch.float32, 40), (torch.float32, 3)):

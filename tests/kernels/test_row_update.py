@@ -7,13 +7,22 @@ import torch
 from kmem.config import BlockOptimizerConfig, RowOptimizerConfig
 from kmem.memory import counter_random
 from kmem.memory.row_optimizers import RowOptimizer, RowUpdate, kernels, reference
+from kmem.memory.row_optimizers.reference import SQUARES_PART
 from kmem.memory.row_optimizers.update import host_array
 from kmem.memory.segments import Segments
 from kmem.memory.stores import ArrayLayout, Store
 from tests.kernels.devices import DEVICES, random
 
 pytest.importorskip("triton")
-from kmem_kernels.row_update.op import CatchUp, Gradients, RandomRounding, adam_, rowwise_adagrad_, square_norms
+from kmem_kernels.row_update.op import (
+    CatchUp,
+    Gradients,
+    OwnSteps,
+    RandomRounding,
+    adam_,
+    rowwise_adagrad_,
+    square_norms,
+)
 
 ROWS, RATE, SEED, TABLE, FIRST_ROW = 60, 0.05, 7, "table", (1 << 40) + 3
 OPTIMIZERS = [
@@ -22,7 +31,7 @@ OPTIMIZERS = [
     RowOptimizerConfig(name="adam_catchup", weight_decay=0.1),
     RowOptimizerConfig(name="rowwise_adagrad"),
 ]
-DECAYS = 16
+DECAYS, LAST = 16, 5
 
 
 def contributions(step, dim):
@@ -62,6 +71,12 @@ def update(settings, state, step, dim, device, backend):
         )
         return
     moments = state["rows"], state["first_moment"], state["second_moment"]
+    if settings.counts_updates:
+        scalars = reference.AdamStep.own(*settings.betas, settings.eps, RATE)
+        own = OwnSteps(state["updates"], torch.from_numpy(reference.own_corrections(*settings.betas)[:LAST]).to(device))
+        decay = 1 - RATE * settings.weight_decay
+        adam_(*moments, gradients, scalars, None, rounding, decay, own, backend=backend)
+        return
     if settings.name == "lazy_adam":
         scalars = reference.AdamStep.lazy(*settings.betas, settings.eps, RATE, step)
         adam_(*moments, gradients, scalars, None, rounding, 1 - RATE * settings.weight_decay, backend=backend)
@@ -92,8 +107,8 @@ def test_the_bits_are_those_of_the_host(settings, dim, rounding, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dim", [1, 5, 200])
-def test_square_norms_are_added_from_left_to_right(dim, device):
+@pytest.mark.parametrize("dim", [1, 5, 200, 3 * SQUARES_PART + 70])
+def test_square_norms_are_added_in_their_order(dim, device):
     values = random(77, dim) * 10 ** random(77, 1, seed=1)
     expected = kernels.square_norms(values.numpy())
     for backend in ("torch", "triton"):

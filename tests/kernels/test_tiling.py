@@ -10,7 +10,7 @@ from kmem_kernels.permute import triton as permute
 from kmem_kernels.route import triton as route
 from kmem_kernels.row_gather import triton as row_gather
 from kmem_kernels.row_update import triton as row_update
-from kmem_kernels.row_update.op import CatchUp, Gradients
+from kmem_kernels.row_update.op import CatchUp, Gradients, OwnSteps
 from kmem_kernels.segment_reduce import triton as segment_reduce
 from kmem_kernels.segment_reduce.op import segments_of
 
@@ -47,7 +47,7 @@ def gathered():
 
 def updated():
     state = [random(40, 24), torch.zeros(40, 24), torch.zeros(40, 24), torch.zeros(40, 1, dtype=torch.int32)]
-    accumulators = torch.zeros(40, 1)
+    accumulators, own = torch.zeros(40, 1), OwnSteps(torch.zeros(40, 1, dtype=torch.int32), torch.tensor([0.3, 0.7]))
     order, starts = segments_of(torch.arange(99) * torch.arange(99) % 33, 33)
     present = starts.diff() > 0
     rows, starts = torch.arange(33)[present], torch.cat([starts[:-1][present], starts[-1:]])
@@ -55,8 +55,9 @@ def updated():
     for step in (1, 2):
         scalars = AdamStep.lazy(0.9, 0.999, 1e-8, 0.1, step)
         row_update.adam_(*state[:3], gradients, scalars, CatchUp(state[3], step, torch.full((3, 4), 0.9)), None)
+        row_update.adam_(*state[:3], gradients, scalars, None, None, own=own)
         row_update.rowwise_adagrad_(state[0], accumulators, gradients, 0.1, 1e-8, None)
-    return [*state, accumulators, row_update.square_norms(state[0])]
+    return [*state, accumulators, own.updates, row_update.square_norms(state[0])]
 
 
 OPERATIONS = [
@@ -66,6 +67,12 @@ OPERATIONS = [
     (gathered, row_gather),
     (updated, row_update),
 ]
+
+
+def test_a_row_may_be_wider_than_a_tile(monkeypatch):
+    expected = updated()
+    monkeypatch.setattr(row_update, "BLOCK_VALUES", 8)
+    assert all(torch.equal(one, two) for one, two in zip(updated(), expected, strict=True))
 
 
 @pytest.mark.parametrize("operation, module", OPERATIONS)

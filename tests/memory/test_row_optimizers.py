@@ -68,22 +68,27 @@ def test_compiled_adam_is_bit_equal_to_its_reference(settings, dim):
     optimizer = optimizer_for(settings, dim)
     store = table(optimizer)
     rows, m, v = (store[name].numpy().copy() for name in ("rows", "first_moment", "second_moment"))
-    last = np.zeros(ROWS, np.int64)
+    last, counts = np.zeros(ROWS, np.int64), np.zeros(ROWS, np.int64)
     for update in updates(50, dim=dim):
         optimizer.apply(store, update, 0)
         at, step = update.rows, update.step
         gradients = update.gradients * np.float32(update.scale)
         missed = step - 1 - last[at]
         last[at] = step
+        corrections = None
         if settings.name == "lazy_adam":
             scalars = reference.AdamStep.lazy(0.9, 0.999, 1e-8, RATE, step)
+            if settings.counts_updates:
+                scalars = reference.AdamStep.own(0.9, 0.999, 1e-8, RATE)
+                corrections = reference.own_corrections(0.9, 0.999)[counts[at], None]
+                counts[at] += 1
             factors = [1, 1, 1 - RATE * settings.weight_decay]
             decays = [np.full((len(at), 1), factor, np.float32) for factor in factors]
         else:
             scalars = reference.AdamStep.dense(0.9, 0.999, 1e-8, RATE, step)
             factors = [(0.9, missed), (0.999, missed), (1 - RATE * 0.1, missed + 1)]
             decays = [reference.missed_steps_decay(factor, steps) for factor, steps in factors]
-        rows[at], m[at], v[at] = reference.adam(rows[at], gradients, m[at], v[at], tuple(decays), scalars)
+        rows[at], m[at], v[at] = reference.adam(rows[at], gradients, m[at], v[at], tuple(decays), scalars, corrections)
         assert np.array_equal(store["rows"].numpy(), rows)
         assert np.array_equal(store["first_moment"].numpy(), m)
         assert np.array_equal(store["second_moment"].numpy(), v)
@@ -166,6 +171,58 @@ def test_caught_up_adam_is_dense_adam(weight_decay):
     assert (store["second_moment"] * 0.999**missed - state["exp_avg_sq"]).abs().max() < 1e-6
     assert (store["rows"][:4] - weight[:4]).abs().max() < 1e-6
     assert (store["rows"][4:] - weight[4:]).abs().max() > 1e-3
+
+
+def test_each_block_is_a_parameter_of_its_own():
+    """Whose optimizer knows no steps but its updates."""
+    optimizer = optimizer_for(BlockOptimizerConfig(name="lazy_adam"))
+    store = table(optimizer)
+    weights = [torch.nn.Parameter(row.clone()[None]) for row in store["rows"]]
+    oracles = [torch.optim.SparseAdam([weight], lr=RATE) for weight in weights]
+    for update in updates(50):
+        optimizer.apply(store, update, 0)
+        for row, gradient in zip(update.rows, torch.from_numpy(update.gradients), strict=True):
+            weights[row].grad = (gradient[None] * update.scale).to_sparse(1)
+            oracles[row].step()
+    assert (store["rows"] - torch.cat(list(weights))).abs().max() < 1e-6
+    counts = [int(oracle.state[weight]["step"]) for oracle, weight in zip(oracles, weights, strict=True)]
+    assert store["updates"].flatten().tolist() == counts
+    assert len(set(counts)) > 5
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.95), (0.0, 0.0)])
+def test_corrections_end_where_they_are_one(betas):
+    corrections = reference.own_corrections(*betas)
+    beyond = [len(corrections) * factor for factor in (1, 2, 10)]
+    for updates in [*beyond, *range(1, 5)]:
+        exact = np.float32((1 - betas[1] ** updates) ** 0.5 / (1 - betas[0] ** updates))
+        assert corrections[min(updates, len(corrections)) - 1] == exact
+    assert corrections[-1] == 1
+
+
+@pytest.mark.parametrize("name", ["lazy_adam", "adam_catchup"])
+def test_a_block_of_a_longer_run_has_missed_nothing(name):
+    """`kmem memory replace` may bring one."""
+    optimizer = optimizer_for(BlockOptimizerConfig(name=name, weight_decay=0.1))
+    store, other = table(optimizer), table(optimizer)
+    state = {"updates": 99_999} if name == "lazy_adam" else {"last_step": 99_999}
+    for array, number in state.items():
+        store[array][:] = number
+        other[array][:] = number if name == "lazy_adam" else 2
+    update = replace(next(updates(1)), step=3)
+    optimizer.apply(store, update, 0)
+    optimizer.apply(other, update, 0)
+    assert torch.equal(store["rows"], other["rows"])
+    if name == "adam_catchup":
+        assert (store["last_step"][update.rows] == 3).all()
+
+
+@pytest.mark.parametrize("dim", [0, 1, 5, 127, 128, 300, 8192, 8200, 3 * 8192 + 1])
+def test_square_norms_are_added_in_their_order(dim):
+    values = (np.random.default_rng(dim).standard_normal((3, dim)) * 10.0 ** np.arange(3)[:, None]).astype(np.float32)
+    found = kernels.square_norms(values)
+    assert np.array_equal(found, reference.square_norms(values))
+    assert np.allclose(found, (values.astype(np.float64) ** 2).sum(1), rtol=1e-12)
 
 
 def test_lazy_adam_decays_like_adamw_where_every_step_touches_a_row():

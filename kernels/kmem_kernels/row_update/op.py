@@ -53,6 +53,20 @@ class CatchUp:
 
 
 @dataclass(frozen=True)
+class OwnSteps:
+    """Bias correction by the number of a row's own updates.
+
+    Args:
+        updates: int32 [R, 1]: each row's; one more after the step.
+        corrections: fp32 [L]: after how many updates, which factor on the size of the step; the last for all beyond. A
+            table, as `CatchUp.decays`.
+    """
+
+    updates: Tensor
+    corrections: Tensor
+
+
+@dataclass(frozen=True)
 class RandomRounding:
     """Random bits of bf16 rows, as `kmem.memory.counter_random` draws them.
 
@@ -74,6 +88,7 @@ def adam_(
     catch_up: CatchUp | None = None,
     rounding: RandomRounding | None = None,
     decay: float = 1.0,
+    own: OwnSteps | None = None,
     backend: Backend | None = None,
 ) -> None:
     """One Adam step of the touched rows, in place.
@@ -83,6 +98,7 @@ def adam_(
         first_RD, second_RD: moments, fp32, contiguous.
         rounding: of bf16 rows; None rounds to nearest even.
         decay: factor on the weights before the step; `catch_up` has its own.
+        own: of rows that count their updates.
         backend: default `triton` for CUDA tensors, else `torch`.
 
     Raises:
@@ -97,11 +113,11 @@ def adam_(
         if chosen(backend, weights_RD) == "torch":
             from . import reference
 
-            reference.adam_(weights_RD, first_RD, second_RD, gradients, step, catch_up, rounding, decay)
+            reference.adam_(weights_RD, first_RD, second_RD, gradients, step, catch_up, rounding, decay, own)
         else:
             from . import triton  # a CPU run never compiles
 
-            triton.adam_(weights_RD, first_RD, second_RD, gradients, step, catch_up, rounding, decay)
+            triton.adam_(weights_RD, first_RD, second_RD, gradients, step, catch_up, rounding, decay, own)
 
 
 def rowwise_adagrad_(
@@ -113,7 +129,11 @@ def rowwise_adagrad_(
     rounding: RandomRounding | None = None,
     backend: Backend | None = None,
 ) -> None:
-    """One step of row-wise Adagrad of the touched rows, in place. `second_R1`: fp32 accumulators; else as `adam_`."""
+    """One step of row-wise Adagrad of the touched rows, in place. `second_R1`: fp32 accumulators; else as `adam_`.
+
+    The mean square of a row is one sum from left to right: made for rows of n-grams, slow for those of banks, whose
+    configuration refuses it.
+    """
     _check(weights_RD, gradients, rounding)
     with torch.no_grad():
         if chosen(backend, weights_RD) == "torch":
@@ -127,7 +147,7 @@ def rowwise_adagrad_(
 
 
 def square_norms(values_UD: Tensor, backend: Backend | None = None) -> Tensor:
-    """fp64 [U]: the squared 2-norm of each fp32 row, summed from left to right."""
+    """fp64 [U]: the squared 2-norm of each fp32 row, in the order of `reference.square_norms`."""
     with torch.no_grad():
         if chosen(backend, values_UD) == "torch":
             from . import reference

@@ -16,7 +16,7 @@ from kmem.memory.row_optimizers import reference as definition
 from kmem.memory.row_optimizers.update import write_rows
 
 if TYPE_CHECKING:
-    from .op import CatchUp, Gradients, RandomRounding
+    from .op import CatchUp, Gradients, OwnSteps, RandomRounding
 
 
 def adam_(
@@ -28,15 +28,21 @@ def adam_(
     catch_up: "CatchUp | None",
     rounding: "RandomRounding | None",
     decay: float = 1.0,
+    own: "OwnSteps | None" = None,
 ) -> None:
     """See `op.adam_`."""
     rows = gradients.rows
     decays = np.ones((3, len(rows), 1), np.float32)
     decays[2] = decay
     if catch_up is not None:
-        missed = catch_up.step - 1 - catch_up.last_step[rows].long()
+        missed = (catch_up.step - 1 - catch_up.last_step[rows].long()).clamp_min(0)
         decays = _host(catch_up.decays[:, missed.view(-1)]).reshape(3, -1, 1)
         catch_up.last_step[rows] = catch_up.step
+    corrections = None
+    if own is not None:
+        before = own.updates[rows].long().clamp_max(len(own.corrections) - 1)
+        corrections = _host(own.corrections[before])
+        own.updates[rows] += 1
     found = definition.adam(
         _host(weights[rows]),
         _scaled(gradients),
@@ -44,6 +50,7 @@ def adam_(
         _host(second[rows]),
         (decays[0], decays[1], decays[2]),
         step,
+        corrections,
     )
     first[rows], second[rows] = (torch.from_numpy(values).to(first.device) for values in found[1:])
     _write(weights, rows, found[0], rounding)

@@ -1,4 +1,5 @@
-"""One program for a few rows, all their columns: per-row values are read before and written after by the same program.
+"""One program for a tile: a few rows and all their columns, or some columns of a wide row, which has many programs.
+What programs read of a row is written when all are through.
 
 Compiled without contraction (`enable_fp_fusion=False`): a fused multiply-add rounds once where the host rounds twice.
 """
@@ -10,17 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kmem.memory.row_optimizers.reference import AdamStep
+from kmem.memory.row_optimizers.reference import SQUARES_LANES, SQUARES_PART, AdamStep
 
 from ..backend import interpreted
-from .op import CatchUp, Gradients, RandomRounding
+from .op import CatchUp, Gradients, OwnSteps, RandomRounding
 
 # Shape letters: R rows of D values in the table, U of them touched, W contributions to their gradients.
 
 BLOCK_VALUES = 512
 """Values of one tile, two warps: 8 of each array in a thread. Rows of up to 512 values are one tile wide."""
-SQUARES_BLOCK = 32
-"""Rows of one program that only adds squares, a lane for each."""
 
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 _MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
@@ -103,12 +102,15 @@ def _adam(
     second_ptr,  # fp32 [R, D]
     last_step_ptr,  # int32 [R], used if CATCH_UP
     decays_ptr,  # fp32 [3, decays], used if CATCH_UP
+    updates_ptr,  # int32 [R], used if OWN_STEPS
+    corrections_ptr,  # fp32 [corrections], used if OWN_STEPS
     rows_ptr,  # int64 [U]
     values_ptr,  # fp32 [W, D]
     order_ptr,  # int64 [W], used if SUM
     starts_ptr,  # int64 [U + 1], used if SUM
     count,
     decays,
+    corrections,
     step,
     first_row,
     stream,  # int64: the bits of a uint64, whose type would depend on its value
@@ -121,45 +123,43 @@ def _adam(
     decay,  # used if DECAY
     COLUMNS: tl.constexpr,
     CATCH_UP: tl.constexpr,
+    OWN_STEPS: tl.constexpr,
     DECAY: tl.constexpr,
     SUM: tl.constexpr,
     ROUNDING: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    index = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    tiles: tl.constexpr = (COLUMNS + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    program = tl.program_id(0).to(tl.int64)
+    index = (program // tiles * BLOCK + tl.arange(0, BLOCK))[:, None]
     row_live = index < count
     row = tl.load(rows_ptr + index, mask=row_live, other=0)
     begin, length = _contributions(starts_ptr, index, row_live, SUM)
+    column = ((program % tiles).to(tl.int32) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :]
+    live = row_live & (column < COLUMNS)
+    at = row * COLUMNS + column
+    w = _read(weights_ptr, at, live, ROUNDING)
+    m = tl.load(first_ptr + at, mask=live, other=0.0)
+    v = tl.load(second_ptr + at, mask=live, other=0.0)
+    g = _gradient(values_ptr, order_ptr, begin, length, column, live, COLUMNS, SUM) * scale
     if CATCH_UP:
-        missed = step - 1 - tl.load(last_step_ptr + row, mask=row_live, other=0)
-        decay_m = tl.load(decays_ptr + missed, mask=row_live, other=1.0)
-        decay_v = tl.load(decays_ptr + decays + missed, mask=row_live, other=1.0)
-        decay_w = tl.load(decays_ptr + 2 * decays + missed, mask=row_live, other=1.0)
-    for start in range(0, COLUMNS, BLOCK_COLUMNS):
-        column = start + tl.arange(0, BLOCK_COLUMNS)[None, :]
-        live = row_live & (column < COLUMNS)
-        at = row * COLUMNS + column
-        w = _read(weights_ptr, at, live, ROUNDING)
-        m = tl.load(first_ptr + at, mask=live, other=0.0)
-        v = tl.load(second_ptr + at, mask=live, other=0.0)
-        g = _gradient(values_ptr, order_ptr, begin, length, column, live, COLUMNS, SUM) * scale
-        if CATCH_UP:
-            m = m * decay_m
-            v = v * decay_v
-            w = w * decay_w
-        if DECAY:
-            w = w * decay
-        m = m + (g - m) * rate_m
-        v = v + (g * g - v) * rate_v
-        w = w - tl.div_rn(m, tl.sqrt_rn(v) * inverse_root + eps) * size
-        tl.store(first_ptr + at, m, mask=live)
-        tl.store(second_ptr + at, v, mask=live)
-        counter = (first_row + row).to(tl.uint64) * COLUMNS + column.to(tl.uint64)
-        _write(weights_ptr, at, w, counter, stream, live, ROUNDING)
-    if CATCH_UP:
-        tl.debug_barrier()  # every warp has read it
-        tl.store(last_step_ptr + row, tl.zeros((BLOCK, 1), tl.int32) + step, mask=row_live)
+        missed = tl.maximum(step - 1 - tl.load(last_step_ptr + row, mask=row_live, other=0), 0)
+        m = m * tl.load(decays_ptr + missed, mask=row_live, other=1.0)
+        v = v * tl.load(decays_ptr + decays + missed, mask=row_live, other=1.0)
+        w = w * tl.load(decays_ptr + 2 * decays + missed, mask=row_live, other=1.0)
+    if DECAY:
+        w = w * decay
+    if OWN_STEPS:
+        before = tl.minimum(tl.load(updates_ptr + row, mask=row_live, other=0), corrections - 1)
+        size = tl.load(corrections_ptr + before, mask=row_live, other=1.0) * size
+    m = m + (g - m) * rate_m
+    v = v + (g * g - v) * rate_v
+    w = w - tl.div_rn(m, tl.sqrt_rn(v) * inverse_root + eps) * size
+    tl.store(first_ptr + at, m, mask=live)
+    tl.store(second_ptr + at, v, mask=live)
+    counter = (first_row + row).to(tl.uint64) * COLUMNS + column.to(tl.uint64)
+    _write(weights_ptr, at, w, counter, stream, live, ROUNDING)
 
 
 @triton.jit(do_not_specialize=["first_row", "stream"])
@@ -205,15 +205,28 @@ def _rowwise_adagrad(
 @triton.jit
 def _square_norms(
     values_ptr,  # fp32 [U, D]
-    norms_ptr,  # fp64 [U]
+    sums_ptr,  # fp64 [U, parts]
     count,
     COLUMNS: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    FOLDS: tl.constexpr,  # LANES = 2^FOLDS
 ):
-    index = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    parts: tl.constexpr = (COLUMNS + PART - 1) // PART
+    program = tl.program_id(0).to(tl.int64)
+    index = (program // parts * BLOCK + tl.arange(0, BLOCK))[:, None]
     live = index < count
-    squares = _squares(values_ptr, values_ptr, index, index, live, 1.0, COLUMNS, False, BLOCK)
-    tl.store(norms_ptr + index, squares, mask=live)
+    first = (program % parts).to(tl.int32) * PART
+    total = tl.zeros((BLOCK, LANES), tl.float64)
+    for start in range(first, tl.minimum(first + PART, COLUMNS), LANES):
+        column = start + tl.arange(0, LANES)[None, :]
+        g = tl.load(values_ptr + index * COLUMNS + column, mask=live & (column < COLUMNS), other=0.0).to(tl.float64)
+        total += g * g
+    for fold in tl.static_range(FOLDS):
+        one, other = tl.split(tl.reshape(total, (BLOCK, LANES >> (fold + 1), 2)))
+        total = one + other
+    tl.store(sums_ptr + index * parts + program % parts, tl.reshape(total, (BLOCK, 1)), mask=live)
 
 
 def adam_(
@@ -225,21 +238,25 @@ def adam_(
     catch_up: CatchUp | None,
     rounding: RandomRounding | None,
     decay: float = 1.0,
+    own: OwnSteps | None = None,
 ) -> None:
     """`reference.adam_`, bit for bit."""
     launch = _launch(weights_RD, gradients, rounding)
     if launch is None:
         return
-    grid, arrays, numbers, options = launch
-    _adam[grid](
+    (blocks,), arrays, numbers, options = launch
+    _adam[(blocks * triton.cdiv(weights_RD.shape[1], options["BLOCK_COLUMNS"]),)](
         _bits(weights_RD),
         first_RD,
         second_RD,
         first_RD if catch_up is None else catch_up.last_step,
         first_RD if catch_up is None else catch_up.decays.contiguous(),
+        first_RD if own is None else own.updates,
+        first_RD if own is None else own.corrections,
         *arrays,
         len(gradients.rows),
         0 if catch_up is None else catch_up.decays.shape[1],
+        0 if own is None else len(own.corrections),
         0 if catch_up is None else catch_up.step,
         *numbers,
         gradients.scale,
@@ -250,9 +267,15 @@ def adam_(
         step.step_size,
         decay,
         CATCH_UP=catch_up is not None,
+        OWN_STEPS=own is not None,
         DECAY=decay != 1.0,
         **options,
     )
+    rows = gradients.rows
+    if catch_up is not None:
+        catch_up.last_step[rows] = catch_up.step
+    if own is not None:
+        own.updates[rows] += 1
 
 
 def rowwise_adagrad_(
@@ -284,13 +307,29 @@ def rowwise_adagrad_(
 def square_norms(values_UD: Tensor) -> Tensor:
     """`reference.square_norms`, bit for bit."""
     values_UD = values_UD.contiguous()
-    norms_U = torch.zeros(len(values_UD), dtype=torch.float64, device=values_UD.device)
-    if values_UD.numel():
-        block = 128 if interpreted() else SQUARES_BLOCK
-        _square_norms[(triton.cdiv(len(values_UD), block),)](
-            values_UD, norms_U, len(values_UD), COLUMNS=values_UD.shape[1], BLOCK=block, num_warps=1
-        )
-    return norms_U
+    count, columns = values_UD.shape
+    if not values_UD.numel():
+        return torch.zeros(count, dtype=torch.float64, device=values_UD.device)
+    parts = triton.cdiv(columns, SQUARES_PART)
+    lanes = min(triton.next_power_of_2(columns), SQUARES_LANES)
+    block = 128 if interpreted() else max(1, BLOCK_VALUES // lanes)
+    sums_UP = torch.empty(count, parts, dtype=torch.float64, device=values_UD.device)
+    _square_norms[(triton.cdiv(count, block) * parts,)](
+        values_UD,
+        sums_UP,
+        count,
+        COLUMNS=columns,
+        PART=SQUARES_PART,
+        BLOCK=block,
+        LANES=lanes,
+        FOLDS=lanes.bit_length() - 1,
+        num_warps=2,
+    )
+    while sums_UP.shape[1] > 1:
+        if sums_UP.shape[1] % 2:
+            sums_UP = torch.nn.functional.pad(sums_UP, (0, 1))
+        sums_UP = sums_UP[:, ::2] + sums_UP[:, 1::2]
+    return sums_UP[:, 0]
 
 
 def _bits(weights: Tensor) -> Tensor:

@@ -12,10 +12,12 @@ import numba
 import numpy as np
 
 from kmem.memory.counter_random import random_bits
+from kmem.memory.row_optimizers.reference import SQUARES_LANES, SQUARES_PART
 
 _compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 _ONE, _SIXTEEN = np.uint32(1), np.uint32(16)
 _HALF = np.uint32(0x7FFF)
+_LANES, _PART = SQUARES_LANES, SQUARES_PART
 
 
 @numba.njit(inline="always")
@@ -77,21 +79,21 @@ def adam_fp32(
     decays_m,
     decays_v,
     decays_w,
+    sizes,
     scale,
     rate_m,
     rate_v,
     inverse_root,
     eps,
-    size,
 ):
     """Adam on fp32 rows. rows [U] int64; gradients [W, D] fp32 (times `scale`), those of
-    row i at order[starts[i]:starts[i + 1]]; decays [U] fp32."""
+    row i at order[starts[i]:starts[i + 1]]; decays and sizes of the step [U] fp32."""
     dim = gradients.shape[1]
     scratch = np.empty(dim, np.float32)
     for i in range(rows.shape[0]):
         w, m, v = weights[rows[i]], first[rows[i]], second[rows[i]]
         g = _gradient(i, order, starts, gradients, scratch)
-        a, b, c = decays_m[i], decays_v[i], decays_w[i]
+        a, b, c, size = decays_m[i], decays_v[i], decays_w[i], sizes[i]
         for column in range(dim):
             j = np.uintp(column)
             w[at_w + j], m[at_m + j], v[at_v + j] = _adam(
@@ -114,12 +116,12 @@ def adam_bf16(
     decays_m,
     decays_v,
     decays_w,
+    sizes,
     scale,
     rate_m,
     rate_v,
     inverse_root,
     eps,
-    size,
     first_row,
     stream,
     stochastic,
@@ -130,7 +132,7 @@ def adam_bf16(
     for i in range(rows.shape[0]):
         w, m, v = weights[rows[i]], first[rows[i]], second[rows[i]]
         g = _gradient(i, order, starts, gradients, scratch)
-        a, b, c = decays_m[i], decays_v[i], decays_w[i]
+        a, b, c, size = decays_m[i], decays_v[i], decays_w[i], sizes[i]
         counter = np.uint64(first_row + rows[i]) * np.uint64(dim)
         for column in range(dim):
             j = np.uintp(column)
@@ -333,14 +335,35 @@ def rounding_noise(rows, dim, first_row, stream):
 
 @_compiled
 def square_norms(gradients):
-    """[U] fp64: the squared 2-norm of each row, summed from left to right."""
-    norms = np.empty(gradients.shape[0], np.float64)
+    """[U] fp64: `reference.square_norms`."""
+    columns = gradients.shape[1]
+    norms, lanes = np.zeros(gradients.shape[0], np.float64), np.empty(_LANES, np.float64)
+    parts = np.empty((columns + _PART - 1) // _PART, np.float64)
     for i in range(gradients.shape[0]):
-        total = 0.0
-        for j in range(gradients.shape[1]):
-            total += np.float64(gradients[i, j]) * np.float64(gradients[i, j])
-        norms[i] = total
+        row = gradients[i]
+        for part in range(parts.shape[0]):
+            lanes[:] = 0.0
+            for start in range(part * _PART, min((part + 1) * _PART, columns), _LANES):
+                for lane in range(min(_LANES, columns - start)):
+                    value = np.float64(row[start + lane])
+                    lanes[lane] += value * value
+            parts[part] = _pairwise(lanes)
+        if columns:
+            norms[i] = _pairwise(parts)
     return norms
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _pairwise(values):
+    """Neighbours are added until one is left, which is returned; overwrites the values."""
+    count = values.shape[0]
+    while count > 1:
+        for i in range(count // 2):
+            values[i] = values[2 * i] + values[2 * i + 1]
+        if count % 2:
+            values[count // 2] = values[count - 1]
+        count = (count + 1) // 2
+    return values[0]
 
 
 @_compiled

@@ -13,7 +13,7 @@ from kmem.config import RowOptimizerConfig
 from kmem.memory import counter_random
 from kmem.memory.row_optimizers import kernels, reference
 from kmem.memory.row_optimizers.sinkhorn import DeviceSweep, HostSweep, Sweep, sinkhorn_step
-from kmem.memory.row_optimizers.update import RowUpdate, host_columns, take_missed_steps
+from kmem.memory.row_optimizers.update import RowUpdate, host_columns, take_missed_steps, take_updates
 from kmem.memory.row_threads import RowThreads
 from kmem.memory.stores import ArrayLayout, Store
 
@@ -46,13 +46,16 @@ class RowOptimizer:
         self._upload = upload or _same_memory
         self._stream = counter_random.key(seed, table, "rounding")
         self._decay_table: tuple[tuple[int, float], Tensor] | None = None
+        self._corrections = reference.own_corrections(*settings.betas) if settings.counts_updates else None
+        self._uploaded_corrections: Tensor | None = None
 
     def state(self) -> dict[str, ArrayLayout]:
         """The arrays that each row needs beside itself."""
         vector, scalar = ArrayLayout(self.dim, torch.float32), ArrayLayout(1, torch.float32)
         match self.settings.name:
             case "lazy_adam":
-                return {"first_moment": vector, "second_moment": vector}
+                count = {"updates": ArrayLayout(1, torch.int32)} if self.settings.counts_updates else {}
+                return {"first_moment": vector, "second_moment": vector, **count}
             case "adam_catchup":
                 return {"first_moment": vector, "second_moment": vector, "last_step": ArrayLayout(1, torch.int32)}
             case "rowwise_adagrad":
@@ -107,8 +110,19 @@ class RowOptimizer:
         return np.uint64(counter_random.random_bits(self._stream, np.uint64(step)))
 
     def _adam_step(self, update: RowUpdate) -> reference.AdamStep:
+        fixed = (*self.settings.betas, self.settings.eps, update.learning_rate)
+        if self.settings.counts_updates:
+            return reference.AdamStep.own(*fixed)
         make = reference.AdamStep.lazy if self.settings.name == "lazy_adam" else reference.AdamStep.dense
-        return make(*self.settings.betas, self.settings.eps, update.learning_rate, update.step)
+        return make(*fixed, update.step)
+
+    def _sizes(self, store: Store, update: RowUpdate, step: reference.AdamStep) -> np.ndarray:
+        """fp32 [U]: the size of the step of each row; counts the update of rows that count theirs."""
+        size = np.float32(step.step_size)
+        if self._corrections is None:
+            return np.full(len(update.rows), size)
+        before = take_updates(store, update)
+        return self._corrections[np.minimum(before, len(self._corrections) - 1)] * size
 
     def _decays(self, store: Store, update: RowUpdate) -> list[np.ndarray]:
         """[U, 1] fp32 factors on first moment, second moment and weight: those of missed steps, and this step's decay
@@ -150,9 +164,8 @@ class RowOptimizer:
         adam, step = kernels.adam_bf16 if in_bf16 else kernels.adam_fp32, self._adam_step(update)
         first, second = host_columns(store, "first_moment"), host_columns(store, "second_moment")
         decays = [factors.reshape(-1) for factors in self._decays(store, update)]
-        scalars = [
-            np.float32(value) for value in (1 - step.beta1, 1 - step.beta2, step.inverse_root, step.eps, step.step_size)
-        ]
+        scalars = [np.float32(value) for value in (1 - step.beta1, 1 - step.beta2, step.inverse_root, step.eps)]
+        sizes = self._sizes(store, update, step)
         self._threads.run(
             len(update.rows),
             lambda part: adam(
@@ -161,6 +174,7 @@ class RowOptimizer:
                 *second,
                 *parts(part),
                 *(factors[part] for factors in decays),
+                sizes[part],
                 scale,
                 *scalars,
                 *rounding,
@@ -168,7 +182,7 @@ class RowOptimizer:
         )
 
     def _on_device(self, store: Store, update: RowUpdate, first_row: int) -> None:
-        from kmem_kernels.row_update.op import CatchUp, Gradients, RandomRounding, adam_, rowwise_adagrad_
+        from kmem_kernels.row_update.op import CatchUp, Gradients, OwnSteps, RandomRounding, adam_, rowwise_adagrad_
 
         segments = update.segments
         order, starts = None, None
@@ -185,12 +199,16 @@ class RowOptimizer:
             rate, eps = update.learning_rate, self.settings.eps
             rowwise_adagrad_(store["rows"], store["second_moment"], gradients, rate, eps, rounding)
             return
-        catch_up = None
+        catch_up, own = None, None
         if self.settings.name == "adam_catchup":
             catch_up = CatchUp(store["last_step"], update.step, self._decays_after(update))
+        if self._corrections is not None:
+            if self._uploaded_corrections is None:
+                (self._uploaded_corrections,) = self._upload(self._corrections)
+            own = OwnSteps(store["updates"], self._uploaded_corrections)
         moments = store["first_moment"], store["second_moment"]
         decay = self._shrink(update) if catch_up is None else 1.0
-        adam_(store["rows"], *moments, gradients, self._adam_step(update), catch_up, rounding, decay)
+        adam_(store["rows"], *moments, gradients, self._adam_step(update), catch_up, rounding, decay, own)
 
     def _decays_after(self, update: RowUpdate) -> Tensor:
         """[3, L] where the rows are: the factors of `_decays` for 0, 1, ... missed steps. Computed when the table has

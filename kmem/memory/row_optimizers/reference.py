@@ -13,6 +13,11 @@ import numpy as np
 Array = Any
 """A numpy array or a torch tensor."""
 
+SQUARES_LANES, SQUARES_PART = 128, 8192
+"""Of `square_norms`: sums that run side by side, and values of a row that are summed on their own."""
+LARGEST_CORRECTIONS = 1 << 22
+"""Updates after which bias correction counts as 1 whatever the betas: exact up to 0.999995."""
+
 
 @dataclass(frozen=True)
 class AdamStep:
@@ -32,26 +37,63 @@ class AdamStep:
         return cls(beta1, beta2, eps, size, 1.0)
 
     @classmethod
+    def own(cls, beta1: float, beta2: float, eps: float, learning_rate: float) -> "AdamStep":
+        """As `lazy`, with rows that count their own updates: `adam` takes the factors of `own_corrections`."""
+        return cls(beta1, beta2, eps, learning_rate, 1.0)
+
+    @classmethod
     def dense(cls, beta1: float, beta2: float, eps: float, learning_rate: float, step: int) -> "AdamStep":
         """As `torch.optim.Adam`: eps is added after bias correction."""
         return cls(beta1, beta2, eps, learning_rate / (1 - beta1**step), (1 - beta2**step) ** -0.5)
 
 
 def adam(
-    weights: Array, gradients: Array, first: Array, second: Array, decays: tuple[Array, Array, Array], step: AdamStep
+    weights: Array,
+    gradients: Array,
+    first: Array,
+    second: Array,
+    decays: tuple[Array, Array, Array],
+    step: AdamStep,
+    corrections: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """One Adam step of touched rows: (weights, first moments, second moments).
 
     decays: factors per row on first moment, second moment and weight for the steps that the row has missed, and on the
     weight this step's decay; lazy Adam knows of this step only.
+    corrections: factors per row on the size of the step, of `own_corrections`.
     """
+    size = step.step_size if corrections is None else corrections * step.step_size
     first = first * decays[0]
     first = first + (gradients - first) * (1 - step.beta1)
     second = second * decays[1]
     second = second + (gradients * gradients - second) * (1 - step.beta2)
     weights = weights * decays[2]
-    weights = weights - (first / (_sqrt(second) * step.inverse_root + step.eps)) * step.step_size
+    weights = weights - (first / (_sqrt(second) * step.inverse_root + step.eps)) * size
     return weights, first, second
+
+
+def square_norms(values: np.ndarray) -> np.ndarray:
+    """fp64 [U]: the squared 2-norms of fp32 rows [U, D].
+
+    The order of the sums is fixed, and one that many processors can share: parts of SQUARES_PART values, in each of
+    which value j is added to lane j % SQUARES_LANES, from left to right; then neighbouring lanes are added until one is
+    left, and so are the parts. (Zeros at the end change nothing, so lanes and parts may be filled up with them.)
+    """
+    rows, columns = values.shape
+    parts = max(1, -(-columns // SQUARES_PART))
+    padded = np.zeros((rows, parts * SQUARES_PART), np.float64)
+    padded[:, :columns] = values
+    sums = (padded * padded).reshape(rows, parts, -1, SQUARES_LANES).cumsum(2)[:, :, -1]
+    return _pairwise(_pairwise(sums))
+
+
+def _pairwise(values: np.ndarray) -> np.ndarray:
+    """Sums over the last dimension, of neighbours first."""
+    while values.shape[-1] > 1:
+        if values.shape[-1] % 2:
+            values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, 1)])
+        values = values[..., ::2] + values[..., 1::2]
+    return values[..., 0]
 
 
 def rowwise_adagrad(
@@ -93,6 +135,14 @@ def sinkhorn_momentum(
         else:
             h = h / (((h * h).sum(0) ** 0.5)[None, :] + eps)
     return weights - _single(h * (h.shape[1] ** 0.5)) * (gamma * learning_rate), momentum
+
+
+def own_corrections(beta1: float, beta2: float) -> np.ndarray:
+    """fp32 [L]: the bias correction of a row's update, sqrt(1 - beta2^t) / (1 - beta1^t), at t - 1, the updates that it
+    had before. From L - 1 on it is 1 (but for betas of which a table would be endless)."""
+    enough = [-18.1 / np.log(beta) for beta in (beta1, beta2) if beta]  # beta^t is below 2^-26: 1 +- it rounds to 1
+    number = np.arange(1, 2 + min(LARGEST_CORRECTIONS, int(max(enough, default=0))), dtype=np.float64)
+    return (np.sqrt(1 - np.power(beta2, number)) / (1 - np.power(beta1, number))).astype(np.float32)
 
 
 def missed_steps_decay(factor: float, missed: np.ndarray) -> np.ndarray:

@@ -55,11 +55,20 @@ class RowUpdate:
 
 
 def take_missed_steps(store: Store, update: RowUpdate) -> np.ndarray:
-    """[U, 1] int64: optimizer steps since each row's last one; afterwards the rows' last step is this one."""
+    """[U, 1] int64: optimizer steps since each row's last one; afterwards the rows' last step is this one. Rows that
+    come from a longer run (`kmem memory replace`) have missed none."""
     rows, last = torch.from_numpy(update.rows), store["last_step"]
     missed = update.step - 1 - last[rows.to(last.device)].cpu().numpy().astype(np.int64)
     last[rows.to(last.device)] = update.step
-    return missed
+    return np.maximum(missed, 0)
+
+
+def take_updates(store: Store, update: RowUpdate) -> np.ndarray:
+    """[U] int64: how many updates each row has had; afterwards it has had one more."""
+    rows, updates = torch.from_numpy(update.rows), store["updates"]
+    before = updates[rows].numpy().astype(np.int64)
+    updates[rows] += 1
+    return before[:, 0]
 
 
 def host_array(tensor: Tensor) -> np.ndarray:
