@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ from kmem.checkpoint.writer import write_weights
 from kmem.config import ModelConfig
 from kmem.data.addresses import model_addresses
 from kmem.data.cluster.tree_folder import write_tree
-from kmem.data.tokenizer import tokenizer_fingerprint
+from kmem.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from kmem.hf.importing import starting_config
 from kmem.model.bank_layout import BankLayout, bank_table_name
 from kmem.model.cluster_tree import ClusterTree, read_tree_record
-from kmem.model.context_embedder import EMBEDDER_FILE, EMBEDDER_FORMAT, EMBEDDER_VERSION, TFIDF_FILE
+from kmem.model.context_embedder import EMBEDDER_FILE, EMBEDDER_FORMAT, EMBEDDER_VERSION, TFIDF_FILE, load_embedder
 from kmem.model.context_router import ContextRouter
 from kmem.model.decoder import Decoder
 from kmem.model.memory_bank import FetchedBlocks, without_blocks
 from tests.hf.models import EXPERTS, GQA, MLA, VOCABULARY, Remembering, model, random_weights, tokenizer
+from tests.model.sentence_encoder import write_embedder
 
 CHILDREN, LEVELS = 3, 2
 
@@ -131,6 +133,20 @@ def make_tree(
     return folder
 
 
+def make_sentence_tree(folder: Path, texts: Sequence[str]) -> Path:
+    """A tree over a random sentence encoder; its centroids are embeddings of texts, the first ones those of level 1."""
+    embedder = write_embedder(folder.parent / f"{folder.name}-embedder", 16, 2)
+    (embedder / "LICENSE").write_text("None: random numbers.\n")
+    read = load_tokenizer(tokenizer())
+    leaves = CHILDREN**LEVELS
+    vectors = load_embedder(embedder, read).embed([torch.tensor(read.encode(text)) for text in texts[:leaves]])
+    described = {"children": CHILDREN, "levels": LEVELS, "unit": "document", "tokenizer": None}
+    centroids = [vectors[: CHILDREN**level].numpy() for level in range(1, LEVELS + 1)]
+    write_tree(folder, centroids, np.ones(leaves, dtype=np.int64), embedder, described)
+    shutil.rmtree(embedder)
+    return folder
+
+
 def router() -> ContextRouter:
     return ContextRouter.load(tree())
 
@@ -139,8 +155,10 @@ def cluster_tree() -> ClusterTree:
     return ClusterTree.load(tree())
 
 
-def write_bank_run(run: Path, config: ModelConfig, decoder: Banked | None = None) -> CheckpointReader:
-    """A run folder with a checkpoint of these weights, a tokenizer and the tree."""
+def write_bank_run(
+    run: Path, config: ModelConfig, decoder: Banked | None = None, own: Path | None = None
+) -> CheckpointReader:
+    """A run folder with a checkpoint of these weights, a tokenizer and the tree, `own` if given."""
     weights = (decoder or random_bank(config)).weights()
     data = {"tokenizer": tokenizer_fingerprint(tokenizer())}
     start = starting_config(run, config)
@@ -153,8 +171,8 @@ def write_bank_run(run: Path, config: ModelConfig, decoder: Banked | None = None
         {name: tuple(tensor.shape) for name, tensor in weights.items()},
         lambda name: [weights[name]],
         None if addresses is None else addresses.addressing.to_manifest(),
-        read_tree_record(tree()),
+        read_tree_record(own or tree()),
     )
     shutil.copytree(tokenizer(), run / "tokenizer")
-    shutil.copytree(tree(), run / "tree")
+    shutil.copytree(own or tree(), run / "tree")
     return CheckpointReader(run)

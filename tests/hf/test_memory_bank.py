@@ -25,7 +25,7 @@ from kmem.model.cluster_tree import record_fingerprint
 from kmem.model.configuration_kmem import KmemConfig
 from kmem.model.context_router import ContextRouter
 from kmem.model.modeling_kmem import KmemForCausalLM
-from tests.hf.banks import BANKS, make_tree, random_bank, router, tree, write_bank_run
+from tests.hf.banks import BANKS, make_sentence_tree, make_tree, random_bank, router, tree, write_bank_run
 from tests.hf.models import NATIVE, VOCABULARY, write_run
 
 PLAIN_MODEL = NATIVE["llama"].model_dump(mode="json")
@@ -306,24 +306,40 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = sys.argv[1]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+several = model.fetch(sys.argv[2:]).leaves.tolist()
+model.forget()
 found = model.fetch("the model reads")
 inputs = tokenizer("the model reads", return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+print(several)
 print([*found.leaves.tolist(), found.bytes, *output[0].tolist()])
 """
 
 
-def test_torch_and_transformers_suffice(folders, tmp_path):
-    decoder, folder = folders("ffn")
+def folder_of_sentences(where):
+    """As `folders`: a model whose contexts are found by a sentence encoder, its export, and the router."""
+    texts = [*TEXTS, "a whale", "kernel driver", "register 7", "on the mat", "a cat sleeps", "the model reads"]
+    decoder, own = random_bank(BANKS["ffn"]), make_sentence_tree(where / "tree", texts)
+    export(write_bank_run(where / "run", BANKS["ffn"], decoder, own), where / "out", max_shard_bytes=9_000, say=str)
+    text = ContextRouter.load(own, AutoTokenizer.from_pretrained(where / "out"))
+    assert len(text.leaves(TEXTS).unique()) > 1
+    return decoder, where / "out", text
+
+
+@pytest.mark.parametrize("embedder", ["tfidf", "minilm"])
+def test_torch_and_transformers_suffice(embedder, folders, tmp_path):
+    decoder, folder, own = (*folders("ffn"), router()) if embedder == "tfidf" else folder_of_sentences(tmp_path)
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
     done = subprocess.run(
-        [sys.executable, "-c", TEXT_PROGRAM, str(folder)],
+        [sys.executable, "-c", TEXT_PROGRAM, str(folder), *TEXTS],
         env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    leaf, size, *ids = json.loads(done.stdout.splitlines()[-1])
+    several, (leaf, size, *ids) = map(json.loads, done.stdout.splitlines()[-2:])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert several == own.leaves([tokenizer(text)["input_ids"] for text in TEXTS]).tolist()
     prompt = torch.tensor([ids[:-5]])
-    leaves = router().leaves(prompt)
+    leaves = own.leaves(prompt)
     assert leaf == int(leaves)
     assert size == 4 * decoder.layout.fetched_values
     for _ in range(5):
