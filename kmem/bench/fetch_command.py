@@ -88,13 +88,16 @@ def _measure(arguments: argparse.Namespace, bank: "ExportedBank") -> None:
     import torch
 
     from kmem.bench.fetch import CONTEXT_TOKENS, measure, memory_needed, route_ms
+    from kmem.memory.stores import available_host_memory, gib
 
     layout = bank.layout
     chosen = placements(arguments.placement, layout.levels)
     for placement in chosen:
-        needed, free = memory_needed(bank, placement), _free_memory()
-        if free is not None and needed > free:
-            raise UserError(f"--placement: {needed:,} bytes in memory, and {free:,} are free; leave levels on disk")
+        needed, free = memory_needed(bank, placement), available_host_memory()
+        if needed > free:
+            raise UserError(
+                f"--placement: {gib(needed)} in memory, and {gib(int(free))} are free; leave levels on disk"
+            )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     like = torch.empty(0, dtype=next(iter(bank.rows.values())).dtype, device=device)
     shape = (
@@ -142,14 +145,3 @@ def _print(times: "Sequence[FetchTimes]", shape: str) -> None:
         column.justify = "right"
     Console(width=max(Console().width, 150)).print(table)
     print("new topic: nothing is there yet; same level 1: its row is kept, and rows of deeper levels are read")
-
-
-def _free_memory() -> int | None:
-    """Bytes that can be allocated, where the system says so."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None

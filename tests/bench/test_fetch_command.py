@@ -1,15 +1,21 @@
 """`kmem bench fetch`: bytes are those of the blocks, deep levels alone where level 1 stays, and faults are named."""
 
+import ctypes
 import json
+import mmap
+import os
+import sys
 
+import numpy as np
 import pytest
 import torch
 
-from kmem.bench.fetch import measure, open_bank, synthetic_bank
+from kmem.bench.fetch import measure, synthetic_bank
 from kmem.bench.fetch_command import placements
 from kmem.cli import main
 from kmem.config import ConfigError
 from kmem.hf.export import export
+from kmem.memory import stores
 from tests.hf.banks import BANKS, random_bank, write_bank_run
 
 
@@ -46,13 +52,44 @@ def test_random_blocks_need_no_model(tmp_path, capsys):
     assert [level.bytes for level in times.levels] == [3 * 3 * 4 * 8 * 2, 3 * 3 * 2 * 8 * 2]
 
 
-def test_dropped_pages_are_read_again(exported):
-    bank = open_bank(exported)
-    rows = torch.arange(3)
+def resident_pages(path):
+    """Pages of a file that the system keeps in memory, by mincore(2) of a mapping of the test's own."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        states = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        first = np.frombuffer(mapped, dtype=np.uint8)
+        try:
+            libc = ctypes.CDLL(None, use_errno=True)
+            place, length = ctypes.c_void_p(first.ctypes.data), ctypes.c_size_t(len(mapped))
+            assert libc.mincore(place, length, states) == 0, os.strerror(ctypes.get_errno())
+        finally:
+            del first  # a mapping that is in use cannot be closed
+        return sum(state & 1 for state in states)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mincore(2) as Linux has it")
+def test_dropped_pages_are_read_again(tmp_path):
+    """From the disk: none of a level's files is in memory before a fetch."""
+    bank = synthetic_bank(tmp_path, 8, 64, (8, 2), 4)
+    rows, (file,) = torch.arange(3), bank.rows[1].files
     before = bank.rows[1](rows)
-    for file in bank.rows[1].files:
-        file.drop_pages()
+    assert resident_pages(file.path) > 10
+    with open(tmp_path / "probe", "wb") as probe:
+        probe.write(bytes(1 << 16))
+        probe.flush()
+        os.fsync(probe.fileno())
+        os.posix_fadvise(probe.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if resident_pages(tmp_path / "probe"):
+        pytest.skip("this file system has its files in memory")
+    file.drop_pages()
+    assert resident_pages(file.path) == 0
     assert torch.equal(bank.rows[1](rows), before)
+    assert resident_pages(file.path) > 0
+
+
+def test_levels_that_do_not_fit_into_memory_are_refused(exported, monkeypatch, capsys):
+    monkeypatch.setattr(stores, "available_host_memory", lambda: 1000.0)
+    assert main(["bench", "fetch", "--model", str(exported), "--contexts", "1", "--placement", "1=ram"]) == 2
+    assert "leave levels on disk" in capsys.readouterr().err
 
 
 def test_faults_are_named(exported, tmp_path, capsys):
