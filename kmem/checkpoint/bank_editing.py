@@ -18,6 +18,7 @@ from kmem.checkpoint.commit import Progress
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import WEIGHT, CheckpointReader
 from kmem.checkpoint.rewriting import rewrite_run
+from kmem.config import Config, parse_config
 from kmem.model.bank_layout import BankLayout, layer_bank_name
 
 COMPARED = 1 << 24
@@ -53,7 +54,23 @@ class Source:
 
     reader: CheckpointReader
     paths: tuple[str, ...] = ()
-    """Subtrees that are its own; none: the clusters that it has trained."""
+    """Subtrees that are its own; none: those whose text it has read, or, of a run on all text, the clusters that it has
+    trained."""
+
+    def own_paths(self, start: CheckpointReader | None) -> tuple[str, ...]:
+        """The subtrees that are its own, where these are named or known.
+
+        Args:
+            start: the checkpoint that it has gone on from.
+        """
+        if self.paths:
+            return self.paths
+        progress = self.reader.commit.progress
+        before: Mapping[str, int] = {}
+        if start is not None and progress.bank_start is None:
+            before = start.commit.progress.sequences_read
+        read = [text for text, count in progress.sequences_read.items() if count > before.get(text, 0)]
+        return () if "" in read else tuple(path for text in read for path in text.split(","))
 
 
 def the_layout(reader: CheckpointReader) -> BankLayout:
@@ -103,17 +120,23 @@ def merge(sources: Sequence[Source], out: Path, start: CheckpointReader | None =
     rows that are its own.
 
     Args:
-        start: the checkpoint that all started from, if it had blocks that were not the first ones.
+        start: the checkpoint that all started from, if its bank had been trained.
 
     Returns:
         What was taken, and remarks.
 
     Raises:
-        UserError: other banks, trees or anchors, a cluster of two sources, a path outside the tree, or a folder that
-            cannot be written.
+        UserError: other banks, trees or anchors, a cluster of two sources, a path outside the tree, a start that is
+            not named, or a folder that cannot be written.
     """
     readers = [source.reader for source in sources]
     layout = the_layout(readers[0])
+    for reader in readers if start is None else ():
+        if reader.commit.progress.bank_start is not None:
+            raise CheckpointError(
+                f"{reader.folder}: began with the blocks of {reader.commit.progress.bank_start}; name that checkpoint, "
+                "or where it is now, with --start, so that what the run itself has trained is known"
+            )
     for other in (*readers[1:], *([] if start is None else [start])):
         _check_same_bank(readers[0], other)
         _check_same_anchor(readers[0], other)
@@ -122,15 +145,16 @@ def merge(sources: Sequence[Source], out: Path, start: CheckpointReader | None =
     for source in sources:
         found = {level: _trained(source.reader, start, layout, level) for level in layout.levels}
         trained.append(found)
-        if not source.paths:
+        paths = source.own_paths(start)
+        if not paths:
             own.append(found)
             continue
-        own.append(select(layout, list(source.paths)))
+        own.append(select(layout, list(paths)))
         outside = [path for level in layout.levels for path in _paths(layout, level, found[level] & ~own[-1][level])]
         if outside:
             remarks.append(
-                f"{source.reader.folder}: {len(outside)} clusters that it trained lie outside its paths and are left "
-                f"out: {_some(outside)}"
+                f"{source.reader.folder}: {len(outside)} clusters that it trained lie outside {', '.join(paths)} and "
+                f"are left out: {_some(outside)}"
             )
     _check_disjoint(layout, sources, own)
 
@@ -144,11 +168,50 @@ def merge(sources: Sequence[Source], out: Path, start: CheckpointReader | None =
         for number, rows in enumerate(own):
             owner[rows[level]] = KEPT if number == base else number
         owners[level] = owner
-    tokens = 0 if start is None else start.commit.progress.tokens
-    tokens += sum(reader.commit.progress.tokens - tokens for reader in readers)
-    progress = replace(readers[base].commit.progress, tokens=tokens)
     note = "merged " + ", ".join(reader.run_folder.name for reader in readers)
-    return _written(readers[base], out, layout, owners, given, note, progress), remarks
+    progress = _joined_progress(readers, base, start)
+    config = _with_subtrees(readers[base].config, _joined_subtrees(readers))
+    # A run that began with the start's weights alone had none of the state of its rows.
+    weights_of = None if start is None or progress.bank_start is None else len(readers)
+    return _written(readers[base], out, layout, owners, given, note, progress, config, weights_of), remarks
+
+
+def _joined_progress(readers: Sequence[CheckpointReader], base: int, start: CheckpointReader | None) -> Progress:
+    """That of the run whose step is kept, with the text of all."""
+    of_runs = [reader.commit.progress for reader in readers]
+
+    def summed(count: str) -> int:
+        """What all have read, and once what they went on from."""
+        before = 0 if start is None else getattr(start.commit.progress, count)
+        since = [0 if progress.bank_start is not None else before for progress in of_runs]
+        return max(since) + sum(getattr(progress, count) for progress in of_runs) - sum(since)
+
+    positions: dict[str, int] = {}
+    for text, count in (pair for progress in of_runs for pair in progress.sequences_read.items()):
+        positions[text] = max(count, positions.get(text, 0))
+    read, tokens = summed("consumed_samples"), summed("tokens")
+    return replace(of_runs[base], consumed_samples=read, tokens=tokens, positions=positions)
+
+
+def _joined_subtrees(readers: Sequence[CheckpointReader]) -> tuple[str, ...] | None:
+    """`data.addresses.subtrees` of a merged run that is trained on with its own configuration: the text of all."""
+    chosen: set[str] = set()
+    for reader in readers:
+        addresses = reader.config.data.addresses
+        if addresses is None or addresses.subtrees is None:
+            return None
+        chosen |= set(addresses.subtrees)
+    every = {str(child) for child in range(the_layout(readers[0]).children)} <= chosen
+    outermost = {path for path in chosen if not any(path.startswith(f"{other}.") for other in chosen)}
+    return None if every else tuple(outermost)
+
+
+def _with_subtrees(config: Config, subtrees: tuple[str, ...] | None) -> Config:
+    if config.data.addresses is None or config.data.addresses.subtrees is None:
+        return config
+    tree = config.model_dump(mode="json")
+    tree["data"]["addresses"]["subtrees"] = None if subtrees is None else list(subtrees)
+    return parse_config(tree)
 
 
 def _trained(reader: CheckpointReader, start: CheckpointReader | None, layout: BankLayout, level: int) -> Tensor:
@@ -166,8 +229,16 @@ def _written(
     sources: Sequence[CheckpointReader],
     note: str,
     progress: Progress | None = None,
+    config: Config | None = None,
+    weights_of: int | None = None,
 ) -> Edited:
-    """Copy `base` with the rows that come from elsewhere."""
+    """Copy `base` with the rows that come from elsewhere.
+
+    Args:
+        owners: level -> [rows] KEPT, FIRST, or the number of a source.
+        progress, config: of the new checkpoint; default: those of `base`.
+        weights_of: number of a source of which the state of rows is not taken, but none.
+    """
     figures = []
     for level, owner in owners.items():
         changed = owner != KEPT
@@ -177,7 +248,8 @@ def _written(
             figures.append(Changed(level, count, count * layout.row_values(level), float(norms.norm())))
     of_name = {layer_bank_name(layer, level): (layer, level) for level in layout.levels for layer in layout.layers}
     lists = {level: owner.tolist() for level, owner in owners.items()}
-    seed = base.config.train.init_seed
+    seed = base.commit.progress.bank_seed
+    seed = base.config.train.init_seed if seed is None else seed
 
     def edit(key: str, start: int, values: Tensor) -> Tensor:
         kind, _, name = key.partition("/")
@@ -193,9 +265,10 @@ def _written(
         for owner, first, last in _runs(lists[level], start // width, -(-(start + len(values)) // width)):
             low, high = max(first * width, start), min(last * width, start + len(values))
             target = values[low - start : high - start]
-            if owner >= 0 and key in sources[owner].commit.tensors:
+            weight = kind == WEIGHT.rstrip("/")
+            if owner >= 0 and key in sources[owner].commit.tensors and (weight or owner != weights_of):
                 target.copy_(sources[owner].read_stored(key, low, high))
-            elif kind == WEIGHT.rstrip("/"):
+            elif weight:
                 block = layout.of_layers([layer]).initial_rows(seed, level, first, last).view(-1)
                 target.copy_(block[low - first * width : high - first * width])
             else:
@@ -206,7 +279,7 @@ def _written(
     before = stands.facts.get("edited")
     facts = {**stands.facts, "edited": note if before is None else f"{before}; {note}"}
     stands = replace(stands, facts=facts, tracking={})
-    return Edited(rewrite_run(base, out, stands, edit), tuple(figures))
+    return Edited(rewrite_run(base, out, stands, edit, config), tuple(figures))
 
 
 def _runs(owners: list[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -267,7 +340,8 @@ def _check_disjoint(layout: BankLayout, sources: Sequence[Source], own: Sequence
                     folders = " and by ".join(str(sources[number].reader.folder) for number in (first, second))
                     raise CheckpointError(
                         f"level {level}, cluster {_some(shared)}: trained by {folders}; each cluster has one source: "
-                        "name the subtrees of each after its checkpoint, as in --from RUN 0 1 --from RUN 2"
+                        "name the subtrees of each after its checkpoint, as in --from RUN 0 1 --from RUN 2, or the "
+                        "trained checkpoint that all went on from with --start"
                     )
 
 

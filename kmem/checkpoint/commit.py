@@ -46,7 +46,7 @@ class Progress:
     step: int
     """Optimizer steps done."""
     consumed_samples: int
-    """Training sequences consumed."""
+    """Training sequences consumed, of whichever text."""
     tokens: int
     """Trained tokens."""
     optimizer_steps: int
@@ -57,6 +57,18 @@ class Progress:
     """Identity of the tracked run."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Figures for people: losses, bits per byte, mesh, versions."""
+    positions: dict[str, int] = field(default_factory=dict)
+    """How many sequences were read of each selection of the text (`PreparedData.selection`) since the weights were
+    new, or those of `bank_start`; each has an order of its own."""
+    bank_seed: int | None = None
+    """What the first values of a memory bank's blocks were drawn from; None without a bank."""
+    bank_start: str | None = None
+    """The checkpoint whose blocks, and no state of theirs, the run began with; None where the bank was new."""
+
+    @property
+    def sequences_read(self) -> dict[str, int]:
+        """`positions`, also of a checkpoint that has none, whose text is all text."""
+        return self.positions or {"": self.consumed_samples}
 
 
 @dataclass(frozen=True)

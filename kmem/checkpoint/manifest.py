@@ -13,15 +13,21 @@ REASONS = {
     "compression_digest": "The vocabulary is compressed otherwise: use the tokenizer and the version of the tokenizers "
     "library, that the run was trained with",
     "sizes": "Rows per head decide the prime of every hash, so no row of a table of another size keeps its address: "
-    "a table cannot grow; start a run of another name",
+    "a table cannot grow",
 }
-_REMEDY = "Correct model.engram, or start a run of another name"
+ANOTHER_RUN = "start a run of another name"
+"""What can always be done about a checkpoint that a run found in its own folder."""
 
 
-def check_addressing(folder: Path, stored: Mapping[str, Any] | None, used: EngramAddresses | None) -> None:
+def check_addressing(
+    folder: Path, stored: Mapping[str, Any] | None, used: EngramAddresses | None, otherwise: str = ANOTHER_RUN
+) -> None:
     """Refuse rows that would be read by other addresses than they were trained with.
 
     A checkpoint without tables fits every model: memory may be added to it.
+
+    Args:
+        otherwise: what to do where the model is meant to be another one.
 
     Raises:
         CheckpointError: names every field that differs, and why it matters.
@@ -34,9 +40,10 @@ def check_addressing(folder: Path, stored: Mapping[str, Any] | None, used: Engra
     fields = differences(stored, here)
     if fields:
         shown = [f"{name} is {_short(here.get(name))} here and {_short(stored.get(name))} there" for name in fields]
-        reasons = [reason for name, reason in REASONS.items() if name in fields] or [_REMEDY]
+        reasons = [reason for name, reason in REASONS.items() if name in fields] or ["Correct model.engram"]
         raise CheckpointError(
-            f"model.engram: addresses differ from those of {folder}: {'; '.join(shown)}. {'. '.join(reasons)}"
+            f"model.engram: addresses differ from those of {folder}: {'; '.join(shown)}. {'. '.join(reasons)}; or "
+            + otherwise
         )
 
 
@@ -48,13 +55,16 @@ TREE_REASONS = {
 }
 
 
-def check_tree(folder: Path, stored: Mapping[str, Any] | None, used: Mapping[str, Any] | None) -> None:
+def check_tree(
+    folder: Path, stored: Mapping[str, Any] | None, used: Mapping[str, Any] | None, otherwise: str = ANOTHER_RUN
+) -> None:
     """Refuse blocks that would be fetched by the leaves of another tree than they were trained with.
 
     A checkpoint without a bank, or one of which no tree is known, goes with every tree.
 
     Args:
         stored, used: contents of tree.json.
+        otherwise: what to do where the tree is meant to be another one.
 
     Raises:
         CheckpointError: names every field that differs, and why it matters.
@@ -67,7 +77,7 @@ def check_tree(folder: Path, stored: Mapping[str, Any] | None, used: Mapping[str
     raise CheckpointError(
         f"data.addresses.tree: not the tree that {folder} was trained with: {'; '.join(shown)}. "
         + "".join(f"{reason}. " for reason in reasons)
-        + "Name that tree, or start a run of another name"
+        + f"Name that tree, or {otherwise}"
     )
 
 

@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     merging.add_argument(
         "--from", dest="sources", action="append", nargs="+", required=True, metavar=("RUN", "PATH"),
-        help="a run or one of its steps, and the subtrees that are its own; without any, the clusters that it has "
-        "trained. Give the option once for each run",
+        help="a run or one of its steps, and the subtrees that are its own; without any, those whose text it has read "
+        "(data.addresses.subtrees), or the clusters that it has trained. Give the option once for each run",
     )  # fmt: skip
     merging.add_argument(
         "--start", type=Path, metavar="RUN", help="checkpoint that all started from, if its bank had been trained"

@@ -22,13 +22,16 @@ Edit = Callable[[str, int, Tensor], Tensor]
 """(what is stored, such as `weight/NAME`; the first element; values 1-D) -> values of the same type and length."""
 
 
-def rewrite_run(source: CheckpointReader, out: Path, progress: Progress, edit: Edit) -> Path:
+def rewrite_run(
+    source: CheckpointReader, out: Path, progress: Progress, edit: Edit, config: Config | None = None
+) -> Path:
     """A new run folder with one checkpoint, a copy of `source` whose values have passed through `edit`; with the
     tokenizer and the tree, and a configuration of its own name. It appears when it is complete.
 
     Args:
         out: a folder that does not exist or is empty.
         progress: of the new checkpoint.
+        config: its configuration, but for name and folder; default: that of `source`.
 
     Returns:
         The folder of the checkpoint.
@@ -39,7 +42,8 @@ def rewrite_run(source: CheckpointReader, out: Path, progress: Progress, edit: E
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"--out {out}: exists and is not an empty folder; name a new one")
-    config = parse_config({**source.config.model_dump(mode="json"), "name": out.name, "folder": str(out.parent)})
+    config = source.config if config is None else config
+    config = parse_config({**config.model_dump(mode="json"), "name": out.name, "folder": str(out.parent)})
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

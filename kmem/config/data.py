@@ -1,10 +1,14 @@
 """Where training text comes from and how it becomes sequences."""
 
-from typing import Annotated, Literal
+import re
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from kmem.config.section import Section
+
+_CLUSTER = re.compile(r"(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*))*")
 
 
 class Source(Section):
@@ -25,6 +29,45 @@ class AddressesConfig(Section):
     batching: Literal["packed", "leaf"] = "packed"
     """packed: the sequences are those of a run without addresses, and every document of one has its own. leaf: a
     sequence holds text of one leaf only, and the last one of each leaf is padded."""
+    subtrees: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Clusters whose text, with that of all clusters below them, is trained and evaluated on, by their paths from the
+    root, as in ["0", "3.7"]; sources keep the shares of it that they have in the whole text. It needs batching: leaf.
+    Null: all text."""
+
+    @field_validator("subtrees", mode="before")
+    @classmethod
+    def _as_paths(cls, value: Any) -> Any:
+        for path in value if isinstance(value, list | tuple) else ():
+            if isinstance(path, float):
+                raise ValueError(
+                    f'{path} is a number, and 3.1 would be 3.10; write paths in quotes, as in ["0", "3.7"]'
+                )
+        return [str(path) if type(path) is int else path for path in value] if isinstance(value, list) else value
+
+    @field_validator("subtrees")
+    @classmethod
+    def _distinct_clusters(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for path in value or ():
+            if not _CLUSTER.fullmatch(path):
+                raise ValueError(f"{path!r}: write a cluster as numbers from the root down, such as 3 or 3.7")
+        ordered = sorted(value or (), key=_numbers)
+        for one, other in pairwise(ordered):
+            if _numbers(other)[: len(_numbers(one))] == _numbers(one):
+                raise ValueError(f"{one} and {other} overlap; leave out {other}, whose text belongs to {one}, too")
+        return None if value is None else tuple(ordered)
+
+    @model_validator(mode="after")
+    def _by_leaf(self) -> "AddressesConfig":
+        if self.subtrees is not None and self.batching != "leaf":
+            raise ValueError(
+                f"subtrees={list(self.subtrees)} needs batching=leaf: packed sequences hold text of all clusters; set "
+                "batching to leaf, or leave subtrees out"
+            )
+        return self
+
+
+def _numbers(path: str) -> tuple[int, ...]:
+    return tuple(map(int, path.split(".")))
 
 
 class DataConfig(Section):

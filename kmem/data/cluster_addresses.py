@@ -7,7 +7,7 @@ order) and `addresses.json`, written last, which says of which tree and which da
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kmem.config import UserError
 from kmem.data.manifest import Manifest
 from kmem.data.units import Unit, UnitMap
-from kmem.model.cluster_tree import file_digest, read_tree_record
+from kmem.model.cluster_tree import file_digest, parse_path, read_tree_record
 
 RECORD_FILE = "addresses.json"
 FORMAT, VERSION = "kmem-addresses", 1
@@ -35,6 +35,11 @@ class Addressing:
     batching: Batching = "packed"
     """packed: sequences are those of a run without addresses, and each position has the address of its document or
     window. leaf: a sequence holds units of one leaf only (kmem.data.leaf_order)."""
+    subtrees: tuple[str, ...] = ()
+    """With leaf: paths of the clusters whose sequences are read, and all below them. None: all."""
+
+    def __post_init__(self) -> None:
+        assert self.batching == "leaf" or not self.subtrees, "packed sequences hold text of all clusters"
 
 
 @dataclass(frozen=True)
@@ -186,3 +191,37 @@ def read_addresses(
 def leaf_count(tree: Mapping[str, Any]) -> int:
     """k^p."""
     return int(tree["children"] ** tree["levels"])
+
+
+def leaves_below(tree: Mapping[str, Any], paths: Sequence[str]) -> dict[str, range]:
+    """Path of a cluster -> its leaves.
+
+    Raises:
+        UserError: the tree has no such cluster.
+    """
+    children, levels, found = tree["children"], tree["levels"], {}
+    for path in paths:
+        numbers = parse_path(path)
+        if len(numbers) > levels or max(numbers) >= children:
+            raise UserError(
+                f"data.addresses.subtrees: {path} is no cluster of the tree, which has {levels} levels of {children} "
+                f"children, numbered 0 to {children - 1}"
+            )
+        first, below = 0, children**levels
+        for child in numbers:
+            below //= children
+            first += child * below
+        found[path] = range(first, first + below)
+    return found
+
+
+def chosen_leaves(tree: Mapping[str, Any], paths: Sequence[str]) -> NDArray[np.bool_]:
+    """[leaves] whether a leaf is below one of the clusters.
+
+    Raises:
+        UserError: as `leaves_below`.
+    """
+    chosen = np.zeros(leaf_count(tree), np.bool_)
+    for leaves in leaves_below(tree, paths).values():
+        chosen[leaves.start : leaves.stop] = True
+    return chosen

@@ -15,10 +15,18 @@ class LeafOrder:
     A leaf of L tokens makes ceil(L / sequence_length) sequences, the last of them padded. So each epoch reads every
     token exactly once, and has the same number of sequences; which tokens share a sequence changes. The two epochs used
     last are kept.
+
+    Of some leaves only, an epoch is that of all leaves without the others' sequences.
     """
 
     def __init__(
-        self, lengths: Indices, leaves: NDArray[np.int32], sequence_length: int, seed: int, digest: str | None
+        self,
+        lengths: Indices,
+        leaves: NDArray[np.int32],
+        sequence_length: int,
+        seed: int,
+        digest: str | None,
+        chosen: NDArray[np.bool_] | None = None,
     ):
         """
         Args:
@@ -26,14 +34,19 @@ class LeafOrder:
             leaves: [units] the leaf of each.
             digest: identifies the content and its addresses; None keeps units and sequences as they are stored, leaf
                 after leaf, in every epoch.
+            chosen: [leaves of the tree] those whose sequences are read; None: all.
         """
         self._lengths, self._leaves = lengths, np.asarray(leaves)
         self._seed, self._digest = seed, digest
         self._tokens_F = np.bincount(self._leaves, weights=lengths).astype(np.int64)  # exact below 2^53
         self._spans_F = -(-self._tokens_F // sequence_length)
         self._begins_F = offsets_of(self._spans_F) * sequence_length
-        self.spans_per_epoch = int(self._spans_F.sum())
-        self.padding = self.spans_per_epoch * sequence_length - int(self._tokens_F.sum())
+        self.all_spans = int(self._spans_F.sum())
+        """Sequences of an epoch of all leaves."""
+        read_F = np.ones(len(self._tokens_F), np.bool_) if chosen is None else chosen[: len(self._tokens_F)]
+        self._read = None if chosen is None else np.repeat(read_F, self._spans_F)
+        self.spans_per_epoch = int(self._spans_F[read_F].sum())
+        self.padding = self.spans_per_epoch * sequence_length - int(self._tokens_F[read_F].sum())
         """Positions of an epoch that hold no token."""
         ends = self._begins_F[:-1] + self._tokens_F
         self._ends = np.repeat(ends, self._spans_F)
@@ -51,11 +64,13 @@ class LeafOrder:
     def _build(self, number: int) -> Epoch:
         if self._digest is None:
             units = np.argsort(self._leaves, kind="stable")
-            spans = np.arange(self.spans_per_epoch)
+            spans = np.arange(self.all_spans)
         else:
             shuffled = permutation(self._seed, self._digest, number, "units", len(self._lengths))
             units = shuffled[np.argsort(self._leaves[shuffled], kind="stable")]
-            spans = permutation(self._seed, self._digest, number, "sequences", self.spans_per_epoch)
+            spans = permutation(self._seed, self._digest, number, "sequences", self.all_spans)
+        if self._read is not None:
+            spans = spans[self._read[spans]]
         # Units of a leaf follow one another; the next leaf begins with a sequence of its own.
         joined = offsets_of(self._lengths[units])
         leaf_start = offsets_of(self._tokens_F)[:-1]

@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from kmem.config import DataConfig, UserError
 from kmem.data.batch import IGNORED_LABEL, SequenceBatch
 from kmem.data.blend import Blend
-from kmem.data.cluster_addresses import Addressing, SplitAddresses, read_addresses, tree_record
+from kmem.data.cluster_addresses import (
+    Addressing,
+    SplitAddresses,
+    chosen_leaves,
+    leaves_below,
+    read_addresses,
+    tree_record,
+)
 from kmem.data.indexed import IndexedTokens
 from kmem.data.leaf_order import LeafOrder
 from kmem.data.manifest import Manifest, read_manifest
@@ -36,9 +43,12 @@ class PreparedData:
     """UTF-8 bytes per token of the validation documents, their EOS counted among the tokens. Bits per byte are
     loss / ln 2 / this, with the mean loss per token in nats."""
     fingerprint: str
-    """Identity of the training sequences and their order: equal fingerprints give equal batches for every sample."""
+    """Identity of the training sequences and their order: equal fingerprints, of equal selections, give equal batches
+    for every sample."""
     sequences_fingerprint: str
     """The same but for the addresses that sequences carry, where these do not decide what is a sequence."""
+    selection: str = ""
+    """The subtrees whose sequences are read, as in `0,3.7`; empty: all text. Each selection has an order of its own."""
 
     def bits_per_byte(self, loss: float) -> float:
         """A mean held-out loss in nats per token as bits per UTF-8 byte, comparable between tokenizers."""
@@ -54,7 +64,8 @@ def open_data(config: DataConfig, model_vocab_size: int, addressing: Addressing 
             tokenizer; the tokenizer has more tokens than the model; a corpus has no addresses of the tree.
     """
     if addressing is None and config.addresses is not None:
-        addressing = Addressing(_folder(config.addresses.tree), config.addresses.batching)
+        chosen = config.addresses
+        addressing = Addressing(_folder(chosen.tree), chosen.batching, chosen.subtrees or ())
     manifests = [read_manifest(_folder(source.path)) for source in config.sources]
     for source, manifest in zip(config.sources, manifests, strict=True):
         _check_tokenizer(_folder(source.path), manifest)
@@ -79,6 +90,7 @@ def open_data(config: DataConfig, model_vocab_size: int, addressing: Addressing 
         bytes_per_token_validation=sum(split.bytes for split in held_out) / sum(split.tokens for split in held_out),
         fingerprint=_fingerprint(config, manifests, addressing),
         sequences_fingerprint=_fingerprint(config, manifests, addressing if _by_leaf(addressing) else None),
+        selection="" if addressing is None else ",".join(addressing.subtrees),
     )
 
 
@@ -93,7 +105,9 @@ class SequenceReader:
     sequence of a source is padded with EOS tokens that have no labels.
 
     With `addressing.batching` leaf, a sequence holds documents or windows of one leaf, and the last one of each leaf is
-    padded (kmem.data.leaf_order); held out, leaf follows leaf.
+    padded (kmem.data.leaf_order); held out, leaf follows leaf. With `addressing.subtrees` both splits are what they are
+    without, but for the sequences of other leaves, which are left out; a source's weight is multiplied by its part that
+    is not, so that its share of a cluster's text stays what it is in the whole text.
     """
 
     def __init__(self, config: DataConfig, split: str, addressing: Addressing | None = None):
@@ -110,8 +124,22 @@ class SequenceReader:
             folder = _folder(source.path)
             manifest = read_manifest(folder)
             self._sources.append(_Source(folder, manifest, split, config, addressing))
-        self._blend = Blend([source.weight for source in config.sources]) if split == "train" else None
+        self._drawn = np.arange(len(self._sources))
+        if addressing is not None and addressing.subtrees:
+            self._drawn = np.flatnonzero([source.spans for source in self._sources])
+            if split == "train":
+                self._check_subtrees(addressing)
+        weights = [config.sources[index].weight * self._sources[index].share for index in self._drawn]
+        self._blend = Blend(weights) if split == "train" else None
         self._ends = offsets_of(np.array([source.spans for source in self._sources]))
+
+    def _check_subtrees(self, addressing: Addressing) -> None:
+        """Every chosen cluster has text."""
+        for path, leaves in leaves_below(tree_record(addressing.tree), addressing.subtrees).items():
+            if not any(source.holds(leaves) for source in self._sources):
+                raise UserError(
+                    f"data.addresses.subtrees: there is no training text below cluster {path}; leave it out"
+                )
 
     def __len__(self) -> int:
         """Sequences in one pass over every source; training goes on beyond it, validation ends there."""
@@ -146,7 +174,8 @@ class SequenceReader:
             source_n = np.searchsorted(self._ends, numbers, side="right") - 1
             draw_n = numbers - self._ends[source_n]
         else:
-            source_n, draw_n = self._blend.locate(numbers)
+            place_n, draw_n = self._blend.locate(numbers)
+            source_n = self._drawn[place_n]
         if len(numbers) and numbers.min() < 0:
             raise IndexError(f"sample {numbers.min()} is negative")
         length = self._config.sequence_length
@@ -221,14 +250,16 @@ class _Source:
             self._addresses = read_addresses(folder, manifest, split, self._starts, lengths, addressing.tree)
         self._by_leaf = _by_leaf(addressing)
         self._order: CorpusOrder | LeafOrder | None = None
-        self.padding = 0
+        self.padding, self.share = 0, 1.0
         if self._by_leaf:
             assert self._addresses is not None
+            assert addressing is not None
             self._starts, self._lengths = self._addresses.units.starts, self._addresses.units.lengths
             digest = f"{_content_digest(manifest)}/{self._addresses.digest}" if split == "train" else None
-            self._order = LeafOrder(self._lengths, self._addresses.leaves, self._length, config.seed, digest)
-            self.padding = self._order.padding
-            self.spans = self._order.spans_per_epoch
+            chosen = chosen_leaves(tree_record(addressing.tree), addressing.subtrees) if addressing.subtrees else None
+            order = LeafOrder(self._lengths, self._addresses.leaves, self._length, config.seed, digest, chosen)
+            self.padding, self.spans, self._order = order.padding, order.spans_per_epoch, order
+            self.share = order.spans_per_epoch / max(order.all_spans, 1)
         elif split == "train":
             self._order = CorpusOrder(lengths, self._length, config.seed, _content_digest(manifest))
             self.spans = self._order.spans_per_epoch
@@ -241,6 +272,12 @@ class _Source:
             self._natural = natural_order(lengths, self._length)
             self.spans = len(self._natural.spans)
             self.padding = max(self.spans * self._length - record.tokens, 0)
+
+    def holds(self, leaves: range) -> bool:
+        """Whether any unit has one of these leaves."""
+        assert self._addresses is not None
+        found = self._addresses.leaves
+        return bool(((found >= leaves.start) & (found < leaves.stop)).any())
 
     def fill(self, rows: _Rows, here: NDArray[np.int64], number: int, positions: NDArray[np.int64]) -> None:
         """Write the spans at positions of an epoch into the rows `here`."""

@@ -5,16 +5,12 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import kmem
-from kmem.checkpoint.commit import Commit, Progress
-from kmem.checkpoint.manifest import check_tree
-from kmem.checkpoint.pieces import CheckpointError
-from kmem.checkpoint.reader import find_checkpoint
+from kmem.checkpoint.commit import Progress
 from kmem.checkpoint.store import CheckpointStore
 from kmem.config import Config, UserError
 from kmem.data.addresses import model_addresses
@@ -27,6 +23,7 @@ from kmem.parallel.pipeline import Pipeline, StepResult, split_samples
 from kmem.parallel.stage_memory import BegunStep
 from kmem.parallel.training_state import optimizer_steps
 from kmem.train.bank_addresses import bank_tree, tree_folder, with_generic_blocks
+from kmem.train.beginning import Beginning, chosen_beginning
 from kmem.train.callback import Callback
 from kmem.train.evaluation import EvaluationRecord, held_out_loss
 from kmem.train.interruption import Interruption
@@ -66,24 +63,26 @@ class Trainer:
         self.folder = RunFolder(config)
         self.step = 0
         self.consumed_samples = 0
+        self.positions = {data.selection: 0}
+        """Selection of the text -> its sequences consumed."""
         self.tokens = 0
         self.tracking: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
         self._counts = count_parameters(config.model)
         self._flops = flops_per_token(config, self._counts)
         self.store = CheckpointStore(self.folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every)
-        found = self._chosen_checkpoint(config.checkpoint.resume)
-        addresses, self.tree = together(
-            lambda: (model_addresses(config.model, data.tokenizer_path), bank_tree(config))
-        )
+        found = chosen_beginning(config.checkpoint, self.store)
+        addresses, self.tree = together(lambda: (model_addresses(config.model, data.tokenizer_path), bank_tree(config)))
         self.pipeline = Pipeline(config, mesh, addresses, initialise_rows=found is None)
         self._begun: deque[BegunStep] = deque()
         """Steps whose rows are being fetched, the next one first."""
         self._saved_at = -1
         self._callback_problem: str | None = None
+        self.bank_seed: int | None = None if config.model.memory_bank is None else config.train.init_seed
+        self.bank_start: str | None = None
         try:
             if found is not None:
-                self._restore(*found)
+                self._begin_with(found)
         except BaseException as error:
             self.pipeline.close(error)
             raise
@@ -160,6 +159,16 @@ class Trainer:
             f"{train.steps} steps of {train.global_batch_size} x {self.config.data.sequence_length} tokens, "
             + (f"from step {self.step}" if self.step else "from the start")
             + f"; run folder {self.folder.path}"
+            + self._selected_text()
+        )
+
+    def _selected_text(self) -> str:
+        """What is read and evaluated of the text, where that is not all of it."""
+        if not self.data.selection:
+            return ""
+        held_out = len(self.data.validation)
+        return f"\ntext of the subtrees {self.data.selection}: {len(self.data.training):,} sequences per epoch, " + (
+            f"evaluated on their {held_out:,} held-out ones" if held_out else "not evaluated: none is held out"
         )
 
     def _train_one_step(self) -> None:
@@ -177,6 +186,7 @@ class Trainer:
             raise TrainingError(self._explain(error)) from None
         self.step += 1
         self.consumed_samples += train.global_batch_size
+        self.positions[self.data.selection] += train.global_batch_size
         self.tokens += result.tokens
         self.facts["loss"] = result.loss
         record = self._record(result, lr, time.perf_counter() - began)
@@ -186,7 +196,7 @@ class Trainer:
     def _begin(self, step: int) -> BegunStep:
         """Read this rank's micro-batches of a step to come and start fetching their rows."""
         train = self.config.train
-        first = self.consumed_samples + (step - self.step) * train.global_batch_size
+        first = self.positions[self.data.selection] + (step - self.step) * train.global_batch_size
         plan = split_samples(first, train.global_batch_size, train.micro_batch_size, self.mesh)
         read = ((self.data.training.read(samples), samples) for samples in plan)
         return self.pipeline.begin_step(
@@ -231,6 +241,8 @@ class Trainer:
         return _due(step, self.config.evaluation.every) or step == self.config.train.steps
 
     def _evaluate(self) -> None:
+        if not len(self.data.validation):  # of the chosen subtrees
+            return
         began = time.perf_counter()
         loss, tokens = held_out_loss(self.pipeline, self.data, self.config.evaluation.sequences)
         record = EvaluationRecord(
@@ -266,33 +278,34 @@ class Trainer:
                 "kmem": kmem.__version__,
                 "torch": torch.__version__,
             },
+            positions=dict(self.positions),
+            bank_seed=self.bank_seed,
+            bank_start=self.bank_start,
         )
         folder = save_training(self.store, self.pipeline, progress, self.config.checkpoint.asynchronous, self.tree)
         self._saved_at = self.step
         self._notify("on_checkpoint", folder, not self.config.checkpoint.asynchronous)
 
-    def _restore(self, folder: Path, commit: Commit) -> None:
+    def _begin_with(self, found: Beginning) -> None:
         """Start from a checkpoint.
 
         Raises:
             CheckpointError: it is of other data or another model.
         """
-        check_tree(folder, commit.tree, self.tree)
-        # A bank may be added, which needs addresses: sequences that the checkpoint had without any are the same ones.
-        accepted = {
-            "fingerprint": (self.data.fingerprint, self.data.sequences_fingerprint),
-            "tokenizer": (self.data.tokenizer_fingerprint,),
-        }
-        for what, stored in commit.progress.data.items():
-            if what in accepted and stored not in accepted[what]:
-                raise CheckpointError(
-                    f"data: {what} differs from the one {folder} was trained on, so the run would not continue where "
-                    "it stopped; restore data.sources, data.sequence_length and data.seed, or use another name"
-                )
-        progress = load_training(self.store, folder, commit, self.pipeline, self.tree)
+        found.check(self.data, self.tree)
+        weights_only = found.kind == "weights"
+        progress = load_training(
+            self.store, found.folder, found.commit, self.pipeline, self.tree, weights_only, found.otherwise
+        )
+        if found.bank_seed is not None:
+            self.bank_seed = found.bank_seed
+            self.bank_start = str(found.folder.resolve()) if weights_only else progress.bank_start
+        if weights_only:
+            return
         self.step, self.consumed_samples, self.tokens = progress.step, progress.consumed_samples, progress.tokens
+        self.positions |= progress.sequences_read
         self.facts = dict(progress.facts)
-        if folder.parent.resolve() == self.folder.checkpoints.resolve():
+        if found.kind == "own":
             self.tracking = dict(progress.tracking)
             self._saved_at = self.step
             self.store.continue_from(self.step)
@@ -302,33 +315,12 @@ class Trainer:
         found = {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer_fingerprint}
         return found if self.tree is None else {**found, "tree": self.tree["fingerprint"]}
 
-    def _chosen_checkpoint(self, resume: str) -> tuple[Path, Commit] | None:
-        """What `checkpoint.resume` asks for, if any.
-
-        A start in another run's folder holds while this run has no checkpoint of its own: a job that is started again
-        with the same command goes on instead of beginning anew.
-        """
-        own = self.store.steps()
-        if resume == "never" and own:
-            raise CheckpointError(
-                f"checkpoint.resume: never, but {self.folder.checkpoints} holds checkpoints; choose another name "
-                "or remove them"
-            )
-        if resume == "never":
-            return None
-        if resume == "auto":
-            return self.store.newest()
-        folder = find_checkpoint(Path(resume))
-        if own and folder.parent.resolve() != self.folder.checkpoints.resolve():
-            return self.store.newest()
-        return folder, self.store.open(folder)
-
     def _explain(self, error: NonFiniteStepError) -> str:
-        step = self.step + 1
+        step, position = self.step + 1, self.positions[self.data.selection]
         return (
             f"step {step}: {error}; no rank changed a weight. {self._last_good()}. "
             "Lower train.optimizer.lr, lengthen train.schedule.warmup_steps or check the data of samples "
-            f"{self.consumed_samples} to {self.consumed_samples + self.config.train.global_batch_size - 1}"
+            f"{position} to {position + self.config.train.global_batch_size - 1}"
         )
 
     def _last_good(self) -> str:

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from kmem.config import DataConfig, UserError
+from kmem.config.data import AddressesConfig
 from kmem.data.batch import IGNORED_LABEL
-from kmem.data.cluster_addresses import Addressing, check_bank_levels
+from kmem.data.cluster_addresses import Addressing, check_bank_levels, write_addresses
 from kmem.data.indexed import IndexedTokens
 from kmem.data.leaf_order import LeafOrder
+from kmem.data.manifest import read_manifest
 from kmem.data.reader import SequenceReader, open_data
 from tests.data.cluster_case import give_addresses, units_of, write_tree
 from tests.data.conftest import BYTES_AND_EOS, make_texts
@@ -242,3 +244,92 @@ def test_a_bank_has_the_levels_of_its_tree():
         check_bank_levels(tree, 2, "sizes")
     with pytest.raises(UserError, match="--levels 4"):
         check_bank_levels(tree, 4, "sizes")
+
+
+def rows_of(batch):
+    """Of every sequence, all that it holds."""
+    fields = (*FIELDS, "addresses")
+    return [tuple(tuple(getattr(batch, name)[row].tolist()) for name in fields) for row in range(len(batch.input_ids))]
+
+
+@pytest.mark.parametrize("unit", ["document", "window:20"])
+def test_sequences_of_subtrees_are_those_of_all_text_without_the_others(addressed, unit):
+    folder, tree = addressed(unit)
+    parts = [("0",), ("1.0",), ("1.1",)]
+    leaves = [{0, 1}, {2}, {3}]
+    for split, epochs in (("train", 3), ("validation", 1)):
+        whole = SequenceReader(config_of(folder), split, Addressing(tree, "leaf"))
+        ordered = [rows_of(whole.read(range(n * len(whole), (n + 1) * len(whole)))) for n in range(epochs)]
+        readers = [SequenceReader(config_of(folder), split, Addressing(tree, "leaf", part)) for part in parts]
+        assert sum(map(len, readers)) == len(whole)
+        assert sum(reader.padding for reader in readers) == whole.padding
+        for reader, wanted in zip(readers, leaves, strict=True):
+            expected = [row for epoch in ordered for row in epoch if row[-1][0] in wanted]
+            assert rows_of(reader.read(range(epochs * len(reader)))) == expected
+
+
+def test_sources_keep_their_shares_of_a_subtree(addressed):
+    """A source without text there is left out."""
+    (one, tree), (other, _) = addressed(), addressed(texts=make_texts(60, seed=2), name="other")
+    (third, _) = addressed(texts=make_texts(40, seed=3), name="third")
+    record = json.loads((tree / "tree.json").read_text())
+    manifest = read_manifest(third)
+    counts = {split: len(units_of(third, split, "document")) for split in ("train", "validation")}
+    write_addresses(third, manifest, record, {split: np.full(count, 3, np.int32) for split, count in counts.items()})
+    config = DataConfig(
+        sources=[{"path": str(one), "weight": 1}, {"path": str(other), "weight": 3}, {"path": str(third)}],
+        sequence_length=32,
+        seed=5,
+    )
+    within, alone = Addressing(tree, "leaf", ("0",)), [config_of(folder) for folder in (one, other)]
+    reader = SequenceReader(config, "train", within)
+    counts = [len(SequenceReader(part, "train", within)) for part in alone]
+    totals = [len(SequenceReader(part, "train", Addressing(tree, "leaf"))) for part in alone]
+    assert len(reader) == sum(counts)
+    assert len(SequenceReader(config, "validation", within)) > 0
+    own = [set(rows_of(SequenceReader(part, "train", within).read(range(400)))) for part in alone]
+    drawn = [sum(row in rows for row in rows_of(reader.read(range(400)))) for rows in own]
+    assert sum(drawn) == 400
+    expected = [weight * count / total for weight, count, total in zip((1, 3), counts, totals, strict=True)]
+    assert drawn[0] / 400 == pytest.approx(expected[0] / sum(expected), abs=0.01)
+
+
+def test_subtrees_that_are_not_there_or_empty_are_refused(addressed):
+    folder, tree = addressed()
+    for path in ("2", "0.3", "0.0.0"):
+        with pytest.raises(UserError, match=f"{path} is no cluster of the tree, which has 2 levels of 2 children"):
+            SequenceReader(config_of(folder), "train", Addressing(tree, "leaf", (path,)))
+    record, manifest = json.loads((tree / "tree.json").read_text()), read_manifest(folder)
+    units = {split: len(units_of(folder, split, "document")) for split in ("train", "validation")}
+    write_addresses(
+        folder, manifest, record, {split: np.arange(count, dtype=np.int32) % 2 for split, count in units.items()}
+    )
+    for chosen in (("1",), ("0", "1.0")):
+        with pytest.raises(UserError, match=rf"no training text below cluster {chosen[-1]}; leave it out"):
+            open_data(config_of(folder), BYTES_AND_EOS, Addressing(tree, "leaf", chosen))
+    whole, part = (
+        open_data(config_of(folder), BYTES_AND_EOS, Addressing(tree, "leaf", chosen)) for chosen in ((), ("0",))
+    )
+    assert part.fingerprint == whole.fingerprint
+    assert (whole.selection, part.selection) == ("", "0")
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"subtrees": ["0"]}, "needs batching=leaf: packed sequences hold text of all clusters; set batching to leaf"),
+        ({"subtrees": ["0", "0"], "batching": "leaf"}, "0 and 0 overlap"),
+        ({"subtrees": ["1.2.3", "2", "1"], "batching": "leaf"}, "1 and 1.2.3 overlap; leave out 1.2.3"),
+        ({"subtrees": [3.7], "batching": "leaf"}, r"3.7 is a number, and 3.1 would be 3.10; write paths in quotes"),
+        ({"subtrees": ["a"], "batching": "leaf"}, "'a': write a cluster as numbers from the root down"),
+        ({"subtrees": [], "batching": "leaf"}, "at least 1 item"),
+    ],
+)
+def test_bad_subtrees_are_one_error(section, message):
+    with pytest.raises(ValueError, match=message):
+        AddressesConfig.model_validate({"tree": "none", **section})
+
+
+def test_subtrees_are_in_the_order_of_the_tree():
+    chosen = AddressesConfig(tree="none", batching="leaf", subtrees=["10", 2, "3.10", "3.7"])
+    assert chosen.subtrees == ("2", "3.7", "3.10", "10")
