@@ -74,9 +74,9 @@ class TableSpec:
             raise UserError(f"table {self.name}: the mmap store needs a folder")
 
 
-def row_bytes(spec: TableSpec, optimizer: RowOptimizerConfig) -> int:
-    """Bytes of one row in host memory, the state of its optimizer and its busy count included."""
-    state = RowOptimizer(optimizer, spec.dim, spec.seed, spec.name).state()
+def row_bytes(spec: TableSpec, optimizer: RowOptimizerConfig | None) -> int:
+    """Bytes of one row in host memory, the state of its optimizer, if it has one, and its busy count included."""
+    state = {} if optimizer is None else RowOptimizer(optimizer, spec.dim, spec.seed, spec.name).state()
     return spec.dim * DTYPES[spec.dtype].itemsize + sum(layout.row_bytes for layout in state.values()) + 1
 
 
@@ -154,6 +154,7 @@ class Ticket:
             learning_rate: of the rows, multiplier included.
         """
         assert not self._step.ended, "this step has been committed or skipped before"
+        assert skip or self._table.trained, "frozen rows have no updates"
         self._table._end(self._step, None if skip else self._working_set, scale, learning_rate, skip)
 
     def __enter__(self) -> "Ticket":
@@ -171,7 +172,7 @@ class Table:
 
     Args:
         spec: the table.
-        optimizer: of its rows.
+        optimizer: of its rows; None: they are frozen, without gradients and state, and every step is skipped.
         worker: this rank's memory thread, shared by its tables.
         device: where working sets are used; also of the "device" store.
         staleness: earlier steps whose commits a row need not wait for; 0 is exact.
@@ -189,7 +190,7 @@ class Table:
     def __init__(
         self,
         spec: TableSpec,
-        optimizer: RowOptimizerConfig,
+        optimizer: RowOptimizerConfig | None,
         worker: MemoryWorker,
         device: torch.device | str = "cpu",
         staleness: int = 0,
@@ -205,19 +206,22 @@ class Table:
         dtype = DTYPES[spec.dtype]
         self._threads = RowThreads(threads, spec.dim)
         self._copy = DeviceCopy(torch.device(device), depth)
-        assert not (optimizer.is_dense and spec.store == "mmap"), "a mapped file cannot serve several passes per step"
-        assert not optimizer.stochastic_rounding or dtype == torch.bfloat16
-        self._optimizer = RowOptimizer(
-            optimizer,
-            spec.dim,
-            spec.seed,
-            spec.name,
-            self._threads,
-            lambda values: self._exchange.sum_over_ranks(values, norm_group),
-            self._copy.upload,
-        )
+        self._optimizer: RowOptimizer | None = None
+        self._state: dict[str, ArrayLayout] = {}
+        if optimizer is not None:
+            assert not (optimizer.is_dense and spec.store == "mmap"), "a mapped file cannot serve passes over all rows"
+            assert not optimizer.stochastic_rounding or dtype == torch.bfloat16
+            self._optimizer = RowOptimizer(
+                optimizer,
+                spec.dim,
+                spec.seed,
+                spec.name,
+                self._threads,
+                lambda values: self._exchange.sum_over_ranks(values, norm_group),
+                self._copy.upload,
+            )
+            self._state = self._optimizer.state()
         path = None if spec.folder is None else spec.folder / f"{spec.name}.rank-{self._exchange.rank}.rows"
-        self._state = self._optimizer.state()
         layout = {"rows": ArrayLayout(spec.dim, dtype), **self._state}
         # The busy counts lie with the rows, so that a mapped table needs no memory per row.
         busy = {"busy": ArrayLayout(1, torch.uint8)}
@@ -225,7 +229,8 @@ class Table:
         self.store = Store(spec.store, len(self.local), layout | ({} if on_device else busy), device, path, spec.name)
         self._serving = serving(self.store, self._exchange, self._threads, self._copy)
         self._hazards = Hazards(
-            np.zeros(len(self.local), np.uint8) if on_device else host_array(self.store["busy"])[:, 0], staleness
+            np.zeros(len(self.local), np.uint8) if on_device else host_array(self.store["busy"])[:, 0],
+            depth if optimizer is None else staleness,  # nothing need be waited for
         )
         self._optimizer_step = torch.zeros(1, dtype=torch.int64)
         self._begun = 0
@@ -271,6 +276,11 @@ class Table:
         return self._copy.hand_over(working_set, arrived)
 
     @property
+    def trained(self) -> bool:
+        """Whether the rows have an optimizer."""
+        return self._optimizer is not None
+
+    @property
     def in_flight(self) -> int:
         """Steps that are begun, and neither committed nor skipped."""
         return len(self._open)
@@ -306,7 +316,7 @@ class Table:
         """
         self.drain()
         pieces = {name: self._interval(name, (columns or {}).get(name, slice(None))) for name in self.arrays()}
-        return pieces | {"step": Pieces.interval(1, 0, self._optimizer_step)}
+        return pieces | ({} if self._optimizer is None else {"step": Pieces.interval(1, 0, self._optimizer_step)})
 
     def count_updates(self) -> None:
         """Let rows that have moments count as many updates as the table has made steps: what corrected them before
@@ -406,13 +416,13 @@ class Table:
         if self._hazards.waits(step.number):
             self._unserved.append(step)
         else:
-            step.ready.set_result(self._copy.working_set(step.rows, step.inverse, trainable=True))
+            self._hand_out(step)
 
     def _fresh(self, step: _Step) -> np.ndarray:
         """True for the wanted rows that may be handed out now. The dense form of an optimizer moves rows that no step
         holds, so nothing may go out before all earlier steps have been committed."""
         fresh = self._hazards.begin(step.number, step.request.wanted, step.owned.unique)
-        if self._optimizer.settings.is_dense and self._hazards.waits(step.number):
+        if self._optimizer is not None and self._optimizer.settings.is_dense and self._hazards.waits(step.number):
             fresh[:] = False
         return fresh
 
@@ -422,6 +432,8 @@ class Table:
         sent = self._exchange.bytes
         self._hazards.end(step.number)
         if not skip:
+            optimizer = self._optimizer
+            assert optimizer is not None
             if gradient is None:  # a rank whose lookups had no gradient still takes part
                 gradient = self._copy.zeros(len(step.fresh_asked), self.spec.dim)
             wanted = self._serving.to_owners(step.request, gradient, computed)
@@ -430,9 +442,9 @@ class Table:
             update = RowUpdate(step.owned, wanted, scale, int(self._optimizer_step), rate)
             if self.store.on_host:
                 self._copy.settle()  # gathers in place have read what is written now
-                self._optimizer.apply(self.store, update, self.local.start)
+                optimizer.apply(self.store, update, self.local.start)
             else:
-                self._copy.run(lambda: self._optimizer.apply(self.store, update, self.local.start))
+                self._copy.run(lambda: optimizer.apply(self.store, update, self.local.start))
             step.metrics.owner_ms = 1e3 * (time.perf_counter() - began)
         step.metrics.bytes += self._exchange.bytes - sent
         self._finished.append(step.metrics)
@@ -445,7 +457,10 @@ class Table:
             other.metrics.bytes += self._exchange.bytes - sent
             other.metrics.fetch_ms += 1e3 * (time.perf_counter() - began)
             self._unserved.remove(other)
-            other.ready.set_result(self._copy.working_set(other.rows, other.inverse, trainable=True))
+            self._hand_out(other)
+
+    def _hand_out(self, step: _Step) -> None:
+        step.ready.set_result(self._copy.working_set(step.rows, step.inverse, self.trained))
 
     def _fetch_unchanging(self, ids: Tensor, written: object) -> tuple[WorkingSet, object]:
         self._copy.follow(written)

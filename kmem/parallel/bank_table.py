@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kmem.checkpoint.pieces import Pieces
-from kmem.config import Config, MemoryConfig
+from kmem.config import Config, MemoryConfig, RowOptimizerConfig
 from kmem.data.batch import SequenceBatch
 from kmem.memory.table import Table, TableSpec
 from kmem.model.bank_layout import BankLayout, bank_table_name, layer_bank_name
@@ -39,6 +39,7 @@ class BankTable:
         self, config: Config, layout: BankLayout, level: int, norm_group: dist.ProcessGroup | None = None
     ) -> None:
         self.settings: MemoryConfig = config.bank
+        self.optimizer: RowOptimizerConfig | None = config.bank.optimizer
         self.layout, self.level, self.norm_group = layout, level, norm_group
 
     def spec(self, config: Config) -> TableSpec:

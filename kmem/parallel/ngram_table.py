@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kmem.checkpoint.pieces import Pieces
-from kmem.config import Config, MemoryConfig
+from kmem.config import Config, MemoryConfig, RowOptimizerConfig
 from kmem.data.batch import SequenceBatch
 from kmem.memory.table import Table, TableSpec
 from kmem.model.engram_memory import EngramAddresses, table_name
@@ -25,6 +25,7 @@ class NgramTable:
 
     def __init__(self, config: Config, addresses: EngramAddresses, layer: int) -> None:
         self.settings: MemoryConfig = config.memory
+        self.optimizer: RowOptimizerConfig | None = None if config.model.frozen_anchor else config.memory.optimizer
         self.norm_group: dist.ProcessGroup | None = None
         self.addresses, self.layer = addresses, layer
 

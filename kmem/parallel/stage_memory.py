@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kmem.checkpoint.pieces import Pieces
-from kmem.config import Config, MemoryConfig, UserError
+from kmem.config import Config, MemoryConfig, RowOptimizerConfig, UserError
 from kmem.data.batch import SequenceBatch
 from kmem.memory.exchange import Exchange, join_groups
 from kmem.memory.stores import StoreError, available_host_memory, gib
@@ -33,7 +33,9 @@ class StageTable(Protocol):
     section: str
     """Name of its section of the configuration."""
     settings: MemoryConfig
-    """How it is kept and trained."""
+    """How it is kept."""
+    optimizer: RowOptimizerConfig | None
+    """Of its rows; None where they are frozen."""
     norm_group: dist.ProcessGroup | None
     """Ranks over which the norm of a gradient that is clipped is summed; None: those of the stage."""
 
@@ -99,9 +101,7 @@ class StageMemory:
     def _build(self, config: Config, stage_tables: Sequence[StageTable], device: torch.device) -> None:
         """Allocate all tables of the world, or none."""
         planned = [(table.spec(config), table) for table in stage_tables]
-        together(
-            lambda: _check_host_memory([(table.section, spec, table.settings) for spec, table in planned], self._scale)
-        )
+        together(lambda: _check_host_memory(planned, self._scale))
         worker = self._worker
 
         def build() -> None:
@@ -116,7 +116,7 @@ class StageMemory:
                 settings = table.settings
                 self._of[spec.name] = table
                 self.tables[spec.name] = Table(
-                    spec, settings.optimizer, worker, device, settings.staleness, settings.prefetch_depth,
+                    spec, table.optimizer, worker, device, settings.staleness, settings.prefetch_depth,
                     settings.threads, initialise=False, norm_group=table.norm_group,
                 )  # fmt: skip
 
@@ -137,7 +137,8 @@ class StageMemory:
     def count_updates(self) -> None:
         """Of rows that count theirs, after a load from a checkpoint without counts; see `Table.count_updates`."""
         for name, table in self.tables.items():
-            if self._of[name].settings.optimizer.counts_updates:
+            optimizer = self._of[name].optimizer
+            if optimizer is not None and optimizer.counts_updates:
                 table.count_updates()
 
     def begin(self, micro_batches: Sequence[SequenceBatch]) -> BegunStep:
@@ -162,9 +163,11 @@ class StageMemory:
         return {name: ticket.result() for name, ticket in step.tickets.items()}
 
     def commit(self, step: BegunStep, learning_rate: float) -> None:
-        """Queue the update of a step's rows. `learning_rate` is the backbone's."""
+        """Queue the update of a step's rows, those of frozen tables excepted. `learning_rate` is the backbone's."""
         for name, ticket in step.tickets.items():
-            ticket.commit(self._scale, learning_rate * self._of[name].settings.optimizer.lr_multiplier)
+            optimizer = self._of[name].optimizer
+            rate = 0.0 if optimizer is None else learning_rate * optimizer.lr_multiplier
+            ticket.commit(self._scale, rate, skip=optimizer is None)
 
     def evaluate(self, micro_batches: Sequence[SequenceBatch]) -> dict[str, WorkingSet]:
         """Read-only rows as the last commit left them; steps in flight do not notice."""
@@ -194,19 +197,16 @@ class StageMemory:
         return lambda: self._of[name].ids(batches)
 
 
-def _check_host_memory(planned: Sequence[tuple[str, TableSpec, MemoryConfig]], share: float) -> None:
+def _check_host_memory(planned: Sequence[tuple[TableSpec, StageTable]], share: float) -> None:
     """Refuse tables that the ranks of a machine together have no memory for: each alone might fit.
 
     Args:
-        planned: section of the configuration, table, how it is kept.
         share: of a table's rows that a rank holds.
     """
     bytes_of_rank = sum(
-        int(spec.rows * share) * row_bytes(spec, settings.optimizer)
-        for _, spec, settings in planned
-        if spec.store == "host"
+        int(spec.rows * share) * row_bytes(spec, table.optimizer) for spec, table in planned if spec.store == "host"
     )
-    sections = sorted({section for section, _, _ in planned})
+    sections = sorted({table.section for _, table in planned})
     everyone: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
     dist.all_gather_object(everyone, (socket.gethostname(), bytes_of_rank))
     needed = sum(size for host, size in everyone if host == socket.gethostname())

@@ -195,7 +195,9 @@ def _table(
     level: int | None = None,
 ) -> TableMemory:
     """A table of `rows` rows of `dim` values of which a rank's step looks up so many, with an index of `indexed`."""
-    state = RowOptimizer(settings.optimizer, dim, config.train.init_seed, table_name(layer)).state()
+    state: dict[str, ArrayLayout] = {}
+    if level is not None or not config.model.frozen_anchor:
+        state = RowOptimizer(settings.optimizer, dim, config.train.init_seed, table_name(layer)).state()
     state_bytes = sum(array.row_bytes for array in state.values())
     row, busy = ArrayLayout(dim, DTYPES[settings.dtype]), ArrayLayout(1, torch.uint8)
     row_bytes, busy_bytes, unique = row.row_bytes, busy.row_bytes, min(look_ups, rows)

@@ -149,6 +149,7 @@ def test_a_bank_added_to_a_checkpoint_is_a_no_op_at_first(ranks, tmp_path):
         assert len(fresh) == 3
 
 
+ENGRAM = {"layers": [1], "heads": 2, "rows_per_head": 40, "row_dim": 8, "compression": False, "init_std": 0.3}
 FROZEN = {"model__memory_bank__anchor": "frozen"}
 BALANCED = {**EXPERTS, "score_function": "sigmoid", "selection_bias": True, "bias_update_rate": 0.01}
 
@@ -157,16 +158,17 @@ BALANCED = {**EXPERTS, "score_function": "sigmoid", "selection_bias": True, "bia
     "changes", [{}, pytest.param({"train__precision": "bf16"}, marks=pytest.mark.full)], ids=["fp32", "bf16"]
 )
 def test_a_frozen_anchor_keeps_its_bits(ranks, tmp_path, changes):
-    """Weights, in bf16 their masters, and selection biases; nothing else is saved of it."""
-    changes = {**changes, "model__moe": BALANCED}
+    """Weights, in bf16 their masters, selection biases and rows of n-grams; nothing else is saved of it."""
+    changes = {**changes, "model__moe": BALANCED, "model__engram": ENGRAM, "memory__prefetch_depth": 2}
     run(ranks, ONE, tmp_path, save=1, last=1, **changes, model__memory_bank=None)
     trained = run(ranks, WIDE, tmp_path, load=1, save=3, last=3, **changes, **FROZEN)
     before, after = (CheckpointReader(step_folder(tmp_path, step)) for step in (1, 3))
-    assert any(name.endswith("selection_bias") for name in before.tensors)
+    assert {"layers.1.engram.table", "layers.1.feed_forward.router.selection_bias"} <= before.tensors.keys()
     for name in before.tensors:
         assert torch.equal(before.read(name).view(torch.int32), after.read(name).view(torch.int32)), name
     assert after.read(layer_bank_name(0, 1)).any()
-    assert not [name for name in after.commit.tensors if name.startswith("exp_avg")]
+    kept = [name for name in after.commit.tensors if not name.startswith("weight/") and ".bank." not in name]
+    assert kept == []
     # It goes on, elsewhere and with the anchor trained, too.
     again = run(ranks, ONE, tmp_path, load=3, last=4, **changes, **FROZEN)
     assert again["checksums"].keys() == trained["checksums"].keys()
