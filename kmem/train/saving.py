@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from kmem.checkpoint.commit import Commit, Progress
-from kmem.checkpoint.manifest import check_addressing, check_tree
+from kmem.checkpoint.manifest import ANOTHER_RUN, check_addressing, check_tree
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import WEIGHT
 from kmem.checkpoint.store import CheckpointStore
@@ -36,7 +36,13 @@ def save_training(
 
 
 def load_training(
-    store: CheckpointStore, folder: Path, commit: Commit, pipeline: Pipeline, tree: dict | None = None
+    store: CheckpointStore,
+    folder: Path,
+    commit: Commit,
+    pipeline: Pipeline,
+    tree: dict | None = None,
+    weights_only: bool = False,
+    otherwise: str = ANOTHER_RUN,
 ) -> Progress:
     """Fill a freshly built pipeline from a verified checkpoint; collective.
 
@@ -48,11 +54,15 @@ def load_training(
       own steps, so the optimizer goes on.
     The anchor of a bank may be frozen from here on, or trained again, with a new optimizer.
 
+    Args:
+        weights_only: all optimizers are new.
+        otherwise: what to do where the model is meant to be another one than the checkpoint's.
+
     Raises:
         CheckpointError: the checkpoint is of another model; names the field or tensor.
     """
     config = pipeline.config
-    check_addressing(folder, commit.addressing, pipeline.addresses)
+    check_addressing(folder, commit.addressing, pipeline.addresses, otherwise)
     stored, wanted = dict(commit.config["model"]), config.model.model_dump(mode="json")
     new = [name for name in ("engram", "memory_bank") if stored.get(name) is None and wanted[name] is not None]
     if "engram" in new:
@@ -64,17 +74,21 @@ def load_training(
             )
     if stored.get("memory_bank") is not None:
         if wanted["memory_bank"] is None:
-            raise CheckpointError(f"{folder} holds a memory bank, and model.memory_bank is null; a run keeps its bank")
-        check_tree(folder, commit.tree, tree)
+            raise CheckpointError(
+                f"{folder} holds a memory bank, and model.memory_bank is null; keep its bank, or {otherwise}"
+            )
+        check_tree(folder, commit.tree, tree, otherwise)
     stored |= {name: wanted[name] for name in new}
-    _same_model(folder, _rows_of_bank(stored), _rows_of_bank(wanted), "model")
+    _same_model(folder, _rows_of_bank(stored), _rows_of_bank(wanted), "model", otherwise)
     parts = [NAME_PARTS[name] for name in new]
     check_names(pipeline, commit.shapes, parts)
-    moments = any(name.startswith(f"{MOMENTS[0]}/") for name in commit.tensors)
+    moments = any(name.startswith(f"{MOMENTS[0]}/") for name in commit.tensors) and not weights_only
     row_state = any(name.startswith("step/") for name in commit.tensors)
     for name, section in (("engram", "memory"), ("memory_bank", "bank")):
         if row_state and wanted[name] is not None and name not in new:
-            _same_rows(folder, section, commit.config.get(section, {}), config.model_dump(mode="json")[section])
+            sections = commit.config.get(section, {}), config.model_dump(mode="json")[section]
+            _same_rows(folder, section, *sections, weights_only)
+    row_state = row_state and not weights_only
     moments = moments and "engram" not in new and not pipeline.frozen
     state = model_state(pipeline, saving=False, moments=moments, row_state=row_state)
     state = {name: pieces for name, pieces in state.items() if not any(part in name for part in parts)}
@@ -122,9 +136,10 @@ def _rows_of_bank(model: dict) -> dict:
     return {**model, "memory_bank": {**bank, "generic": generic}}
 
 
-def _same_rows(folder: Path, section: str, stored: dict, wanted: dict) -> None:
+def _same_rows(folder: Path, section: str, stored: dict, wanted: dict, weights_only: bool) -> None:
     """The state of rows fits one optimizer and one type only."""
-    for path in (("dtype",), ("optimizer", "name"), ("optimizer", "dense")):
+    state = () if weights_only else (("optimizer", "name"), ("optimizer", "dense"))
+    for path in (("dtype",), *state):
         one, other = stored, wanted
         for key in path:
             one, other = one[key], other[key]
@@ -136,13 +151,13 @@ def _same_rows(folder: Path, section: str, stored: dict, wanted: dict) -> None:
             )
 
 
-def _same_model(folder: Path, stored: object, wanted: object, path: str) -> None:
+def _same_model(folder: Path, stored: object, wanted: object, path: str, otherwise: str) -> None:
     if isinstance(stored, dict) and isinstance(wanted, dict):
         for key in wanted.keys() | stored.keys():
             if key not in TRAINED_ONLY:
-                _same_model(folder, stored.get(key), wanted.get(key), f"{path}.{key}")
+                _same_model(folder, stored.get(key), wanted.get(key), f"{path}.{key}", otherwise)
     elif stored != wanted:
         raise CheckpointError(
-            f"{path}: {wanted!r} in the configuration, {stored!r} in {folder}; a checkpoint continues with its own "
-            "model only: correct the configuration or start a run of another name"
+            f"{path}: {wanted!r} in the configuration, {stored!r} in {folder}; a checkpoint goes on with its own model "
+            f"only: correct the configuration, or {otherwise}"
         )
