@@ -84,40 +84,59 @@ class Measurement:
         return value <= goal.limit if goal.at_most else value >= goal.limit
 
 
+class TimeLeft:
+    """Whether one more case ends in time, taken to be as long as the longest one so far, its profile included."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._seconds = clock, seconds
+        self._began = self._last = clock()
+        self._longest = 0.0
+
+    def passed(self) -> float:
+        """Seconds."""
+        return self._clock() - self._began
+
+    def for_one_more(self) -> bool:
+        """To be asked before each case."""
+        now = self._clock()
+        self._longest, self._last = max(self._longest, now - self._last), now
+        return now - self._began + self._longest <= self._seconds
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: shows that everything runs, not how fast")
-    parser.add_argument("--minutes", type=float, default=7.0, help="no case begins after this long")
+    parser.add_argument(
+        "--minutes", type=float, default=7.5, help="no case begins that could end later, as long as the longest so far"
+    )
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available() and not options.tiny:
         parser.error("full sizes need a CUDA device; on a CPU kernels are interpreted: add --tiny")
 
-    began = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    time_left = TimeLeft(60 * options.minutes)
     sizes = SIZES["tiny" if options.tiny else "full"]
     ceilings = measure_ceilings(device, sizes.copy_bytes, sizes.gemm)
-    measurements = []
     cases = [case for case in every_case(device, sizes) if options.only in case.name]
+    measurements, profiles = [], {}
     for case in cases:
-        if time.monotonic() - began > 60 * options.minutes:
-            measurements.append(Measurement(case, None, f"{options.minutes:g} minutes had passed"))
-        else:
-            measurements.append(measure(case, device))
+        if not time_left.for_one_more():
+            measurements.append(Measurement(case, None, f"{options.minutes:g} minutes would have passed"))
+            continue
+        measurement = measure(case, device)
+        if case.profiled and measurement.seconds is not None:
+            measurement, profiles[case.name] = profiled(measurement, device)
+        measurements.append(measurement)
         gc.collect()
         torch.cuda.empty_cache()
-    profiles = {
-        case.name: profile(case, device)
-        for case in cases
-        if case.profiled and time.monotonic() - began < 60 * options.minutes
-    }
     report = {
         "environment": environment(device, options.tiny),
         "ceilings": vars(ceilings),
         "measurements": [as_json(measurement, ceilings, options.tiny) for measurement in measurements],
         "profiles": profiles,
-        "seconds": time.monotonic() - began,
+        "seconds": time_left.passed(),
     }
     print_report(report)
     if options.out:
@@ -199,6 +218,15 @@ def _on_gpu(run: Callable[[], Any], repeats: int) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3 / repeats
+
+
+def profiled(measurement: Measurement, device: torch.device) -> tuple[Measurement, list[dict[str, Any]]]:
+    """A measurement with the profile of its case, which is empty and the measurement's reason where it failed."""
+    try:
+        return measurement, profile(measurement.case, device)
+    except Exception as error:  # what is measured is kept
+        reason = f"failed while it was profiled: {type(error).__name__}: {error}"
+        return Measurement(measurement.case, measurement.seconds, reason), []
 
 
 def profile(case: Case, device: torch.device) -> list[dict[str, Any]]:

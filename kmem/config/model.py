@@ -84,9 +84,11 @@ class ChainOfExperts(Section):
     `use_igate: false`). frozen: one router, asked in the first iteration; its choice and weights serve all (eq. 8)."""
     shared_experts: Literal["each_iteration", "once"] = "each_iteration"
     """Whether the shared experts run in every iteration (eqs. 8-10) or in the first one only."""
-    residual: Literal["inner", "outer", "init", "none"] = "inner"
+    residual: Literal["inner", "outer", "inner_outer", "init", "none"] = "inner"
     """What the output of an iteration is added to (table 3). inner: its input (eq. 5). outer: nothing; the residual
-    stream is added after the last iteration. init: the input of the first iteration (eq. 10). none: nothing."""
+    stream is added after the last iteration. inner_outer: its input, and the residual stream is added after the last
+    iteration (the released code's `outer_residual: true`; with `stream: normed`). init: the input of the first
+    iteration (eq. 10). none: nothing."""
     norm: Literal["per_iteration", "once"] = "per_iteration"
     """per_iteration: every iteration normalises what it reads, with weights of its own. once: only the first one does,
     as in the released code."""
@@ -99,6 +101,11 @@ class ChainOfExperts(Section):
 
     @model_validator(mode="after")
     def _exact(self) -> "ChainOfExperts":
+        if self.residual == "inner_outer" and self.stream == "prenorm":
+            raise ValueError(
+                "residual=inner_outer with stream=prenorm would add the residual stream twice; use stream=normed, or "
+                "residual=inner"
+            )
         if not self.retrofit_scale:
             return self
         if self.iterations == 1:

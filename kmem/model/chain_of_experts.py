@@ -7,13 +7,13 @@ without one, and for t = 0), and t = 0 .. C-1:
     x_0     = h                                        stream: prenorm
             = n_0(h)                                   stream: normed
     y_t     = w_t * F_t(u_t)
-    x_{t+1} = x_t + y_t                                residual: inner
+    x_{t+1} = x_t + y_t                                residual: inner | inner_outer
             = x_0 + y_t                                residual: init
             = y_t                                      residual: outer | none
     u_0     = n_0(h)
     u_{t+1} = n_{t+1}(x_{t+1})                         norm: per_iteration
             = u_t + y_t | u_0 + y_t | y_t              norm: once, by residual as x_{t+1}
-    out     = h + x_C                                  residual: outer
+    out     = h + x_C                                  residual: outer | inner_outer
             = x_C                                      otherwise
 
 So the layer's residual connection is part of the chain, and `DecoderLayer` adds nothing. With C = 1, prenorm and inner,
@@ -114,11 +114,11 @@ class ChainOfExperts(ExpertLayer):
                 seen = state if seen is previous else self._advanced(iteration, seen, update, normed_BTH)
             if statistics is not None and self.on_routing is not None:
                 self.on_routing(self._observed(iteration, statistics, before, routing, previous, state))
-        return hidden_BTH + state if chain.residual == "outer" else state
+        return hidden_BTH + state if chain.residual in ("outer", "inner_outer") else state
 
     def _advanced(self, iteration: int, state: Tensor, update: Tensor, start: Tensor) -> Tensor:
         """The state after an iteration."""
-        if self.chain.residual == "inner" or (iteration and self.retrofit_scale is not None):
+        if self.chain.residual in ("inner", "inner_outer") or (iteration and self.retrofit_scale is not None):
             return state + update
         return start + update if self.chain.residual == "init" else update
 
@@ -132,7 +132,8 @@ class ChainOfExperts(ExpertLayer):
         previous: Tensor,
         state: Tensor,
     ) -> IterationStatistics:
-        size = torch.linalg.vector_norm(state - previous, dim=-1, dtype=torch.float32)
+        # In fp32 also where the states are not: the difference of near ones would vanish.
+        size = torch.linalg.vector_norm(state.float() - previous.float(), dim=-1)
         scale = torch.linalg.vector_norm(previous, dim=-1, dtype=torch.float32).clamp_min(1e-12)
         overlap, coactivation = size.new_zeros(()), None
         if before is not None:

@@ -100,22 +100,30 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_NH: Tensor, weights_TK: Tensor, order_N: Tensor, place_TK: Tensor) -> Tensor:
         ctx.save_for_backward(rows_NH, weights_TK, order_N, place_TK)
-        return F.embedding_bag(place_TK, rows_NH, mode="sum", per_sample_weights=weights_TK.to(rows_NH.dtype))
+        if rows_NH.dtype == weights_TK.dtype:
+            return F.embedding_bag(place_TK, rows_NH, mode="sum", per_sample_weights=weights_TK)
+        # embedding_bag would want the weights in the rows' dtype.
+        out_TH = weights_TK.new_zeros(len(weights_TK), rows_NH.shape[1])
+        for place_T, weight_T in zip(place_TK.unbind(1), weights_TK.unbind(1), strict=True):
+            out_TH += rows_NH.index_select(0, place_T) * weight_T[:, None]
+        return out_TH.to(rows_NH.dtype)
 
     @staticmethod
-    def backward(ctx, grad_TH: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx, grad_TH: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         rows_NH, weights_TK, order_N, place_TK = ctx.saved_tensors
+        grad_NH = grad_weights = None
         token_N, weight_N = order_N // place_TK.shape[1], weights_TK.flatten().index_select(0, order_N)
         if rows_NH.dtype == weights_TK.dtype:
             # One pass each, without memory for products: its first touch would cost more than the arithmetic.
             grad_NH = F.embedding_bag(token_N[:, None], grad_TH, mode="sum", per_sample_weights=weight_N[:, None])
-            grad_weights = _dots(grad_TH, rows_NH, place_TK)
+            if ctx.needs_input_grad[1]:
+                grad_weights = _dots(grad_TH, rows_NH, place_TK).view_as(weights_TK)
         else:
-            taken_NH = grad_TH.index_select(0, token_N)
-            grad_NH = (taken_NH * weight_N.unsqueeze(-1)).to(rows_NH.dtype)
-            dots_N = (rows_NH * taken_NH).sum(-1, dtype=weights_TK.dtype)
-            grad_weights = dots_N.index_select(0, place_TK.flatten())
-        return grad_NH, grad_weights.view_as(weights_TK), None, None
+            taken_NH = grad_TH.index_select(0, token_N).to(weights_TK.dtype)
+            grad_NH = (taken_NH * weight_N[:, None]).to(rows_NH.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_weights = taken_NH.mul_(rows_NH).sum(-1).index_select(0, place_TK.flatten()).view_as(weights_TK)
+        return grad_NH, grad_weights, None, None
 
 
 def _dots(grad_TH: Tensor, rows_NH: Tensor, place_TK: Tensor) -> Tensor:

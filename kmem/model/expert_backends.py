@@ -6,6 +6,7 @@ summing of a token's rows stay kmem's, in a fixed order.
 """
 
 import importlib
+import importlib.util
 from typing import Any, Literal, get_args
 
 import torch
@@ -61,12 +62,17 @@ def problem(name: BackendName, device: torch.device, dtype: torch.dtype) -> str 
     elif dtype != torch.float32:  # the interpreter multiplies the bit patterns of bf16 (triton issue 11584)
         return "in Triton's interpreter it is right in fp32 alone"
     package, remedy = _PACKAGES[name]
+    if importlib.util.find_spec("triton") is None:  # DeepSpeed's module can be imported without
+        return f"it needs triton, which is not installed: {remedy}"
     try:
         module = importlib.import_module(package)
     except ImportError as error:
         return f"it needs {package}, which cannot be imported ({error}): {remedy}"
     if not getattr(module, "_TRITON_AVAILABLE", True):
-        return "DeepSpeed has its kernels only where Triton finds a GPU; when it was imported, there was none"
+        return (
+            "DeepSpeed has its kernels only where Triton finds a GPU, and when it was imported there was none: check "
+            "CUDA_VISIBLE_DEVICES and the driver"
+        )
     return None
 
 

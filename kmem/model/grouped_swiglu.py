@@ -41,21 +41,25 @@ class GroupedSwiGLU(torch.autograd.Function):
     def backward(ctx, grad_NH: Tensor) -> tuple[Tensor | None, ...]:
         rows_NH, gate_up_proj, down_proj, ends_E, *kept = ctx.saved_tensors
         grad_rows = torch.empty_like(rows_NH)
-        grad_gate_up, grad_down = torch.empty_like(gate_up_proj), torch.empty_like(down_proj)
+        # A frozen anchor wants neither: two of the five products.
+        wanted = any(ctx.needs_input_grad[1:3])
+        grad_gate_up, grad_down = (torch.empty_like(w) if wanted else None for w in (gate_up_proj, down_proj))
         idle = set(range(len(ends_E)))
         for group, gate_up in zip(rounded_groups(ends_E, len(rows_NH)), kept, strict=True):
             idle.remove(group.number)
             gate, up = gate_up.chunk(2, dim=-1)
             grad, silu = grad_NH[group.window], F.silu(gate)
-            grad_down[group.number] = times_transposed(grad.T, (silu * up).T)
+            if grad_down is not None:
+                grad_down[group.number] = times_transposed(grad.T, (silu * up).T)
             grad_hidden = times_transposed(grad, down_proj[group.number].T)
             inner = torch.empty_like(gate_up)
             grad_gate, grad_up = inner.chunk(2, dim=-1)
             torch.mul(grad_hidden, silu, out=grad_up)
             torch.ops.aten.silu_backward.grad_input(grad_hidden.mul_(up), gate, grad_input=grad_gate)
-            grad_gate_up[group.number] = times_transposed(inner.T, rows_NH[group.window].T)
+            if grad_gate_up is not None:
+                grad_gate_up[group.number] = times_transposed(inner.T, rows_NH[group.window].T)
             grad_rows[group.start : group.end] = times_transposed(inner, gate_up_proj[group.number].T)[group.own]
-        for index in idle:
-            grad_gate_up[index] = 0
-            grad_down[index] = 0
+        for grad_weights in (grad_gate_up, grad_down):
+            if grad_weights is not None:
+                grad_weights[list(idle)] = 0
         return grad_rows, grad_gate_up, grad_down, None

@@ -18,6 +18,10 @@ def chain(changes, **others):
         ({"iterations": 0}, "model.moe.chain.iterations: "),
         ({"iterations": 2, "gate": "shared"}, "model.moe.chain.gate: unknown key; did you mean gates?"),
         ({"iterations": 2, "residual": "both"}, "model.moe.chain.residual: "),
+        (
+            {"iterations": 2, "residual": "inner_outer"},
+            "model.moe.chain.residual=inner_outer with stream=prenorm would add",
+        ),
         ({"iterations": 1, "retrofit_scale": True}, "model.moe.chain.retrofit_scale=true scales"),
         (
             {"iterations": 2, "retrofit_scale": True, "residual": "init"},

@@ -51,6 +51,24 @@ def test_values_and_gradients(tokens, experts, top_k, hidden_size, device):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_the_model_combines_bf16_rows_as_the_definition_does():
+    """In fp32: gradients of the routing weights are those of the rounded rows, not rounded ones."""
+    order_N, place_TK = places(33, 5, 3)
+    rows, weights = random(99, 64, dtype=torch.bfloat16), random(33, 3, seed=1).softmax(-1)
+    grad = random(33, 64, seed=4, dtype=torch.bfloat16)
+
+    def results(combined):
+        inputs = [rows.clone().requires_grad_(), weights.clone().requires_grad_()]
+        out = combined(*inputs)
+        return [out, *torch.autograd.grad(out, inputs, grad)]
+
+    found = results(lambda x, w: combine_rows(x, w, order_N, place_TK))
+    wanted = results(lambda x, w: combine(x, w, place_TK, backend="torch"))
+    for ours, theirs, tolerance in zip(found, wanted, (2**-8, 2**-8, 1e-6), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=tolerance)
+    assert (found[0] != wanted[0]).float().mean() < 0.01
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "tokens, experts, top_k", [(1, 1, 1), (7, 5, 3), (33, 200, 4), (700, 13, 2), (1300, 1, 1), (0, 4, 2)]

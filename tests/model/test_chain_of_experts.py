@@ -24,11 +24,12 @@ VARIANTS = [
     {"gates": gates, "residual": residual, "norm": norm, "stream": stream, "shared_experts": shared}
     for gates, residual, norm, stream, shared in itertools.product(
         ["independent", "shared", "frozen"],
-        ["inner", "outer", "init", "none"],
+        ["inner", "outer", "inner_outer", "init", "none"],
         ["per_iteration", "once"],
         ["prenorm", "normed"],
         ["each_iteration", "once"],
     )
+    if (residual, stream) != ("inner_outer", "prenorm")
 ]
 RETROFITS = [
     {"retrofit_scale": True, "residual": residual, "norm": norm}
@@ -79,10 +80,12 @@ def by_definition(decoder: DecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
                 y = y * layer.retrofit_scale[str(t)]
             kind = "inner" if chain.retrofit_scale and t else chain.residual
             for states in (xs, us):
-                states.append({"inner": states[t] + y, "init": states[0] + y}.get(kind, y))
+                states.append(
+                    {"inner": states[t] + y, "inner_outer": states[t] + y, "init": states[0] + y}.get(kind, y)
+                )
             if chain.norm == "per_iteration" and t + 1 < chain.iterations:
                 us[-1] = layer.norms[str(t + 1)](xs[-1][None])[0]
-        rows.append(h + xs[-1] if chain.residual == "outer" else xs[-1])
+        rows.append(h + xs[-1] if chain.residual in ("outer", "inner_outer") else xs[-1])
     return torch.stack(rows).view_as(hidden)
 
 

@@ -23,11 +23,11 @@ def _running_sums(
     order_ptr,  # int64 [M], read if HAS_ORDER
     first_ptr,  # int64 [U]
     end_ptr,  # int64 [U]
-    sums_ptr,  # fp32 [U, D]; rows of segments whose length is not from SHORTEST to LONGEST stay as they are
+    sums_ptr,  # fp32 [U, D]; rows of segments whose length is not from SHORTEST to longest stay as they are
     segments,
+    longest,  # depends on M, so not a constant: each would be compiled
     COLUMNS: tl.constexpr,
     SHORTEST: tl.constexpr,
-    LONGEST: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -40,7 +40,7 @@ def _running_sums(
     column_live = column < COLUMNS
     first = tl.load(first_ptr + segment, mask=segment < segments, other=0)
     length = tl.load(end_ptr + segment, mask=segment < segments, other=0) - first
-    mine = (segment < segments) & (length >= SHORTEST) & (length <= LONGEST)
+    mine = (segment < segments) & (length >= SHORTEST) & (length <= longest)
     length = tl.where(mine, length, 0)
 
     sums = tl.zeros((BLOCK, BLOCK_COLUMNS), tl.float32)
@@ -109,9 +109,9 @@ def _launch(
         end,
         sums,
         segments,
+        longest,
         COLUMNS=columns,
         SHORTEST=shortest,
-        LONGEST=longest,
         HAS_ORDER=order is not None,
         ADD=add,
         BLOCK=block,
