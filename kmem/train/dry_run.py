@@ -14,6 +14,7 @@ from kmem.memory.sharding import row_range
 from kmem.memory.stores import ArrayLayout, RecordLayout, StoreKind
 from kmem.memory.table import DTYPES
 from kmem.model.bank_layout import BankLayout, layer_bank_name
+from kmem.model.cluster_tree import parse_path
 from kmem.model.engram_memory import table_name, table_rows
 from kmem.model.shape import Shape
 from kmem.parallel.mesh import Mesh, environment_rank
@@ -178,9 +179,23 @@ def _bank_tables(config: Config, mesh: Mesh, layers: Sequence[int]) -> list[Tabl
     by_leaf = addresses is not None and addresses.batching == "leaf"
     look_ups = sequences * (1 if by_leaf else config.data.sequence_length)
     return [
-        _table(config, config.bank, mesh, layout.rows(level), layout.row_values(level), look_ups, 0, first, level)
+        _table(
+            config, config.bank, mesh, layout.rows(level), layout.row_values(level),
+            min(look_ups, _fetched_rows(config, layout, level)), 0, first, level,
+        )
         for level in layout.levels
-    ]
+    ]  # fmt: skip
+
+
+def _fetched_rows(config: Config, layout: BankLayout, level: int) -> int:
+    """Rows of a level that text can fetch: all, or those above and below the chosen subtrees, and the generic ones."""
+    addresses = config.data.addresses
+    if addresses is None or addresses.subtrees is None:
+        return layout.rows(level)
+    paths = [parse_path(path) for path in addresses.subtrees]
+    above = {path[:level] for path in paths if len(path) >= level}
+    below = sum(layout.children ** (level - len(path)) for path in paths if len(path) < level)
+    return len(above) + below + layout.generic
 
 
 def _table(

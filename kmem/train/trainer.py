@@ -73,6 +73,8 @@ class Trainer:
         self.store = CheckpointStore(self.folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every)
         found = chosen_beginning(config.checkpoint, self.store)
         addresses, self.tree = together(lambda: (model_addresses(config.model, data.tokenizer_path), bank_tree(config)))
+        if found is not None:
+            found.check(data, self.tree)
         self.pipeline = Pipeline(config, mesh, addresses, initialise_rows=found is None)
         self._begun: deque[BegunStep] = deque()
         """Steps whose rows are being fetched, the next one first."""
@@ -287,12 +289,11 @@ class Trainer:
         self._notify("on_checkpoint", folder, not self.config.checkpoint.asynchronous)
 
     def _begin_with(self, found: Beginning) -> None:
-        """Start from a checkpoint.
+        """Fill the pipeline, and go on where the checkpoint stands, or begin with its weights.
 
         Raises:
-            CheckpointError: it is of other data or another model.
+            CheckpointError: it is of another model.
         """
-        found.check(self.data, self.tree)
         weights_only = found.kind == "weights"
         progress = load_training(
             self.store, found.folder, found.commit, self.pipeline, self.tree, weights_only, found.otherwise

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kmem.checkpoint.bank import bank_layout
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.cli import main
 from kmem.config import UserError, parse_config
@@ -158,3 +159,21 @@ def test_steps_draw_generic_blocks_for_all_sequences():
 def test_a_missing_tree_is_the_users_error(tmp_path):
     with pytest.raises(UserError, match="holds no finished tree"):
         bank_tree(parse_config(bank_config(data__addresses__tree=str(Path(tmp_path)))))
+
+
+def test_blocks_keep_the_seed_that_they_were_drawn_with(ranks, bank_run, tmp_path):
+    """Whatever `train.init_seed` a later run has: what is erased is what never was trained."""
+    first, _ = bank_run(name="first", train__steps=1, train__init_seed=3)
+    assert ranks.run(1, trainer_case, first)[0]["error"] is None
+    runs = str(tmp_path / "runs")
+    for name, begin in (("resumed", "checkpoint__resume"), ("started", "checkpoint__start")):
+        second, _ = bank_run(name=name, train__steps=2, train__init_seed=4, **{begin: f"{runs}/first"})
+        assert ranks.run(1, trainer_case, second)[0]["error"] is None
+        reader = CheckpointReader(f"{runs}/{name}")
+        assert reader.commit.progress.bank_seed == 3
+        erased = f"{runs}/{name}-erased"
+        assert main(["memory", "erase", "0", "1", "--subtree", "--checkpoint", f"{runs}/{name}", "--out", erased]) == 0
+        layout = bank_layout(reader.config)
+        found, fresh = CheckpointReader(erased), layout.by_layer(layout.initial_rows(3, 1, 0, 2), 1)
+        for layer, rows in fresh.items():
+            assert torch.equal(found.read(f"layers.{layer}.bank.level1")[:2], rows)

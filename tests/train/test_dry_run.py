@@ -200,3 +200,14 @@ def test_tables_of_both_memories_are_shown(capsys):
     assert "n-gram tables per rank" in printed
     assert "bank tables per rank" in printed
     assert "fetched" in printed
+
+
+def test_text_of_subtrees_fetches_their_blocks_and_those_above():
+    chosen = {"data__addresses__batching": "leaf", "data__addresses__subtrees": ["0", "1.2"]}
+    config = parse_config(small_config(**BANK, **chosen, train__global_batch_size=1000))
+    counts = count_parameters(config.model)
+    (stage,) = rank_memory(config, Mesh(0, 1, 1, 1))
+    rows = {table.level: table.working_set // (2 * table.row_bytes) for table in stage.tables}
+    assert rows == {1: 2, 3: 9 + 3}
+    assert [table.rows for table in stage.tables] == [3, 27]
+    assert sum(table.rows * table.row_bytes // 4 for table in stage.tables) == counts.bank
