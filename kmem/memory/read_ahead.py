@@ -30,8 +30,8 @@ _UNREADABLE = (errno.EFAULT, errno.EIO)
 _madvise: Any = types.ExternalFunction("madvise", types.intc(types.uintp, types.uintp, types.intc))
 
 
-def read_ahead(base: int, rows: np.ndarray, stride: int, size: int, writing: bool) -> str | None:
-    """Read the pages of records; with `writing` also map them writable, so that neither reads nor writes fault.
+def read_ahead(base: int, rows: np.ndarray, stride: int, offset: int, size: int, writing: bool) -> str | None:
+    """Read the pages of a part of records; with `writing` also map them writable, so that neither reads nor writes fault.
 
     What the system does not support is left to faults, which do the same later.
 
@@ -39,22 +39,23 @@ def read_ahead(base: int, rows: np.ndarray, stride: int, size: int, writing: boo
         base: address of record 0, at a page.
         rows: [W] int64 numbers of records; neighbours in this order are asked for together.
         stride: bytes from one record to the next.
-        size: bytes of a record.
+        offset: where the part starts in a record, in bytes.
+        size: bytes of the part.
 
     Returns:
         Why pages cannot be read, None if they can: touching them would kill the process.
     """
-    _advise(base, rows, stride, size, mmap.PAGESIZE, _WILLNEED)
+    _advise(base, rows, stride, offset, size, mmap.PAGESIZE, _WILLNEED)
     if not writing:
         return None
-    failed = _advise(base, rows, stride, size, mmap.PAGESIZE, _POPULATE_WRITE)
+    failed = _advise(base, rows, stride, offset, size, mmap.PAGESIZE, _POPULATE_WRITE)
     if failed < 0:
         return None
     # The loop cannot see errno: from there on records are asked for where it can be seen.
     system = ctypes.CDLL(None, use_errno=True)
     for row in rows[failed:].tolist():
-        start = row * stride // mmap.PAGESIZE * mmap.PAGESIZE
-        length = row * stride + size - start
+        start = (row * stride + offset) // mmap.PAGESIZE * mmap.PAGESIZE
+        length = row * stride + offset + size - start
         if system.madvise(ctypes.c_void_p(base + start), ctypes.c_size_t(length), _POPULATE_WRITE):
             number = ctypes.get_errno()
             return os.strerror(number) if number in _UNREADABLE else None
@@ -62,15 +63,16 @@ def read_ahead(base: int, rows: np.ndarray, stride: int, size: int, writing: boo
 
 
 @numba.njit(nogil=True, cache=True)
-def _advise(base, rows, stride, size, page, advice):
+def _advise(base, rows, stride, offset, size, page, advice):
     """One call per run of neighbouring pages; the place in `rows` of the first run that was refused, or -1."""
     count, i = rows.shape[0], 0
     while i < count:
         row = i
-        first, last = rows[i] * stride // page, (rows[i] * stride + size - 1) // page
+        start = rows[i] * stride + offset
+        first, last = start // page, (start + size - 1) // page
         i += 1
-        while i < count and first <= rows[i] * stride // page <= last + 1:
-            last = max(last, (rows[i] * stride + size - 1) // page)
+        while i < count and first <= (rows[i] * stride + offset) // page <= last + 1:
+            last = max(last, (rows[i] * stride + offset + size - 1) // page)
             i += 1
         if _madvise(np.uint64(base + first * page), np.uint64((last - first + 1) * page), np.int32(advice)) != 0:
             return row

@@ -156,16 +156,25 @@ class Store:
         dtype = self.arrays[array].dtype
         return self._records.view(dtype), self.layout.offsets[array] // dtype.itemsize
 
-    def fetch_ahead(self, rows: np.ndarray, writing: bool = True) -> None:
+    def fetch_ahead(self, rows: np.ndarray, writing: bool = True, part: tuple[str, slice] | None = None) -> None:
         """Bring the records of rows [W] int64 into memory together, before they are used; those in ascending order at
         the least cost. Only a mapped store has anything to do. `writing` prepares their update, too.
+
+        Args:
+            part: an array and those of its columns that will be used; default: all of a record.
 
         Raises:
             StoreError: the file cannot be read, or has become shorter.
         """
         if self._records is None or self.layout is None or not len(rows):
             return
-        error = read_ahead(self._records.data_ptr(), rows, self.layout.stride, self.layout.size, writing)
+        start, size = 0, self.layout.size
+        if part is not None:
+            values = self.arrays[part[0]]
+            first, stop, _ = part[1].indices(values.shape[1])
+            start = self.layout.offsets[part[0]] + first * values.element_size()
+            size = (stop - first) * values.element_size()
+        error = read_ahead(self._records.data_ptr(), rows, self.layout.stride, start, size, writing)
         if error is not None:
             raise StoreError(f"table {self.name}: {self.path} cannot be read ({error})")
 

@@ -484,6 +484,6 @@ class Table:
         width = values.shape[1]
 
         def fetch(first: int, last: int) -> None:
-            self.store.fetch_ahead(np.arange(first, last), writing=False)
+            self.store.fetch_ahead(np.arange(first, last), writing=False, part=(name, columns))
 
         return Pieces.interval(self.spec.rows * width, self.local.start * width, values, fetch)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bank_layout import ADAPTED, BankLayout
-from .matmul import grouped_linear
+from .matmul import MOST_GROUPS, grouped_linear
 from .swiglu import swiglu
 
 # Shape letters: B sequences, T tokens, N tokens in an order, U blocks of a level, r rank, D width, h heads,
@@ -32,9 +32,6 @@ from .swiglu import swiglu
 
 ALIGNMENT = 8
 """Units of a block are padded up to a multiple of this: grouped_mm needs rows of a multiple of 16 bytes."""
-
-MOST_GROUPS = 1023
-"""Of one product: grouped_mm on CUDA has a thread for each group, in one block."""
 
 
 class TokenGroups(NamedTuple):
@@ -131,7 +128,7 @@ class BankInput:
             parts = self.layout.by_part(blocks.to(rows.dtype))
             heads = rows.shape[1]
             keys, values = (parts[name].unflatten(2, (heads, -1)) for name in ("keys", "values"))
-            step = max(1, MOST_GROUPS // len(counts))
+            step = max(1, MOST_GROUPS // len(counts))  # so that a product need not be cut
             ranges = [slice(start, start + step) for start in range(0, heads, step)]
             found = [_attention(rows[:, some], keys[:, :, some], values[:, :, some], counts) for some in ranges]
             return torch.cat(found, dim=1).flatten(1)

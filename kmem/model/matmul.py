@@ -5,6 +5,7 @@ torch.mm in fp32 calls MKL, which keeps to AVX2 on AMD processors; oneDNN, in th
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+MOST_GROUPS = 1023
+"""Of one product: grouped_mm on CUDA has a thread for each group, in one block."""
 ROW_STEP = 32
 """oneDNN compiles a kernel for every new number of rows, in about a GEMM's time; groups of tokens are rounded up to
 this many rows, so that few numbers occur."""
@@ -46,7 +49,12 @@ def grouped_linear(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     if rows.dtype == torch.float64:  # which grouped_mm refuses
         parts = zip(rows.split(counts.tolist()), weights.unbind(), strict=True)
         return torch.cat([F.linear(part, weight) for part, weight in parts])
-    return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends.to(torch.int32))
+    if len(counts) <= MOST_GROUPS:
+        return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends.to(torch.int32))
+    last = ends[MOST_GROUPS - 1 : -1 : MOST_GROUPS].tolist()  # waits for the counts of a device
+    sizes = [stop - start for start, stop in pairwise([0, *last, len(rows)])]
+    parts = zip(rows.split(sizes), weights.split(MOST_GROUPS), counts.split(MOST_GROUPS), strict=True)
+    return torch.cat([grouped_linear(*part) for part in parts])
 
 
 def rounds_groups(rows: Tensor, weights: Tensor) -> bool:

@@ -36,6 +36,7 @@ KINDS = {
     "kv": {"model__memory_bank__kind": "kv"},
     "last layer": {"model__memory_bank__placement": "last", "model__memory_bank__placed_layers": 1},
     "adam_catchup": {"bank__optimizer__name": "adam_catchup"},
+    "clipped, mapped": {"bank__optimizer__clip_norm": 0.003, "bank__store": "mmap"},
     "frozen anchor": {"model__memory_bank__anchor": "frozen"},
     "frozen anchor, tied": {"model__memory_bank__anchor": "frozen", "model__tie_embeddings": True},
 }
@@ -67,8 +68,8 @@ def test_loss_curve_and_tables_equal_plain_pytorch(ranks, plain, mesh, variant):
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.full if kind in LONG else ()) for kind in KINDS])
-def test_other_banks_on_two_stages(ranks, kind):
-    tree = bank_config(**KINDS[kind])
+def test_other_banks_on_two_stages(ranks, tmp_path, kind):
+    tree = bank_config(**KINDS[kind], bank__folder=str(tmp_path))
     losses, _, tables = plain_training(tree)
     results = ranks.run(2, train_case, {**tree, "parallel": {"pipeline": 2}}, STEPS)
     assert results[0]["losses"] == pytest.approx(losses, abs=2e-6)
@@ -257,6 +258,10 @@ class BlockAdam:
     def step(self, rows):
         self.number += 1
         (a, b), gradient = self.settings.betas, self.table.grad[rows]
+        if self.settings.clip_norm is not None:
+            norm = float(gradient.norm())
+            assert norm > self.settings.clip_norm
+            gradient = gradient * (self.settings.clip_norm / (norm + 1e-6))
         decay = 1 - self.rate * self.settings.weight_decay
         missed, dense = self.number - 1 - self.last[rows], self.settings.name == "adam_catchup"
         self.last[rows] = self.number

@@ -123,6 +123,24 @@ def test_a_fetched_record_faults_no_more(tmp_path):
     assert faults(third, fetch=True) < touched / 10
 
 
+def test_of_a_record_a_part_can_be_fetched(tmp_path):
+    store = Store("mmap", 500, {"first": ArrayLayout(1024, torch.float32), "last": ArrayLayout(2048, torch.float32)},
+                  path=tmp_path / "t")  # fmt: skip
+    rows = np.arange(500)
+    store.fetch_ahead(rows, part=("last", slice(1024, 2048)))
+
+    def faults(array, column):
+        values = store[array][:, column].numpy()
+        before = resource.getrusage(resource.RUSAGE_THREAD)
+        values[rows] += 1
+        after = resource.getrusage(resource.RUSAGE_THREAD)
+        return after.ru_minflt + after.ru_majflt - before.ru_minflt - before.ru_majflt
+
+    assert faults("last", 1024) < len(rows) / 10
+    assert faults("last", 2047) < len(rows) / 10
+    assert faults("first", 1023) >= len(rows)
+
+
 def test_a_file_cut_short_under_a_store_is_an_error(tmp_path):
     with mock.patch.object(os, "unlink"):  # without a name nobody can cut it short, but a disk may fail
         store = Store("mmap", 20_000, LAYOUT, path=tmp_path / "t")

@@ -395,6 +395,35 @@ def test_heads_are_shared_out_where_blocks_are_many(monkeypatch):
         torch.testing.assert_close(blocks.attend(query), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_of_many_blocks_are_cut(kind, monkeypatch):
+    """Into products of as many groups as grouped_mm takes, with the same results and gradients."""
+    monkeypatch.setattr("kmem.model.matmul._USE_ONEDNN", False)  # which takes any number
+    view = shape(kind)
+    decoder, bank, taken = tiny.decoder(view), random_bank(view, torch.float32), []
+    ids, positions = tiny.tokens(6, 8)
+    grouped_mm = F.grouped_mm
+
+    def counted(rows, weights, offs):
+        taken.append(len(offs))
+        return grouped_mm(rows, weights, offs=offs)
+
+    monkeypatch.setattr(F, "grouped_mm", counted)
+    found = []
+    for most in (1023, 2):
+        for module in ("matmul", "bank_blocks"):
+            monkeypatch.setattr(f"kmem.model.{module}.MOST_GROUPS", most)
+        bank.zero_grad()
+        hidden = decoder(ids, positions, bank=bank(addressed(LEAVES)).inputs(8))
+        hidden.square().sum().backward()
+        found.append([hidden, *(parameter.grad for parameter in bank.parameters())])
+        assert max(taken) <= most
+        assert most == 2 or max(taken) > 2
+        taken.clear()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["ffn", "lora_qk", "kv"])
 def test_forms_of_an_address_agree(kind):
     view = shape(kind)
