@@ -1,10 +1,13 @@
 """The sizes that papers print, from the configurations that ship."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from kmem.cli import main
+from kmem.config import load_config
+from kmem.hf.foreign_config import read_architecture, read_config, read_model
 
 CHAINS_OF_EXPERTS = {
     "coe/n64-l4-c1": (570_956_800, "544.51"),
@@ -21,6 +24,8 @@ ENGRAM = {  # total, active without the embedding, memory; as printed by the pap
 
 BANKS = {  # anchor; fetched and bank as arXiv 2510.02375 prints them, or as 3 r L d says
     "160m": (163_510_016, "18.063M", "4.624B", 3 * 35 * 512, (256, 64, 16, 0)),
+    "160m-frozen": (163_510_016, "18.063M", "4.624B", 3 * 35 * 512, (256, 64, 16, 0)),
+    "160m-scratch": (163_510_016, "18.063M", "4.624B", 3 * 35 * 512, (256, 64, 16, 0)),
     "160m-level-4": (163_510_016, "18.278M", "18.717B", 3 * 35 * 512, (256, 64, 16, 4)),
     "410m": (411_665_408, "49.545M", "12.684B", 3 * 24 * 1024, (512, 128, 32, 0)),
     "1.4b": (1_439_893_504, "153.354M", "21.139B", 3 * 24 * 2048, (768, 256, 16, 0)),
@@ -108,3 +113,67 @@ def test_memory_bank(name, capsys):
     for table in tables:
         assert table["rows"] == 16 ** table["level"] + 1
         assert table["row_bytes"] == 2 * unit * ranks[table["level"] - 1]  # bf16
+
+
+RECIPES = {  # rows of table 1 of arXiv 2510.02375 and section 4: tokens, learning rates, decay, warm-up, anchor
+    "160m-anchor": (2**40, (5e-3, 5e-5), 0.05, 10000, None),
+    "160m": (2**40, (1e-4, 1e-5), 1e-3, 10000, "train"),
+    "160m-frozen": (2**40, (1e-4, 1e-5), 1e-3, 10000, "frozen"),
+    "160m-scratch": (2**41, (1e-3, 1e-5), 0.1, 10000, "train"),
+    "410m": (2**40, (1e-4, 1e-5), 1e-3, 10000, "train"),
+    "1.4b": (2**40, (1e-4, 1e-5), 1e-3, 10000, "train"),
+    "gemma-3-270m": (2**40, (1e-4, 1e-5), 1e-3, 5000, "frozen"),
+    "qwen2.5-0.5b": (2**40, (1e-4, 1e-5), 1e-3, 5000, "frozen"),
+    "llama-3.2-1b": (2**40, (1e-4, 1e-5), 1e-3, 5000, "frozen"),
+}
+NEW = ("160m-anchor", "160m-scratch", "gemma-3-270m")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_of_memory_banks(name):
+    config, (tokens, rates, decay, warmup, anchor) = load_config(f"memory-bank/{name}"), RECIPES[name]
+    train, bank = config.train, config.model.memory_bank
+    assert train.steps * train.global_batch_size * config.data.sequence_length == tokens
+    lr = train.optimizer.lr
+    assert (lr, lr * train.schedule.min_ratio) == pytest.approx(rates)
+    assert (train.optimizer.weight_decay, train.schedule.warmup_steps) == (decay, warmup)
+    assert (bank.anchor if bank else None) == anchor
+    assert bank is None or (config.bank.optimizer.weight_decay, config.bank.optimizer.lr_multiplier) == (decay, 1.0)
+    assert (config.checkpoint.start is None) == (name in NEW)
+    assert config.data.document_attention == (anchor != "frozen" or name.startswith("160m"))
+
+
+def test_the_anchor_of_a_recipe_is_its_model(capsys):
+    """Begun with by name, with every field of the model but the bank."""
+    anchor, banked = (load_config(f"memory-bank/{name}") for name in ("160m-anchor", "160m"))
+    assert banked.checkpoint.start == f"{anchor.folder}/{anchor.name}"
+    assert banked.model.model_copy(update={"memory_bank": None}) == anchor.model
+    assert dry_run("memory-bank/160m-anchor", capsys)["total"] == 163_510_016
+
+
+PUBLISHED = {  # config.json of the published models
+    "qwen2.5-0.5b": {
+        "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "num_hidden_layers": 24,
+        "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2,
+        "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True,
+        "use_sliding_window": False,
+    },
+    "llama-3.2-1b": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 16,
+        "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_bank_fits_the_imported_model(name):
+    """What `kmem import` makes of the published model is the model of the configuration, but for the bank."""
+    path, fields = Path(name), PUBLISHED[name]
+    architecture = read_architecture(fields, path)
+    imported = read_model(read_config(fields, architecture, path), architecture, path)
+    assert load_config(f"memory-bank/{name}").model.model_copy(update={"memory_bank": None}) == imported
