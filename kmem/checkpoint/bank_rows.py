@@ -9,7 +9,7 @@ from torch import Tensor
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import UserError
 from kmem.model.bank_layout import BankLayout, layer_bank_name
-from kmem.model.cluster_tree import ClusterPath, format_path, parse_path
+from kmem.model.cluster_tree import cluster_of, format_path, parse_path, path_of
 
 GENERIC_PATH = "generic"
 """In place of a path: the generic blocks of all levels."""
@@ -52,29 +52,15 @@ def cluster_path(layout: BankLayout, level: int, row: int) -> str:
     """How a row's cluster is written."""
     if layout.generic and row == layout.generic_row(level):
         return GENERIC_PATH
-    return format_path(path_of(layout, level, row))
-
-
-def path_of(layout: BankLayout, level: int, row: int) -> ClusterPath:
-    """The children taken from the root to a cluster."""
-    return tuple(row // layout.children ** (level - 1 - part) % layout.children for part in range(level))
+    return format_path(path_of(row, level, layout.children))
 
 
 def _cluster(layout: BankLayout, text: str) -> tuple[int, int]:
     """Level and number of the cluster that a path names."""
     try:
-        path = parse_path(text)
+        return cluster_of(parse_path(text), layout.children, len(layout.ranks))
     except ValueError as error:
         raise UserError(str(error)) from None
-    deepest, children = len(layout.ranks), layout.children
-    if len(path) > deepest:
-        raise UserError(f"cluster {text}: {len(path)} levels deep, and the bank's tree has {deepest}")
-    number = 0
-    for child in path:
-        if child >= children:
-            raise UserError(f"cluster {text}: children are numbered 0 to {children - 1} (memory_bank.children)")
-        number = number * children + child
-    return len(path), number
 
 
 @dataclass(frozen=True)

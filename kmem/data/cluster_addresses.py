@@ -130,7 +130,10 @@ def write_addresses(
         "splits": splits,
     }
     building = folder / (RECORD_FILE + ".building")
-    building.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with open(building, "w", encoding="utf-8") as text:
+        text.write(json.dumps(record, indent=2) + "\n")
+        text.flush()
+        os.fsync(text.fileno())
     os.replace(building, folder / RECORD_FILE)
 
 
@@ -139,6 +142,23 @@ def stored_tree(folder: Path) -> str | None:
     try:
         return str(json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["tree"])
     except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def stored_leaves(folder: Path, manifest: Manifest, tree: Mapping[str, Any]) -> dict[str, NDArray[np.int32]] | None:
+    """The addresses of both splits, if a prepared folder has those of this tree and of its data, undamaged."""
+    try:
+        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        if (record["format"], record["version"]) != (FORMAT, VERSION) or record["tree"] != tree["fingerprint"]:
+            return None
+        leaves = {}
+        for split, described in record["splits"].items():
+            path = folder / addresses_file(split)
+            if record["data"] != data_fingerprint(manifest) or file_digest(path) != described["sha256"]:
+                return None
+            leaves[split] = np.load(path, allow_pickle=False)
+        return leaves
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

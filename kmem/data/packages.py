@@ -46,6 +46,15 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kmem" / "packages"
 
 
+def wheel_at_hand(name: str, version: str, cache: Path) -> bool:
+    """Whether `open_wheel` needs no network."""
+    try:
+        importlib.metadata.distribution(name)
+        return True
+    except importlib.metadata.PackageNotFoundError:
+        return any(cache.glob(_wheels(name, version)))
+
+
 @contextmanager
 def open_wheel(name: str, version: str, cache: Path) -> Iterator[Package]:
     """A PyPI package: the installed one whatever its version, or the wheel of `version`, downloaded once into `cache`.
@@ -59,7 +68,7 @@ def open_wheel(name: str, version: str, cache: Path) -> Iterator[Package]:
         return
     except importlib.metadata.PackageNotFoundError:
         pass
-    pattern = f"{name.replace('-', '_')}-{version}-*.whl"
+    pattern = _wheels(name, version)
     if not list(cache.glob(pattern)):
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
         command += ["--quiet", "--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", "15"]
@@ -114,6 +123,10 @@ def _download(command: list[str], what: str, pattern: str, cache: Path) -> None:
                 f"Check that a package index can be reached, or put {pattern} into {cache}"
             )
         os.replace(found[0], cache / found[0].name)
+
+
+def _wheels(name: str, version: str) -> str:
+    return f"{name.replace('-', '_')}-{version}-*.whl"
 
 
 def _sha256(path: Path) -> str:

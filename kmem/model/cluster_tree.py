@@ -153,18 +153,11 @@ class ClusterTree:
         Raises:
             ValueError: the path is empty, longer than the tree is deep, or names a child that is not there.
         """
-        if not 1 <= len(path) <= self.levels:
-            raise ValueError(f"cluster {format_path(path)}: a path of this tree has 1 to {self.levels} parts")
-        number = 0
-        for child in path:
-            if not 0 <= child < self.children:
-                raise ValueError(f"cluster {format_path(path)}: children are numbered 0 to {self.children - 1}")
-            number = number * self.children + child
-        return len(path), number
+        return cluster_of(path, self.children, self.levels)
 
     def path(self, level: int, number: int) -> ClusterPath:
         """The path of a cluster, the reverse of `cluster`."""
-        return tuple(number // self.children ** (level - 1 - part) % self.children for part in range(level))
+        return path_of(number, level, self.children)
 
     def _barred(self, blocked: Iterable[ClusterPath]) -> list[Tensor] | None:
         """For each level, bool [k^l]: clusters that are blocked, or have nothing below them that is not."""
@@ -213,6 +206,32 @@ def level_ids(leaves: Tensor, level: int, children: int, levels: int) -> Tensor:
     """Clusters of a level (1..levels) that leaves belong to: leaf // k^(p - l)."""
     assert 1 <= level <= levels, f"level {level} of a tree of {levels}"
     return leaves.div(children ** (levels - level), rounding_mode="floor")
+
+
+def path_of(cluster: int, level: int, children: int) -> ClusterPath:
+    """The children taken from the root to a cluster of a level (1 or deeper)."""
+    return tuple(cluster // children ** (level - 1 - part) % children for part in range(level))
+
+
+def cluster_of(path: ClusterPath, children: int, levels: int) -> tuple[int, int]:
+    """Level and number of the cluster that a path names, the reverse of `path_of`.
+
+    Raises:
+        ValueError: the path is empty, longer than the tree is deep, or names a child that is not there.
+    """
+    shown = format_path(path)
+    if not 1 <= len(path) <= levels:
+        likely = format_path((children - 1,) * min(levels, 2))
+        raise ValueError(
+            f"cluster {shown}: a path of this tree has 1 to {levels} parts; write the children taken from the root "
+            f"down, such as {likely}"
+        )
+    number = 0
+    for child in path:
+        if not 0 <= child < children:
+            raise ValueError(f"cluster {shown}: children are numbered 0 to {children - 1}; there is no {child}")
+        number = number * children + child
+    return len(path), number
 
 
 def parse_path(text: str) -> ClusterPath:

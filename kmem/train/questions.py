@@ -1,7 +1,7 @@
 """Questions with one right answer: how often a model's most likely continuation is it, by how often its text said so.
 
 A file of questions holds JSON lines with `prompt`, `answer` and, for the grouping, `exposures`: how many documents of
-the training text tell the answer. `kmem data corpora` writes them beside corpora that have some.
+the training text tell the answer. `kmem data prepare` puts them into the folder of corpora that have some.
 """
 
 import json

@@ -27,7 +27,12 @@ class RunFolder:
             (self.path / "config.yaml").write_text(dump_config(config))
             shutil.copytree(tokenizer, self.path / "tokenizer", dirs_exist_ok=True)
             if tree is not None and tree.resolve() != (self.path / TREE_FOLDER).resolve():
-                shutil.copytree(tree, self.path / TREE_FOLDER, dirs_exist_ok=True)
+                # Whole in place of what is there: exports would carry the files of an earlier tree's embedder.
+                copy = self.path / f"{TREE_FOLDER}.copying"
+                shutil.rmtree(copy, ignore_errors=True)
+                shutil.copytree(tree, copy)
+                shutil.rmtree(self.path / TREE_FOLDER, ignore_errors=True)
+                copy.rename(self.path / TREE_FOLDER)
         except OSError as error:
             return f"folder: {self.path} cannot be written: {error}"
         return None

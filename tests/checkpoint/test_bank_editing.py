@@ -122,7 +122,7 @@ def test_bad_input(tmp_path, capsys):
     out = tmp_path / "out"
     for path, complaint in [
         ("3.1", "children are numbered 0 to 2"),
-        ("0.1.2", "3 levels deep, and the bank's tree has 2"),
+        ("0.1.2", "a path of this tree has 1 to 2 parts"),
         ("a", "write a path as numbers"),
         ("0", "level 1 of this bank has no blocks (its rank is 0); add --subtree"),
         ("generic", "no generic blocks"),

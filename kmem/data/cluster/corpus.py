@@ -82,11 +82,11 @@ def check_one_tokenizer(corpora: list[Corpus]) -> None:
             )
 
 
-def read_chunk(chunk: Chunk) -> list[Tensor]:
-    """Token ids of each unit, int64."""
+def read_chunk(chunk: Chunk, chosen: NDArray[np.int64] | None = None) -> list[Tensor]:
+    """Token ids of each unit, int64; of those at the places `chosen` alone, if given."""
     indexed, units = _opened(chunk.folder, chunk.content, chunk.split, chunk.unit)
     numbers = np.arange(chunk.start, chunk.stop)
-    return read_units(indexed, units, numbers)
+    return read_units(indexed, units, numbers if chosen is None else numbers[chosen])
 
 
 def read_units(indexed: IndexedTokens, units: UnitMap, numbers: NDArray[np.int64]) -> list[Tensor]:

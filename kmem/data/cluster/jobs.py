@@ -21,6 +21,7 @@ from kmem.model.cluster_tree import (
     file_digest,
     format_path,
     nearest_children,
+    path_of,
 )
 from kmem.model.context_embedder import ContextEmbedder, load_embedder, read_embedder_record
 
@@ -58,7 +59,7 @@ def split_children(job: NodeJob) -> NDArray[np.float32]:
     """Centroids of a node's children."""
     vectors = np.memmap(job.path, dtype=np.float32, mode="r", shape=job.shape)[job.chosen]
     digest = hashlib.blake2b(f"{job.seed}/{job.level}/{job.node}".encode(), digest_size=4).digest()
-    name = cluster_name(job.node, job.level - 1, job.children)
+    name = node_name(job.node, job.level - 1, job.children)
     return split_node(
         np.asarray(vectors), job.children, job.balance, job.needed, int.from_bytes(digest, "little"), name
     )
@@ -119,9 +120,6 @@ def _tree(folder: Path, identity: str) -> ClusterTree:
     return ClusterTree.load(folder)
 
 
-def cluster_name(cluster: int, level: int, children: int) -> str:
+def node_name(cluster: int, level: int, children: int) -> str:
     """What messages call a cluster; level 0 is the root."""
-    if level == 0:
-        return "the corpus"
-    parts = [cluster // children ** (level - 1 - part) % children for part in range(level)]
-    return f"cluster {format_path(parts)}"
+    return f"cluster {format_path(path_of(cluster, level, children))}" if level else "the corpus"

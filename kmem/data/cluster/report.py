@@ -4,22 +4,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from kmem.data.cluster.building import Addressed
+from kmem.data.cluster.applying import Addressed
 from kmem.data.cluster.corpus import Corpus
+from kmem.data.held_out import source_of_documents
 from kmem.data.leaf_order import LeafOrder
 from kmem.data.units import Unit
 
 SEQUENCE_LENGTHS = (256, 512, 1024, 2048)
+_MOST_SOURCES, _MOST_COLUMNS = 24, 16
 
 
 def print_tree(done: Addressed) -> None:
-    """Tables of the levels, of the clusters of the first, and of the data's addresses."""
+    """Tables of the levels, of the clusters of the first, of where each source's text went, and of the addresses."""
     from rich.console import Console
 
     console = Console(width=max(Console().width, 110))
-    for table in (_levels(done), _clusters(done), _data(done)):
-        console.print(table)
+    for table in (_levels(done), _clusters(done), _sources(done), _data(done)):
+        if table is not None:
+            console.print(table)
 
 
 def padding_share(folder: Path, unit: Unit, leaves: Any, sequence_length: int) -> float:
@@ -54,6 +58,56 @@ def _clusters(done: Addressed) -> Any:
     table.add_column("typical words of the data the tree was made from")
     for cluster, (count, words) in enumerate(zip(counts, done.tree.record["words"], strict=True)):
         table.add_row(str(cluster), f"{count:,}", f"{count / counts.sum():.1%}", " ".join(words))
+    return table
+
+
+def source_counts(done: Addressed) -> dict[str, NDArray[np.int64]]:
+    """Training units of each source in each cluster of level 1: int64 [children].
+
+    Sources are the files that the folders were prepared from, or where these are many, the folders.
+    """
+    unit, below = Unit.parse(done.tree.record["unit"]), done.tree.children ** (done.tree.levels - 1)
+    files: dict[str, NDArray[np.int64]] = {}
+    folders: dict[str, NDArray[np.int64]] = {}
+    for folder, splits in done.leaves.items():
+        corpus = Corpus.open(folder)
+        first = splits["train"] // below
+        folders[folder.name] = np.bincount(first, minlength=done.tree.children)
+        documents = corpus.units("train", unit).documents
+        source = source_of_documents(corpus.manifest)["train"][documents]
+        for number, record in enumerate(corpus.manifest.sources):
+            name = f"{folder.name}/{Path(record.path).name}" if len(done.leaves) > 1 else Path(record.path).name
+            found = np.bincount(first[source == number], minlength=done.tree.children)
+            files[name] = files.get(name, 0) + found
+    return files if len(files) <= _MOST_SOURCES else folders
+
+
+def _sources(done: Addressed) -> Any:
+    """None where there is one source."""
+    from rich.table import Table
+
+    counts = source_counts(done)
+    if len(counts) < 2:
+        return None
+    every = np.stack(list(counts.values()))
+    found, blind = every.max(axis=0).sum() / every.sum(), every.sum(axis=1).max() / every.sum()
+    table = Table(
+        title="sources of the training units, and their shares in the clusters of level 1",
+        caption=f"{found:.1%} of the units are of the commonest source of their cluster; {blind:.1%} would be, were "
+        "clusters blind to sources",
+        min_width=100,
+    )
+    table.add_column("source")
+    table.add_column("units", justify="right")
+    columns = done.tree.children <= _MOST_COLUMNS
+    for name in map(str, range(done.tree.children)) if columns else ("largest",):
+        table.add_column(name, justify="right")
+    for name, clusters in counts.items():
+        shares = [f"{share:.0%}" if share else "" for share in clusters / max(clusters.sum(), 1)]
+        if not columns:
+            largest = [int(cluster) for cluster in np.argsort(-clusters, kind="stable")[:8] if clusters[cluster]]
+            shares = ["  ".join(f"{cluster}: {shares[cluster]}" for cluster in largest)]
+        table.add_row(name, f"{clusters.sum():,}", *shares)
     return table
 
 

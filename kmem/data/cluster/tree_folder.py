@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 
 import kmem
-from kmem.data.cluster.embedders import embedder_files
 from kmem.model.cluster_tree import (
     CENTROIDS_FILE,
     EMBEDDER_FOLDER,
@@ -47,7 +46,7 @@ def write_tree(
     tensors = {f"level{level}": torch.from_numpy(np.array(rows)) for level, rows in enumerate(centroids, 1)}
     save_file({**tensors, "leaf_sizes": torch.from_numpy(leaf_sizes)}, str(folder / CENTROIDS_FILE))
     embedder = read_embedder_record(embedder_folder)
-    files = embedder_files(embedder_folder)
+    files = {path.name: file_digest(path) for path in sorted(embedder_folder.iterdir())}
     children, levels = described["children"], described["levels"]
     record = {
         "format": TREE_FORMAT,

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kmem.config import UserError
 from kmem.data.progress import Progress
@@ -19,6 +20,8 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 _PLAN, _DONE = "plan.json", "done.json"
+_FINISHED = ".finished"
+"""Ending of the name of a folder whose work is finished, while its files are deleted."""
 _SECONDS_BETWEEN_MARKS = 2.0
 SECONDS_WORTH_PROCESSES = 20.0
 """Work that is left before processes are started, each of which imports PyTorch and more."""
@@ -60,53 +63,69 @@ class Pool:
 
 
 class Workspace:
-    """Arrays in files, and how many jobs of each stage are in them.
+    """Results in files, and how many jobs of each stage are in them.
 
     A stage is a list of jobs that depends on the plan alone. Results are stored in the order of the jobs, so one number
     says what is done, and neither an interruption nor the number of workers changes anything.
+
+    That number never claims more than the files hold: it is written after them, withdrawn before one is made anew, and
+    the folder loses its name before anything in it is deleted.
     """
 
-    def __init__(self, folder: Path, pool: Pool, plan: dict[str, Any], force: bool, later: Sequence[str] = ()):
+    def __init__(
+        self,
+        folder: Path,
+        pool: Pool,
+        plan: dict[str, Any],
+        force: bool,
+        later: Sequence[str] = (),
+        kept: Sequence[str] = (),
+    ):
         """
         Args:
             plan: everything that decides the result.
             force: begin anew where the folder holds work on another plan.
-            later: entries of the plan that the stage `embed` does not depend on. Where the work differs in these
-                alone, that stage is kept and the others begin anew.
+            later: entries of the plan that the stages `kept` do not depend on. Where the work differs in these alone,
+                those stages are kept and the others begin anew.
 
         Raises:
             UserError: it holds work on another plan, or cannot be written.
         """
         self.folder, self._pool = folder, pool
+        clear_finished(folder)
         found = self._found()
         differs = [] if found is None else [name for name in plan if found.get(name) != plan[name]]
-        embedded = found is not None and set(differs) <= set(later)
-        if found is not None and not embedded and not force:
+        continues = found is not None and set(differs) <= set(later)
+        if found is not None and not continues and not force:
             raise UserError(
                 f"{folder}: holds interrupted work with another {', '.join(differs)}; continue with what it began "
                 "with, or begin anew with --force"
             )
         self._done: dict[str, int] = {}
-        if not embedded:
+        if not continues:
             shutil.rmtree(folder, ignore_errors=True)
             try:
                 folder.mkdir(parents=True)
-                (folder / _PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+                self._replace(_PLAN, plan)
             except OSError as error:
                 raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-        elif (folder / _DONE).is_file():
-            self._done = json.loads((folder / _DONE).read_text(encoding="utf-8"))
-        if embedded and differs:
-            self._done = {stage: done for stage, done in self._done.items() if stage == "embed"}
+        else:
+            self._done = self._recorded()
+        if continues and differs:
+            self._done = {stage: done for stage, done in self._done.items() if stage in kept}
             self._replace(_DONE, self._done)
             shutil.rmtree(folder / "tree", ignore_errors=True)
             self._replace(_PLAN, plan)
 
-    def array(self, name: str, shape: tuple[int, ...], dtype: type[np.generic]) -> np.memmap[Any, Any]:
-        """A memory-mapped array, zero until it is written."""
-        path = self.folder / f"{name}.array"
+    def array(self, stage: str, shape: tuple[int, ...], dtype: type[np.generic]) -> np.memmap[Any, Any]:
+        """The memory-mapped array `STAGE.array` with the results of a stage, zero until they are written.
+
+        Where the file is missing or of another size, nothing of the stage is done.
+        """
+        path = self.folder / f"{stage}.array"
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         if not path.is_file() or path.stat().st_size != size:
+            self._forget(stage)
             try:
                 with open(path, "wb") as file:
                     os.posix_fallocate(file.fileno(), 0, size)  # a full disk is noticed now, not as a bus error
@@ -128,9 +147,71 @@ class Workspace:
 
         Args:
             function: a module's function, computed here or in worker processes.
-            store: puts a result into the array `into`.
+            store: puts a result into the stage's array `into`; the same twice changes nothing.
             weights: how much work each job is; equally much by default.
         """
+
+        def save(done: int) -> int:
+            into.flush()
+            return done
+
+        self._proceed(stage, title, jobs, function, store, save, weights)
+
+    def add_up(
+        self,
+        stage: str,
+        title: str,
+        jobs: Sequence[Job],
+        function: Callable[[Job], NDArray[np.int64]],
+        total: NDArray[np.int64],
+        weights: Sequence[int] | None = None,
+    ) -> None:
+        """Do what is left of a stage whose result is the sum of its jobs'; it is added to `total`.
+
+        Each mark writes the sum to a file of its own, `STAGE.JOBS.array`, so that no job is counted twice.
+        """
+        done = self._done.get(stage, 0)
+        found = self.folder / f"{stage}.{done}.array"
+        if done and (not found.is_file() or found.stat().st_size != total.nbytes):
+            self._forget(stage)
+            done = 0
+        # The number of jobs and their sum change together, or an interruption in between would count one twice.
+        state = [(done, np.fromfile(found, dtype=np.int64) if done else np.zeros_like(total))]
+
+        def store(job: Job, result: NDArray[np.int64]) -> None:
+            state[0] = (state[0][0] + 1, state[0][1] + result)
+
+        def save(_: int) -> int:
+            count, summed = state[0]
+            current, recorded = (f"{stage}.{number}.array" for number in (count, self._done.get(stage, 0)))
+            _write(self.folder / current, summed.tobytes())
+            for file in self.folder.glob(f"{stage}.*.array"):
+                if file.name not in (current, recorded):
+                    file.unlink()
+            return count
+
+        self._proceed(stage, title, jobs, function, store, save, weights)
+        total += state[0][1]
+
+    def remove(self) -> None:
+        """The work is finished and its result stored elsewhere, or it cannot be done."""
+        try:
+            os.rename(self.folder, _finished(self.folder))
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be removed ({error.strerror}); delete it") from None
+        clear_finished(self.folder)
+
+    def _proceed(
+        self,
+        stage: str,
+        title: str,
+        jobs: Sequence[Job],
+        function: Callable[[Job], Result],
+        store: Callable[[Job, Result], None],
+        save: Callable[[int], int],
+        weights: Sequence[int] | None,
+    ) -> None:
+        """save: writes the results of so many jobs to disk; returns of how many they are."""
         done = self._done.get(stage, 0)
         if done >= len(jobs):
             return
@@ -144,24 +225,30 @@ class Workspace:
                     progress.advance(weights[done])
                     done += 1
                     if time.monotonic() - marked > _SECONDS_BETWEEN_MARKS:
-                        self._mark(stage, done, into)
+                        self._mark(stage, save(done))
                         marked = time.monotonic()
             finally:
-                self._mark(stage, done, into)
+                self._mark(stage, save(done))
 
-    def remove(self) -> None:
-        """The work is finished and its result stored elsewhere."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _mark(self, stage: str, done: int, array: np.memmap[Any, Any]) -> None:
-        array.flush()
+    def _mark(self, stage: str, done: int) -> None:
         self._done[stage] = done
         self._replace(_DONE, self._done)
 
+    def _forget(self, stage: str) -> None:
+        """On disk, too, before the stage's file is made anew: nobody shall take zeros for results."""
+        if self._done.pop(stage, 0):
+            self._replace(_DONE, self._done)
+
     def _replace(self, name: str, content: dict[str, Any]) -> None:
-        building = self.folder / (name + ".building")
-        building.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(building, self.folder / name)
+        _write(self.folder / name, (json.dumps(content, indent=2) + "\n").encode())
+
+    def _recorded(self) -> dict[str, int]:
+        """What is done; nothing where the record cannot be read, as after a power cut."""
+        try:
+            found = json.loads((self.folder / _DONE).read_text(encoding="utf-8"))
+            return {str(stage): int(done) for stage, done in found.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
 
     def _found(self) -> dict[str, Any] | None:
         """The plan of the work in the folder."""
@@ -172,7 +259,25 @@ class Workspace:
         except (OSError, ValueError):
             plan = None
         if not isinstance(plan, dict):
-            if not self.folder.is_dir() or any(entry.name != _PLAN for entry in self.folder.iterdir()):
+            if not self.folder.is_dir() or any(not entry.name.startswith(_PLAN) for entry in self.folder.iterdir()):
                 raise UserError(f"{self.folder}: not the work of kmem data cluster; move it away")
             return None
         return plan
+
+
+def clear_finished(folder: Path) -> None:
+    """Delete what a process that was killed at the end of its work in `folder` has left."""
+    shutil.rmtree(_finished(folder), ignore_errors=True)
+
+
+def _finished(folder: Path) -> Path:
+    return folder.with_name(folder.name + _FINISHED)
+
+
+def _write(path: Path, content: bytes) -> None:
+    building = path.with_name(path.name + ".building")
+    with open(building, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(building, path)
