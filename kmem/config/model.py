@@ -155,6 +155,9 @@ class MixtureOfExperts(Section):
     sequences are split into micro-batches."""
     z_loss: NonNegativeFloat = 0.0
     """Coefficient of the router z-loss (ST-MoE, eq. 5), a mean over tokens."""
+    balance_padding: bool = False
+    """Count the padding of sequences (`data.addresses.batching: leaf` has some) in balance losses, in the loads that
+    the selection bias follows, and in the metrics of experts."""
     chain: ChainOfExperts | None = None
     """Several passes through the experts of a layer; null makes one. Balance losses are summed over the passes."""
 

@@ -10,7 +10,7 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """n packed sequences of T tokens; every tensor is int64 of shape [n, T]."""
+    """n packed sequences of T tokens; every tensor is int64 of shape [n, T], but for `padding`."""
 
     input_ids: Tensor
     """Token ids."""
@@ -25,3 +25,5 @@ class SequenceBatch:
     addresses: Tensor | None = None
     """The leaf of the cluster tree that the document or window of each position belongs to; over padding, that of the
     row's last token. None where the data carries no addresses."""
+    padding: Tensor | None = None
+    """bool [n, T], True at positions after the last token of a row; None where no row has any."""

@@ -207,12 +207,14 @@ class SequenceReader:
         else:
             document_ids = np.zeros_like(labels)
             position_ids = np.broadcast_to(np.arange(labels.shape[1]), labels.shape).copy()
+        padding = np.arange(labels.shape[1]) >= rows.real[:, None]
         return SequenceBatch(
             input_ids=torch.from_numpy(tokens[:, :-1].copy()),
             labels=torch.from_numpy(labels),
             position_ids=torch.from_numpy(position_ids),
             document_ids=torch.from_numpy(document_ids),
             addresses=None if rows.addresses is None else torch.from_numpy(rows.addresses[:, :-1].copy()),
+            padding=torch.from_numpy(padding) if padding.any() else None,
         )
 
 

@@ -37,7 +37,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .balance import RoutingStatistics
+from .balance import RoutingStatistics, mean_of_tokens
 from .dispatcher import Routes
 from .moe import ExpertLayer
 from .norm import RMSNorm
@@ -136,20 +136,23 @@ class ChainOfExperts(ExpertLayer):
         size = torch.linalg.vector_norm(state.float() - previous.float(), dim=-1)
         scale = torch.linalg.vector_norm(previous, dim=-1, dtype=torch.float32).clamp_min(1e-12)
         overlap, coactivation = size.new_zeros(()), None
+        real_BT = self._real_BT()
+        real_T = None if real_BT is None else real_BT.flatten()
         if before is not None:
             pairs_TKK = before.experts_TK[:, :, None] == routing.experts_TK[:, None, :]
-            overlap = pairs_TKK.sum() / routing.experts_TK.numel()
+            overlap = mean_of_tokens(pairs_TKK.sum((1, 2)) / routing.experts_TK.shape[1], real_T)
             if self.observe_coactivation:
                 experts = self.moe.num_experts
                 pairs_TKK = before.experts_TK[:, :, None] * experts + routing.experts_TK[:, None, :]
-                coactivation = count_choices(pairs_TKK, experts**2).view(experts, experts)
+                counted = None if real_T is None else real_T[:, None, None]
+                coactivation = count_choices(pairs_TKK, experts**2, counted).view(experts, experts)
             if before is routing:  # frozen
                 zero = torch.zeros_like(statistics.aux_loss)
                 statistics = replace(statistics, aux_loss=zero, sequence_aux_loss=zero, z_loss=zero)
         return IterationStatistics(
             **vars(statistics),
             iteration=iteration,
-            update_size=(size / scale).mean(),
+            update_size=mean_of_tokens(size / scale, real_BT),
             overlap=overlap,
             coactivation_EE=coactivation,
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .balance import (
     RoutingStatistics,
     load_balancing_loss,
+    mean_of_tokens,
     normalised_scores,
     updated_selection_bias,
     z_loss,
@@ -40,8 +41,10 @@ class ExpertLayer(nn.Module):
     """Routed experts plus shared ones, with balance losses that act on the backward pass only.
 
     `loss_scale` multiplies the injected losses (a pipeline that accumulates M micro-batches sets 1/M). `on_routing`,
-    when set, receives the statistics of each routing of a forward, but not those of a recomputation. `dispatcher`
-    decides where experts run. A subclass owns the routers.
+    when set, receives the statistics of each routing of a forward, but not those of a recomputation. `padding`, when
+    set, tells which positions [B, T] of the hidden states hold no token: they are routed as all others, and count
+    neither in losses nor in statistics but with `moe.balance_padding`. `dispatcher` decides where experts run. A
+    subclass owns the routers.
     """
 
     def __init__(self, shape: Shape, local_experts: range | None = None) -> None:
@@ -56,6 +59,7 @@ class ExpertLayer(nn.Module):
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.loss_scale = 1.0
         self.on_routing: Callable[[RoutingStatistics], None] | None = None
+        self.padding: Callable[[], Tensor | None] | None = None
 
     def iteration_routers(self) -> list[Router]:
         """The router of each pass of a token through the experts."""
@@ -65,6 +69,13 @@ class ExpertLayer(nn.Module):
         """What the chosen and, if `shared`, the shared experts make of hidden [B, T, H]; [B, T, H]."""
         beside = self.shared_experts if shared else None
         return routes(hidden_BTH.flatten(0, 1), self.experts, beside).view_as(hidden_BTH)
+
+    def _real_BT(self) -> Tensor | None:
+        """bool, where there are tokens to balance; None where all positions count."""
+        if self.padding is None or self.moe.get("balance_padding", False):
+            return None
+        padding_BT = self.padding()
+        return None if padding_BT is None else ~padding_BT
 
     def _balanced(self, routing: Routing, sequences: int) -> tuple[Routing, RoutingStatistics | None]:
         """The same routing, whose weights carry the balance losses into backward; its statistics if anyone observes."""
@@ -76,23 +87,31 @@ class ExpertLayer(nn.Module):
             return routing, None
         values = dict.fromkeys(losses, routing.scores_TE.new_zeros(()))
         scores_TE = normalised_scores(routing.scores_TE, moe.score_function)
+        real_BT = self._real_BT()
+        real_T = None if real_BT is None else real_BT.flatten()
         if moe.aux_loss or moe.sequence_aux_loss:
             # DeepSeek-V3's eq. 18 counts the best scores as they are, without selection bias and groups.
             plain = moe.num_groups == 1 and not moe.selection_bias
             experts_TK = routing.experts_TK if plain else stable_top_k(scores_TE.detach(), moe.top_k)
             if moe.aux_loss:
-                values["aux_loss"] = load_balancing_loss(scores_TE[None], experts_TK[None])[0]
+                values["aux_loss"] = load_balancing_loss(
+                    scores_TE[None], experts_TK[None], None if real_T is None else real_T[None]
+                )[0]
             if moe.sequence_aux_loss:
                 scores_BTE = scores_TE.unflatten(0, (sequences, -1))
                 experts_BTK = experts_TK.unflatten(0, (sequences, -1))
-                values["sequence_aux_loss"] = load_balancing_loss(scores_BTE, experts_BTK).mean()
+                values["sequence_aux_loss"] = load_balancing_loss(scores_BTE, experts_BTK, real_BT).mean()
         if moe.z_loss:
-            values["z_loss"] = z_loss(routing.logits_TE)
+            values["z_loss"] = z_loss(routing.logits_TE, real_T)
         statistics = None
         if observe:
             detached = {name: value.detach() for name, value in values.items()}
-            entropy = torch.special.entr(scores_TE.detach()).sum(-1).mean()
-            statistics = RoutingStatistics(routing.counts_E, **detached, entropy=entropy)
+            entropy = mean_of_tokens(torch.special.entr(scores_TE.detach()).sum(-1), real_T)
+            counts_E, excluded = routing.counts_E, routing.counts_E.new_zeros(())
+            if real_T is not None:
+                counts_E = count_choices(routing.experts_TK, moe.num_experts, real_T[:, None])
+                excluded = routing.counts_E.sum() - counts_E.sum()
+            statistics = RoutingStatistics(counts_E, excluded, **detached, entropy=entropy)
         if not inject:
             return routing, statistics
         total = sum(losses[name] * values[name] for name in losses if losses[name])

@@ -112,11 +112,12 @@ def limit_to_best_groups(values_TE: Tensor, num_groups: int, top_groups: int, gr
     return values_TGe.masked_fill(~allowed_TG.unsqueeze(-1), float("-inf")).flatten(1)
 
 
-def count_choices(experts: Tensor, num_experts: int) -> Tensor:
-    """How often each expert occurs, int64 [E]. Unlike bincount it needs no device synchronisation."""
-    experts = experts.reshape(-1)
+def count_choices(experts: Tensor, num_experts: int, counted: Tensor | None = None) -> Tensor:
+    """How often each expert occurs, int64 [E], where `counted`, a bool tensor that broadcasts to the experts, is True.
+    Unlike bincount it needs no device synchronisation."""
+    ones = torch.ones_like(experts) if counted is None else counted.expand_as(experts).to(torch.int64)
     return torch.zeros(num_experts, dtype=torch.int64, device=experts.device).scatter_add_(
-        0, experts, torch.ones_like(experts)
+        0, experts.reshape(-1), ones.reshape(-1)
     )
 
 

@@ -255,6 +255,7 @@ class Pipeline:
                     assert isinstance(layer, TransformerLayer)
                     found[layer.index] = module
                     module.loss_scale = 1.0 / self.micro_batches
+                    module.padding = self.context.padding
                     module.experts.backend = backend
                     if self.mesh.expert > 1:
                         module.dispatcher = AllToAllDispatcher(expert_group(self.mesh))

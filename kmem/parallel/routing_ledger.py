@@ -33,6 +33,8 @@ class StepRouting:
     """[L, C] fp64, means over micro-batches: `aux_loss`, `sequence_aux_loss`, `z_loss` before their coefficients,
     `entropy` of the router's scores in nats; of a chain of experts also `update_size` and `overlap` as in
     `IterationStatistics`."""
+    excluded: Tensor
+    """[L, C] fp64: choices of padding, which the counts leave out."""
     coactivation: Tensor | None = None
     """[L, C - 1, E, E] fp64: tokens that chose one expert in an iteration and another in the next, over the whole
     global batch; None in steps that did not ask for it."""
@@ -50,7 +52,7 @@ class RoutingLedger:
         self.iterations = 1 if shape.chain is None else shape.chain.iterations
         # On the device: reading a count on the host would wait for every layer of every micro-batch.
         self._sums = torch.zeros(
-            self.num_layers, self.iterations, experts + len(_MEANS), dtype=torch.float64, device=local_device()
+            self.num_layers, self.iterations, experts + len(_MEANS) + 1, dtype=torch.float64, device=local_device()
         )
         self._pairs: Tensor | None = None
         for index, layer in layers.items():
@@ -79,6 +81,7 @@ class RoutingLedger:
             row[: self.num_experts] += statistics.counts_E.to(row)
             for place, name in enumerate(means):
                 row[self.num_experts + place] += getattr(statistics, name).to(row)
+            row[-1] += statistics.excluded.to(row)
 
         return record
 
@@ -88,13 +91,14 @@ class RoutingLedger:
         self._sums.zero_()
         dist.all_reduce(total)
         total = total.cpu()
-        means = total[..., self.num_experts :] / (micro_batches * self.mesh.data)
+        means = total[..., self.num_experts : -1] / (micro_batches * self.mesh.data)
         if self._pairs is not None:
             dist.all_reduce(self._pairs)
         pairs, self._pairs = self._pairs, None
         return StepRouting(
             counts=total[..., : self.num_experts],
             means=dict(zip(_MEANS, means.unbind(-1), strict=True)),
+            excluded=total[..., -1],
             coactivation=None if pairs is None else pairs.cpu(),
         )
 

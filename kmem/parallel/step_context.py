@@ -81,6 +81,10 @@ class StepContext:
             self._mask = self.current, packed_mask(micro.sequences.document_ids)
         return self._mask[1]
 
+    def padding(self) -> Tensor | None:
+        """[B, T] bool, True where the running micro-batch holds no token; None where it holds one everywhere."""
+        return self.micro_batch().sequences.padding
+
     def memory(self, layer: int) -> EngramInput | None:
         """What a layer's memory holds for the running micro-batch; None where the layer has none."""
         working_set = self.working_sets.get(table_name(layer))

@@ -109,7 +109,7 @@ def expert_figures(routing: StepRouting, chosen: int, chained: bool) -> dict[str
 
     Args:
         routing: of the step; rows of dense layers are zero and left out.
-        chosen: expert choices of one pass in the step (tokens x top_k); those that reached no expert are dropped.
+        chosen: expert choices of one pass in the step (positions x top_k); those that reached no expert are dropped.
         chained: whether the layers are chains.
 
     load_entropy is the entropy of the load relative to an even one: 1 is perfect balance.
@@ -123,7 +123,7 @@ def expert_figures(routing: StepRouting, chosen: int, chained: bool) -> dict[str
             "load_max_over_mean": float(load.max() / load.mean()),
             "load_entropy": float(entropy) if len(load) > 1 else 1.0,
             "router_entropy": means["entropy"],
-            "dropped": float(chosen - load.sum()),
+            "dropped": float(chosen - routing.excluded[layer, iteration] - load.sum()),
         }
         if chained:
             shown = [*BALANCE_LOSSES, "update_size", *(["overlap"] if iteration else [])]

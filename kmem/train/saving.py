@@ -118,6 +118,7 @@ TRAINED_ONLY = {
     "depth_scaled_init",
     "anchor",
     "per",
+    "balance_padding",
 }
 """Fields of the model section that a run may change when it resumes: they shape training, not the function."""
 

@@ -166,6 +166,24 @@ def test_variants_differ():
         assert torch.equal(left, right) == same, (one, other)
 
 
+def test_figures_of_iterations_leave_padding_out():
+    layer = decoder_layer(chained(iterations=3)).feed_forward
+    layer.observe_coactivation = True
+    seen = []
+    layer.on_routing = seen.append
+    hidden, normed = tiny.random(2, 8, 32), tiny.random(2, 8, 32, seed=1)
+    padding = torch.arange(8) >= torch.tensor([8, 5])[:, None]
+    layer(hidden[~padding][None], normed[~padding][None])
+    layer.padding = lambda: padding
+    layer(hidden, normed)
+    for alone, found in zip(seen[:3], seen[3:], strict=True):
+        assert torch.equal(found.counts_E, alone.counts_E)
+        torch.testing.assert_close(found.update_size, alone.update_size)
+        torch.testing.assert_close(found.overlap, alone.overlap)
+        if alone.iteration:
+            assert torch.equal(found.coactivation_EE, alone.coactivation_EE)
+
+
 def test_every_router_has_its_own_gradient():
     layer = decoder_layer(chained(iterations=3))
     feed_forward_half(layer, tiny.random(2, 9, 32)).square().sum().backward()

@@ -159,6 +159,58 @@ def explicit_losses(layer: MoE, hidden: torch.Tensor) -> torch.Tensor:
     )
 
 
+def padded(layer, tokens_B, width):
+    """The layer told that only the first tokens of each row are there; what is told, bool [B, T]."""
+    padding = torch.arange(width) >= torch.tensor(tokens_B)[:, None]
+    layer.padding = lambda: padding
+    return padding
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_counts_nowhere(kind):
+    """Losses, their gradients and statistics are those of the tokens alone, whatever stands in the padding."""
+    layer = moe_layer({**KINDS[kind], **tiny.LOSSES, "sequence_aux_loss": 0.0})
+    seen = []
+    layer.on_routing = seen.append
+    tokens = tiny.random(1, 13, 32)
+    grad = tiny.random(1, 13, 32, seed=3)
+    layer(tokens).backward(grad)
+    expected = [parameter.grad.clone() for parameter in layer.parameters()]
+    layer.zero_grad()
+
+    real = ~padded(layer, [8, 5], 8)
+    rows = tiny.random(2, 8, 32, seed=9)
+    rows[real], wide = tokens[0], torch.zeros(2, 8, 32)
+    wide[real] = grad[0]
+    layer(rows).backward(wide)
+    for parameter, wanted in zip(layer.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, wanted, atol=1e-5, rtol=1e-4)
+    alone, found = seen
+    assert torch.equal(found.counts_E, alone.counts_E)
+    assert (int(found.excluded), int(alone.excluded)) == (3 * layer.moe.top_k, 0)
+    for name in ("aux_loss", "z_loss", "entropy"):
+        torch.testing.assert_close(getattr(found, name), getattr(alone, name), msg=name)
+
+    counting = moe_layer({**KINDS[kind], **tiny.LOSSES, "balance_padding": True})
+    counting.on_routing = seen.append
+    padded(counting, [8, 5], 8)
+    counting(rows)
+    assert int(seen[-1].counts_E.sum()) == 16 * layer.moe.top_k
+
+
+def test_a_sequence_is_balanced_over_its_own_tokens():
+    """The loss over each sequence, of rows of unequal lengths, is the mean of each one's."""
+    layer = moe_layer({**KINDS["softmax"], "sequence_aux_loss": 1.0})
+    seen = []
+    layer.on_routing = seen.append
+    rows = tiny.random(2, 8, 32)
+    layer(rows[:1]), layer(rows[1:, :5])
+    padded(layer, [8, 5], 8)
+    layer(rows)
+    first, second, both = (statistics.sequence_aux_loss for statistics in seen)
+    torch.testing.assert_close(both, (first + second) / 2)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_injected_losses_act_on_gradients_alone(kind):
     plain, balanced = moe_layer(KINDS[kind]), moe_layer({**KINDS[kind], **tiny.LOSSES})

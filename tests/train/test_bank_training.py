@@ -62,6 +62,9 @@ def test_a_run_trains_evaluates_and_resumes(ranks, bank_run, addressed, tmp_path
     steps = [record["bank"] for record in records if record["kind"] == "step"]
     assert [list(figures) for figures in steps] == [["1", "2"]] * 4
     assert all(0 < figures["2"]["touched_blocks"] <= 5 for figures in steps)
+    experts = [figures for record in records for figures in record.get("experts", {}).values()]
+    assert experts
+    assert all(figures["dropped"] == 0 for figures in experts), "padding is no choice that was lost"
 
 
 def test_a_bank_is_added_to_a_run(ranks, bank_run, tmp_path):
