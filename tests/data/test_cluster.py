@@ -1,6 +1,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -355,23 +356,23 @@ def test_the_report_says_where_each_sources_text_is(tmp_path, capsys):
     done = make_tree(request_of(first, children=2, levels=1, balance=0))
     counts = source_counts(done)
     held_out = read_manifest(first).splits["validation"].documents
-    assert list(counts) == ["a.jsonl", "b.jsonl"]
+    assert list(counts) == ["a", "b"]
     assert sum(found.sum() for found in counts.values()) == sum(map(len, SUBJECTS[:2])) - held_out
     # Documents are in the order of the files, without those held out; word problems and prose fall apart.
     leaves = np.load(first / "train.addresses.npy")
-    in_a = int(counts["a.jsonl"].sum())
-    assert np.bincount(leaves[:in_a], minlength=2).tolist() == counts["a.jsonl"].tolist()
+    in_a = int(counts["a"].sum())
+    assert np.bincount(leaves[:in_a], minlength=2).tolist() == counts["a"].tolist()
     assert {int(found.argmax()) for found in counts.values()} == {0, 1}
     assert all(found.max() > 0.8 * found.sum() for found in counts.values())
     capsys.readouterr()
     print_tree(done)
     printed = capsys.readouterr().out
-    assert "shares in the clusters of level 1" in printed
-    assert "b.jsonl" in printed
+    assert "in which cluster of level 1 these are" in printed
+    assert re.search(r"│ b +│", printed)
     second = tmp_path / "second"
     prepare(Preparation(sources[:1], second, tokenizer=first / "tokenizer"))
     counts = source_counts(apply_tree([first, second], tmp_path / "tree"))
-    assert list(counts) == ["first/a.jsonl", "first/b.jsonl", "second/a.jsonl"]
+    assert list(counts) == ["first/a", "first/b", "second/a"]
 
 
 def test_without_scikit_learn_the_command_names_the_extra(corpus, tmp_path, capsys, monkeypatch):

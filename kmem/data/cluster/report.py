@@ -76,7 +76,8 @@ def source_counts(done: Addressed) -> dict[str, NDArray[np.int64]]:
         documents = corpus.units("train", unit).documents
         source = source_of_documents(corpus.manifest)["train"][documents]
         for number, record in enumerate(corpus.manifest.sources):
-            name = f"{folder.name}/{Path(record.path).name}" if len(done.leaves) > 1 else Path(record.path).name
+            file = Path(record.path).name.split(".")[0]
+            name = f"{folder.name}/{file}" if len(done.leaves) > 1 else file
             found = np.bincount(first[source == number], minlength=done.tree.children)
             files[name] = files.get(name, 0) + found
     return files if len(files) <= _MOST_SOURCES else folders
@@ -92,18 +93,18 @@ def _sources(done: Addressed) -> Any:
     every = np.stack(list(counts.values()))
     found, blind = every.max(axis=0).sum() / every.sum(), every.sum(axis=1).max() / every.sum()
     table = Table(
-        title="sources of the training units, and their shares in the clusters of level 1",
+        title="sources of the training units, and in which cluster of level 1 these are, in %",
         caption=f"{found:.1%} of the units are of the commonest source of their cluster; {blind:.1%} would be, were "
         "clusters blind to sources",
         min_width=100,
     )
-    table.add_column("source")
+    table.add_column("source", no_wrap=True, min_width=min(max(map(len, counts)), 24))
     table.add_column("units", justify="right")
     columns = done.tree.children <= _MOST_COLUMNS
     for name in map(str, range(done.tree.children)) if columns else ("largest",):
         table.add_column(name, justify="right")
     for name, clusters in counts.items():
-        shares = [f"{share:.0%}" if share else "" for share in clusters / max(clusters.sum(), 1)]
+        shares = [f"{100 * share:.0f}" if share else "" for share in clusters / max(clusters.sum(), 1)]
         if not columns:
             largest = [int(cluster) for cluster in np.argsort(-clusters, kind="stable")[:8] if clusters[cluster]]
             shares = ["  ".join(f"{cluster}: {shares[cluster]}" for cluster in largest)]
