@@ -17,7 +17,7 @@ from kmem.model.bank_layout import BankLayout, Part, bank_table_part_name
 from kmem.model.context_bank import ContextBank
 from kmem.model.context_router import ContextRouter
 from kmem.model.exported_bank import TREE_FOLDER, BankDescription
-from kmem.model.exported_memory import WEIGHTS_FILE
+from kmem.model.exported_tables import WEIGHTS_FILE, map_tables
 from kmem.model.mapped_rows import MappedRows
 from kmem.model.shape import Shape
 
@@ -83,7 +83,7 @@ def open_bank(folder: Path) -> ExportedBank:
     try:
         described = BankDescription.read(Shape(model), config.get("bank_parts", {}), config.get("bank_tree"))
         router = described.router(folder / TREE_FOLDER, load_tokenizer(folder))
-        return ExportedBank(described.layout, described.mapped(find), router, int(model["vocab_size"]))
+        return ExportedBank(described.layout, map_tables(described.tables(), find), router, int(model["vocab_size"]))
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from error
 
@@ -105,7 +105,7 @@ def synthetic_bank(folder: Path, layers: int, width: int, ranks: tuple[int, ...]
                 left -= min(left, len(values))
     parts_of = {level: [layout.rows(level)] for level in layout.levels}
     described = BankDescription(layout, parts_of, None)
-    mapped = described.mapped(lambda file: str(folder / file) if file == WEIGHTS_FILE else None)
+    mapped = map_tables(described.tables(), lambda file: str(folder / file) if file == WEIGHTS_FILE else None)
     return ExportedBank(layout, mapped, None, 0)
 
 

@@ -15,7 +15,7 @@ from kmem.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from kmem.model.bank_layout import BankLayout, layer_bank_name
 from kmem.model.context_router import ContextRouter
 from kmem.model.engram_memory import RowSource
-from kmem.model.exported_bank import TREE_FOLDER, check_tree_shape
+from kmem.model.exported_bank import TREE_FOLDER
 from kmem.model.mapped_rows import MappedRows
 from kmem.model.shape import Shape
 
@@ -59,7 +59,7 @@ def checkpoint_tree(reader: Banked, given: Path | None = None) -> Path:
     folder = given or _known_tree(reader)
     record = tree_record(folder)
     try:
-        check_tree_shape(layout, record, folder)
+        layout.check_tree(record, folder)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
     if reader.tree is not None and record["fingerprint"] != reader.tree:

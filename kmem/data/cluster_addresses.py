@@ -78,28 +78,6 @@ def tree_record(tree: Path) -> dict[str, Any]:
         raise UserError(str(error)) from None
 
 
-def check_bank_levels(tree: Mapping[str, Any], levels: int, field: str) -> None:
-    """A bank has as many levels as the tree that addresses it.
-
-    Args:
-        field: what to name in the message, such as `model.memory_bank.sizes`.
-
-    Raises:
-        UserError: it has more or fewer.
-    """
-    deep = tree["levels"]
-    if levels < deep:
-        raise UserError(
-            f"{field}: {levels} levels, but the tree has {deep}, and its addresses are deeper than the bank; write a "
-            "size of 0 for each level without blocks"
-        )
-    if levels > deep:
-        raise UserError(
-            f"{field}: {levels} levels, but the tree has {deep}; drop the last sizes, or run kmem data cluster with "
-            f"--levels {levels}"
-        )
-
-
 def write_addresses(
     folder: Path, manifest: Manifest, tree: Mapping[str, Any], leaves: Mapping[str, NDArray[np.int32]]
 ) -> None:

@@ -25,7 +25,8 @@ from kmem.hf.native import Architecture
 from kmem.model.cluster_tree import CENTROIDS_FILE, EMBEDDER_FOLDER, TREE_FILE
 from kmem.model.engram_memory import EngramAddresses
 from kmem.model.exported_bank import TREE_FOLDER
-from kmem.model.exported_memory import COMPRESSION, INDEX_FILE, WEIGHTS_FILE
+from kmem.model.exported_memory import COMPRESSION
+from kmem.model.exported_tables import INDEX_FILE, WEIGHTS_FILE
 from kmem.parallel.parameter_counts import tensor_shapes
 
 SLICE_BYTES = 32 << 20  # rows of a large tensor travel in parts of this size

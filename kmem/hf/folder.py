@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from kmem.checkpoint.safetensors_file import DTYPE_NAMES
 from kmem.config import UserError
-from kmem.model.exported_memory import INDEX_FILE, WEIGHTS_FILE
+from kmem.model.exported_tables import INDEX_FILE, WEIGHTS_FILE
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")

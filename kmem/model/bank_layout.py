@@ -30,9 +30,10 @@ seed, layer, level, cluster and part, so that it does not depend on how tables a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,6 +112,29 @@ class BankLayout:
     def of_layers(self, layers: Sequence[int]) -> "BankLayout":
         """The layout of a table that holds those of these layers that have blocks."""
         return replace(self, layers=tuple(layer for layer in self.layers if layer in layers))
+
+    def check_tree(self, record: Mapping[str, Any], where: str | Path) -> None:
+        """Refuse a cluster tree whose leaves cannot address the bank: it has as many levels and children as the bank.
+
+        Args:
+            record: contents of its tree.json.
+            where: its folder, for the message.
+
+        Raises:
+            ValueError: names the field of the model's section, both numbers and the remedy.
+        """
+        children, deep, levels = record["children"], record["levels"], len(self.ranks)
+        if children != self.children:
+            raise ValueError(
+                f"model.memory_bank.children: {self.children}, but the tree has {children} ({where}); take its number, "
+                f"or a tree that kmem data cluster made with --children {self.children}"
+            )
+        if deep != levels:
+            change = "write a rank of 0 for each level without blocks" if levels < deep else "drop the last ranks"
+            raise ValueError(
+                f"model.memory_bank.levels: {levels} levels, but the tree has {deep} ({where}); {change}, or take a "
+                f"tree that kmem data cluster made with --levels {levels}"
+            )
 
     @property
     def levels(self) -> tuple[int, ...]:

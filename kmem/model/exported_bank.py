@@ -1,15 +1,15 @@
 """The memory bank of a Hugging Face folder: what its config.json says of it, and where its rows and its tree lie."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .bank_layout import BankLayout, bank_table_name, bank_table_part_name
 from .cluster_tree import CENTROIDS_FILE, EMBEDDER_FOLDER, TREE_FILE, ClusterTree, read_tree_record
 from .context_router import ContextRouter, embedder_files
-from .exported_memory import weight_files
-from .mapped_rows import MappedRows
+from .exported_tables import ExportedTable, read_parts
 from .shape import Shape
 
 BANK_TABLES = r"^bank\.level\d+\.parts\."
@@ -35,42 +35,19 @@ class BankDescription:
             ValueError: the parts contradict `model`.
         """
         layout = BankLayout.of(shape)
-        cut = {level: list(parts.get(str(level), [layout.rows(level)])) for level in layout.levels}
-        for level, rows in cut.items():
-            if sum(rows) != layout.rows(level) or min(rows) < 1:
-                raise ValueError(
-                    f"config.json: bank_parts of level {level} do not add up to the {layout.rows(level)} rows of "
-                    "`model`; export the model again"
-                )
+        cut = {
+            level: read_parts(parts.get(str(level)), layout.rows(level), "bank_parts", f"level {level}")
+            for level in layout.levels
+        }
         return cls(layout, cut, tree)
 
-    def tensors(self) -> dict[str, tuple[int, int]]:
-        """Name -> shape of the tensors that hold the rows."""
+    def tables(self) -> dict[int, ExportedTable]:
+        """Level -> its table in the folder."""
         return {
-            bank_table_part_name(level, part): (rows, self.layout.row_values(level))
+            level: ExportedTable.cut(
+                bank_table_name(level), self.layout.row_values(level), parts, partial(bank_table_part_name, level)
+            )
             for level, parts in self.parts.items()
-            for part, rows in enumerate(parts)
-        }
-
-    def mapped(self, find: Callable[[str], str | None]) -> dict[int, MappedRows]:
-        """Every level's rows in the folder's weight files.
-
-        Args:
-            find: path of a file of the folder, None where there is none.
-
-        Raises:
-            ValueError: names the file or tensor that is missing or damaged.
-        """
-        places = weight_files(self.tensors(), find)
-
-        def ranges(level: int) -> Iterator[tuple[str, str, int]]:
-            for part, rows in enumerate(self.parts[level]):
-                name = bank_table_part_name(level, part)
-                yield places[name], name, rows
-
-        return {
-            level: MappedRows.open(bank_table_name(level), self.layout.row_values(level), ranges(level))
-            for level in self.parts
         }
 
     def check_tree(self, tree: ClusterTree | Mapping[str, Any], where: str | Path) -> None:
@@ -80,7 +57,7 @@ class BankDescription:
             ValueError: names the tree and what differs.
         """
         record = tree.record if isinstance(tree, ClusterTree) else tree
-        check_tree_shape(self.layout, record, where)
+        self.layout.check_tree(record, where)
         if self.tree is not None and record["fingerprint"] != self.tree:
             raise ValueError(
                 f"{where}: this is not the tree that the bank was trained with ({str(record['fingerprint'])[:12]} "
@@ -116,17 +93,3 @@ class BankDescription:
         router = ContextRouter.load(folder, tokenizer)
         self.check_tree(router.tree, folder)
         return router
-
-
-def check_tree_shape(layout: BankLayout, record: Mapping[str, Any], where: str | Path) -> None:
-    """Refuse a tree.json of another form than the bank's.
-
-    Raises:
-        ValueError: names both.
-    """
-    form = (record["children"], record["levels"])
-    if form != (layout.children, len(layout.ranks)):
-        raise ValueError(
-            f"{where}: a tree of {form[1]} levels with {form[0]} children, and the bank's has {len(layout.ranks)} with "
-            f"{layout.children} (model.memory_bank); bring the tree of the training data"
-        )

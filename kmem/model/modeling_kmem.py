@@ -19,6 +19,7 @@ from .engram import Engram, EngramInput
 from .engram_memory import EngramAddresses, EngramMemory, RowSource, RowTable
 from .exported_bank import BANK_TABLES, TREE_FOLDER, BankDescription
 from .exported_memory import COMPRESSION, TABLES, MemoryDescription
+from .exported_tables import map_tables
 from .hyper_connections import collapse_branches, expand_branches
 from .init import initialise_
 from .mask import padded_positions, padding_mask
@@ -126,12 +127,12 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
 
         if model.memory is not None:
             if kwargs.get("memory") == "mmap":
-                model.use_rows(model.memory.mapped(find))
+                model.use_rows(map_tables(model.memory.tables(), find))
             model.engram_memory()  # refuses another compression
         described = model.described_bank
         if described is not None:
             if kwargs.get("memory") != "device":
-                model.contexts.sources = dict(described.mapped(find))
+                model.contexts.sources = dict(map_tables(described.tables(), find))
 
             def tokenizer() -> Any:
                 return AutoTokenizer.from_pretrained(

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from kmem.checkpoint.bank import bank_layout
 from kmem.config import Config, UserError
 from kmem.data.batch import SequenceBatch
-from kmem.data.cluster_addresses import check_bank_levels, tree_record
+from kmem.data.cluster_addresses import tree_record
 from kmem.memory import counter_random
 from kmem.model.bank_layout import GENERIC
 
@@ -30,16 +31,14 @@ def bank_tree(config: Config) -> dict[str, Any] | None:
     Raises:
         UserError: there is no such tree, or the bank is one for a tree of another form.
     """
-    folder, bank = tree_folder(config), config.model.memory_bank
-    if folder is None or bank is None:
+    folder, layout = tree_folder(config), bank_layout(config)
+    if folder is None or layout is None:
         return None
     record = tree_record(folder)
-    if record["children"] != bank.children:
-        raise UserError(
-            f"model.memory_bank.children: {bank.children}, but the tree {folder} has {record['children']}; take its "
-            f"number, or run kmem data cluster with --children {bank.children}"
-        )
-    check_bank_levels(record, len(bank.levels), "model.memory_bank.levels")
+    try:
+        layout.check_tree(record, folder)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return record
 
 

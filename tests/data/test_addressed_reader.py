@@ -11,7 +11,7 @@ import torch
 from kmem.config import DataConfig, UserError
 from kmem.config.data import AddressesConfig
 from kmem.data.batch import IGNORED_LABEL
-from kmem.data.cluster_addresses import Addressing, check_bank_levels, write_addresses
+from kmem.data.cluster_addresses import Addressing, write_addresses
 from kmem.data.indexed import IndexedTokens
 from kmem.data.leaf_order import LeafOrder
 from kmem.data.manifest import read_manifest
@@ -235,15 +235,6 @@ def test_a_missing_tree_is_an_error(addressed, tmp_path):
     folder, _ = addressed()
     with pytest.raises(UserError, match="no finished tree"):
         SequenceReader(config_of(folder), "train", Addressing(tmp_path / "nothing"))
-
-
-def test_a_bank_has_the_levels_of_its_tree():
-    tree = {"levels": 3}
-    check_bank_levels(tree, 3, "sizes")
-    with pytest.raises(UserError, match="deeper than the bank"):
-        check_bank_levels(tree, 2, "sizes")
-    with pytest.raises(UserError, match="--levels 4"):
-        check_bank_levels(tree, 4, "sizes")
 
 
 def rows_of(batch):

@@ -20,6 +20,7 @@ from kmem.hf.export import export
 from kmem.hf.importing import import_folder
 from kmem.hf.loading import load
 from kmem.model.configuration_kmem import KmemConfig
+from kmem.model.exported_tables import map_tables
 from kmem.model.modeling_kmem import KmemForCausalLM
 from tests.hf.models import MEMORY, VOCABULARY, logits, random_weights, tokenizer, write_run
 
@@ -349,12 +350,12 @@ def test_damaged_files_of_a_table_are_named(message, folders, tmp_path):
         return str(tmp_path / name) if (tmp_path / name).is_file() else None
 
     with pytest.raises(ValueError, match=f"{file}: .*{message}"):
-        model.memory.mapped(find)
+        map_tables(model.memory.tables(), find)
     (tmp_path / file).unlink()
     with pytest.raises(ValueError, match=f"names {file}, which is not there"):
-        model.memory.mapped(find)
+        map_tables(model.memory.tables(), find)
     with pytest.raises(ValueError, match="neither"):
-        model.memory.mapped(lambda name: None)
+        map_tables(model.memory.tables(), lambda name: None)
 
 
 def test_another_compression_of_the_vocabulary_is_refused(folders, tmp_path):

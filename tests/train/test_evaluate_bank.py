@@ -181,7 +181,9 @@ def test_bad_input(prepared, run, tmp_path, capsys):
     assert "every cluster of the tree is blocked" in fails("--bank", "blocked", "--blocked", "0,1")
     assert "--bank generic looks up no clusters" in fails("--bank", "generic", "--blocked", "0")
     assert "not the tree that" in fails("--tree", str(make_tree(tmp_path / "other", seed=1)))
-    assert "a tree of 3 levels with 2 children" in fails("--tree", str(make_tree(tmp_path / "deep", 2, 3)))
+    assert "model.memory_bank.children: 3, but the tree has 2" in fails(
+        "--tree", str(make_tree(tmp_path / "deep", 2, 3))
+    )
     plain = write_run(tmp_path / "plain", model({"kind": "gqa", "num_heads": 2}, None))
     assert "no memory bank" in fails("--bank", "none", checkpoint=plain)
     assert "no memory bank" in fails("--blocked", "0", checkpoint=plain)
