@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from kmem.data.cluster_addresses import write_addresses
@@ -55,14 +56,16 @@ def write_tree(folder: Path, children: int, levels: int, unit: str = "document")
     return folder
 
 
-def give_addresses(folder: Path, tree: Path) -> None:
-    """A leaf for each unit of a prepared folder, from the digest of its number."""
+def give_addresses(folder: Path, tree: Path, held_out: NDArray[np.int32] | None = None) -> None:
+    """A leaf for each unit of a prepared folder, from the digest of its number; or those of the held-out ones."""
     record = json.loads((tree / TREE_FILE).read_text())
     leaves = {}
     for split in ("train", "validation"):
         units = units_of(folder, split, record["unit"])
         digests = [hashlib.sha256(f"{split}{number}".encode()).digest()[0] for number in range(len(units))]
         leaves[split] = (np.array(digests) % record["children"] ** record["levels"]).astype(np.int32)
+    if held_out is not None:
+        leaves["validation"] = held_out
     write_addresses(folder, read_manifest(folder), record, leaves)
 
 

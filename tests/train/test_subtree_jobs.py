@@ -1,16 +1,23 @@
 """Jobs that train the text of different subtrees with one frozen anchor: merged, they are the run that trains one
 subtree after the other."""
 
+import re
 import shutil
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
+import yaml
 
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.cli import main
+from kmem.config import parse_config
+from kmem.data.cluster_addresses import Addressing
+from kmem.data.reader import SequenceReader
 from tests.data.cluster_case import give_addresses, write_tree
 from tests.distributed.training_case import small_config
+from tests.train.test_command import KMEM, run
 from tests.train.trainer_case import trainer_case
 
 STEPS, BATCH = 3, 8
@@ -85,8 +92,9 @@ def runs(ranks, corpus, tmp_path_factory):
 
 
 def stored(reader):
-    """All that a checkpoint holds, but for the number of each table's steps, which are those of one job."""
-    keys = [key for key in reader.commit.tensors if not key.startswith("step/")]
+    """All that a checkpoint holds of its tensors, but for how many steps each table made, which is that of one job."""
+    parts = {key: key.partition("/") for key in reader.commit.tensors}
+    keys = [key for key, (array, _, name) in parts.items() if name in reader.tensors and array != "step"]
     return {key: reader.read_stored(key, 0, reader.commit.tensors[key].size) for key in keys}
 
 
@@ -137,6 +145,7 @@ def test_a_merged_run_goes_on_with_a_subtree_where_its_job_was(runs):
             assert torch.equal(values.view(rows, -1)[: rows // 2], part[key].view(rows, -1)[: rows // 2]), key
 
 
+@pytest.mark.full
 def test_a_job_may_have_more_ranks(runs):
     runs.train("part-1-wide", world=2, start="anchor", subtrees=["1"], parallel={"pipeline": 1})
     runs.merge("merged-wide", "--from", "part-0", "--from", "part-1-wide")
@@ -144,3 +153,91 @@ def test_a_job_may_have_more_ranks(runs):
     for key, values in one.items():
         torch.testing.assert_close(other[key], values, rtol=0, atol=1e-5, msg=key)
     assert any(key.startswith("weight/") for key in same(one, other))
+
+
+@pytest.mark.parametrize("begin", ["start", pytest.param("resume", marks=pytest.mark.full)])
+def test_jobs_of_a_trained_bank_name_what_they_began_with(runs, begin, capsys):
+    """Else what they have not trained themselves would be taken for theirs."""
+    first = STEPS if begin == "resume" else 0
+    for number in ("0", "1"):
+        runs.train(f"{begin}-{number}", **{begin: "merged"}, subtrees=[number], train__steps=first + 1)
+    runs.train(f"{begin}-both", resume=f"{begin}-0", subtrees=["1"], train__steps=first + 2)
+    parts = ["--from", str(runs.root / f"{begin}-0"), "--from", str(runs.root / f"{begin}-1")]
+    capsys.readouterr()
+    assert main(["memory", "merge", *parts, "--out", str(runs.root / "never")]) == 2
+    assert "with --start" in " ".join(capsys.readouterr().err.split())
+    runs.merge(f"{begin}-merged", *parts, "--start", "merged")
+    merged, single = runs.read(f"{begin}-merged"), runs.read(f"{begin}-both")
+    assert same(stored(merged), stored(single)) == []
+    one, other = merged.commit.progress, single.commit.progress
+    assert (one.positions, one.tokens, one.consumed_samples) == (other.positions, other.tokens, other.consumed_samples)
+
+
+def test_generic_blocks_are_those_of_the_run_that_is_named(runs, capsys):
+    """Every job trains them, and they belong to no subtree."""
+    for number in ("0", "1"):
+        generic = {"probability": 0.4, "per": "sequence"}
+        runs.train(f"generic-{number}", start="anchor", subtrees=[number], model__memory_bank__generic=generic)
+    parts = ["--from", "generic-0", "--from", "generic-1"]
+    capsys.readouterr()
+    runs.merge("generic-none", *parts)
+    assert "2 clusters that it trained lie outside 1 and are left out: generic, generic" in capsys.readouterr().out
+    runs.merge("generic-named", "--from", "generic-0", "0", "generic", "--from", "generic-1")
+    name = "layers.1.bank.level1"
+    none, named, first = (runs.read(run).read(name) for run in ("generic-none", "generic-named", "generic-0"))
+    assert torch.equal(named[-1], first[-1])
+    assert not torch.equal(none[-1], first[-1])
+    assert torch.equal(none[:-1], named[:-1])
+
+
+def test_a_run_says_which_text_it_reads(runs):
+    """Its epochs and its evaluation are of the chosen subtrees, which need no held-out text."""
+    said = runs.train("said", start="anchor", subtrees=["1.0", "0"], train__steps=1)["printed"]
+    found = re.search(r"text of the subtrees 0,1.0: (\d+) sequences per epoch, evaluated on their (\d+) held-out", said)
+    assert found
+    addressing = Addressing(runs.root / "tree", "leaf", ("0", "1.0"))
+    config = parse_config(runs.config("said")).data
+    lengths = [len(SequenceReader(config, split, addressing)) for split in ("train", "validation")]
+    assert [int(count) for count in found.groups()] == lengths
+    held_out = np.load(runs.root / "prepared" / "validation.addresses.npy")
+    other = runs.root / "without"
+    shutil.copytree(runs.root / "prepared", other)
+    give_addresses(other, runs.root / "tree", held_out=np.zeros_like(held_out))
+    data = {"data__sources": [{"path": str(other)}]}
+    said = runs.train("unseen", start="anchor", subtrees=["1"], train__steps=1, **data)["printed"]
+    assert "not evaluated: none is held out" in said
+    assert "held_out" not in runs.read("unseen").facts
+
+
+@pytest.mark.full
+def test_the_commands_of_the_documentation(runs, tmp_path):
+    """As processes: an anchor, two jobs of which one has two ranks, their merge, and all text after it."""
+    anchor = runs.config("the-anchor", model__memory_bank=None, data__addresses=None)
+    frozen = runs.config("frozen", start="the-anchor", train__schedule={"kind": "cosine", "warmup_steps": 1})
+    for name, tree in (("anchor", anchor), ("frozen", frozen)):
+        tree["folder"] = str(tmp_path)
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+
+    def kmem(*words):
+        done = run([*KMEM, *map(str, words)])
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    kmem("train", "--config", tmp_path / "anchor.yaml")
+    job = ["train", "--config", tmp_path / "frozen.yaml", "--set", f"checkpoint.start={tmp_path}/the-anchor"]
+    for number in (0, 1):
+        kmem(*job, f"name=part-{number}", f'data.addresses.subtrees=["{number}"]')
+    kmem(*job, "name=part-1-wide", "data.addresses.subtrees=[1]", "--nproc", 2)
+    begin = f"checkpoint.start={tmp_path}/part-0"
+    kmem(*job, "name=single", "data.addresses.subtrees=[1]", begin)
+    for end in ("", "-wide"):
+        parts = ["--from", tmp_path / "part-0", "--from", tmp_path / f"part-1{end}"]
+        kmem("memory", "merge", *parts, "--out", tmp_path / f"merged{end}")
+    merged, wide, single = (stored(CheckpointReader(tmp_path / name)) for name in ("merged", "merged-wide", "single"))
+    assert not [key for key in same(merged, single) if key.startswith("weight/")]
+    for key, values in merged.items():
+        torch.testing.assert_close(wide[key], values, rtol=0, atol=1e-5, msg=key)
+    everything = ["name=everything", f"checkpoint.start={tmp_path}/merged", "model.memory_bank.anchor=train"]
+    said = kmem("train", "--config", tmp_path / "frozen.yaml", "--set", *everything)
+    assert "from the start" in said
+    assert "bits per byte" in kmem("eval", "--checkpoint", tmp_path / "everything")
