@@ -12,6 +12,7 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 from kmem.config import Config, ConfigError, load_config
 from kmem.config.load import config_folders
 from kmem.config.section import Section
+from kmem.data.questions import QUESTIONS_SUFFIX
 from kmem.model.bank_layout import BankLayout
 from kmem.model.shape import Shape
 from kmem.parallel.parameter_counts import count_parameters
@@ -97,8 +98,8 @@ class Comparison(Section):
 
     @property
     def questions_file(self) -> Path | None:
-        """Where the questions of the text are."""
-        return Path(self.data.folder) / "questions" if self.questions else None
+        """Where `kmem data prepare` put the questions of the text."""
+        return Path(self.data.folder) / f"{self.data.corpora[0]}{QUESTIONS_SUFFIX}" if self.questions else None
 
 
 @dataclass(frozen=True)
@@ -290,13 +291,19 @@ def _first_difference(there: Any, here: Any, field: str) -> str | None:
     return None if there == here else f"{field}={there} instead of {here}"
 
 
-def ensure_data(data: PreparedText) -> None:
-    """Write the corpora, prepare and cluster them, as far as that has not been done."""
+def ensure_data(data: PreparedText, questions: Path | None = None) -> None:
+    """Write the corpora, prepare and cluster them, as far as that has not been done.
+
+    Args:
+        questions: a file that must then be there.
+
+    Raises:
+        ConfigError: the tree that is there has another form, or there are no questions.
+    """
     from kmem.data.corpora import extract_corpora
     from kmem.data.manifest import MANIFEST_NAME
     from kmem.data.packages import default_cache
     from kmem.data.prepare import Preparation, prepare
-    from kmem.data.questions import QUESTIONS_SUFFIX
 
     folder = Path(data.folder)
     missing = [Path(source) for source in data.sources if not (Path(source) / MANIFEST_NAME).is_file()]
@@ -307,14 +314,17 @@ def ensure_data(data: PreparedText) -> None:
         files = [text / f"{name}.jsonl" for name in data.corpora]
         # The tokenizer is that of all corpora together, which are prepared for its sake where each has its own folder.
         whole = text / "all" if data.by_corpus else folder
-        prepare(Preparation(files, whole, vocab_size=data.vocab_size))
+        if not (whole / MANIFEST_NAME).is_file():  # of a call that was cut short
+            prepare(Preparation(files, whole, vocab_size=data.vocab_size))
         for source in missing if data.by_corpus else ():
             file = text / f"{source.name}.jsonl"
             prepare(Preparation([file], source, tokenizer=whole / "tokenizer"))
-        for source in missing:  # counted in the training split of the contestants
-            for asked in source.glob(f"*{QUESTIONS_SUFFIX}"):
-                shutil.copy(asked, folder / "questions")
         shutil.rmtree(text)
+    if questions is not None and not questions.is_file():
+        raise ConfigError(
+            f"{COMPARISON_FILE}: questions: {questions} is not there; kmem data prepare writes it for a corpus with "
+            f"questions: remove {folder} if an older kmem prepared it"
+        )
     if data.tree is not None:
         _ensure_tree(data, data.tree)
 

@@ -84,7 +84,7 @@ def _carry_out(
     """Train, evaluate and report; False if training was interrupted."""
     from kmem.bench.compare_runs import is_finished, train
 
-    ensure_data(comparison.data)
+    ensure_data(comparison.data, comparison.questions_file)
     for number, run in enumerate(runs, 1):
         state = "is finished" if is_finished(run) else "trains"
         print(f"\n[{number}/{len(runs)}] {run.label}, seed {run.seed}, {state}: {run.folder}", flush=True)

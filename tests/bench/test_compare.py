@@ -150,10 +150,12 @@ def test_banks_are_evaluated_by_what_contexts_fetch_and_asked_questions(comparis
     assert "| contestant | fetched | generic | blocked | none |" in (out / "report.md").read_text()
 
     # Questions that are asked later are answered by the evaluated runs.
-    known = {"prompt": "the state of", "answer": " a", "exposures": 3}
-    (data / "questions").write_text("\n".join(json.dumps(known | {"exposures": n}) for n in (1, 3, 90)))
     told = yaml.safe_load((folder / "compare.yaml").read_text())
     (folder / "compare.yaml").write_text(yaml.safe_dump(told | {"questions": True}))
+    assert main(command) == 2
+    assert f"questions: {data / 'none.questions'} is not there" in capsys.readouterr().err
+    known = {"prompt": "the state of", "answer": " a", "exposures": 3}
+    (data / "none.questions").write_text("\n".join(json.dumps(known | {"exposures": n}) for n in (1, 3, 90)))
     assert main(command) == 0
     again = json.loads((out / "report.json").read_text())["contestants"]["bank"]["runs"]["1"]["memory"]
     asked = {state: figures.pop("questions") for state, figures in again.items()}
@@ -270,7 +272,7 @@ def test_text_by_corpus_has_one_tokenizer_and_one_tree(tmp_path, monkeypatch, ca
 
     def write(names, out, _cache):
         asked.append(tuple(names))
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
         for number, name in enumerate(names):
             words = [word + "ab"[number] for word in WORDS]
             lines = [json.dumps({"text": " ".join(draw.choices(words, k=draw.randint(5, 40)))}) for _ in range(60)]
@@ -282,14 +284,27 @@ def test_text_by_corpus_has_one_tokenizer_and_one_tree(tmp_path, monkeypatch, ca
         {"folder": str(folder), "corpora": ["wiki", "sotu"], "vocab_size": 300, "by_corpus": True,
          "tree": {"children": 2, "levels": 2}}
     )  # fmt: skip
-    ensure_data(text)
+
+    class Cut(Exception):
+        pass
+
+    def cut(preparation):
+        if preparation.out.name == "sotu":
+            raise Cut
+        return prepare(preparation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kmem.data.prepare.prepare", cut)
+        with pytest.raises(Cut):
+            ensure_data(text)
+    ensure_data(text)  # goes on with what is there
     assert text.sources == [str(folder / "wiki"), str(folder / "sotu")]
     manifests = [read_manifest(Path(source)) for source in text.sources]
     assert manifests[0].tokenizer.fingerprint == manifests[1].tokenizer.fingerprint
     assert stored_tree(folder / "wiki") == stored_tree(folder / "sotu") == ClusterTree.load(folder / "tree").fingerprint
     assert not (tmp_path / "data-text").exists()
     ensure_data(text)
-    assert len(asked) == 1, "what is there is not made again"
+    assert len(asked) == 2, "what is there is not made again"
     other = text.model_copy(update={"tree": text.tree.model_copy(update={"levels": 3})})
     with pytest.raises(ConfigError, match="2 levels of 2 children"):
         ensure_data(other)
