@@ -31,7 +31,7 @@ _madvise: Any = types.ExternalFunction("madvise", types.intc(types.uintp, types.
 
 
 def read_ahead(base: int, rows: np.ndarray, stride: int, offset: int, size: int, writing: bool) -> str | None:
-    """Read the pages of a part of records; with `writing` also map them writable, so that neither reads nor writes fault.
+    """Read the pages of a part of records; with `writing` also map them writable: neither reads nor writes fault then.
 
     What the system does not support is left to faults, which do the same later.
 

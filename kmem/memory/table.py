@@ -10,7 +10,7 @@ All ranks that share the table make the same calls in the same order.
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from kmem.memory.row_threads import RowThreads
 from kmem.memory.segments import Segments
 from kmem.memory.serving import serving
 from kmem.memory.sharding import row_range
-from kmem.memory.stores import ArrayLayout, Store, StoreKind
+from kmem.memory.stores import CHUNK_BYTES, ArrayLayout, Store, StoreKind
 from kmem.memory.worker import MemoryWorker
 from kmem.memory.working_set import WorkingSet, deduplicate
 
@@ -145,6 +145,11 @@ class Ticket:
     def metrics(self) -> StepMetrics:
         """Of this step; complete when the commit has been done."""
         return self._step.metrics
+
+    @property
+    def owned_rows(self) -> Tensor:
+        """int64, ascending: local numbers of the rows of this rank that any rank asked for; known with the result."""
+        return torch.from_numpy(self._step.owned.unique)
 
     def commit(self, scale: float, learning_rate: float, skip: bool = False) -> None:
         """Queue the update of this step's rows; `skip` leaves them as they are, which all ranks must agree on.
@@ -333,6 +338,22 @@ class Table:
         self.drain()
         part = self.store["rows"][start - self.local.start : stop - self.local.start]
         return part.to("cpu", torch.float32, copy=True)
+
+    def squares(self, rows: Tensor, columns: Sequence[slice]) -> Tensor:
+        """fp64 [n]: sums of the squares of these columns of some rows of this rank, by their local numbers int64 [n],
+        after the last commit."""
+
+        def squares() -> Tensor:
+            self._copy.settle()
+            values, found = self.store["rows"], []
+            widest = max((part.stop - part.start for part in columns), default=1)
+            self.store.fetch_ahead(rows.numpy(), writing=False)
+            for some in rows.to(values.device).split(max(1, CHUNK_BYTES // (8 * widest))):
+                parts = [values[:, part].index_select(0, some).double().square().sum(1) for part in columns]
+                found.append(torch.stack(parts).sum(0))
+            return torch.cat(found).cpu() if found else torch.zeros(0, dtype=torch.float64)
+
+        return self._worker.call(squares)
 
     def row_norms(self, count: int) -> Tensor:
         """fp64 [count]: 2-norms of `count` rows evenly spaced over the whole table, 0 where another rank owns them."""

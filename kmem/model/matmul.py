@@ -53,8 +53,8 @@ def grouped_linear(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends.to(torch.int32))
     last = ends[MOST_GROUPS - 1 : -1 : MOST_GROUPS].tolist()  # waits for the counts of a device
     sizes = [stop - start for start, stop in pairwise([0, *last, len(rows)])]
-    parts = zip(rows.split(sizes), weights.split(MOST_GROUPS), counts.split(MOST_GROUPS), strict=True)
-    return torch.cat([grouped_linear(*part) for part in parts])
+    cut = zip(rows.split(sizes), weights.split(MOST_GROUPS), counts.split(MOST_GROUPS), strict=True)
+    return torch.cat([grouped_linear(*operands) for operands in cut])
 
 
 def rounds_groups(rows: Tensor, weights: Tensor) -> bool:

@@ -1,6 +1,8 @@
-"""What the tables of a memory bank did in a step, over all ranks: two small all-reduces."""
+"""What the tables of a memory bank did in a step, over all ranks: two small all-reduces, and in sampled steps two more,
+of a number for each leaf and two for each row."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -8,7 +10,8 @@ import torch.distributed as dist
 from kmem.memory.table import Table
 from kmem.model.bank_layout import BankLayout
 from kmem.parallel.bank_table import stage_table_name
-from kmem.parallel.mesh import local_device
+from kmem.parallel.bank_usage import BankUsage, hit_figures, written_columns
+from kmem.parallel.mesh import Mesh, local_device
 from kmem.parallel.stage_memory import BegunStep, StageMemory
 
 _COUNTS = ("unique_rows", "conflict_rows", "owned_rows")
@@ -35,6 +38,19 @@ class LevelBank:
     """Longest time that a rank's worker was on its way from addresses to blocks."""
     owner_ms: float
     """Longest time of the optimizer, of the updates finished since the last step."""
+    new_blocks: int
+    """Of the touched blocks, those that no step of the run had touched before."""
+    age_mean: float
+    """Mean over the other touched blocks of the steps since the last one that touched, and so trained, them: 1 where
+    that was the step before."""
+    age_max: int
+    """Their largest."""
+    hits: dict[str, Any] | None = None
+    """In sampled steps: how the tokens since the run began are spread over the level's clusters
+    (`kmem.parallel.bank_usage.hit_figures`)."""
+    write_norms: dict[str, float] | None = None
+    """In sampled steps: mean and max over the touched blocks of the 2-norm, in all layers, of what they write (`down`,
+    `b`, `values`), after the step."""
 
 
 class BankLedger:
@@ -45,35 +61,75 @@ class BankLedger:
         stage: of this stage's layers; None where they have no blocks.
     """
 
-    def __init__(self, memory: StageMemory, whole: BankLayout, stage: BankLayout | None) -> None:
-        self.layout = whole
+    def __init__(self, memory: StageMemory, whole: BankLayout, stage: BankLayout | None, mesh: Mesh) -> None:
+        self.layout, self.stage = whole, stage
         self.tables: dict[int, Table] = {}
         if stage is not None:
             self.tables = {level: memory.tables[stage_table_name(stage, level)] for level in stage.levels}
         # Every stage uses the same clusters: one of them counts.
         self.counted = stage is not None and stage.layers[0] == whole.layers[0]
+        self.usage = BankUsage(whole, self.tables if self.counted else {}, self.counted and mesh.data_rank == 0)
 
-    def close_step(self, step: BegunStep) -> dict[int, LevelBank]:
-        """Sum a step over all ranks, by level; collective over the world."""
+    def close_step(self, step: BegunStep, sampled: bool) -> dict[int, LevelBank]:
+        """Sum a step over all ranks, by level; collective over the world, which agrees on `sampled`."""
         levels = self.layout.levels
-        sums = torch.zeros(len(levels), len(_COUNTS) + 1, dtype=torch.float64)
-        times = torch.zeros(len(levels), len(_TIMES) + 1, dtype=torch.float64)
+        sums = torch.zeros(len(levels), len(_COUNTS) + 3, dtype=torch.float64)
+        times = torch.zeros(len(levels), len(_TIMES) + 2, dtype=torch.float64)
+        self.usage.count(step.micro_batches)
         for place, level in enumerate(levels):
             if level not in self.tables:
                 continue
             table = self.tables[level]
-            metrics, finished = step.tickets[table.spec.name].metrics, table.take_metrics()
+            ticket, finished = step.tickets[table.spec.name], table.take_metrics()
             if self.counted:
-                sums[place, :-1] = torch.tensor([getattr(metrics, name) for name in _COUNTS])
+                ages = self.usage.ages(level, ticket.owned_rows)
+                counts = [getattr(ticket.metrics, name) for name in _COUNTS]
+                sums[place, :-1] = torch.tensor([*counts, int((ages == 0).sum()), int(ages.sum())])
+                times[place, -1] = int(ages.max()) if len(ages) else 0
             sums[place, -1] = sum(update.bytes for update in finished)
-            times[place, :-1] = torch.tensor([getattr(metrics, name) for name in _TIMES])
-            times[place, -1] = sum(update.owner_ms for update in finished)
+            milliseconds = [getattr(ticket.metrics, name) for name in _TIMES]
+            times[place, :-1] = torch.tensor([*milliseconds, sum(update.owner_ms for update in finished)])
         sums, times = sums.to(local_device()), times.to(local_device())
         dist.all_reduce(sums)
         dist.all_reduce(times, op=dist.ReduceOp.MAX)
+        hits = self.usage.whole_hits() if sampled else None
+        norms = self._write_norms(step) if sampled else {}
         found = {}
-        for level, counts, milliseconds in zip(levels, sums.tolist(), times.tolist(), strict=True):
-            fetched, conflict, touched, sent = (int(count) for count in counts)
-            density = touched / self.layout.rows(level)
-            found[level] = LevelBank(fetched, conflict, touched, density, sent, *milliseconds)
+        for level, numbers, (stall, fetch, owner, oldest) in zip(levels, sums.tolist(), times.tolist(), strict=True):
+            fetched, conflict, touched, new, total, sent = (int(number) for number in numbers)
+            found[level] = LevelBank(
+                fetched_blocks=fetched,
+                conflict_blocks=conflict,
+                touched_blocks=touched,
+                touch_density=touched / self.layout.rows(level),
+                bytes=sent,
+                stall_ms=stall,
+                fetch_ms=fetch,
+                owner_ms=owner,
+                new_blocks=new,
+                age_mean=total / max(1, touched - new),
+                age_max=int(oldest),
+                hits=None if hits is None else hit_figures(self.layout, hits, level),
+                write_norms=norms.get(level),
+            )
+        return found
+
+    def _write_norms(self, step: BegunStep) -> dict[int, dict[str, float]]:
+        """By level, of the blocks that the step touched: to pass over all of a bank would cost a read of it."""
+        levels = self.layout.levels
+        squares = {level: torch.zeros(2, self.layout.rows(level), dtype=torch.float64) for level in levels}
+        for level, table in self.tables.items():
+            assert self.stage is not None
+            mine = step.tickets[table.spec.name].owned_rows
+            rows = mine + table.local.start
+            squares[level][0, rows] = table.squares(mine, written_columns(self.stage, level))
+            squares[level][1, rows] = float(self.counted)
+        whole = torch.cat([squares[level] for level in levels], dim=1).to(local_device())
+        dist.all_reduce(whole)
+        found = {}
+        parts = whole.cpu().split([self.layout.rows(level) for level in levels], dim=1)
+        for level, part in zip(levels, parts, strict=True):
+            norms = part[0, part[1] > 0].sqrt()
+            if len(norms):
+                found[level] = {"mean": float(norms.mean()), "max": float(norms.max())}
         return found

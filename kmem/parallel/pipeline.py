@@ -110,7 +110,7 @@ class Pipeline:
         if addresses is not None or shape.bank is not None:
             self.memory = StageMemory(config, mesh, tables, self.device, initialise_rows)
             if shape.bank is not None:
-                self.bank_ledger = BankLedger(self.memory, BankLayout.of(shape), self.context.bank_layout)
+                self.bank_ledger = BankLedger(self.memory, BankLayout.of(shape), self.context.bank_layout, mesh)
         if addresses is not None:
             assert self.memory is not None
             self.memory_ledger = MemoryLedger(self.memory, addresses, modules, shape, mesh, self.context)
@@ -180,7 +180,7 @@ class Pipeline:
             if not self.frozen:
                 self.ledger.update_biases(routing, self.config.model.moe.bias_update_rate)
         figures = None if self.memory_ledger is None else self.memory_ledger.close_step(begun, sampled)
-        bank = None if self.bank_ledger is None else self.bank_ledger.close_step(begun)
+        bank = None if self.bank_ledger is None else self.bank_ledger.close_step(begun, sampled)
         return StepResult(loss, tokens, self.engine.grad_norm, routing, figures, bank)
 
     def evaluate(self, micro_batches: Sequence[SequenceBatch]) -> tuple[float, int]:

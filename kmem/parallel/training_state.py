@@ -3,6 +3,7 @@
     weight/NAME       fp32 master weights, and persistent buffers such as selection biases
     exp_avg/NAME      first moments
     exp_avg_sq/NAME   second moments
+    hits/bank, ..     of a memory bank: how often its clusters have been used (`kmem.parallel.bank_usage`)
     ARRAY/NAME        of a memory table: the state of its row optimizer, such as first_moment, and its `step`; of a
                       memory bank, whose tables are those of a stage, NAME is that of a layer's blocks
 
@@ -61,6 +62,8 @@ def model_state(pipeline: Pipeline, *, saving: bool, moments: bool, row_state: b
         state[WEIGHT + name] = arrays.pop("rows")
         if row_state:
             state |= {f"{array}/{name}": pieces for array, pieces in arrays.items()}
+    if saving and pipeline.bank_ledger is not None:
+        state |= pipeline.bank_ledger.usage.state(saving=True)
     return state
 
 

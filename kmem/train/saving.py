@@ -96,7 +96,11 @@ def load_training(
     frozen = {name for name in state if _of_rows(name) and f"step/{name.partition('/')[2]}" not in commit.tensors}
     uncounted = {name for name in state if name.startswith("updates/") and name not in commit.tensors} - frozen
     absent = frozen | uncounted
-    store.load(folder, commit, {name: pieces for name, pieces in state.items() if name not in absent})
+    state = {name: pieces for name, pieces in state.items() if name not in absent}
+    if pipeline.bank_ledger is not None and row_state:
+        usage = pipeline.bank_ledger.usage.state(saving=False)
+        state |= {name: pieces for name, pieces in usage.items() if name in commit.tensors}
+    store.load(folder, commit, state)
     if uncounted:
         assert pipeline.memory is not None
         pipeline.memory.count_updates()
@@ -114,11 +118,11 @@ TRAINED_ONLY = {
     "aux_loss",
     "sequence_aux_loss",
     "z_loss",
+    "balance_padding",
     "init_std",
     "depth_scaled_init",
     "anchor",
     "per",
-    "balance_padding",
 }
 """Fields of the model section that a run may change when it resumes: they shape training, not the function."""
 

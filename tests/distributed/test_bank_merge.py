@@ -63,7 +63,9 @@ def runs(ranks, tmp_path_factory):
 
 
 def stored(reader):
-    return {key: reader.read_stored(key, 0, tensor.size) for key, tensor in reader.commit.tensors.items()}
+    """All but the counts of text (`hits/bank` and its like), which stay those of the run that is copied."""
+    tensors = reader.commit.tensors.items()
+    return {key: reader.read_stored(key, 0, tensor.size) for key, tensor in tensors if "/bank" not in key}
 
 
 def test_a_merge_is_the_single_run(runs, tmp_path, capsys):
@@ -85,7 +87,7 @@ def test_a_merge_is_the_single_run(runs, tmp_path, capsys):
         for key, values in expected.items():  # the order of sums over the tokens of a step differs
             torch.testing.assert_close(found[key], values, rtol=0, atol=1e-6)
         printed = capsys.readouterr().out
-        assert ("lie outside its paths and are left out" in printed) == (number == 3)
+        assert ("and are left out: " in printed) == (number == 3)
     layout = BankLayout.of(Shape(merged.config.model.model_dump()))
     for number, name in enumerate(["overlapping", "rest", "rest"]):
         source = stored(CheckpointReader(runs / name))

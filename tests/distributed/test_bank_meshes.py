@@ -140,6 +140,43 @@ def test_figures_count_the_clusters_of_the_global_batch(ranks):
         assert results[0]["bank"][1][1].touched_blocks == results[-1]["bank"][1][1].touched_blocks
 
 
+def test_use_of_the_clusters_is_the_same_on_every_mesh(ranks):
+    """Tokens of each since the beginning, steps since the last update, and norms of what blocks write."""
+    steps, meshes = 4, [(1, {}), (4, {"parallel__pipeline": 2}), (2, {"bank__prefetch_depth": 2})]
+    found = [ranks.run(world, train_case, bank_config(**mesh), steps) for world, mesh in meshes]
+    layout = BankLayout.of(Shape(parse_config(bank_config()).model.model_dump()))
+    samples = [list(range(step * 8, (step + 1) * 8)) for step in range(steps)]
+    addresses = torch.stack([addressed(synthetic_sequences(some), some).addresses for some in samples])
+    tables = merged(found[0])
+    for level in layout.levels:
+        rows = [rows_of(layout, some, level) for some in addresses]
+        last, clusters = {}, layout.clusters(level)
+        for step, used in enumerate(rows):
+            used = set(used[used >= 0].tolist())
+            ages = [step - last[row] for row in used & last.keys()]
+            last |= dict.fromkeys(used, step)
+            for result in found:
+                figures = result[0]["bank"][step][level]
+                assert figures.new_blocks == len(used) - len(ages)
+                assert figures.age_mean == pytest.approx(sum(ages) / max(1, len(ages)))
+                assert figures.age_max == max(ages, default=0)
+                assert (figures.hits is None) == (step < steps - 1)
+        tokens = torch.bincount(torch.cat([used[(used >= 0) & (used < clusters)] for used in rows]), minlength=clusters)
+        differences = (tokens[:, None] - tokens[None, :]).abs().sum() / (2 * clusters * tokens.sum())
+        for result in found:
+            figures = result[-1]["bank"][-1][level]
+            assert figures.hits["gini"] == pytest.approx(float(differences))
+            assert figures.hits["largest"] == pytest.approx(float(tokens.max() * clusters / tokens.sum()))
+            assert sum(figures.hits["histogram"]) == clusters
+            assert figures.hits["histogram"][0] == int((tokens == 0).sum())
+            assert figures.write_norms == pytest.approx(found[0][0]["bank"][-1][level].write_norms, rel=1e-4)
+        parts = [layout.by_part(tables[layer_bank_name(layer, level)])["down"] for layer in layout.layers]
+        norms = torch.stack([part.square().sum((1, 2)) for part in parts]).sum(0).sqrt()
+        norms = norms[sorted(used)]
+        expected = {"mean": float(norms.mean()), "max": float(norms.max())}
+        assert found[0][0]["bank"][-1][level].write_norms == pytest.approx(expected, rel=1e-5)
+
+
 def test_evaluation_in_between_changes_nothing(ranks):
     tree = bank_config(bank__prefetch_depth=2)
     without, between = (merged(ranks.run(1, train_case, tree, STEPS, every)) for every in (0, 2))

@@ -86,7 +86,8 @@ def train_case(tree: dict[str, Any], steps: int, evaluate_every: int = 0) -> dic
     for step in range(steps):
         while len(begun) <= pipeline.config.prefetch_depth and step + len(begun) < steps:
             begun.append(pipeline.begin_step(step_batches(pipeline, step + len(begun))))
-        results.append(pipeline.train_step(begun.popleft(), lr=pipeline.config.train.optimizer.lr))
+        sampled = pipeline.bank_ledger is not None and step == steps - 1
+        results.append(pipeline.train_step(begun.popleft(), pipeline.config.train.optimizer.lr, sampled))
         if evaluate_every and step % evaluate_every == 0:
             pipeline.evaluate(step_batches(pipeline, 1000 + step))
     tables = {} if pipeline.memory is None else pipeline.memory.tables
