@@ -73,6 +73,8 @@ class Comparison(Section):
     """Label -> configuration file, beside this one."""
     baseline: str
     """The contestant that differences are taken to."""
+    pairs: dict[str, str] = {}
+    """Further differences: contestant -> the one that it is compared with besides."""
     equal: Annotated[dict[Quantity, Tolerance], Field(min_length=1)]
     """What must agree with the baseline's, and up to which share of it. Parameters are counted from the modules;
     expert_calls are those of a token in all layers, shared experts included; tokens are those of the whole run."""
@@ -90,6 +92,11 @@ class Comparison(Section):
     def _known(self) -> "Comparison":
         if self.baseline not in self.contestants:
             raise ValueError(f"baseline={self.baseline} is none of the contestants {', '.join(self.contestants)}")
+        for one, other in self.pairs.items():
+            if one not in self.contestants or other not in self.contestants:
+                raise ValueError(
+                    f"pairs={{{one}: {other}}} names none of the contestants {', '.join(self.contestants)}"
+                )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)} names one twice")
         if self.questions and len(self.data.corpora) > 1:

@@ -65,6 +65,10 @@ def collect(
         own = [found["runs"][seed]["bits_per_byte"] for seed in seeds]
         paired = [found["runs"][seed]["bits_per_byte"] - base[seed]["bits_per_byte"] for seed in seeds]
         found |= {"bits_per_byte": _spread(own), "difference": _spread(paired)}
+    for one, other in comparison.pairs.items():
+        contestants[one]["difference_to"] = {
+            other: _differences(comparison, seeds, *map(contestants.get, (one, other)))
+        }
     return {
         "title": comparison.title,
         "question": comparison.question.strip(),
@@ -136,7 +140,31 @@ def result_tables(comparison: Comparison, results: dict[str, Any]) -> list[Table
     tables = [sizes, held_out, *_source_table(results), speed]
     if comparison.horizons:
         tables.insert(2, _horizon_table(comparison, results))
-    return [*tables, *_control_table(results), *_question_table(results)]
+    return [*tables, *_pair_table(comparison, results), *_control_table(results), *_question_table(results)]
+
+
+def _differences(
+    comparison: Comparison, seeds: Sequence[str], one: dict[str, Any], other: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Held-out bits per byte of one contestant minus another's with the same seed: of the whole split, and by step."""
+    runs = [(one["runs"][seed], other["runs"][seed]) for seed in seeds]
+    whole = [mine["bits_per_byte"] - theirs["bits_per_byte"] for mine, theirs in runs]
+    steps = {
+        str(step): _spread([mine["held_out"][step] - theirs["held_out"][step] for mine, theirs in runs])
+        for step in comparison.horizons
+    }
+    return {"whole": _spread(whole), **steps}
+
+
+def _pair_table(comparison: Comparison, results: dict[str, Any]) -> list[Table]:
+    if not comparison.pairs:
+        return []
+    rows = []
+    for one, other in comparison.pairs.items():
+        found = results["contestants"][one]["difference_to"][other]
+        rows.append((f"{one} minus {other}", *(_pm(spread, sign="+") for spread in found.values())))
+    columns = ("", "whole split", *(f"step {step:,}" for step in comparison.horizons))
+    return [Table("Further differences in held-out bits per byte, paired", columns, rows)]
 
 
 def _as_trained(memory: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def comparison(prepared, tmp_path):
             "seeds": [1, 2],
             "contestants": {"moe": "moe.yaml", "engram": "engram.yaml"},
             "baseline": "moe",
+            "pairs": {"engram": "moe"},
             "equal": {"non_embedding": 0.05, "active_non_embedding": 0.05, "tokens": 0},
             "controls": ["off", "shuffled", "single-row"],
             "horizons": [2],
@@ -99,6 +100,9 @@ def test_a_comparison_is_trained_evaluated_and_reported_once(comparison, tmp_pat
     difference = engram["bits_per_byte"]["mean"] - moe["bits_per_byte"]["mean"]
     assert engram["difference"] == {"values": [difference], "mean": difference, "std": None}
     assert engram["size"]["tokens"] == 4 * 4 * 32
+    assert engram["difference_to"]["moe"]["whole"] == engram["difference"]
+    early = engram["runs"]["1"]["held_out"]["2"] - moe["runs"]["1"]["held_out"]["2"]
+    assert engram["difference_to"]["moe"]["2"]["mean"] == early
     assert set(engram["runs"]["1"]["memory"]) == {"on", "off", "shuffled", "single-row"}
     assert set(moe["runs"]["1"]["memory"]) == {"on"}
     assert (out / "report.png").stat().st_size > 10_000
@@ -125,7 +129,7 @@ def test_banks_are_evaluated_by_what_contexts_fetch_and_asked_questions(comparis
             "tree": {"children": 2, "levels": 2},
         },
         contestants={"moe": "moe.yaml", "bank": "bank.yaml", "generic": "generic.yaml"},
-        equal={"tokens": 0}, controls=[], bank_controls=["generic", "blocked", "none"],
+        equal={"tokens": 0}, pairs={}, controls=[], bank_controls=["generic", "blocked", "none"],
     )  # fmt: skip
     for name, changes in (
         ("moe", {"include": "plain.yaml", "data": {"sources": [{"path": str(data)}]}}),
@@ -236,6 +240,7 @@ def test_runs_of_another_configuration_are_not_taken_over(comparison, tmp_path, 
     [
         ({"baseline": "dense"}, "baseline=dense is none of the contestants moe, engram"),
         ({"seeds": [1, 1]}, "names one twice"),
+        ({"pairs": {"engram": "dense"}}, "pairs={engram: dense} names none of the contestants moe, engram"),
         ({"equal": {"speed": 0}}, "equal.speed"),
         ({"title": None}, "title"),
         ({"horizons": [3]}, "evaluation.every: 2, but step 3 is to be reported"),
