@@ -117,7 +117,8 @@ def _download(command: list[str], what: str, pattern: str, cache: Path) -> None:
         found = list(Path(folder).glob(pattern))
         if result.returncode or not found:
             said = [line.strip() for line in (result.stderr + result.stdout).splitlines() if line.strip()]
-            reason = next((line for line in reversed(said) if "rror" in line or line.startswith("E:")), "")
+            errors = [line for line in said if line.startswith(("ERROR:", "E:"))] or [l for l in said if "rror" in l]
+            reason = errors[-1] if errors else ""
             raise UserError(
                 f"{what} could not be downloaded ({reason or said[-1] if said else 'no message'}). "
                 f"Check that a package index can be reached, or put {pattern} into {cache}"

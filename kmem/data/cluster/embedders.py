@@ -110,7 +110,7 @@ KINDS: dict[str, EmbedderKind] = {
         options=(EmbedderOption("pieces", "N", "pieces of 256 word pieces that are read of a unit (default: 8)"),),
     ),
     "tfidf": EmbedderKind(
-        "token counts and an SVD, 30 times as fast, for machines without the encoder",
+        "token counts and an SVD, far faster, for machines without the encoder",
         _build_tfidf,
         chunk_tokens=1 << 20,
         reads_text=False,
