@@ -73,7 +73,7 @@ class Comparison(Section):
     """Label -> configuration file, beside this one."""
     baseline: str
     """The contestant that differences are taken to."""
-    pairs: dict[str, str] = {}
+    pairs: dict[str, str] = Field(default_factory=dict)
     """Further differences: contestant -> the one that it is compared with besides."""
     equal: Annotated[dict[Quantity, Tolerance], Field(min_length=1)]
     """What must agree with the baseline's, and up to which share of it. Parameters are counted from the modules;

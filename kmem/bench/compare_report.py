@@ -66,9 +66,8 @@ def collect(
         paired = [found["runs"][seed]["bits_per_byte"] - base[seed]["bits_per_byte"] for seed in seeds]
         found |= {"bits_per_byte": _spread(own), "difference": _spread(paired)}
     for one, other in comparison.pairs.items():
-        contestants[one]["difference_to"] = {
-            other: _differences(comparison, seeds, *map(contestants.get, (one, other)))
-        }
+        differences = _differences(comparison, seeds, contestants[one], contestants[other])
+        contestants[one]["difference_to"] = {other: differences}
     return {
         "title": comparison.title,
         "question": comparison.question.strip(),
