@@ -84,6 +84,23 @@ def measure(folder):
     return list(map(int, done.stdout.split()[-4:]))
 
 
+def write_large(folder, config, **manifests):
+    """The run `large` of random numbers, with the tokenizer of the run `small`; returns the shapes of its tensors."""
+    shapes, block = tensor_shapes(config), torch.randn(1 << 22)
+
+    def parts(name):
+        left = torch.Size(shapes[name]).numel()
+        while left:
+            yield block[: min(left, len(block))]
+            left -= min(left, len(block))
+
+    progress = Progress(step=1, consumed_samples=0, tokens=0, optimizer_steps=0)
+    start = starting_config(folder / "large", config)
+    write_weights(folder / "large" / "checkpoints", progress, start, shapes, parts, **manifests)
+    os.symlink(folder / "small" / "tokenizer", folder / "large" / "tokenizer")
+    return shapes
+
+
 def test_peak_memory_is_below_twice_the_largest_tensor(tmp_path):
     attention = {**GQA, "qk_norm": True}
     write_run(tmp_path / "small", model(attention, EXPERTS))
@@ -94,15 +111,7 @@ def test_peak_memory_is_below_twice_the_largest_tensor(tmp_path):
         hidden_size=256,
         num_layers=7,
     )
-    shapes = tensor_shapes(large)
-    write_weights(
-        tmp_path / "large" / "checkpoints",
-        Progress(step=1, consumed_samples=0, tokens=0, optimizer_steps=0),
-        starting_config(tmp_path / "large", large),
-        shapes,
-        lambda name: [torch.randn(shapes[name])],
-    )
-    os.symlink(tmp_path / "small" / "tokenizer", tmp_path / "large" / "tokenizer")
+    shapes = write_large(tmp_path, large)
     exporting, importing, _, _ = measure(tmp_path)
 
     sizes = {name: 4 * torch.Size(shape).numel() for name, shape in shapes.items()}
@@ -117,24 +126,7 @@ def test_a_table_passes_through_in_slices_and_is_never_loaded(tmp_path):
     """Whatever its size: two tables of 128 MB, of which no process holds more than a slice."""
     write_run(tmp_path / "small", memory("qwen", row_multiple=1))
     large = memory("qwen", layers=[0, 1], row_multiple=1, rows_per_head=125_000, row_dim=64, heads=2)
-    block = torch.randn(1 << 22)
-    shapes = tensor_shapes(large)
-
-    def parts(name):
-        left = torch.Size(shapes[name]).numel()
-        while left:
-            yield block[: min(left, len(block))]
-            left -= min(left, len(block))
-
-    write_weights(
-        tmp_path / "large" / "checkpoints",
-        Progress(step=1, consumed_samples=0, tokens=0, optimizer_steps=0),
-        starting_config(tmp_path / "large", large),
-        shapes,
-        parts,
-        model_addresses(large, tokenizer()).addressing.to_manifest(),
-    )
-    os.symlink(tmp_path / "small" / "tokenizer", tmp_path / "large" / "tokenizer")
+    shapes = write_large(tmp_path, large, addressing=model_addresses(large, tokenizer()).addressing.to_manifest())
     exporting, importing, mapped, from_run = measure(tmp_path)
     tables = sum(4 * torch.Size(shapes[table_name(layer)]).numel() for layer in (0, 1))
     print(json.dumps({"tables": tables, "export": exporting, "import": importing, "mapped": mapped, "run": from_run}))
@@ -149,24 +141,8 @@ def test_a_bank_passes_through_in_slices_and_a_context_loads_its_blocks(tmp_path
     config = model(
         GQA, None, hidden_size=256, num_layers=4, memory_bank={"children": 4, "levels": [3414, 512], "kind": "ffn"}
     )
-    shapes, block = tensor_shapes(config), torch.randn(1 << 22)
     own = make_tree(tmp_path / "large" / "tree", children=4)
-
-    def parts(name):
-        left = torch.Size(shapes[name]).numel()
-        while left:
-            yield block[: min(left, len(block))]
-            left -= min(left, len(block))
-
-    write_weights(
-        tmp_path / "large" / "checkpoints",
-        Progress(step=1, consumed_samples=0, tokens=0, optimizer_steps=0),
-        starting_config(tmp_path / "large", config),
-        shapes,
-        parts,
-        tree=read_tree_record(own),
-    )
-    os.symlink(tmp_path / "small" / "tokenizer", tmp_path / "large" / "tokenizer")
+    write_large(tmp_path, config, tree=read_tree_record(own))
     exporting, importing, mapped, from_run = measure(tmp_path)
     layout = BankLayout.of(Shape(config.model_dump()))
     bank, fetched = 4 * layout.bank_values, 4 * layout.fetched_values

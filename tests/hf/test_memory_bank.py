@@ -10,7 +10,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from kmem.checkpoint.reader import CheckpointReader
@@ -26,10 +25,21 @@ from kmem.model.configuration_kmem import KmemConfig
 from kmem.model.context_router import ContextRouter
 from kmem.model.modeling_kmem import KmemForCausalLM
 from tests.hf.banks import BANKS, make_sentence_tree, make_tree, random_bank, router, tree, write_bank_run
+from tests.hf.loaded import (
+    ASSISTANTS,
+    GREEDY,
+    SAME,
+    TOLERANCE,
+    check_assisted_decoding,
+    check_bf16,
+    check_files,
+    check_parts,
+    generate_both_ways,
+    opened,
+)
 from tests.hf.models import NATIVE, VOCABULARY, write_run
 
 PLAIN_MODEL = NATIVE["llama"].model_dump(mode="json")
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 TEXTS = ["the model reads the text", "a reader", "another model trains the export that wrote"]
 
 
@@ -49,10 +59,6 @@ def folders(tmp_path_factory):
 
     register()
     return make
-
-
-def opened(folder, **options):
-    return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
 def tokens(rows=4, length=12, seed=2):
@@ -150,21 +156,6 @@ def test_fetch_reads_what_is_not_there_yet(folders):
     torch.testing.assert_close(model(ids).logits, decoder.bank_logits(ids, router().leaves(ids)), **TOLERANCE)
 
 
-PLAIN = {"use_cache": False}
-SAME = {
-    "cache": ({}, PLAIN),
-    "an empty cache of the caller": (lambda: {"past_key_values": DynamicCache()}, PLAIN),
-    "static cache": ({"cache_implementation": "static", "disable_compile": True}, PLAIN),
-    "beams": ({"num_beams": 3}, {"num_beams": 3, **PLAIN}),
-    "several beams each": (
-        {"num_beams": 4, "num_return_sequences": 2},
-        {"num_beams": 4, "num_return_sequences": 2, **PLAIN},
-    ),
-    "prompt in chunks": ({"prefill_chunk_size": 2}, PLAIN),
-}
-COMMON = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-
-
 @pytest.mark.parametrize("memory", ["device", "mmap"])
 @pytest.mark.parametrize("way", SAME)
 @pytest.mark.parametrize("name", ["ffn", "kv", "with n-grams"])
@@ -175,33 +166,20 @@ def test_ways_to_generate_agree(name, way, memory, folders):
     prompts, mask = torch.tensor([[1, 2, 3, 4, 5], [0, 0, 0, 57, 8]]), torch.tensor([[1] * 5, [0, 0, 0, 1, 1]])
     leaves = router().leaves([prompts[0], prompts[1, 3:]])
     assert leaves[0] != leaves[1]
-    common = {"attention_mask": mask, **COMMON}
-    first, second = (
-        model.generate(prompts, **common, **(options() if callable(options) else options)) for options in SAME[way]
-    )
-    assert torch.equal(first, second)
-    alone = model.generate(prompts[1:, 3:], **{**common, **SAME[way][1], "attention_mask": None})
-    assert torch.equal(alone[0, 2:], second[len(second) // 2, 5:])
+    found = generate_both_ways(model, prompts, mask, way)
     if "beams" not in way:
         ids = prompts[:1]
         for _ in range(8):
             ids = torch.cat((ids, decoder.bank_logits(ids, leaves[:1])[:, -1:].argmax(-1)), dim=1)
-        assert torch.equal(first[:1], ids)
+        assert torch.equal(found[:1], ids)
     # Prompts of other lengths than their padding are found without a mask, too.
-    assert torch.equal(model.generate(prompts, **COMMON, **SAME[way][1]), second)
+    assert torch.equal(model.generate(prompts, **GREEDY, **SAME[way][1]), found)
 
 
-@pytest.mark.parametrize("way", ["assistant", "prompt lookup"])
+@ASSISTANTS
 def test_assisted_decoding_is_greedy_decoding(way, folders):
-    model = opened(folders("ffn")[1])
-    prompt = torch.tensor([[9, 4, 3, 9, 4, 3, 9, 4]])
-    options = {"prompt_lookup_num_tokens": 3}
-    if way == "assistant":
-        other = opened(folders("ffn")[1])
-        other.norm.weight.data.mul_(1 + 0.3 * torch.randn(32, generator=torch.Generator().manual_seed(3)))
-        options = {"assistant_model": other}
-    common = {**COMMON, "max_new_tokens": 16, "attention_mask": torch.ones_like(prompt)}
-    assert torch.equal(model.generate(prompt, **common, **options), model.generate(prompt, **common))
+    folder = folders("ffn")[1]
+    check_assisted_decoding(opened(folder), opened(folder), way)
 
 
 @torch.no_grad()
@@ -256,23 +234,9 @@ def test_tables_are_cut_into_row_ranges_that_fit(size, tmp_path):
     export(reader, tmp_path / "out", max_shard_bytes=size, say=str)
     decoder = random_bank(BANKS["ffn"])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
     for level, rows in decoder.rows.items():
-        parts = config["bank_parts"][str(level)]
-        tensors = [
-            load_file(tmp_path / "out" / index[name])[name]
-            for part in range(len(parts))
-            for name in [f"bank.level{level}.parts.{part}"]
-        ]
-        assert [len(tensor) for tensor in tensors] == parts
-        assert max(parts) - min(parts) <= 1
-        assert max(parts) == 1 or max(tensor.nbytes for tensor in tensors) <= size
-        assert torch.equal(torch.cat(tensors), rows)
-    sizes = {}
-    for name, file in index.items():
-        tensor = load_file(tmp_path / "out" / file)[name]
-        sizes.setdefault(file, []).append(tensor.nbytes)
-    assert all(sum(found) <= size or len(found) == 1 for found in sizes.values())
+        check_parts(tmp_path / "out", "bank_parts", level, f"bank.level{level}.parts", rows, size)
+    check_files(tmp_path / "out", size)
     assert config["bank_tree"] == reader.tree
     for file in ("tree.json", "tree.safetensors", "embedder/tfidf.safetensors", "embedder/LICENSE"):
         assert (tmp_path / "out" / "tree" / file).read_bytes() == (tree() / file).read_bytes()
@@ -403,7 +367,7 @@ def test_blocks_come_to_the_models_device(memory, folders):
     for leaves in (torch.tensor([1, 2, 2, 8]), torch.tensor([1, 0, 2, 7])):
         found = model(ids.cuda(), addresses=leaves).logits.cpu()
         torch.testing.assert_close(found, decoder.bank_logits(ids, leaves), rtol=1e-4, atol=1e-4)
-    assert model.generate(ids.cuda(), **COMMON).shape == (4, 20)
+    assert model.generate(ids.cuda(), **GREEDY).shape == (4, 20)
 
 
 @torch.no_grad()
@@ -424,13 +388,7 @@ def test_a_folder_in_bf16(tmp_path):
     export(write_bank_run(tmp_path / "run", BANKS["ffn"], decoder), tmp_path / "out", dtype="bf16", say=str)
     for tensor in (*decoder.state_dict().values(), *decoder.rows.values()):
         tensor.copy_(tensor.bfloat16())
-    expected = decoder.bank_logits(tokens(), router().leaves(tokens()))
-    for memory in ("device", "mmap"):
-        wide = opened(tmp_path / "out", memory=memory, dtype=torch.float32)
-        torch.testing.assert_close(wide(tokens()).logits, expected, **TOLERANCE)
-    narrow = [opened(tmp_path / "out", memory=memory)(tokens()).logits for memory in ("device", "mmap")]
-    assert narrow[0].dtype == torch.bfloat16
-    assert torch.equal(*narrow)
+    check_bf16(tmp_path / "out", tokens(), decoder.bank_logits(tokens(), router().leaves(tokens())))
 
 
 def test_faults_are_named(folders, tmp_path):

@@ -3,12 +3,11 @@
 import copy
 import json
 from itertools import pairwise
-from math import prod
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache
+from transformers import CompileConfig, DynamicCache
 
 from kmem.checkpoint.commit import Commit
 from kmem.checkpoint.pieces import CheckpointError
@@ -22,9 +21,19 @@ from kmem.hf.loading import load
 from kmem.model.configuration_kmem import KmemConfig
 from kmem.model.exported_tables import map_tables
 from kmem.model.modeling_kmem import KmemForCausalLM
+from tests.hf.loaded import (
+    ASSISTANTS,
+    GREEDY,
+    SAME,
+    TOLERANCE,
+    check_assisted_decoding,
+    check_bf16,
+    check_files,
+    check_parts,
+    generate_both_ways,
+    opened,
+)
 from tests.hf.models import MEMORY, VOCABULARY, logits, random_weights, tokenizer, write_run
-
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +51,6 @@ def folders(tmp_path_factory):
 
     register()
     return make
-
-
-def opened(folder, **options):
-    return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
 def assert_same(found, expected):
@@ -108,33 +113,13 @@ def test_a_prompt_in_chunks_is_the_prompt_at_once(name, memory, folders):
                 torch.testing.assert_close(found[row, kept].float(), alone, **TOLERANCE)
 
 
-PLAIN = {"use_cache": False}
-SAME = {
-    "cache": ({}, PLAIN),
-    "an empty cache of the caller": (lambda: {"past_key_values": DynamicCache()}, PLAIN),
-    "static cache": ({"cache_implementation": "static", "disable_compile": True}, PLAIN),
-    "beams": ({"num_beams": 3}, {"num_beams": 3, **PLAIN}),
-    "several beams each": (
-        {"num_beams": 4, "num_return_sequences": 2},
-        {"num_beams": 4, "num_return_sequences": 2, **PLAIN},
-    ),
-    "prompt in chunks": ({"prefill_chunk_size": 2}, PLAIN),
-}
-
-
 @pytest.mark.parametrize("memory", ["device", "mmap"])
 @pytest.mark.parametrize("way", SAME)
 @pytest.mark.parametrize("name", ["deepseek", "qwen", "deepseek-v4.1 in branches"])
 def test_ways_to_generate_agree(name, way, memory, folders):
     model = opened(folders(name)[1], memory=memory)
     prompts, mask = torch.tensor([[1, 2, 3, 4, 5], [0, 0, 0, 7, 8]]), torch.tensor([[1] * 5, [0, 0, 0, 1, 1]])
-    common = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    first, second = (
-        model.generate(prompts, **common, **(options() if callable(options) else options)) for options in SAME[way]
-    )
-    assert torch.equal(first, second)
-    alone = model.generate(prompts[1:, 3:], **{**common, **SAME[way][1], "attention_mask": None})
-    assert torch.equal(alone[0, 2:], second[len(second) // 2, 5:])
+    generate_both_ways(model, prompts, mask, way, max_new_tokens=12)
 
 
 @pytest.mark.full
@@ -143,27 +128,18 @@ def test_compiled_decoding_is_decoding(memory, folders):
     """With a cache of fixed length, as Transformers compiles it on GPUs."""
     model = opened(folders("deepseek")[1], memory=memory)
     prompts, mask = torch.tensor([[1, 2, 3, 4, 5], [0, 0, 0, 7, 8]]), torch.tensor([[1] * 5, [0, 0, 0, 1, 1]])
-    common = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    common = {"attention_mask": mask, **GREEDY}
     compiled = CompileConfig()
     compiled._compile_all_devices = True
     found = model.generate(prompts, **common, cache_implementation="static", compile_config=compiled)
     assert torch.equal(found, model.generate(prompts, **common))
 
 
-@pytest.mark.parametrize("way", ["assistant", "prompt lookup"])
+@ASSISTANTS
 @pytest.mark.parametrize("name", ["deepseek", "qwen"])
 def test_assisted_decoding_takes_back_what_was_wrong(name, way, folders):
-    """Guesses of a model that differs little are accepted in part; the text is that of greedy decoding."""
-    model = opened(folders(name)[1], memory="mmap")
-    prompt = torch.tensor([[9, 4, 3, 9, 4, 3, 9, 4]])
-    common = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    common["attention_mask"] = torch.ones_like(prompt)
-    options = {"prompt_lookup_num_tokens": 3}
-    if way == "assistant":
-        other = opened(folders(name)[1])
-        other.norm.weight.data.mul_(1 + 0.3 * torch.randn(32, generator=torch.Generator().manual_seed(3)))
-        options = {"assistant_model": other}
-    assert torch.equal(model.generate(prompt, **common, **options), model.generate(prompt, **common))
+    folder = folders(name)[1]
+    check_assisted_decoding(opened(folder, memory="mmap"), opened(folder), way)
 
 
 @torch.no_grad()
@@ -229,13 +205,7 @@ def test_a_folder_in_bf16(name, tmp_path):
     for tensor in decoder.weights().values():
         tensor.copy_(tensor.bfloat16())
     expected = logits(decoder, tokens())
-    for memory in ("device", "mmap"):
-        wide = opened(tmp_path / "out", memory=memory, dtype=torch.float32)
-        torch.testing.assert_close(wide(tokens()).logits, expected, **TOLERANCE)
-    narrow = [opened(tmp_path / "out", memory=memory)(tokens()).logits for memory in ("device", "mmap")]
-    assert narrow[0].dtype == torch.bfloat16
-    assert torch.equal(*narrow)
-    assert (narrow[0] - expected).abs().mean() < 0.02
+    assert (check_bf16(tmp_path / "out", tokens(), expected) - expected).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize("size", [1_000, 3_000, 10**9])
@@ -245,22 +215,10 @@ def test_tables_are_cut_into_row_ranges_that_fit(size, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["engram_addressing"] == reader.addressing
     assert 'memory="mmap"' in (tmp_path / "out" / "README.md").read_text()
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
     for layer in (0, 2):
-        parts = config["engram_parts"][str(layer)]
-        tensors = [
-            load_file(tmp_path / "out" / index[name])[name]
-            for part in range(len(parts))
-            for name in [f"layers.{layer}.engram.table.parts.{part}"]
-        ]
-        assert [len(tensor) for tensor in tensors] == parts
-        assert max(parts) - min(parts) <= 1
-        assert len(parts) == 1 or max(tensor.nbytes for tensor in tensors) <= size
-        assert torch.equal(torch.cat(tensors), reader.read(f"layers.{layer}.engram.table"))
-    sizes = {}
-    for name, file in index.items():
-        sizes.setdefault(file, []).append(prod(load_file(tmp_path / "out" / file)[name].shape))
-    assert all(len(held) == 1 or 4 * sum(held) <= size for held in sizes.values())
+        name = f"layers.{layer}.engram.table"
+        check_parts(tmp_path / "out", "engram_parts", layer, f"{name}.parts", reader.read(name), size)
+    check_files(tmp_path / "out", size)
 
 
 def test_a_mapped_model_finds_its_files_in_the_hubs_cache(folders, tmp_path):
