@@ -1,6 +1,7 @@
 """A model as a DeepSpeed pipeline: built, partitioned, and stepped."""
 
 import contextlib
+import importlib
 import io
 import itertools
 import logging
@@ -87,7 +88,7 @@ class Pipeline:
         self.context = StepContext()
         self.shape = shape = Shape(config.model.model_dump())
         self.frozen = config.model.frozen_anchor
-        raise_anywhere(expert_backend_problem(config))
+        raise_anywhere(expert_problem(config))
         with _quiet():
             self.module = _StagedModule(_layer_specs(config, shape, mesh), mesh.pipeline, stage_bounds(config))
         self.context.frozen = self.frozen
@@ -287,8 +288,15 @@ class Pipeline:
         return StepEngine.adopt(engine, self.context, norm, train.optimizer.clip_norm)
 
 
-def expert_backend_problem(config: Config) -> str | None:
-    """Why `train.expert_backend` does not run in this process, and the remedy; None if it does."""
+def expert_problem(config: Config) -> str | None:
+    """Why this process cannot compute the experts as the configuration has it, and the remedy; None if it can."""
+    if config.model.moe is not None and local_device().type == "cuda":
+        # The model does without where an export is loaded; a run says what it computes with.
+        try:
+            for kernel in ("route", "permute", "swiglu"):
+                importlib.import_module(f"kmem_kernels.{kernel}.op")
+        except ImportError as error:
+            return f"model.moe: its kernels cannot be imported ({error}): pip install 'kmem[kernels]'"
     name = config.train.expert_backend
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     refusal = problem(name, local_device(), dtype)

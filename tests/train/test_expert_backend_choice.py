@@ -1,7 +1,13 @@
 """Training with another expert backend: the same curve, and one message on every rank where it does not run."""
 
-import pytest
+import sys
 
+import pytest
+import torch
+
+from kmem.config import parse_config
+from kmem.parallel import pipeline
+from kmem.parallel.pipeline import expert_problem
 from tests.distributed.training_case import small_config, train_case
 from tests.train.trainer_case import trainer_case
 
@@ -17,6 +23,17 @@ def test_the_loop_trains_as_grouped_mm(ranks, changes):
         result = ranks.run(world, train_case, small_config(**mesh, **changes), 5)[0]
         assert result["losses"] == pytest.approx(reference["losses"], abs=tolerance)
         assert result["counts"] == reference["counts"] or changes
+
+
+def test_a_gpu_without_kernels_is_refused(monkeypatch):
+    """Not trained on without them in silence."""
+    monkeypatch.setattr(pipeline, "local_device", lambda: torch.device("cuda"))
+    config = parse_config(small_config())
+    assert expert_problem(config) is None
+    monkeypatch.setitem(sys.modules, "kmem_kernels.permute.op", None)
+    refusal = expert_problem(config)
+    assert refusal.startswith("model.moe: its kernels cannot be imported")
+    assert refusal.endswith("pip install 'kmem[kernels]'")
 
 
 def test_a_backend_that_does_not_run_here_is_refused_on_every_rank(ranks, run_config):
