@@ -67,10 +67,15 @@ class Source:
             return self.paths
         progress = self.reader.commit.progress
         before: Mapping[str, int] = {}
-        if start is not None and progress.bank_start is None:
+        if start is not None and goes_on_from(progress, start):
             before = start.commit.progress.sequences_read
         read = [text for text, count in progress.sequences_read.items() if count > before.get(text, 0)]
         return () if "" in read else tuple(path for text in read for path in text.split(","))
+
+
+def goes_on_from(progress: Progress, start: CheckpointReader) -> bool:
+    """Whether a run that began with a checkpoint's bank has taken all of the checkpoint, or else its weights alone."""
+    return progress.bank_start == start.commit.progress.bank_start
 
 
 def the_layout(reader: CheckpointReader) -> BankLayout:
@@ -172,7 +177,7 @@ def merge(sources: Sequence[Source], out: Path, start: CheckpointReader | None =
     progress = _joined_progress(readers, base, start)
     config = _with_subtrees(readers[base].config, _joined_subtrees(readers))
     # A run that began with the start's weights alone had none of the state of its rows.
-    weights_of = None if start is None or progress.bank_start is None else len(readers)
+    weights_of = None if start is None or goes_on_from(progress, start) else len(readers)
     return _written(readers[base], out, layout, owners, given, note, progress, config, weights_of), remarks
 
 
@@ -183,7 +188,7 @@ def _joined_progress(readers: Sequence[CheckpointReader], base: int, start: Chec
     def summed(count: str) -> int:
         """What all have read, and once what they went on from."""
         before = 0 if start is None else getattr(start.commit.progress, count)
-        since = [0 if progress.bank_start is not None else before for progress in of_runs]
+        since = [before if start is not None and goes_on_from(progress, start) else 0 for progress in of_runs]
         return max(since) + sum(getattr(progress, count) for progress in of_runs) - sum(since)
 
     positions: dict[str, int] = {}

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kmem.config import UserError
 from kmem.data.manifest import Manifest
 from kmem.data.units import Unit, UnitMap
-from kmem.model.cluster_tree import file_digest, parse_path, read_tree_record
+from kmem.model.cluster_tree import cluster_of, file_digest, parse_path, read_tree_record
 
 RECORD_FILE = "addresses.json"
 FORMAT, VERSION = "kmem-addresses", 1
@@ -199,17 +199,12 @@ def leaves_below(tree: Mapping[str, Any], paths: Sequence[str]) -> dict[str, ran
     """
     children, levels, found = tree["children"], tree["levels"], {}
     for path in paths:
-        numbers = parse_path(path)
-        if len(numbers) > levels or max(numbers) >= children:
-            raise UserError(
-                f"data.addresses.subtrees: {path} is no cluster of the tree, which has {levels} levels of {children} "
-                f"children, numbered 0 to {children - 1}"
-            )
-        first, below = 0, children**levels
-        for child in numbers:
-            below //= children
-            first += child * below
-        found[path] = range(first, first + below)
+        try:
+            level, number = cluster_of(parse_path(path), children, levels)
+        except ValueError as error:
+            raise UserError(f"data.addresses.subtrees: {error}") from None
+        below = children ** (levels - level)
+        found[path] = range(number * below, (number + 1) * below)
     return found
 
 

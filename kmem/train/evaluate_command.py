@@ -194,6 +194,8 @@ def _open(
     addressing = None
     if bank is not None:  # its control may need no addresses
         config, addressing = config.model_copy(update={"addresses": None}), bank.addressing
+    elif config.addresses is not None:  # all held-out text, whatever the run has read
+        config = config.model_copy(update={"addresses": config.addresses.model_copy(update={"subtrees": None})})
     data = open_data(config, reader.config.model.vocab_size, addressing)
     stored = reader.commit.progress.data.get("tokenizer", data.tokenizer_fingerprint)
     if stored != data.tokenizer_fingerprint:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from kmem.checkpoint.bank import bank_layout
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.cli import main
-from kmem.config import UserError, parse_config
+from kmem.config import UserError, load_config, parse_config
 from kmem.data.batch import SequenceBatch
 from kmem.model.bank_layout import GENERIC
 from kmem.train.bank_addresses import bank_tree, with_generic_blocks
@@ -81,6 +82,7 @@ def test_a_bank_is_added_to_a_run(ranks, bank_run, tmp_path):
 
 @pytest.mark.parametrize("anchor", ["frozen", pytest.param("train", marks=pytest.mark.full)])
 def test_a_bank_is_added_to_an_imported_model(ranks, bank_run, tmp_path, anchor, capsys):
+    """By its own run going on, and by a run that begins with its weights and includes its model."""
     plain, _ = bank_run(name="plain", model__moe=None, model__memory_bank=None, data__addresses=None, train__steps=2)
     ranks.run(1, trainer_case, plain)
     exported, imported = str(tmp_path / "exported"), str(tmp_path / "runs" / "imported")
@@ -96,6 +98,15 @@ def test_a_bank_is_added_to_an_imported_model(ranks, bank_run, tmp_path, anchor,
     same = [torch.equal(kept.read(name), after.read(name)) for name in kept.tensors]
     assert all(same) if anchor == "frozen" else not all(same)
     assert any(after.read(name).any() for name in after.tensors if ".bank." in name)
+    assert main(["import", "--from", exported, "--out", f"{imported}-again"]) == 0
+    begun, path = bank_run(name="begun", checkpoint__start=f"{imported}-again", data__addresses__batching="leaf")
+    begun |= {"include": f"{imported}-again/model.yaml", "model": {"memory_bank": bank}}
+    path.write_text(yaml.safe_dump(begun))
+    result = ranks.run(1, trainer_case, load_config(path).model_dump(mode="json"))[0]
+    assert (result["error"], result["started_at"], result["steps"]) == (None, 0, 6)
+    begun = CheckpointReader(tmp_path / "runs" / "begun")
+    same = [torch.equal(kept.read(name), begun.read(name)) for name in kept.tensors]
+    assert all(same) if anchor == "frozen" else not all(same)
 
 
 @pytest.mark.parametrize(

@@ -155,19 +155,28 @@ def test_a_job_may_have_more_ranks(runs):
     assert any(key.startswith("weight/") for key in same(one, other))
 
 
-@pytest.mark.parametrize("begin", ["start", pytest.param("resume", marks=pytest.mark.full)])
-def test_jobs_of_a_trained_bank_name_what_they_began_with(runs, begin, capsys):
+@pytest.mark.parametrize(
+    ("name", "begin", "source"),
+    [
+        ("second", "start", "merged"),
+        pytest.param("going-on", "resume", "merged", marks=pytest.mark.full),
+        pytest.param("third", "resume", "begun", marks=pytest.mark.full),  # which began with another bank itself
+    ],
+)
+def test_jobs_of_a_trained_bank_name_what_they_began_with(runs, name, begin, source, capsys):
     """Else what they have not trained themselves would be taken for theirs."""
+    if source == "begun":
+        runs.train("begun", start="merged")
     first = STEPS if begin == "resume" else 0
     for number in ("0", "1"):
-        runs.train(f"{begin}-{number}", **{begin: "merged"}, subtrees=[number], train__steps=first + 1)
-    runs.train(f"{begin}-both", resume=f"{begin}-0", subtrees=["1"], train__steps=first + 2)
-    parts = ["--from", str(runs.root / f"{begin}-0"), "--from", str(runs.root / f"{begin}-1")]
+        runs.train(f"{name}-{number}", **{begin: source}, subtrees=[number], train__steps=first + 1)
+    runs.train(f"{name}-both", resume=f"{name}-0", subtrees=["1"], train__steps=first + 2)
+    parts = ["--from", str(runs.root / f"{name}-0"), "--from", str(runs.root / f"{name}-1")]
     capsys.readouterr()
     assert main(["memory", "merge", *parts, "--out", str(runs.root / "never")]) == 2
     assert "with --start" in " ".join(capsys.readouterr().err.split())
-    runs.merge(f"{begin}-merged", *parts, "--start", "merged")
-    merged, single = runs.read(f"{begin}-merged"), runs.read(f"{begin}-both")
+    runs.merge(f"{name}-merged", *parts, "--start", source)
+    merged, single = runs.read(f"{name}-merged"), runs.read(f"{name}-both")
     assert same(stored(merged), stored(single)) == []
     one, other = merged.commit.progress, single.commit.progress
     assert (one.positions, one.tokens, one.consumed_samples) == (other.positions, other.tokens, other.consumed_samples)
