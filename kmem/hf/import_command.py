@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from kmem.config import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="source", required=True, type=Path, metavar="DIR", help="Hugging Face folder")
@@ -12,13 +14,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chain-iterations", type=int, metavar="C",
         help="make MoE layers chains of experts of C iterations that start by computing what the layers compute",
     )  # fmt: skip
+    parser.add_argument(
+        "--chain-set", nargs="+", default=[], metavar="FIELD=VALUE",
+        help="with --chain-iterations: fields of model.moe.chain, as residual=outer norm=once gates=shared",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
     from kmem.hf.importing import import_folder
 
+    if arguments.chain_set and arguments.chain_iterations is None:
+        raise UserError("--chain-set: only with --chain-iterations")
     import_folder(
-        arguments.source, arguments.out, drop_mtp=arguments.drop_mtp, chain_iterations=arguments.chain_iterations
+        arguments.source,
+        arguments.out,
+        drop_mtp=arguments.drop_mtp,
+        chain_iterations=arguments.chain_iterations,
+        chain_choices=arguments.chain_set,
     )
     config = arguments.out / "config.yaml"
     print(

@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -56,6 +56,7 @@ def import_folder(
     *,
     drop_mtp: bool = False,
     chain_iterations: int | None = None,
+    chain_choices: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> Imported:
     """Make the run folder `out`: a checkpoint, the tokenizer, `config.yaml` to edit, `model.yaml` to include.
@@ -65,6 +66,7 @@ def import_folder(
         out: a folder that does not exist or is empty.
         drop_mtp: leave out layers for multi-token prediction.
         chain_iterations: make the MoE layers chains of so many iterations that start by computing what they computed.
+        chain_choices: further fields of these chains, as `residual=outer`.
         say: receives what was found and what was left out.
 
     Raises:
@@ -78,7 +80,7 @@ def import_folder(
     architecture = read_architecture(folder.config, described)
     config = read_config(folder.config, architecture, described)
     model = read_model(config, architecture, described)
-    target = model if chain_iterations is None else chained(model, chain_iterations)
+    target = model if chain_iterations is None else chained(model, chain_iterations, chain_choices)
     run = starting_config(out, target)
     say(f"architecture: {architecture.name}")
     if chain_iterations is not None:

@@ -5,6 +5,8 @@ import torch
 
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.cli import main
+from kmem.config import UserError
+from kmem.hf.retrofit import chained
 from kmem.model.decoder import Decoder
 from kmem.model.shape import Shape
 from tests.hf.models import NATIVE, OWN, VOCABULARY, logits, random_weights, write_run
@@ -33,6 +35,39 @@ def test_the_chain_starts_as_the_model_it_came_from(name, tmp_path, capsys):
         assert torch.equal(norm.weight, source.feed_forward_norm.weight)
     layer.feed_forward.retrofit_scale["2"].data.fill_(0.5)
     assert not torch.allclose(logits(chain, ids), logits(decoder, ids))
+
+
+@pytest.mark.parametrize("choices", [["residual=outer", "norm=once"], ["gates=shared"], ["gates=frozen"]])
+def test_other_chains_start_as_the_model_too(choices, tmp_path):
+    config = NATIVE["qwen3_moe"]
+    decoder = random_weights(config)
+    write_run(tmp_path / "run", config, decoder)
+    run, out, back = (str(tmp_path / folder) for folder in ("run", "out", "back"))
+    assert main(["export", "--checkpoint", run, "--out", out]) == 0
+    words = ["import", "--from", out, "--out", back, "--chain-iterations", "2", "--chain-set", *choices]
+    assert main(words) == 0
+    reader = CheckpointReader(tmp_path / "back")
+    chain = reader.config.model.moe.chain
+    assert all(getattr(chain, name) == value for name, value in (choice.split("=") for choice in choices))
+    decoder_of_chains = Decoder(Shape(reader.config.model.model_dump())).eval()
+    decoder_of_chains.load_state_dict({name: reader.read(name) for name in reader.tensors})
+    ids = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(logits(decoder_of_chains, ids), logits(decoder, ids))
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("residual=both", "--chain-set residual: Input should be"),
+        ("gate=shared", "--chain-set gate: "),
+        ("residual=init", "would not start as the MoE layer it came from"),
+        ("iterations=3", "--chain-set iterations=3: expected a field"),
+        ("shared_experts=once", "the model has no shared experts"),
+    ],
+)
+def test_choices_that_make_no_such_chain(choice, message):
+    with pytest.raises(UserError, match=message):
+        chained(NATIVE["qwen3_moe"], 2, [choice])
 
 
 @pytest.mark.parametrize(
