@@ -1,6 +1,7 @@
 """Jobs that train the text of different subtrees with one frozen anchor: merged, they are the run that trains one
 subtree after the other."""
 
+import json
 import re
 import shutil
 from copy import deepcopy
@@ -250,3 +251,16 @@ def test_the_commands_of_the_documentation(runs, tmp_path):
     said = kmem("train", "--config", tmp_path / "frozen.yaml", "--set", *everything)
     assert "from the start" in said
     assert "bits per byte" in kmem("eval", "--checkpoint", tmp_path / "everything")
+
+
+@pytest.mark.parametrize("bank", [None, BANK], ids=["plain", "bank"])
+def test_eval_scores_all_held_out_text(runs, bank, capsys):
+    name = "plain-part" if bank is None else "part-0"
+    if bank is None:
+        runs.train(name, model__memory_bank=None, subtrees=["0"], train__steps=1)
+    capsys.readouterr()
+    assert main(["eval", "--checkpoint", str(runs.root / name), "--json"]) == 0
+    (figures,) = json.loads(capsys.readouterr().out)["held_out"].values()
+    config = parse_config(runs.config("any")).data
+    reader = SequenceReader(config, "validation", Addressing(runs.root / "tree", "leaf"))
+    assert figures["tokens"] == int((reader.read(range(len(reader))).labels >= 0).sum())
