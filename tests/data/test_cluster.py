@@ -369,6 +369,8 @@ def test_the_report_says_where_each_sources_text_is(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "in which cluster of level 1 these are" in printed
     assert re.search(r"│ b +│", printed)
+    told = int(re.search(r"source\s+in\s+(\d+)%", printed).group(1))
+    assert 80 < told <= 100
     second = tmp_path / "second"
     prepare(Preparation(sources[:1], second, tokenizer=first / "tokenizer"))
     counts = source_counts(apply_tree([first, second], tmp_path / "tree"))

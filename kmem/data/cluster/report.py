@@ -90,12 +90,11 @@ def _sources(done: Addressed) -> Any:
     counts = source_counts(done)
     if len(counts) < 2:
         return None
-    every = np.stack(list(counts.values()))
-    found, blind = every.max(axis=0).sum() / every.sum(), every.sum(axis=1).max() / every.sum()
+    found = np.stack([clusters / max(clusters.sum(), 1) for clusters in counts.values()]).max(axis=0).sum()
     table = Table(
         title="sources of the training units, and in which cluster of level 1 these are, in %",
-        caption=f"{found:.1%} of the units are of the commonest source of their cluster; {blind:.1%} would be, were "
-        "clusters blind to sources",
+        caption=f"were all sources of one size, its cluster would tell a unit's source in {found / len(counts):.0%} of "
+        f"cases; {1 / len(counts):.0%} if clusters were blind to sources",
         min_width=100,
     )
     table.add_column("source", no_wrap=True, min_width=min(max(map(len, counts)), 24))
