@@ -274,7 +274,7 @@ def _dense_fields(model: ModelConfig) -> dict[str, Any]:
 
 
 def _llama_obstacles(model: ModelConfig) -> list[str]:
-    found = _plain_gqa_obstacles(model)
+    found = _whole_heads_obstacles(model)
     if model.hidden_size % model.attention.num_heads:
         found.append(
             f"it wants model.attention.num_heads={model.attention.num_heads} to divide "
@@ -383,8 +383,13 @@ LLAMA = Architecture(
     name="Llama",
     model_type="llama",
     class_name="LlamaForCausalLM",
-    shape="grouped-query attention without qk-norm, no experts",
-    asks=lambda model: model.attention.kind == "gqa" and not model.attention.qk_norm and model.moe is None,
+    shape="grouped-query attention without qk-norm or biases, no experts",
+    asks=lambda model: (
+        model.attention.kind == "gqa"
+        and not model.attention.qk_norm
+        and not model.attention.qkv_bias
+        and model.moe is None
+    ),
     obstacles=_llama_obstacles,
     to_fields=_dense_fields,
     from_fields=lambda config: {
