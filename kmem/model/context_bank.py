@@ -139,7 +139,7 @@ class ContextBank:
         ids = self.layout.row_ids(leaves, levels=chosen)
         self._forget_others(ids)
         figures = {level: self._read(level, distinct_rows(found)[0], like)[1] for level, found in ids.items()}
-        self.leaves, self._fetched_levels = leaves, chosen
+        self.leaves, self._fetched_levels = leaves, None if levels is None else chosen
         return Fetch(leaves, figures, routed)
 
     def forget(self) -> None:
@@ -177,7 +177,8 @@ class ContextBank:
         """
         if self.memory == "none":
             return without_blocks(self.layout)
-        levels = self.levels if self.leaves is None else self._fetched_levels
+        # Levels that were named with fetched contexts stay theirs; otherwise those of now count.
+        levels = self.levels if self._fetched_levels is None else self._fetched_levels
         if leaves is None:
             assert self.memory == "generic"
             ids = self.layout.row_ids(torch.full((batch,), MISSING), True, levels)
@@ -264,6 +265,11 @@ def as_contexts(context: Contexts, mask: Tensor | None = None) -> list[Context]:
         ids = context if context.dim() == 2 else context[None]
         if mask is None:
             return list(ids.cpu())
+        if mask.numel() != ids.numel():
+            raise ValueError(
+                f"attention_mask of shape {list(mask.shape)} does not say which of the tokens {list(ids.shape)} are "
+                "padding: give a mask [B, T], or addresses, or fetch(context) first"
+            )
         present = mask.bool().cpu().view(ids.shape)
         return [row[there] for row, there in zip(ids.cpu(), present, strict=True)]
     if len(context) and isinstance(context[0], int):

@@ -124,6 +124,11 @@ class BankContexts:
             leaves = self._addresses(bank, input_ids, token_mask, addresses, cache)
             if leaves.dim() == 1 and len(leaves) != batch:
                 leaves = _spread(leaves, batch)
+            if leaves.shape not in ((batch,), (batch, tokens)):
+                raise ValueError(
+                    f"addresses of shape {list(leaves.shape)}: give one for each of the {batch} sequences, [{batch}], "
+                    f"or one for each of their tokens, [{batch}, {tokens}]"
+                )
             carried = None if cache is None else context_layer(cache, self.shape.num_layers)
             if carried is not None and carried.leaves is None and leaves.dim() == 1:
                 carried.leaves = leaves

@@ -122,6 +122,11 @@ def test_fetch_reads_what_is_not_there_yet(folders):
     torch.testing.assert_close(model(more).logits, decoder.bank_logits(more, leaves.repeat_interleave(2)), **TOLERANCE)
     with pytest.raises(ValueError, match=r"3 contexts were fetched, and 4 sequences"):
         model(tokens(4))
+    model.bank_levels = [2]  # of what is fetched, unless levels were named with it
+    torch.testing.assert_close(model(ids).logits, decoder.bank_logits(ids, leaves, levels=[2]), **TOLERANCE)
+    model.fetch(contexts, levels=[1])
+    torch.testing.assert_close(model(ids).logits, decoder.bank_logits(ids, leaves, levels=[1]), **TOLERANCE)
+    model.bank_levels = None
 
     # Of a topic's neighbour below the same cluster of level 1, only the deep level is read.
     sizes = {level: 4 * decoder.layout.row_values(level) for level in (1, 2)}
@@ -405,6 +410,8 @@ def test_faults_are_named(folders, tmp_path):
         (lambda: model.fetch([]), "no contexts to fetch for"),
         (lambda: model.fetch(addresses=[]), "no contexts to fetch for"),
         (lambda: model.fetch("a", attention_mask=torch.ones(1, 1)), "goes with contexts as token ids"),
+        (lambda: model.fetch(tokens(), attention_mask=torch.ones(4, 1, 12, 12)), "does not say which of the tokens"),
+        (lambda: model(tokens(), addresses=torch.zeros(4, 11).long()), "or one for each of their tokens, \\[4, 12\\]"),
         (lambda: setattr(model, "bank_memory", "some"), "one of fetched, generic, none"),
         (lambda: KmemForCausalLM(model.config)(tokens()), "no cluster tree"),
         (lambda: KmemForCausalLM(model.config)(tokens(), addresses=torch.zeros(4).long()), "from_pretrained"),
