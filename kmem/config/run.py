@@ -47,8 +47,9 @@ class CheckpointConfig(Section):
     """Write in the background from a copy of the state in host memory."""
     resume: str = "auto"
     """auto: the newest undamaged checkpoint of the run folder, if any. never: refuse a folder that has checkpoints.
-    The folder of another run or of one of its steps: start from there while this run has no checkpoint of its own. The
-    folder of an earlier step of this run: go back to it; later checkpoints are set aside."""
+    The folder of another run or of one of its steps: go on from there, with its step, optimizers and place in the text,
+    while this run has no checkpoint of its own. The folder of an earlier step of this run: go back to it; later
+    checkpoints are set aside."""
     start: str | None = None
     """Folder of another run or of one of its steps: begin with its weights, and nothing else of it, while this run has
     no checkpoint of its own. Step, schedule, optimizers and the order of the text are those of a new run, and the text

@@ -10,7 +10,7 @@ from kmem.checkpoint.manifest import ANOTHER_RUN, check_tree
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import find_checkpoint
 from kmem.checkpoint.store import CheckpointStore
-from kmem.config import CheckpointConfig
+from kmem.config import CheckpointConfig, UserError
 from kmem.data.reader import PreparedData
 from kmem.parallel.mesh import together
 
@@ -103,14 +103,10 @@ def chosen_beginning(config: CheckpointConfig, store: CheckpointStore) -> Beginn
         return Beginning(*newest, "own")
     if start is None:
         return None
-    folder = together(lambda: _find(start))
-    return Beginning(folder, store.open(folder), "weights")
-
-
-def _find(start: str) -> Path:
     try:
-        return find_checkpoint(Path(start))
-    except CheckpointError as error:
+        folder = together(lambda: find_checkpoint(Path(start)))
+        return Beginning(folder, store.open(folder), "weights")
+    except UserError as error:
         raise CheckpointError(f"checkpoint.start: {error}") from None
 
 
