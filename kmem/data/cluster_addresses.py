@@ -178,10 +178,13 @@ def read_addresses(
     try:
         leaves = np.load(file, mmap_mode="r", allow_pickle=False)
         fits = leaves.dtype == np.int32 and leaves.shape == (len(units),) == (expected,)
+        fits = fits and file_digest(file) == digest
     except (OSError, ValueError, EOFError):
         fits = False
     if not fits or (len(leaves) and not 0 <= int(leaves.min()) <= int(leaves.max()) < leaf_count(record)):
-        raise UserError(f"{file}: missing, damaged, or not a leaf for each of {len(units):,} units; {remedy} --force")
+        raise UserError(
+            f"{file}: missing, damaged, or not the leaves of {len(units):,} units that were written; {remedy} --force"
+        )
     continued = None if unit.window is None else units.continued()
     return SplitAddresses(leaves, units, continued, f"{record['fingerprint']}/{digest}")
 

@@ -81,15 +81,18 @@ def open_data(config: DataConfig, model_vocab_size: int, addressing: Addressing 
             f"{config.sources[0].path}/tokenizer; set it to at least {tokenizer.size}"
         )
     held_out = [manifest.splits["validation"] for manifest in manifests]
+    training = SequenceReader(config, "train", addressing)
     return PreparedData(
-        training=SequenceReader(config, "train", addressing),
+        training=training,
         validation=SequenceReader(config, "validation", addressing),
         tokenizer_path=_folder(config.sources[0].path) / "tokenizer",
         tokenizer_fingerprint=tokenizer.fingerprint,
         eos_token_id=tokenizer.eos_token_id,
         bytes_per_token_validation=sum(split.bytes for split in held_out) / sum(split.tokens for split in held_out),
-        fingerprint=_fingerprint(config, manifests, addressing),
-        sequences_fingerprint=_fingerprint(config, manifests, addressing if _by_leaf(addressing) else None),
+        fingerprint=_fingerprint(config, manifests, addressing, training.address_digests),
+        sequences_fingerprint=_fingerprint(
+            config, manifests, addressing if _by_leaf(addressing) else None, training.address_digests
+        ),
         selection="" if addressing is None else ",".join(addressing.subtrees),
     )
 
@@ -144,6 +147,11 @@ class SequenceReader:
     def __len__(self) -> int:
         """Sequences in one pass over every source; training goes on beyond it, validation ends there."""
         return int(self._ends[-1])
+
+    @property
+    def address_digests(self) -> list[str]:
+        """Identity of the addresses of each source, their tree's included; empty without."""
+        return [source.addresses.digest for source in self._sources if source.addresses is not None]
 
     @property
     def tokens(self) -> int:
@@ -247,19 +255,19 @@ class _Source:
         self._padding = manifest.tokenizer.eos_token_id
         # What is joined to a stream: documents, or units of one leaf.
         self._starts, self._lengths = self.indexed.starts, lengths
-        self._addresses: SplitAddresses | None = None
+        self.addresses: SplitAddresses | None = None
         if addressing is not None:
-            self._addresses = read_addresses(folder, manifest, split, self._starts, lengths, addressing.tree)
+            self.addresses = read_addresses(folder, manifest, split, self._starts, lengths, addressing.tree)
         self._by_leaf = _by_leaf(addressing)
         self._order: CorpusOrder | LeafOrder | None = None
         self.padding, self.share = 0, 1.0
         if self._by_leaf:
-            assert self._addresses is not None
+            assert self.addresses is not None
             assert addressing is not None
-            self._starts, self._lengths = self._addresses.units.starts, self._addresses.units.lengths
-            digest = f"{_content_digest(manifest)}/{self._addresses.digest}" if split == "train" else None
+            self._starts, self._lengths = self.addresses.units.starts, self.addresses.units.lengths
+            digest = f"{_content_digest(manifest)}/{self.addresses.digest}" if split == "train" else None
             chosen = chosen_leaves(tree_record(addressing.tree), addressing.subtrees) if addressing.subtrees else None
-            order = LeafOrder(self._lengths, self._addresses.leaves, self._length, config.seed, digest, chosen)
+            order = LeafOrder(self._lengths, self.addresses.leaves, self._length, config.seed, digest, chosen)
             self.padding, self.spans, self._order = order.padding, order.spans_per_epoch, order
             self.share = order.spans_per_epoch / max(order.all_spans, 1)
         elif split == "train":
@@ -277,8 +285,8 @@ class _Source:
 
     def holds(self, leaves: range) -> bool:
         """Whether any unit has one of these leaves."""
-        assert self._addresses is not None
-        found = self._addresses.leaves
+        assert self.addresses is not None
+        found = self.addresses.leaves
         return bool(((found >= leaves.start) & (found < leaves.stop)).any())
 
     def fill(self, rows: _Rows, here: NDArray[np.int64], number: int, positions: NDArray[np.int64]) -> None:
@@ -313,17 +321,17 @@ class _Source:
         place[row, column] = within
         rows.tokens[here], rows.documents[here], rows.positions[here] = tokens, documents, place
         rows.real[here] = real_n
-        if self._addresses is None or rows.addresses is None:
+        if self.addresses is None or rows.addresses is None:
             return
         part = np.repeat(part_p, length_p)
-        unit = part if self._by_leaf else self._addresses.units.of(part, stored)
+        unit = part if self._by_leaf else self.addresses.units.of(part, stored)
         addresses = np.zeros((len(here), width), dtype=np.int64)
-        addresses[row, column] = self._addresses.leaves[unit]
+        addresses[row, column] = self.addresses.leaves[unit]
         last = addresses[np.arange(len(here)), real_n - 1]
         rows.addresses[here] = np.where(np.arange(width) < real_n[:, None], addresses, last[:, None])
-        if self._by_leaf and self._addresses.continued is not None:
+        if self._by_leaf and self.addresses.continued is not None:
             at = begin_p + length_p - 1 - start_n[row_p]  # column of the piece's last token
-            reached = (begin_p + length_p == end_p) & (at < self._length) & self._addresses.continued[part_p]
+            reached = (begin_p + length_p == end_p) & (at < self._length) & self.addresses.continued[part_p]
             following = self.indexed.take(stored_p[reached] + length_p[reached])
             rows.continuations.append((here[row_p[reached]], at[reached], following))
 
@@ -355,7 +363,9 @@ def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def _fingerprint(config: DataConfig, manifests: Sequence[Manifest], addressing: Addressing | None) -> str:
+def _fingerprint(
+    config: DataConfig, manifests: Sequence[Manifest], addressing: Addressing | None, digests: Sequence[str]
+) -> str:
     # Paths are left out: a moved corpus is still the same data.
     tree = {
         "order": ORDER_VERSION,
@@ -369,5 +379,5 @@ def _fingerprint(config: DataConfig, manifests: Sequence[Manifest], addressing: 
         "seed": config.seed,
     }
     if addressing is not None:  # left out otherwise: data without addresses is the same data as ever
-        tree["addresses"] = [tree_record(addressing.tree)["fingerprint"], addressing.batching]
+        tree["addresses"] = [addressing.batching, *digests]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

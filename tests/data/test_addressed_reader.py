@@ -16,6 +16,7 @@ from kmem.data.indexed import IndexedTokens
 from kmem.data.leaf_order import LeafOrder
 from kmem.data.manifest import read_manifest
 from kmem.data.reader import SequenceReader, open_data
+from kmem.model.cluster_tree import read_tree_record
 from tests.data.cluster_case import give_addresses, units_of, write_tree
 from tests.data.conftest import BYTES_AND_EOS, make_texts
 
@@ -197,9 +198,24 @@ def test_fingerprints_tell_addresses_and_batching_apart(addressed):
     assert open_data(config, BYTES_AND_EOS).fingerprint == found[0]
 
 
+def test_one_other_address_is_other_data(addressed):
+    """As a tree applied anew may give: sequences of leaves then differ, and a run on them does not go on."""
+    folder, tree = addressed()
+    leaves = {split: np.load(folder / f"{split}.addresses.npy") for split in ("train", "validation")}
+    before = [open_data(config_of(folder), BYTES_AND_EOS, Addressing(tree, way)) for way in ("packed", "leaf")]
+    leaves["train"][5] = (leaves["train"][5] + 1) % 4
+    write_addresses(folder, read_manifest(folder), read_tree_record(tree), leaves)
+    after = [open_data(config_of(folder), BYTES_AND_EOS, Addressing(tree, way)) for way in ("packed", "leaf")]
+    assert all(old.fingerprint != new.fingerprint for old, new in zip(before, after, strict=True))
+    assert [old.sequences_fingerprint == new.sequences_fingerprint for old, new in zip(before, after, strict=True)] == [
+        True,  # packed sequences are the same ones
+        False,
+    ]
+
+
 def break_leaf(folder: Path) -> None:
     leaves = np.load(folder / "train.addresses.npy")
-    leaves[3] = 4
+    leaves[3] = (leaves[3] + 1) % 4
     np.save(folder / "train.addresses.npy", leaves)
 
 
@@ -216,11 +232,11 @@ def break_record(folder: Path, **changes) -> None:
         (lambda folder: break_record(folder, data="f" * 64), "addresses of other data"),
         (lambda folder: break_record(folder, version=7), "not of format"),
         (lambda folder: (folder / "addresses.json").write_text("{"), "damaged"),
-        (lambda folder: (folder / "train.addresses.npy").unlink(), "not a leaf for each of"),
-        (lambda folder: (folder / "train.addresses.npy").write_bytes(b"\x93NUMPY"), "not a leaf for each of"),
-        (lambda folder: np.save(folder / "train.addresses.npy", np.zeros(3, np.int32)), "not a leaf for each of"),
-        (lambda folder: np.save(folder / "train.addresses.npy", np.array([{}] * 3)), "not a leaf for each of"),
-        (break_leaf, "not a leaf for each of"),
+        (lambda folder: (folder / "train.addresses.npy").unlink(), "not the leaves of"),
+        (lambda folder: (folder / "train.addresses.npy").write_bytes(b"\x93NUMPY"), "not the leaves of"),
+        (lambda folder: np.save(folder / "train.addresses.npy", np.zeros(3, np.int32)), "not the leaves of"),
+        (lambda folder: np.save(folder / "train.addresses.npy", np.array([{}] * 3)), "not the leaves of"),
+        (break_leaf, "not the leaves of"),
     ],
 )
 def test_addresses_that_do_not_fit_are_an_error_with_a_remedy(addressed, damage, message):
