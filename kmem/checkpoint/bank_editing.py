@@ -309,10 +309,21 @@ def _check_same_bank(one: CheckpointReader, other: CheckpointReader) -> None:
             f"{other.folder}: its bank was trained with another cluster tree than that of {one.folder}: the same path "
             "names other documents"
         )
+    optimizers = [reader.config.bank.optimizer.name for reader in (one, other)]
+    if optimizers[0] != optimizers[1] and all(_has_row_state(reader) for reader in (one, other)):
+        raise CheckpointError(
+            f"{other.folder}: bank.optimizer.name is {optimizers[1]}, and {optimizers[0]} in {one.folder}: the state of "
+            "one means nothing to the other; begin with the weights of one alone (checkpoint.start)"
+        )
     for key in one.commit.tensors.keys() & other.commit.tensors.keys():
         types = [reader.commit.tensors[key].dtype for reader in (one, other)]
         if types[0] != types[1]:
             raise CheckpointError(f"{other.folder}: {key} is {types[1]}, and {types[0]} in {one.folder} (bank.dtype)")
+
+
+def _has_row_state(reader: CheckpointReader) -> bool:
+    """Whether the checkpoint has more of its blocks than their values."""
+    return any(not key.startswith(WEIGHT) for key in reader.commit.tensors if ".bank." in key)
 
 
 def _check_same_anchor(one: CheckpointReader, other: CheckpointReader) -> None:
@@ -324,6 +335,9 @@ def _check_same_anchor(one: CheckpointReader, other: CheckpointReader) -> None:
         if name in bank or differing:
             continue
         size = one.commit.tensors[WEIGHT + name].size
+        if one.commit.shapes[name] != other.commit.shapes[name]:
+            differing.append(name)
+            continue
         for start in range(0, size, COMPARED):
             parts = [reader.read_stored(WEIGHT + name, start, min(start + COMPARED, size)) for reader in (one, other)]
             if not torch.equal(*parts):

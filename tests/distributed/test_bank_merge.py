@@ -102,7 +102,7 @@ def test_a_merge_is_the_single_run(runs, tmp_path, capsys):
     assert merged.config.name == "merged-3"
 
 
-def test_blocks_that_count_their_own_steps_do_not_see_how_jobs_are_cut(ranks, tmp_path):
+def test_blocks_that_count_their_own_steps_do_not_see_how_jobs_are_cut(ranks, runs, tmp_path):
     """Steps without text of a subtree may be left out of its job: to the bit."""
     config = bank_config(model__memory_bank=FROZEN, model__moe=None)
     plan = [(0, [0]), (1, [1, 2]), (2, [1, 2]), (3, [0]), (4, [2])]
@@ -113,6 +113,8 @@ def test_blocks_that_count_their_own_steps_do_not_see_how_jobs_are_cut(ranks, tm
     for key, values in expected.items():
         assert key.startswith("step/") or torch.equal(found[key], values), key
     assert {0, 1, 2} <= set(found["updates/layers.0.bank.level4"].tolist())
+    with pytest.raises(CheckpointError, match=r"bank\.optimizer\.name is adam_catchup, and lazy_adam in"):
+        merge([Source(CheckpointReader(run)) for run in (tmp_path / "first", runs / "rest")], tmp_path / "none")
 
 
 def test_of_runs_of_other_lengths_each_gives_its_rows(runs, tmp_path):
