@@ -312,8 +312,8 @@ def _check_same_bank(one: CheckpointReader, other: CheckpointReader) -> None:
     optimizers = [reader.config.bank.optimizer.name for reader in (one, other)]
     if optimizers[0] != optimizers[1] and all(_has_row_state(reader) for reader in (one, other)):
         raise CheckpointError(
-            f"{other.folder}: bank.optimizer.name is {optimizers[1]}, and {optimizers[0]} in {one.folder}: the state of "
-            "one means nothing to the other; begin with the weights of one alone (checkpoint.start)"
+            f"{other.folder}: bank.optimizer.name is {optimizers[1]}, and {optimizers[0]} in {one.folder}: the state "
+            "of one means nothing to the other; begin with the weights of one alone (checkpoint.start)"
         )
     for key in one.commit.tensors.keys() & other.commit.tensors.keys():
         types = [reader.commit.tensors[key].dtype for reader in (one, other)]
