@@ -66,3 +66,14 @@ def test_sizes_of_a_level():
     assert level_sizes(leaf_sizes, 2) == {"clusters": 3, "smallest": 3, "median": 7.0, "largest": 10, "gini": 0.2333}
     assert gini(np.array([5, 5, 5])) == 0
     assert gini(np.array([0, 0, 0, 12])) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_many_duplicates_fill_the_children_that_they_can(seed):
+    """The largest cluster may be one document many times over; those with different documents are divided."""
+    draw = np.random.default_rng(seed)
+    distinct = draw.normal(size=(20, 4)).astype(np.float32)
+    vectors = np.concatenate([np.repeat(distinct[:1], 500, axis=0), distinct[draw.integers(20, size=140)], distinct])
+    assert sizes_of(vectors, split_node(vectors, 16, 1.5, 1, seed, "root")).min() > 0
+    with pytest.raises(UserError, match="20 distinct embeddings, which do not fill 21 children"):
+        split_node(vectors, 21, 1.5, 1, seed, "root")

@@ -85,18 +85,21 @@ def _rebalanced(
 
 def _filled(vectors: Vectors, centroids: Vectors, children: int, name: str) -> Vectors:
     """The centroids, none of which is the nearest to no vector: such a one moves to the vector that lies farthest from
-    the centroid of the largest cluster."""
+    its centroid in the largest cluster of different vectors."""
     rows = torch.from_numpy(vectors)
     root = torch.zeros(len(vectors), dtype=torch.int64)
-    for _ in range(2 * children):
+    for _ in range(4 * children):
         nearest = nearest_children(rows, root, torch.from_numpy(centroids), children).numpy()
         sizes = np.bincount(nearest, minlength=children)
         if sizes.min() > 0:
             return centroids
-        members = np.flatnonzero(nearest == sizes.argmax())
-        apart = np.square(vectors[members] - centroids[sizes.argmax()]).sum(axis=1)
-        if apart.max() == 0:
+        for largest in np.argsort(-sizes, kind="stable"):
+            members = np.flatnonzero(nearest == largest)
+            if len(members) and (vectors[members] != vectors[members[0]]).any():
+                break
+        else:
             break
+        apart = np.square(vectors[members] - centroids[largest]).sum(axis=1)
         centroids = centroids.copy()
         centroids[sizes.argmin()] = vectors[members[apart.argmax()]]
     distinct = len(np.unique(vectors, axis=0))
