@@ -126,7 +126,8 @@ def peak_bytes(corpus: Path, folder: Path, units: int) -> int:
 
     def watched() -> None:
         KINDS["tfidf"] = dataclasses.replace(KINDS["tfidf"], chunk_tokens=1 << 14)
-        tfidf.SVD_UNITS, building._UNITS_AT_A_TIME = 1000, 1024
+        # What is held for a moment, whatever the corpus, is seen by chance, and must be small beside what is compared.
+        tfidf.SVD_UNITS, building._UNITS_AT_A_TIME, workspace._SECONDS_BETWEEN_MARKS = 1000, 128, 2
         torch.set_num_threads(1)
         peak, done, before = [0], threading.Event(), own_bytes()
 
@@ -137,7 +138,7 @@ def peak_bytes(corpus: Path, folder: Path, units: int) -> int:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        make_tree(TreeRequest([data], folder / "tree", 4, 2, embedder="tfidf", options={"dim": 256}, sample=1000))
+        make_tree(TreeRequest([data], folder / "tree", 4, 2, embedder="tfidf", options={"dim": 512}, sample=1000))
         done.set()
         watcher.join()
         (folder / "peak").write_text(str(peak[0]))
