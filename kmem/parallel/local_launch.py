@@ -1,7 +1,9 @@
 """Starting local ranks without a launcher: `kmem train --nproc N`."""
 
+import contextlib
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,9 +22,7 @@ def launch_local(arguments: Sequence[str], ranks: int) -> int:
     A signal is passed on once to every rank, which finish their step and save. If a rank fails, the others are ended
     and its exit code is returned.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port() if ranks > 1 else 0
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     processes: list[subprocess.Popen] = []
 
@@ -40,6 +40,14 @@ def launch_local(arguments: Sequence[str], ranks: int) -> int:
         _end(processes, 0.0)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def free_port() -> int:
+    """A port for rank 0 to listen on: below those that systems give away, so that no other process gets it first."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", random.SystemRandom().randrange(20_000, 32_000)))
+            return probe.getsockname()[1]
 
 
 def _start(arguments: Sequence[str], rank: int, ranks: int, port: int, threads: str) -> subprocess.Popen:

@@ -5,7 +5,6 @@ ranks that share one set of experts are neighbours within a stage.
 """
 
 import os
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -170,9 +169,7 @@ def local_device() -> torch.device:
 
 def _start_process_group(config: Config, rank: int, world: int) -> None:
     if world == 1 and "MASTER_PORT" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(probe.getsockname()[1]))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # whichever is free when rank 0 listens
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.setdefault("LOCAL_RANK", "0")
     device = local_device()

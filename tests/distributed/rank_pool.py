@@ -4,17 +4,16 @@ A case is a module-level function `case(*arguments)` of a test module; every ran
 the asked size and returns something picklable.
 """
 
-import contextlib
 import gc
 import importlib
 import multiprocessing as mp
 import os
 import queue
-import random
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from kmem.parallel.local_launch import free_port
 
 TIMEOUT_SECONDS = 180
 
@@ -38,7 +37,7 @@ class RankPool:
             process = self._context.Process(target=_serve, args=(self._device, jobs, answers), daemon=True)
             process.start()
             self._workers.append((process, jobs, answers))
-        port = _free_port()
+        port = free_port()
         for rank, (_, jobs, _) in enumerate(self._workers[:world]):
             jobs.put((case.__module__, case.__qualname__, arguments, rank, world, port))
         results, failures = [], []
@@ -99,11 +98,3 @@ def _forget_engines() -> None:
         if type(candidate).__name__ in ("StepEngine", "_StagedModule", "PipelineParallelGrid"):
             candidate.__dict__.clear()
     gc.collect()
-
-
-def _free_port() -> int:
-    """A port below those that systems give away, so that no other process gets it before rank 0 listens."""
-    while True:
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", random.SystemRandom().randrange(20_000, 32_000)))
-            return probe.getsockname()[1]
