@@ -1,13 +1,18 @@
 """Clustering that is killed goes on to the same result, wherever it was killed; and what it keeps in memory."""
 
+import errno
+import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from kmem.cli import main
 from kmem.config import UserError
 from kmem.data.cluster.applying import WORKING, apply_tree
 from kmem.data.cluster.building import TreeRequest, make_tree
@@ -125,3 +130,57 @@ def test_what_an_earlier_command_left_does_not_come_into_the_tree(corpus, tmp_pa
     done = make_tree(TreeRequest([corpus], tmp_path / "tree", 3, 1, embedder="tfidf"))
     files = {file.name for file in (tmp_path / "tree" / "embedder").iterdir()}
     assert files == set(done.tree.record["embedder"]["files"])
+
+
+def test_addresses_given_meanwhile_are_not_replaced(addressed, tmp_path, monkeypatch):
+    """A tree is interrupted, another one is applied, and the first is continued."""
+    bare, tree, _ = addressed
+    request = TreeRequest([bare], tmp_path / "second", 3, 1, embedder="tfidf", options={"dim": 16})
+    with monkeypatch.context() as patched:
+        patched.setattr("kmem.data.cluster.building.write_addresses", None)
+        with pytest.raises(TypeError):
+            make_tree(request)
+    apply_tree([bare], tree)
+    kept = (bare / "train.addresses.npy").read_bytes()
+    with pytest.raises(UserError, match="addresses of another tree"):
+        make_tree(request)
+    assert (bare / "train.addresses.npy").read_bytes() == kept
+    make_tree(replace(request, force=True))
+    assert (bare / "train.addresses.npy").read_bytes() != kept
+
+
+def test_one_process_at_a_time(addressed, capsys):
+    bare, tree, addresses = addressed
+    _interrupt(bare, tree)
+    command = ["data", "cluster", "--data", str(bare), "--tree", str(tree)]
+    other = os.open(bare / WORKING, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    assert main(command) == 2
+    assert f"{bare / WORKING}: another kmem data cluster is at work here" in capsys.readouterr().err
+    os.close(other)
+    assert main(command) == 0
+    assert (bare / "train.addresses.npy").read_bytes() == addresses
+    assert main([*command[:4], str(bare), *command[4:]]) == 2
+    assert "named twice" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_error(addressed, capsys, monkeypatch):
+    bare, tree, _ = addressed
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(bare / "train.addresses.building"))
+
+    monkeypatch.setattr("kmem.data.cluster.applying.write_addresses", full)
+    assert main(["data", "cluster", "--data", str(bare), "--tree", str(tree)]) == 2
+    assert "No space left on device; make room, and the same command continues" in capsys.readouterr().err
+
+
+def test_trees_made_in_one_place_have_their_own_embedders(corpus, tmp_path):
+    """In one process: an embedder that was there before is not taken for the new one."""
+    for options, seed in (({"dim": 16}, 1), ({"dim": 16}, 2)):
+        request = TreeRequest([corpus], tmp_path / "tree", 3, 2, embedder="tfidf", options=options, seed=seed)
+        make_tree(replace(request, force=True))
+    found = (corpus / "train.addresses.npy").read_bytes()
+    shutil.copytree(tmp_path / "tree", tmp_path / "copy")
+    apply_tree([corpus], tmp_path / "copy", force=True)
+    assert (corpus / "train.addresses.npy").read_bytes() == found

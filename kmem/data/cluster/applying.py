@@ -8,7 +8,7 @@ import numpy as np
 
 from kmem.config import UserError
 from kmem.data.cluster.checks import check_device, check_embedder_files, check_unaddressed
-from kmem.data.cluster.corpus import SPLITS, Chunk, Corpus
+from kmem.data.cluster.corpus import SPLITS, Chunk, Corpus, open_corpora
 from kmem.data.cluster.embedders import KINDS
 from kmem.data.cluster.jobs import Leaves, address
 from kmem.data.cluster.workspace import Pool, Workspace, clear_finished
@@ -44,7 +44,7 @@ def apply_tree(
     Raises:
         UserError: no such tree, a tree of another tokenizer, or folders with addresses of another tree.
     """
-    corpora = [Corpus.open(folder) for folder in data]
+    corpora = open_corpora(data)
     tree_folder = Path(os.path.abspath(tree_folder))
     try:
         tree = ClusterTree.load(tree_folder)
@@ -72,7 +72,7 @@ def apply_tree(
                 leaves[corpus.folder] = there
                 unchanged.append(corpus.folder)
                 continue
-            plan = {"tree": tree.fingerprint, "data": corpus.fingerprint}
+            plan = {"tree": tree.fingerprint, "data": corpus.fingerprint, "device": device}
             workspace = Workspace(working, pool, plan, force)
             leaves[corpus.folder] = {
                 split: address_split(workspace, split, corpus, split, tree_folder, tree, device) for split in SPLITS

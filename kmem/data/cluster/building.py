@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kmem.config import UserError
 from kmem.data.cluster.applying import WORKING, Addressed, address_split
 from kmem.data.cluster.checks import check_device, check_embedder, check_replaceable, check_sizes, check_unaddressed
-from kmem.data.cluster.corpus import Chunk, Corpus, check_one_tokenizer
+from kmem.data.cluster.corpus import Chunk, Corpus, check_one_tokenizer, open_corpora
 from kmem.data.cluster.embedders import DEFAULT_KIND, KINDS, EmbedderRequest, build_embedder
 from kmem.data.cluster.jobs import AssignJob, Leaves, NodeJob, assign, embed, node_name, split_children
 from kmem.data.cluster.tree_folder import write_tree
@@ -66,7 +66,7 @@ def make_tree(request: TreeRequest) -> Addressed:
 
 def _make_tree(request: TreeRequest, pool: Pool) -> Addressed:
     check_device(request.embedder, request.device)
-    corpora = [Corpus.open(folder) for folder in request.data]
+    corpora = open_corpora(request.data)
     check_one_tokenizer(corpora)
     kind = KINDS[request.embedder]
     chunks = [chunk for corpus in corpora for chunk in corpus.chunks("train", request.unit, kind.chunk_tokens)]
@@ -130,6 +130,7 @@ def _make_tree(request: TreeRequest, pool: Pool) -> Addressed:
         shutil.copytree(tree_folder, copy)
         shutil.rmtree(out, ignore_errors=True)
         os.rename(copy, out)
+    check_unaddressed(corpora, tree.fingerprint, request.force)  # of another tree that was applied meanwhile
     for corpus in corpora:
         write_addresses(corpus.folder, corpus.manifest, tree.record, leaves[corpus.folder])
     workspace.remove()

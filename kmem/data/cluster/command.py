@@ -1,6 +1,7 @@
 """`kmem data cluster`."""
 
 import argparse
+import errno
 import importlib.util
 import math
 import os
@@ -76,6 +77,11 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped")
         raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or arguments.out or arguments.data[0]
+        raise UserError(f"{where}: {error.strerror}; make room, and the same command continues") from None
     print_tree(done)
     for folder in arguments.data:
         print(f"{folder}/addresses.json: up to date" if folder in done.unchanged else f"wrote {folder}/addresses.json")

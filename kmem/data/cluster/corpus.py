@@ -1,5 +1,6 @@
 """The units of prepared folders, read in chunks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -67,6 +68,18 @@ class Corpus:
             chunks.append(Chunk(self.folder, self.fingerprint, split, unit, start, stop, int(ends[stop - 1]) - before))
             start, before = stop, int(ends[stop - 1])
         return chunks
+
+
+def open_corpora(folders: Sequence[Path]) -> list[Corpus]:
+    """
+    Raises:
+        UserError: a folder that holds no prepared corpus, or one that is named twice.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    for folder in folders:
+        if resolved.count(folder.resolve()) > 1:
+            raise UserError(f"--data {folder}: named twice; leave one out")
+    return [Corpus.open(folder) for folder in folders]
 
 
 def check_one_tokenizer(corpora: list[Corpus]) -> None:

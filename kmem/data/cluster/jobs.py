@@ -103,14 +103,16 @@ def _embedded(chunk: Chunk, embedder: Path, device: str) -> torch.Tensor:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a worker per core; and products of matrices round by the number of threads
     try:
-        identity = file_digest(embedder / "embedder.json")
+        # Which embedder lies there now: a process may make several trees in one place.
+        files = sorted(path for path in embedder.rglob("*") if path.is_file())
+        identity = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
         return _embedder(embedder, identity, chunk.folder / "tokenizer", device).embed(read_chunk(chunk))
     finally:
         torch.set_num_threads(threads)
 
 
 @lru_cache(maxsize=2)
-def _embedder(folder: Path, identity: str, tokenizer: Path, device: str) -> ContextEmbedder:
+def _embedder(folder: Path, identity: object, tokenizer: Path, device: str) -> ContextEmbedder:
     kind = KINDS[read_embedder_record(folder)["name"]]
     return load_embedder(folder, load_tokenizer(tokenizer) if kind.reads_text else None, device)
 

@@ -1,5 +1,6 @@
 """A folder beside the result in which long work proceeds, so that an interruption costs the last few seconds."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ class Pool:
     def __init__(self, count: int):
         self._count = count
         self._workers = Workers(count)
+        self._locks: list[int] = []
 
     def __enter__(self) -> "Pool":
         self._workers.__enter__()  # starts no process yet
@@ -42,6 +44,24 @@ class Pool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._workers.__exit__(kind, error, trace)
+        while self._locks:
+            os.close(self._locks.pop())
+
+    def lock(self, folder: Path) -> None:
+        """Keep other processes out of a folder, if it is there, until the pool is left.
+
+        Raises:
+            UserError: one is at work in it.
+        """
+        if not folder.is_dir():
+            return
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UserError(f"{folder}: another kmem data cluster is at work here; wait for its end") from None
+        self._locks.append(descriptor)
 
     def in_order(
         self, function: Callable[[Job], Result], jobs: Sequence[Job], weights: Sequence[int]
@@ -93,6 +113,7 @@ class Workspace:
         """
         self.folder, self._pool = folder, pool
         clear_finished(folder)
+        pool.lock(folder)
         found = self._found()
         differs = [] if found is None else [name for name in plan if found.get(name) != plan[name]]
         continues = found is not None and set(differs) <= set(later)
@@ -106,6 +127,7 @@ class Workspace:
             shutil.rmtree(folder, ignore_errors=True)
             try:
                 folder.mkdir(parents=True)
+                pool.lock(folder)
                 self._replace(_PLAN, plan)
             except OSError as error:
                 raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
