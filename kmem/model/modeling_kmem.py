@@ -291,7 +291,8 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         if self._tree_folder is not None:
             tree, target = self._tree_folder(), Path(save_directory) / TREE_FOLDER
             if tree.resolve() != target.resolve():
-                shutil.copytree(tree, target, dirs_exist_ok=True)
+                shutil.rmtree(target, ignore_errors=True)  # an earlier tree's embedder may have other files
+                shutil.copytree(tree, target)
         return found
 
     def _engram(self, layer: int) -> Engram:

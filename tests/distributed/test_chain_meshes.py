@@ -46,7 +46,6 @@ def test_loss_curve_equals_plain_pytorch(ranks, mesh, variant):
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-@pytest.mark.full
 def test_other_chains_on_the_widest_mesh(ranks, chain):
     tree = chain_config(CHAINS[chain], parallel__pipeline=2, parallel__expert=2)
     losses, norms = plain_training(chain_config(CHAINS[chain]))

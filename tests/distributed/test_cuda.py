@@ -13,8 +13,15 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"train__activation_checkpointing": True}, {"train__micro_batch_size": 8}],
-    ids=["plain", "recompute", "one-micro-batch"],
+    [
+        {},
+        {"train__activation_checkpointing": True},
+        {"train__micro_batch_size": 8},
+        {"train__expert_backend": "loop"},
+        {"model__moe__chain": {"iterations": 2}, "train__init_seed": 1},
+        {"model__moe__chain": {"iterations": 2, "gates": "frozen"}, "train__activation_checkpointing": True},
+    ],
+    ids=["plain", "recompute", "one-micro-batch", "loop", "chain", "frozen chain, recompute"],
 )
 def test_fp32_losses_on_the_gpu_equal_those_of_the_cpu(ranks, gpu_ranks, monkeypatch, changes):
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
