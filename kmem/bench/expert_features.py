@@ -137,6 +137,11 @@ def features(config: Config) -> list[Feature]:
     for place in ("each_iteration", "once"):
         chain = {"iterations": 2, "shared_experts": place}
         add("chain of 2", f"top-{half}, 1 shared {place}", {"top_k": half, "num_shared_experts": 1, "chain": chain})
+    for field, value in (("norm", "once"), ("residual", "outer"), ("stream", "normed"), ("retrofit_scale", True)):
+        choice = {"top_k": half, "chain": {"iterations": 2, field: value}}
+        add("chain of 2", f"top-{half}, {field} {str(value).lower()}", choice)
+    add("chain of 2", f"top-{half}, observed as in training", {"top_k": half, "chain": {"iterations": 2}}, observe=True)
+    add("chain of 3", f"top-{half}", {"top_k": half, "chain": {"iterations": 3}})
     add("around it", "recomputed in backward", {}, recompute=True)
     add("around it", "4 branches (hyper-connections)", {}, branches=4)
     return found
