@@ -9,7 +9,8 @@ from torch import Tensor
 from kmem.checkpoint.pieces import Pieces
 from kmem.config import Config, MemoryConfig, RowOptimizerConfig
 from kmem.data.batch import SequenceBatch
-from kmem.memory.table import Table, TableSpec
+from kmem.memory.table import Table
+from kmem.memory.table_spec import TableSpec
 from kmem.model.bank_layout import BankLayout, bank_table_name, layer_bank_name
 from kmem.parallel.stage_memory import mapped_folder
 from kmem.parallel.step_blocks import step_rows

@@ -21,7 +21,8 @@ from kmem.config import Config, MemoryConfig, RowOptimizerConfig, UserError
 from kmem.data.batch import SequenceBatch
 from kmem.memory.exchange import Exchange, join_groups
 from kmem.memory.stores import StoreError, available_host_memory, gib
-from kmem.memory.table import Table, TableSpec, Ticket, row_bytes
+from kmem.memory.table import Table, Ticket
+from kmem.memory.table_spec import TableSpec, row_bytes
 from kmem.memory.worker import MemoryWorker
 from kmem.memory.working_set import WorkingSet
 from kmem.parallel.mesh import Mesh, any_rank, together

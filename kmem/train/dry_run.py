@@ -12,7 +12,7 @@ from kmem.config import Config, MemoryConfig, dump_config
 from kmem.memory.row_optimizers import RowOptimizer
 from kmem.memory.sharding import row_range
 from kmem.memory.stores import ArrayLayout, RecordLayout, StoreKind
-from kmem.memory.table import DTYPES
+from kmem.memory.table_spec import DTYPES
 from kmem.model.bank_layout import BankLayout, layer_bank_name
 from kmem.model.cluster_tree import parse_path
 from kmem.model.engram_memory import table_name, table_rows

@@ -13,7 +13,8 @@ from kmem.cli import main
 from kmem.config import RowOptimizerConfig, load_config, parse_config
 from kmem.data.prepare import Preparation, prepare
 from kmem.data.reader import open_data
-from kmem.memory.table import Table, TableSpec
+from kmem.memory.table import Table
+from kmem.memory.table_spec import TableSpec
 from kmem.memory.worker import MemoryWorker
 
 TINY = [

@@ -8,7 +8,8 @@ import torch
 from kmem.config import RowOptimizerConfig
 from kmem.memory.device_copy import DeviceCopy
 from kmem.memory.serving import InPlace, ThroughHost
-from kmem.memory.table import Table, TableSpec
+from kmem.memory.table import Table
+from kmem.memory.table_spec import TableSpec
 from kmem.memory.worker import MemoryWorker
 from tests.memory.toy import DIM, ROWS, assert_nothing_is_left, rank_ids
 

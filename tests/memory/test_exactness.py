@@ -8,7 +8,8 @@ import torch
 
 from kmem.config import RowOptimizerConfig
 from kmem.memory.counter_random import key, normal_rows
-from kmem.memory.table import Table, TableSpec
+from kmem.memory.table import Table
+from kmem.memory.table_spec import TableSpec
 from tests.memory.toy import (
     DIM,
     LENGTH,

@@ -19,7 +19,8 @@ from kmem.checkpoint.storage import SafetensorsStorageReader, SafetensorsStorage
 from kmem.config import RowOptimizerConfig, UserError
 from kmem.memory import stores
 from kmem.memory.exchange import ExchangeError
-from kmem.memory.table import Table, TableSpec
+from kmem.memory.table import Table
+from kmem.memory.table_spec import TableSpec
 from kmem.memory.worker import MemoryWorker
 from tests.memory.toy import ROWS, SPEC, assert_nothing_is_left, rank_ids, start_worker
 

@@ -12,7 +12,8 @@ from kmem.memory.exchange import Exchange
 from kmem.memory.pinned import PinnedRing
 from kmem.memory.serving import InPlace, ThroughHost, serving
 from kmem.memory.stores import ArrayLayout, Store
-from kmem.memory.table import Table, TableSpec
+from kmem.memory.table import Table
+from kmem.memory.table_spec import TableSpec
 from kmem.memory.worker import MemoryWorker
 from tests.memory.toy import DIM, ROWS, mapped, train
 

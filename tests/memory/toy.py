@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from kmem.config import RowOptimizerConfig
 from kmem.memory.exchange import Exchange, join_groups
-from kmem.memory.table import StepMetrics, Table, TableSpec
+from kmem.memory.table import Table
+from kmem.memory.table_spec import StepMetrics, TableSpec
 from kmem.memory.worker import MemoryWorker
 
 ROWS, DIM, K = 97, 4, 3

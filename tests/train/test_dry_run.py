@@ -5,7 +5,8 @@ from itertools import pairwise
 import pytest
 
 from kmem.config import parse_config
-from kmem.memory.table import Table, TableSpec
+from kmem.memory.table import Table
+from kmem.memory.table_spec import TableSpec
 from kmem.memory.worker import MemoryWorker
 from kmem.model.engram_memory import table_name
 from kmem.parallel.mesh import Mesh
