@@ -34,7 +34,7 @@ def report(
 ) -> None:
     """Evaluate the runs on the whole held-out split and write report.md, report.json and report.png into `out`."""
     results = collect(comparison, runs, sizes, name, overrides)
-    (out / "report.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (out / "report.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
     plot(comparison, results, out / "report.png")
     tables = result_tables(comparison, results)
     (out / "report.md").write_text(_markdown(results, tables), encoding="utf-8")
@@ -243,7 +243,8 @@ def plot(comparison: Comparison, results: dict[str, Any], path: Path) -> None:
             if label != comparison.baseline:
                 differences.plot(steps, smooth - _smoothed(base[seed])[1], **style)
     differences.axhline(0, color="C0", linewidth=0.9)
-    losses.set(title=f"{comparison.title}: training loss", ylabel="nats per token", xlabel="step", xscale="log")
+    figure.suptitle(comparison.title)
+    losses.set(title="training loss", ylabel="nats per token", xlabel="step", xscale="log")
     losses.legend(frameon=False)
     differences.set(title=f"minus {comparison.baseline} of the same seed", xlabel="step")
     if any(label != comparison.baseline for label in results["contestants"]):

@@ -115,7 +115,7 @@ def curve(run: Run) -> dict[str, Any]:
     by_speed = sorted(record["seconds"] for record in steps)
     return {
         "steps": [record["step"] for record in steps],
-        "losses": [record["loss"] for record in steps],
+        "losses": [round(record["loss"], 4) for record in steps],
         "held_out": {record["step"]: record["bits_per_byte"] for record in evaluations},
         "trained_tokens": steps[-1]["tokens"],
         "seconds": seconds,
