@@ -85,15 +85,26 @@ def _list(arguments: argparse.Namespace) -> int:
             f"{level['mean_norm']:.4g}",
             f"{level['largest_norm']:.4g}",
             "" if level["generic_norm"] is None else f"{level['generic_norm']:.4g}",
+            "" if level["hits"] is None else f"{level['hits']['gini']:.2f}",
         )
         for level in levels
     ]
-    columns = ("level", "clusters", "rank", "values each", "MB", "untouched", "mean norm", "largest", "generic")
+    columns = ("level", "clusters", "rank", "values each", "MB", "untouched", "mean norm", "largest", "generic", "Gini")
     _print(f"{layout.kind} blocks of {len(layout.layers)} layers, {reader.folder}", columns, rows)
     if clusters:
-        shown = [(found["path"], str(found["level"]), _norm(found)) for found in clusters]
-        _print("clusters", ("path", "level", "norm"), shown)
-    print("norm: of what writes, over all layers, untouched blocks apart")
+        shown = [
+            (
+                found["path"],
+                str(found["level"]),
+                _norm(found),
+                "" if found["tokens"] is None else f"{found['tokens']:,}",
+            )
+            for found in clusters
+        ]
+        _print("clusters", ("path", "level", "norm", "tokens"), shown)
+    print(
+        "norm: of what writes, over all layers, untouched blocks apart. Gini: how unevenly tokens fall on the clusters"
+    )
     return 0
 
 
@@ -101,12 +112,16 @@ def _figures(
     reader: "CheckpointReader", layout: "BankLayout", paths: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Of each level, and of the named clusters with all below them."""
+    import torch
+
+    from kmem.checkpoint.bank_hits import cluster_tokens, hit_figures, stored_hits
     from kmem.checkpoint.bank_rows import cluster_path, level_figures, select
     from kmem.checkpoint.reader import WEIGHT
     from kmem.checkpoint.storage import TORCH_DTYPES
     from kmem.model.bank_layout import layer_bank_name
 
     chosen = select(layout, list(paths))  # refuses paths outside the tree
+    hits = stored_hits(reader)
     levels, clusters = [], []
     for level in layout.levels:
         found = level_figures(reader, layout, level)
@@ -124,14 +139,19 @@ def _figures(
                 "mean_norm": float(trained.mean()) if len(trained) else 0.0,
                 "largest_norm": float(norms.max()),
                 "generic_norm": float(found.norms[-1]) if layout.generic else None,
+                "hits": None if hits is None else hit_figures(layout, hits, level),
             }
         )
+        tokens = None
+        if hits is not None:  # the last row is that of generic blocks
+            tokens = torch.cat([cluster_tokens(layout, hits, level), hits[-1:]]).tolist()
         clusters += [
             {
                 "path": cluster_path(layout, level, row),
                 "level": level,
                 "norm": float(found.norms[row]),
                 "untouched": bool(found.untouched[row]),
+                "tokens": None if tokens is None else tokens[row],
             }
             for row in chosen[level].nonzero().flatten().tolist()
         ]

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from kmem.checkpoint.bank_hits import hit_figures
 from kmem.memory.table import Table
 from kmem.model.bank_layout import BankLayout
 from kmem.parallel.bank_table import stage_table_name
-from kmem.parallel.bank_usage import BankUsage, hit_figures, written_columns
+from kmem.parallel.bank_usage import BankUsage, written_columns
 from kmem.parallel.mesh import Mesh, local_device
 from kmem.parallel.stage_memory import BegunStep, StageMemory
 
@@ -47,7 +48,7 @@ class LevelBank:
     """Their largest."""
     hits: dict[str, Any] | None = None
     """In sampled steps: how the tokens since the run began are spread over the level's clusters
-    (`kmem.parallel.bank_usage.hit_figures`)."""
+    (`kmem.checkpoint.bank_hits.hit_figures`)."""
     write_norms: dict[str, float] | None = None
     """In sampled steps: mean and max over the touched blocks of the 2-norm, in all layers, of what they write (`down`,
     `b`, `values`), after the step."""

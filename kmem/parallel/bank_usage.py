@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kmem.checkpoint.bank_hits import HITS
 from kmem.checkpoint.pieces import Pieces
 from kmem.data.batch import SequenceBatch
 from kmem.memory.table import Table
@@ -17,9 +18,7 @@ from kmem.model.bank_layout import GENERIC, BankLayout, bank_table_name
 from kmem.parallel.mesh import local_device
 from kmem.parallel.step_blocks import addresses_of
 
-HITS, LAST_STEP, STEPS = "hits/bank", "last_use", "steps/bank"
-SHARES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
-"""Edges of the histogram of hits, in even shares of a level's tokens."""
+LAST_STEP, STEPS = "last_use", "steps/bank"
 
 
 class BankUsage:
@@ -80,23 +79,6 @@ class BankUsage:
             name = f"{LAST_STEP}/{bank_table_name(level)}"
             state[name] = Pieces.interval(self.layout.rows(level), first_row, last)
         return state
-
-
-def hit_figures(layout: BankLayout, hits: Tensor, level: int) -> dict[str, object]:
-    """Of the clusters of a level, generic blocks left out.
-
-    Returns:
-        gini: of their tokens, 0 where all have as many, 1 where one has all. histogram: clusters without tokens, then
-        by their tokens in even shares, up to SHARES[0], .., more than SHARES[-1]. largest: in even shares.
-    """
-    tokens = hits[:-1].view(layout.clusters(level), -1).sum(1).double()
-    total, count = tokens.sum().clamp_min(1), len(tokens)
-    ranks = torch.arange(1, count + 1, dtype=torch.float64)
-    gini = 2 * (ranks * tokens.sort().values).sum() / (count * total) - (count + 1) / count
-    shares = tokens * count / total
-    bins = torch.bucketize(shares[tokens > 0], torch.tensor(SHARES, dtype=torch.float64))
-    histogram = [int((tokens == 0).sum()), *torch.bincount(bins, minlength=len(SHARES) + 1).tolist()]
-    return {"gini": float(gini.clamp_min(0)), "histogram": histogram, "largest": float(shares.max())}
 
 
 def written_columns(layout: BankLayout, level: int) -> list[slice]:

@@ -44,7 +44,7 @@ def bank_run(run_config, addressed):
 
 
 @pytest.mark.parametrize("batching", ["packed", "leaf"])
-def test_a_run_trains_evaluates_and_resumes(ranks, bank_run, addressed, tmp_path, batching):
+def test_a_run_trains_evaluates_and_resumes(ranks, bank_run, addressed, tmp_path, capsys, batching):
     """An interrupted run ends where an uninterrupted one does, with the generic blocks drawn alike on another mesh."""
     changes = {"data__addresses__batching": batching, "parallel__pipeline": 2}
     whole, _ = bank_run(**changes, name="whole", train__steps=4)
@@ -63,6 +63,11 @@ def test_a_run_trains_evaluates_and_resumes(ranks, bank_run, addressed, tmp_path
     steps = [record["bank"] for record in records if record["kind"] == "step"]
     assert [list(figures) for figures in steps] == [["1", "2"]] * 4
     assert all(0 < figures["2"]["touched_blocks"] <= 5 for figures in steps)
+    assert main(["memory", "list", "--checkpoint", str(one.run_folder), "0", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [level["hits"] for level in listed["levels"]] == [figures["hits"] for figures in steps[-1].values()]
+    tokens = {cluster["path"]: cluster["tokens"] for cluster in listed["clusters"]}
+    assert 0 < tokens["0"] == sum(count for path, count in tokens.items() if path != "0")
     experts = [figures for record in records for figures in record.get("experts", {}).values()]
     assert experts
     assert all(figures["dropped"] == 0 for figures in experts), "padding is no choice that was lost"
