@@ -154,6 +154,13 @@ def merge(sources: Sequence[Source], out: Path, start: CheckpointReader | None =
         if not paths:
             own.append(found)
             continue
+        for path in source.paths:
+            named = select(layout, [path])
+            if not any(bool((named[level] & found[level]).any()) for level in layout.levels):
+                raise CheckpointError(
+                    f"cluster {path}: {source.reader.folder} has not trained it; name the clusters that it has, which "
+                    "kmem memory list says, or none for all of them"
+                )
         own.append(select(layout, list(paths)))
         outside = [path for level in layout.levels for path in _paths(layout, level, found[level] & ~own[-1][level])]
         if outside:
@@ -358,7 +365,7 @@ def _check_disjoint(layout: BankLayout, sources: Sequence[Source], own: Sequence
                 if shared:
                     folders = " and by ".join(str(sources[number].reader.folder) for number in (first, second))
                     raise CheckpointError(
-                        f"level {level}, cluster {_some(shared)}: trained by {folders}; each cluster has one source: "
+                        f"level {level}, cluster {_some(shared)}: claimed by {folders}; each cluster has one source: "
                         "name the subtrees of each after its checkpoint, as in --from RUN 0 1 --from RUN 2, or the "
                         "trained checkpoint that all went on from with --start"
                     )

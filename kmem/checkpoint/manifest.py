@@ -47,6 +47,8 @@ def check_addressing(
         )
 
 
+_SHOWN = 60
+"""Characters of two values that are shown beside each other; lists and digests say nothing to anyone."""
 TREE_REASONS = {
     "tokenizer": "Its embedder counts token ids of another tokenizer",
     "files": "Its centroids are others, so a leaf holds other documents",
@@ -71,13 +73,19 @@ def check_tree(
     """
     if stored is None or used is None or stored["fingerprint"] == used["fingerprint"]:
         return
-    named = sorted(name for name in stored.keys() | used.keys() if stored.get(name) != used.get(name))
-    shown = [f"{name} is {_short(used.get(name))} here and {_short(stored.get(name))} there" for name in named]
+    named = [name for name in sorted(stored.keys() | used.keys()) if stored.get(name) != used.get(name)]
+    named.remove("fingerprint")
+    values = {name: [str(tree.get(name)) for tree in (used, stored)] for name in named}
+    shown = [
+        f"{name} is {here} here and {there} there" if len(here) + len(there) <= _SHOWN else f"{name} differs"
+        for name, (here, there) in values.items()
+    ]
     reasons = [reason for name, reason in TREE_REASONS.items() if name in named]
     raise CheckpointError(
-        f"data.addresses.tree: not the tree that {folder} was trained with: {'; '.join(shown)}. "
+        f"data.addresses.tree: not the tree that {folder} was trained with ({used['fingerprint'][:12]} here, "
+        f"{stored['fingerprint'][:12]} there): {'; '.join(shown)}. "
         + "".join(f"{reason}. " for reason in reasons)
-        + f"Name that tree, or {otherwise}"
+        + f"Name that tree, of which {folder.parent.parent / 'tree'} is a copy, or {otherwise}"
     )
 
 

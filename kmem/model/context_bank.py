@@ -151,13 +151,13 @@ class ContextBank:
         """The leaf of each context, int64 [B]."""
         return self.loaded_router().leaves(contexts, self.blocked)
 
-    def block(self, paths: Iterable[ClusterPath | str]) -> None:
-        """Name the clusters that no context may use.
+    def block(self, paths: Iterable[ClusterPath | str] | None) -> None:
+        """Name the clusters that no context may use; None or nothing: all may be used.
 
         Raises:
             ValueError: one is not there, or nothing would be left; or there is no tree.
         """
-        blocked = cluster_paths(paths)
+        blocked = cluster_paths(() if paths is None else paths)
         if blocked:
             self.loaded_router().tree.check_blocked(blocked)
         self.blocked = blocked
@@ -172,17 +172,17 @@ class ContextBank:
         """What the bank of each layer holds for the next `tokens` tokens of `batch` sequences.
 
         Args:
-            leaves: int64 [B] or [B, T]; None where the memory is generic or none.
+            leaves: int64 [B] or [B, T]; of no matter where the memory is generic or none.
             like: a tensor of the model's type and device.
         """
         if self.memory == "none":
             return without_blocks(self.layout)
         # Levels that were named with fetched contexts stay theirs; otherwise those of now count.
         levels = self.levels if self._fetched_levels is None else self._fetched_levels
-        if leaves is None:
-            assert self.memory == "generic"
+        if self.memory == "generic":
             ids = self.layout.row_ids(torch.full((batch,), MISSING), True, levels)
         else:
+            assert leaves is not None
             ids = self.layout.row_ids(leaves.cpu(), levels=levels)
         distinct = {level: distinct_rows(found) for level, found in ids.items()}
         rows = {level: self._read(level, found, like)[0] for level, (found, _) in distinct.items()}

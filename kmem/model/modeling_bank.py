@@ -49,7 +49,7 @@ class BankContexts:
         return self._contexts().blocked
 
     @bank_blocked.setter
-    def bank_blocked(self, value: Iterable[ClusterPath | str]) -> None:
+    def bank_blocked(self, value: Iterable[ClusterPath | str] | None) -> None:
         self._contexts().block(value)
 
     def fetch(

@@ -79,10 +79,10 @@ class EvaluatedBank:
     def of_batch(self, batch: SequenceBatch, like: Tensor) -> dict[int, BankInput]:
         """What each layer's bank holds for sequences of data. Where clusters are blocked, a leaf's centroid stands for
         the embeddings of its documents."""
-        leaves = batch.addresses
+        leaves = None
         if self._bank.memory == "fetched":
-            assert leaves is not None, "data is opened with the addressing that this names"
-            leaves = self._open(leaves)
+            assert batch.addresses is not None, "data is opened with the addressing that this names"
+            leaves = self._open(batch.addresses)
         return self._inputs(leaves, batch.input_ids, like)
 
     def of_prompts(self, prompts: Sequence[Sequence[int]], ids: Tensor, like: Tensor) -> dict[int, BankInput]:

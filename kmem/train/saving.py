@@ -137,7 +137,7 @@ def _rows_of_bank(model: dict) -> dict:
     bank = model.get("memory_bank")
     if bank is None:
         return model
-    generic = {**bank["generic"], "probability": bank["generic"]["probability"] > 0}
+    generic = {**bank["generic"], "probability": "above 0" if bank["generic"]["probability"] > 0 else 0}
     return {**model, "memory_bank": {**bank, "generic": generic}}
 
 

@@ -12,7 +12,7 @@ import torch
 import kmem
 from kmem.checkpoint.commit import Progress
 from kmem.checkpoint.store import CheckpointStore
-from kmem.config import Config, UserError
+from kmem.config import Config, ConfigError, UserError
 from kmem.data.addresses import model_addresses
 from kmem.data.reader import PreparedData
 from kmem.memory.exchange import ExchangeError
@@ -75,6 +75,11 @@ class Trainer:
         addresses, self.tree = together(lambda: (model_addresses(config.model, data.tokenizer_path), bank_tree(config)))
         if found is not None:
             found.check(data, self.tree)
+        elif config.model.frozen_anchor:
+            raise ConfigError(
+                "model.memory_bank.anchor: frozen, and the run begins with nothing, so the anchor would stay random: "
+                "name a run with a trained one in checkpoint.start, or train it (anchor: train)"
+            )
         self.pipeline = Pipeline(config, mesh, addresses, initialise_rows=found is None)
         self._begun: deque[BegunStep] = deque()
         """Steps whose rows are being fetched, the next one first."""

@@ -100,7 +100,7 @@ OTHER_TREE = {**TREE, "fingerprint": "b", "embedder": {"name": "minilm"}}
 REFUSED = [
     ({"model__memory_bank__levels": [5, 2, 0, 2]}, TREE, "model.memory_bank.levels: .* in the configuration"),
     ({"model__memory_bank__kind": "kv"}, TREE, "model.memory_bank.kind: 'kv' in the configuration, 'ffn' in"),
-    ({"model__memory_bank__generic": {}}, TREE, "model.memory_bank.generic.probability: False in the configuration"),
+    ({"model__memory_bank__generic": {}}, TREE, "model.memory_bank.generic.probability: 0 in the configuration"),
     ({"model__memory_bank": None}, TREE, "holds a memory bank, and model.memory_bank is null"),
     ({"bank__optimizer__name": "lazy_adam"}, TREE, "bank.optimizer.name: 'lazy_adam' in the configuration, 'adam_ca"),
     ({"bank__dtype": "bf16"}, TREE, "bank.dtype: 'bf16' in the configuration, 'fp32' in"),

@@ -132,10 +132,14 @@ def test_of_runs_of_other_lengths_each_gives_its_rows(runs, tmp_path):
 
 def test_a_row_of_two_runs_is_a_conflict(runs, tmp_path):
     readers = {name: CheckpointReader(runs / name) for name in ("first", "rest", "overlapping", "all")}
-    with pytest.raises(CheckpointError, match=r"level 1, cluster 1: trained by .*overlapping.* and by .*rest"):
+    with pytest.raises(CheckpointError, match=r"level 1, cluster 1: claimed by .*overlapping.* and by .*rest"):
         merge([Source(readers["overlapping"]), Source(readers["rest"])], tmp_path / "out")
     with pytest.raises(CheckpointError, match="each cluster has one source"):
-        merge([Source(readers["first"], ("0", "1.2")), Source(readers["rest"], ("1",))], tmp_path / "out")
+        merge([Source(readers["overlapping"], ("0", "1.2")), Source(readers["rest"], ("1",))], tmp_path / "out")
+    with pytest.raises(
+        CheckpointError, match=r"cluster 1\.2: .*first.* has not trained it; name the clusters that it has"
+    ):
+        merge([Source(readers["first"], ("0", "1.2")), Source(readers["rest"], ("1", "2"))], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -127,6 +127,9 @@ def test_fetch_reads_what_is_not_there_yet(folders):
     model.fetch(contexts, levels=[1])
     torch.testing.assert_close(model(ids).logits, decoder.bank_logits(ids, leaves, levels=[1]), **TOLERANCE)
     model.bank_levels = None
+    model.bank_blocked = ["2"]
+    model.bank_blocked = None
+    assert model.bank_blocked == ()
 
     # Of a topic's neighbour below the same cluster of level 1, only the deep level is read.
     sizes = {level: 4 * decoder.layout.row_values(level) for level in (1, 2)}

@@ -85,6 +85,13 @@ def test_a_bank_is_added_to_a_run(ranks, bank_run, tmp_path):
     assert "data: fingerprint differs" in ranks.run(1, trainer_case, leaves)[0]["error"]
 
 
+def test_a_frozen_anchor_needs_a_trained_one(ranks, bank_run):
+    lost, _ = bank_run(name="lost", model__memory_bank={**BANK, "anchor": "frozen"})
+    errors = {answer["error"] for answer in ranks.run(2, trainer_case, lost)}
+    assert len(errors) == 1
+    assert "name a run with a trained one in checkpoint.start" in errors.pop()
+
+
 @pytest.mark.parametrize("anchor", ["frozen", pytest.param("train", marks=pytest.mark.full)])
 def test_a_bank_is_added_to_an_imported_model(ranks, bank_run, tmp_path, anchor, capsys):
     """By its own run going on, and by a run that begins with its weights and includes its model."""

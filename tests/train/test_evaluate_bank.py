@@ -18,6 +18,7 @@ from kmem.model.context_router import descend_elsewhere, other_leaves
 from kmem.model.decoder import Decoder
 from kmem.model.mask import document_mask
 from kmem.model.memory_bank import FetchedBlocks, without_blocks
+from kmem.train.evaluated_bank import BankChoice, EvaluatedBank
 from tests.data.cluster_case import give_addresses
 from tests.data.conftest import write_jsonl
 from tests.hf.banks import BANKS, bank, make_tree, random_bank, router, tree, write_bank_run
@@ -95,6 +96,23 @@ def test_the_loss_of_each_control(prepared, run, capsys):
     # What needs no addresses is told without them.
     assert evaluate(capsys, reader, bare, "--bank", "none", "--batch", "3")[1] == losses[("none",)]
     assert evaluate(capsys, reader, bare, "--bank", "generic", "--batch", "3")[1] == losses[("generic",)]
+
+
+@torch.no_grad()
+def test_generic_blocks_are_taken_whatever_addresses_the_sequences_have(prepared, run):
+    """Sequences of one leaf each always have some."""
+    (_, folder), (decoder, reader) = prepared, run
+    source = reader.config.data.sources[0].model_copy(update={"path": str(folder)})
+    config = reader.config.data.model_copy(update={"sources": (source,)})
+    batch = open_data(config, reader.config.model.vocab_size, Addressing(tree(), "leaf")).validation.read(range(4))
+    like = decoder.projection_weight
+    generic, fetched = (EvaluatedBank(reader, BankChoice(way)).of_batch(batch, like) for way in ("generic", "fetched"))
+    ids = decoder.layout.row_ids(torch.zeros(4, dtype=torch.long), True)
+    for layer, blocks in generic.items():
+        for level, found in blocks.blocks.items():
+            wanted = decoder.layout.by_layer(decoder.rows[level][ids[level][:1].flatten()], level)[layer]
+            assert torch.equal(found, wanted)
+            assert not torch.equal(found, fetched[layer].blocks[level])
 
 
 def test_blocked_contexts_take_the_next_nearest_clusters():
