@@ -33,7 +33,7 @@ class BankUsage:
     def __init__(self, layout: BankLayout, tables: Mapping[int, Table], first: bool) -> None:
         self.layout, self.first = layout, first
         self.hits = torch.zeros(layout.clusters(len(layout.ranks)) + 1, dtype=torch.int64)
-        """Tokens of this rank by leaf; the last are those of generic blocks. Tokens without blocks do not count."""
+        """Tokens of this rank by leaf; the last are those of generic blocks. Tokens without blocks do not count, nor does padding."""
         self.steps = torch.zeros(1, dtype=torch.int64)
         self.tables = dict(tables)
         self.last = {level: torch.zeros(len(table.local), dtype=torch.int32) for level, table in tables.items()}
@@ -46,10 +46,10 @@ class BankUsage:
             return
         for batch in batches:
             addresses = addresses_of(batch)
-            each = batch.input_ids.numel() // addresses.numel()
-            leaves, counts = torch.unique(addresses, return_counts=True)
-            leaves = torch.where(leaves == GENERIC, len(self.hits) - 1, leaves)
-            self.hits.index_add_(0, leaves[leaves >= 0], each * counts[leaves >= 0])
+            real = torch.ones_like(batch.input_ids) if batch.padding is None else (~batch.padding).long()
+            tokens = real if addresses.dim() == 2 else real.sum(1)
+            leaves = torch.where(addresses == GENERIC, len(self.hits) - 1, addresses)
+            self.hits.index_add_(0, leaves[leaves >= 0], tokens[leaves >= 0])
 
     def ages(self, level: int, rows: Tensor) -> Tensor:
         """Steps since each of these rows of this rank was used before this step, int64; 0 for the first time. After it

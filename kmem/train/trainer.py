@@ -74,7 +74,7 @@ class Trainer:
         found = chosen_beginning(config.checkpoint, self.store)
         addresses, self.tree = together(lambda: (model_addresses(config.model, data.tokenizer_path), bank_tree(config)))
         if found is not None:
-            found.check(data, self.tree)
+            together(lambda: found.check(data, self.tree))
         elif config.model.frozen_anchor:
             raise ConfigError(
                 "model.memory_bank.anchor: frozen, and the run begins with nothing, so the anchor would stay random: "

@@ -1,16 +1,20 @@
 """Memory banks in the pipeline: the loss curve of plain PyTorch on every mesh, whatever is fetched ahead."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from kmem.config import parse_config
+from kmem.data.batch import SequenceBatch
 from kmem.model.bank_layout import GENERIC, MISSING, BankLayout, layer_bank_name
 from kmem.model.decoder import Decoder
 from kmem.model.init import initialise_
 from kmem.model.mask import document_mask
 from kmem.model.memory_bank import MemoryBank
 from kmem.model.shape import Shape
+from kmem.parallel.bank_usage import BankUsage
 from kmem.parallel.step_blocks import rows_of
 from tests.distributed.bank_case import addressed, bank_config
 from tests.distributed.training_case import synthetic_sequences, train_case
@@ -138,6 +142,21 @@ def test_figures_count_the_clusters_of_the_global_batch(ranks):
                 assert found.touched_blocks <= found.fetched_blocks <= 2 * found.touched_blocks
                 assert (found.fetched_blocks == found.touched_blocks) or world == 4
         assert results[0]["bank"][1][1].touched_blocks == results[-1]["bank"][1][1].touched_blocks
+
+
+def test_tokens_of_clusters_are_counted_without_padding():
+    """Sequences of one leaf each, of several leaves, and generic ones; where there is padding it is left out."""
+    layout = BankLayout.of(Shape(parse_config(bank_config()).model.model_dump()))
+    usage = BankUsage(layout, {2: SimpleNamespace(local=range(3))}, first=True)
+    ids = torch.zeros(3, 8, dtype=torch.long)
+    leaves = torch.tensor([5, GENERIC, MISSING])[:, None].expand(3, 8)
+    padding = torch.arange(8) >= torch.tensor([8, 3, 8])[:, None]
+    usage.count([SequenceBatch(ids, ids, ids, ids, leaves, padding)])
+    mixed = leaves.clone()
+    mixed[0, 6:] = 7
+    usage.count([SequenceBatch(ids, ids, ids, ids, mixed)])
+    found = {place: int(count) for place, count in enumerate(usage.hits) if count}
+    assert found == {5: 8 + 6, 7: 2, len(usage.hits) - 1: 3 + 8}
 
 
 def test_use_of_the_clusters_is_the_same_on_every_mesh(ranks):
