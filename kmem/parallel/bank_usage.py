@@ -33,8 +33,8 @@ class BankUsage:
     def __init__(self, layout: BankLayout, tables: Mapping[int, Table], first: bool) -> None:
         self.layout, self.first = layout, first
         self.hits = torch.zeros(layout.clusters(len(layout.ranks)) + 1, dtype=torch.int64)
-        """Tokens of this rank by leaf; the last are those of generic blocks. Tokens without blocks do not count, nor does
-        padding."""
+        """Tokens of this rank by leaf; the last are those of generic blocks. Those without blocks and padding are left
+        out."""
         self.steps = torch.zeros(1, dtype=torch.int64)
         self.tables = dict(tables)
         self.last = {level: torch.zeros(len(table.local), dtype=torch.int32) for level, table in tables.items()}
