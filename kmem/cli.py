@@ -11,11 +11,11 @@ from kmem.config import UserError
 COMMANDS = {
     "data": ("kmem.data.command", "fetch, prepare and cluster text"),
     "train": ("kmem.train.command", "train a model"),
-    "eval": ("kmem.train.evaluate_command", "held-out loss of a checkpoint"),
+    "eval": ("kmem.eval.command", "held-out loss of a checkpoint"),
     "generate": ("kmem.hf.generate_command", "continue a prompt"),
     "export": ("kmem.hf.export_command", "write a Hugging Face folder"),
     "import": ("kmem.hf.import_command", "make a checkpoint from a Hugging Face folder"),
-    "memory": ("kmem.checkpoint.memory_command", "list, erase, replace and merge blocks of a memory bank"),
+    "bank": ("kmem.checkpoint.bank.command", "list, erase, replace and merge blocks of a memory bank"),
     "bench": ("kmem.bench.command", "compare speed with other libraries"),
 }
 """Command -> (module with `add_arguments` and `run`, what it does). The module is imported when its command is used."""

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
 from tests.distributed.rank_pool import RankPool
 
+pytest_plugins = ["tests.run_config", "tests.small_corpora"]
 torch.set_num_threads(1)
 
 
@@ -22,7 +23,7 @@ def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run the long cases")
 
 
-_LONG_FOLDERS = ("train", "distributed", "memory", "bench")
+_LONG_FOLDERS = ("train", "distributed", "tables", "eval", "bench")
 """Begun first where several processes share the files, so that none ends long after the others."""
 
 

@@ -15,8 +15,8 @@ from kmem_kernels.swiglu import reference as swiglu_reference
 from kmem_kernels.swiglu.triton import silu_times, silu_times_backward
 from torch import Tensor
 
+from kmem.model.engram_ngrams import NgramAddressing
 from kmem.model.moe import MoE
-from kmem.model.ngram_addresses import NgramAddressing
 from kmem.model.shape import Shape
 
 # Shape letters: T tokens, E experts, K experts per token, H hidden size, I width of an expert, D columns of a table.

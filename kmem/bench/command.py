@@ -3,7 +3,7 @@
 import argparse
 
 # They import torch and what they measure when they run: `--help` takes no second.
-from kmem.bench import compare_command, experts_command, fetch_command, memory_command, rows_command, train_command
+from kmem.bench import compare_command, experts_command, fetch_command, rows_command, tables_command, train_command
 
 COMMANDS = {
     "train": (train_command, "a training step against plain Transformers or another precision"),
@@ -11,7 +11,7 @@ COMMANDS = {
     "rows": (rows_command, "gathers and row optimizers of tables on the host against torch's"),
     "compare": (compare_command, "models of equal budgets on the same text: loss over several seeds, with a report"),
     "fetch": (fetch_command, "fetching the blocks of a memory bank's contexts, from memory and from disk"),
-    "memory": (memory_command, "a training step with large tables of rows against one with small ones"),
+    "tables": (tables_command, "a training step with large tables of rows against one with small ones"),
 }
 
 

@@ -120,9 +120,9 @@ class Size:
     active_non_embedding: int
     embedding: int
     """Embedding, and the head where it is not tied."""
-    memory: int
+    tables: int
     """Elements in tables."""
-    memory_read: int
+    table_read: int
     """Elements of tables that one token reads, of a memory bank one context."""
     expert_calls: int
     """Routed and shared experts that a token runs through, over all layers and iterations."""
@@ -235,7 +235,7 @@ def measure(config: Config) -> Size:
         assert engram.heads is not None
         assert engram.row_dim is not None
         read += len(engram.layers) * len(engram.orders) * engram.heads * engram.row_dim
-    if model.memory_bank is not None:
+    if model.bank is not None:
         read += BankLayout.of(Shape(model.model_dump())).fetched_values
     return Size(
         total=counts.total,
@@ -243,8 +243,8 @@ def measure(config: Config) -> Size:
         non_embedding=counts.non_embedding,
         active_non_embedding=counts.active_non_embedding,
         embedding=counts.embedding,
-        memory=counts.memory,
-        memory_read=read,
+        tables=counts.tables,
+        table_read=read,
         expert_calls=calls,
         tokens=config.train.steps * config.train.global_batch_size * config.data.sequence_length,
     )
@@ -308,9 +308,9 @@ def ensure_data(data: PreparedText, questions: Path | None = None) -> None:
     Raises:
         ConfigError: the tree that is there has another form, or there are no questions.
     """
-    from kmem.data.corpora import extract_corpora
+    from kmem.corpora.catalogue import extract_corpora
+    from kmem.corpora.packages import default_cache
     from kmem.data.manifest import MANIFEST_NAME
-    from kmem.data.packages import default_cache
     from kmem.data.prepare import Preparation, prepare
 
     folder = Path(data.folder)
@@ -338,9 +338,9 @@ def ensure_data(data: PreparedText, questions: Path | None = None) -> None:
 
 
 def _ensure_tree(data: PreparedText, tree: Tree) -> None:
-    from kmem.data.cluster.building import TreeRequest, make_tree
-    from kmem.data.cluster_addresses import stored_tree
-    from kmem.model.cluster_tree import read_tree_record
+    from kmem.clustering.building import TreeRequest, make_tree
+    from kmem.data.bank_addresses import stored_tree
+    from kmem.model.bank_tree import read_tree_record
 
     sources = [Path(source) for source in data.sources]
     if (data.tree_folder / "tree.json").is_file():

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         for label, size in sizes.items():
             print(
                 f"  {label}: without embeddings {size.non_embedding:,} parameters, {size.active_non_embedding:,} "
-                f"active, {size.memory:,} in memory; {size.expert_calls} expert calls; {size.tokens:,} tokens",
+                f"active, {size.tables:,} in tables; {size.expert_calls} expert calls; {size.tokens:,} tokens",
                 flush=True,
             )
         if not arguments.check and not _carry_out(comparison, out, runs, sizes, arguments):

@@ -105,7 +105,7 @@ def result_tables(comparison: Comparison, results: dict[str, Any]) -> list[Table
         ),
         [
             (label, *(f"{found['size'][quantity]:,}" for quantity in (
-                "non_embedding", "active_non_embedding", "memory", "memory_read", "expert_calls", "embedding", "tokens"
+                "non_embedding", "active_non_embedding", "memory", "table_read", "expert_calls", "embedding", "tokens"
             )))
             for label, found in contestants.items()
         ],

@@ -11,8 +11,8 @@ from kmem.bench.compare import Comparison, Run
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import UserError
+from kmem.eval.bank import BankChoice
 from kmem.parallel.local_launch import launch_local
-from kmem.train.evaluated_bank import BankChoice
 
 HELD_OUT = "held_out.json"
 """In a run's folder: its checkpoint's held-out figures on the whole split, by what memory gave."""
@@ -43,7 +43,7 @@ def evaluate(run: Run, comparison: Comparison, batch: int) -> dict[str, dict[str
     """Figures of `kmem eval` on the whole held-out split for each of `states`; kept in the run's folder. With several
     sources the figures are those of all their text, and `sources` has each one's. Of a comparison with questions,
     `questions` has the answers."""
-    from kmem.train.checkpoint_evaluation import answered, held_out_figures
+    from kmem.eval.checkpoint import answered, held_out_figures
 
     path = run.folder / HELD_OUT
     known: dict[str, Any] = {}
@@ -68,12 +68,12 @@ def states(run: Run, comparison: Comparison) -> dict[str, tuple[str, BankChoice 
     """How a run is evaluated, first as it was trained and then its controls, each with what n-gram memory and memory
     bank give. The names are those of `kmem eval --memory`, or for a model with a bank of `--bank`."""
     model = run.config.model
-    bank = model.memory_bank
+    bank = model.bank
     found: dict[str, tuple[str, BankChoice | None]] = {}
     if bank is None:
         found["on"] = ("on", None)
     else:
-        trained = bank.trained_memory
+        trained = bank.default_control
         only_generic = trained == "generic"
         found[trained] = ("on", BankChoice(trained))
         for control in comparison.bank_controls:

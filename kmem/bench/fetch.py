@@ -13,11 +13,11 @@ from torch import Tensor
 
 from kmem.config import UserError
 from kmem.data.safetensors_file import SafetensorsWriter
+from kmem.model.bank_export import TREE_FOLDER, BankDescription
+from kmem.model.bank_inference import InferenceBank
 from kmem.model.bank_layout import BankLayout, Part, bank_table_part_name
-from kmem.model.context_bank import ContextBank
-from kmem.model.context_router import ContextRouter
-from kmem.model.exported_bank import TREE_FOLDER, BankDescription
-from kmem.model.exported_tables import WEIGHTS_FILE, map_tables
+from kmem.model.bank_router import ContextRouter
+from kmem.model.export_tables import WEIGHTS_FILE, map_tables
 from kmem.model.mapped_rows import MappedRows
 from kmem.model.shape import Shape
 
@@ -75,7 +75,7 @@ def open_bank(folder: Path) -> ExportedBank:
 
     config = read_config(folder)
     model = config.get("model")
-    if not isinstance(model, dict) or model.get("memory_bank") is None:
+    if not isinstance(model, dict) or model.get("bank") is None:
         raise UserError(f"{folder / 'config.json'}: describes no model with a memory bank; name an export of one")
 
     def find(file: str) -> str | None:
@@ -118,7 +118,7 @@ def measure(bank: ExportedBank, placement: Placement, contexts: int, seed: int, 
         like: a tensor of the type and device that rows come to.
     """
     layout, draw = bank.layout, random.Random(seed)
-    held = ContextBank(layout, dict(bank.rows))
+    held = InferenceBank(layout, dict(bank.rows))
     for level, place in placement.items():
         if place == "ram":
             held.sources[level] = _in_memory(bank.rows[level])
@@ -172,7 +172,7 @@ def route_ms(bank: ExportedBank, contexts: int, seed: int) -> float | None:
     return 1e3 * statistics.median(times[1:])  # the first one loads what is loaded once
 
 
-def memory_needed(bank: ExportedBank, placement: Placement) -> int:
+def bytes_needed(bank: ExportedBank, placement: Placement) -> int:
     """Bytes of the levels that are placed in memory."""
     return sum(
         bank.layout.rows(level) * bank.layout.row_values(level) * bank.rows[level].dtype.itemsize

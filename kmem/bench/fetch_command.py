@@ -88,13 +88,13 @@ def placements(text: str | None, levels: Sequence[int]) -> "list[Placement]":
 def _measure(arguments: argparse.Namespace, bank: "ExportedBank") -> None:
     import torch
 
-    from kmem.bench.fetch import CONTEXT_TOKENS, measure, memory_needed, route_ms
-    from kmem.memory.stores import available_host_memory, gib
+    from kmem.bench.fetch import CONTEXT_TOKENS, bytes_needed, measure, route_ms
+    from kmem.tables.stores import available_host_memory, gib
 
     layout = bank.layout
     chosen = placements(arguments.placement, layout.levels)
     for placement in chosen:
-        needed, free = memory_needed(bank, placement), available_host_memory()
+        needed, free = bytes_needed(bank, placement), available_host_memory()
         if needed > free:
             raise UserError(
                 f"--placement: {gib(needed)} in memory, and {gib(int(free))} are free; leave levels on disk"

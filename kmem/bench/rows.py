@@ -10,10 +10,10 @@ import torch
 
 from kmem.bench.machine import processor
 from kmem.config import RowOptimizerConfig
-from kmem.memory.row_optimizers import RowOptimizer, RowUpdate, kernels
-from kmem.memory.row_threads import RowThreads
-from kmem.memory.segments import Segments
-from kmem.memory.stores import ArrayLayout, Store
+from kmem.tables.row_optimizers import RowOptimizer, RowUpdate, kernels
+from kmem.tables.row_threads import RowThreads
+from kmem.tables.segments import Segments
+from kmem.tables.stores import ArrayLayout, Store
 
 
 @dataclass(frozen=True)

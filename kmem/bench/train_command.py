@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     if train.global_batch_size != train.micro_batch_size or config.parallel.pipeline != 1:
         raise ConfigError("kmem bench train: one process and one micro-batch per step on both sides")
     if config.model.engram is not None:
-        raise ConfigError("kmem bench train: model.engram has no peer; `kmem bench memory` measures it")
+        raise ConfigError("kmem bench train: model.engram has no peer; `kmem bench tables` measures it")
     if arguments.peer == "fp32" and train.precision != "bf16":
         raise ConfigError("--peer fp32: needs --set train.precision=bf16")
     from kmem.bench.training import kmem_runner

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from kmem.checkpoint.pieces import CheckpointError
-from kmem.model.engram_memory import EngramAddresses
-from kmem.model.ngram_addresses import differences
+from kmem.model.engram_ngrams import differences
+from kmem.model.engram_reader import EngramAddresses
 
 REASONS = {
     "tokenizer_fingerprint": "The tokenizer is another one: use the one that the run was trained with",

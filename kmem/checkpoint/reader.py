@@ -132,7 +132,7 @@ class CheckpointReader:
     def _in_part(self, key: str) -> CheckpointError:
         return CheckpointError(
             f"{self.folder}: holds a part of {key.partition('/')[2]} only: it is of a job that keeps the blocks of its "
-            "subtrees (bank.hold=subtrees); join it with the other parts by kmem memory merge, and name the result"
+            "subtrees (bank.hold=subtrees); join it with the other parts by kmem bank merge, and name the result"
         )
 
     def map_rows(self, name: str) -> MappedRows:

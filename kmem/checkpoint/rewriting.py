@@ -18,7 +18,7 @@ from kmem.checkpoint.writer import FILE_BYTES
 from kmem.config import Config, dump_config, parse_config
 from kmem.data.progress import Progress as ProgressBar
 from kmem.data.safetensors_file import SafetensorsWriter, sync_folder
-from kmem.model.exported_bank import TREE_FOLDER
+from kmem.model.bank_export import TREE_FOLDER
 
 Edit = Callable[[str, int, Tensor], Tensor]
 """(what is stored, such as `weight/NAME`; the first element; values 1-D) -> values of the same type and length."""

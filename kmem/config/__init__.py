@@ -1,11 +1,10 @@
 """Typed configuration: YAML files, dotted overrides, errors that name the field."""
 
+from kmem.config.bank import BankConfig, GenericBlocks
 from kmem.config.data import AddressesConfig, DataConfig, Source
 from kmem.config.engram import EngramConfig
 from kmem.config.errors import ConfigError, UserError
 from kmem.config.load import dump_config, load_config, packaged_configs, parse_config
-from kmem.config.memory import BankConfig, BlockOptimizerConfig, MemoryConfig, RowOptimizerConfig
-from kmem.config.memory_bank import GenericBlocks, MemoryBankConfig
 from kmem.config.model import (
     ChainOfExperts,
     GroupedQueryAttention,
@@ -16,11 +15,13 @@ from kmem.config.model import (
     RopeScaling,
 )
 from kmem.config.run import CheckpointConfig, Config, EvaluationConfig, ParallelConfig, TrackingConfig
+from kmem.config.tables import BankTableConfig, BlockOptimizerConfig, RowOptimizerConfig, TableConfig
 from kmem.config.train import OptimizerConfig, ScheduleConfig, TrainConfig
 
 __all__ = [
     "AddressesConfig",
     "BankConfig",
+    "BankTableConfig",
     "BlockOptimizerConfig",
     "ChainOfExperts",
     "CheckpointConfig",
@@ -33,8 +34,6 @@ __all__ = [
     "GroupedQueryAttention",
     "HyperConnectionsConfig",
     "LatentAttention",
-    "MemoryBankConfig",
-    "MemoryConfig",
     "MixtureOfExperts",
     "ModelConfig",
     "OptimizerConfig",
@@ -43,6 +42,7 @@ __all__ = [
     "RowOptimizerConfig",
     "ScheduleConfig",
     "Source",
+    "TableConfig",
     "TrackingConfig",
     "TrainConfig",
     "UserError",

@@ -64,7 +64,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 class EngramConfig(Section):
     """N-gram lookup memory (Engram, arXiv 2601.07372) at the entrance of the listed layers.
 
-    What is left out comes from the preset; the saved configuration names every choice. `docs/memory.md` explains them.
+    What is left out comes from the preset; the saved configuration names every choice. `docs/engram.md` explains them.
     """
 
     preset: Literal["deepseek", "deepseek-v4.1", "qwen"] = "deepseek"

@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from kmem.config.bank import BankConfig
 from kmem.config.engram import EngramConfig
-from kmem.config.memory_bank import MemoryBankConfig
 from kmem.config.section import Section
 from kmem.wording import counted
 
@@ -249,8 +249,8 @@ class ModelConfig(Section):
     hyper_connections: HyperConnectionsConfig | None = None
     """Branches of the residual stream; null is the plain residual."""
     engram: EngramConfig | None = None
-    """N-gram lookup memory; null makes a model without. Its tables are described in the section `memory`."""
-    memory_bank: MemoryBankConfig | None = None
+    """N-gram lookup memory; null makes a model without. Its tables are described in the section `engram`."""
+    bank: BankConfig | None = None
     """Blocks of weights that contexts fetch; null makes a model without. Its tables are described in the section
     `bank`."""
 
@@ -299,11 +299,11 @@ class ModelConfig(Section):
             raise ValueError(f"moe.first_dense_layers={dense} is out of range for num_layers={self.num_layers}")
         if dense and self.intermediate_size is None:
             raise ValueError(f"intermediate_size is needed: {counted(dense, 'layer')} with a dense feed-forward")
-        if self.memory_bank is not None:
-            self.memory_bank.check_model(self)
+        if self.bank is not None:
+            self.bank.check_model(self)
         return self
 
     @property
     def frozen_anchor(self) -> bool:
         """Whether only the memory bank is trained."""
-        return self.memory_bank is not None and self.memory_bank.anchor == "frozen"
+        return self.bank is not None and self.bank.anchor == "frozen"

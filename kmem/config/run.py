@@ -6,9 +6,9 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from kmem.config.data import DataConfig
 from kmem.config.errors import ConfigError
-from kmem.config.memory import BankConfig, MemoryConfig
 from kmem.config.model import ModelConfig
 from kmem.config.section import Section
+from kmem.config.tables import BankTableConfig, TableConfig
 from kmem.config.train import TrainConfig
 from kmem.wording import counted
 
@@ -67,7 +67,7 @@ class EvaluationConfig(Section):
     """Held-out sequences per evaluation, the same ones each time; null takes the whole split."""
     at_start: bool = True
     """Evaluate before the first step too."""
-    bank_controls: tuple[Literal["generic", "none"], ...] = ()
+    controls: tuple[Literal["generic", "none"], ...] = ()
     """Of a memory bank: evaluate the same sequences also with generic blocks, or with none, in place of those that are
     fetched, as in [generic, none]; each costs another evaluation."""
 
@@ -96,9 +96,9 @@ class Config(Section):
     """Training and held-out text."""
     train: TrainConfig
     """Optimisation."""
-    memory: MemoryConfig = MemoryConfig()
+    engram: TableConfig = TableConfig()
     """Tables of memory layers."""
-    bank: BankConfig = BankConfig()
+    bank: BankTableConfig = BankTableConfig()
     """Tables of the memory bank."""
     parallel: ParallelConfig = ParallelConfig()
     """Mesh of ranks."""
@@ -131,20 +131,20 @@ class Config(Section):
                 "parallel.zero_stage=0 does not go with train.precision=bf16: DeepSpeed's bf16 optimizer is always "
                 "sharded; use 1"
             )
-        if self.model.memory_bank is not None and self.data.addresses is None:
+        if self.model.bank is not None and self.data.addresses is None:
             raise ValueError(
-                "model.memory_bank needs data.addresses, by which blocks are fetched; name the folder of a tree that "
+                "model.bank needs data.addresses, by which blocks are fetched; name the folder of a tree that "
                 "kmem data cluster has written, as in data.addresses.tree=data/tree"
             )
-        for control in self.evaluation.bank_controls:
-            if self.model.memory_bank is None:
+        for control in self.evaluation.controls:
+            if self.model.bank is None:
                 raise ValueError(
-                    f"evaluation.bank_controls={list(self.evaluation.bank_controls)} needs a memory bank "
-                    "(model.memory_bank); leave it out"
+                    f"evaluation.controls={list(self.evaluation.controls)} needs a memory bank "
+                    "(model.bank); leave it out"
                 )
-            if control == "generic" and not self.model.memory_bank.generic.probability:
+            if control == "generic" and not self.model.bank.generic.probability:
                 raise ValueError(
-                    "evaluation.bank_controls=generic needs generic blocks; set model.memory_bank.generic.probability "
+                    "evaluation.controls=generic needs generic blocks; set model.bank.generic.probability "
                     "above 0, or leave generic out"
                 )
         addresses = self.data.addresses
@@ -153,7 +153,7 @@ class Config(Section):
                 "bank.hold=subtrees keeps the blocks of data.addresses.subtrees alone, and none are chosen; name the "
                 "clusters of this job there, or set hold to all"
             )
-        for name in ("engram", "memory_bank"):
+        for name in ("engram", "bank"):
             if getattr(self.model, name) is not None and self.checkpoint.asynchronous:
                 raise ValueError(
                     f"checkpoint.asynchronous=true does not go with model.{name}: tables are written from where they "
@@ -177,8 +177,8 @@ class Config(Section):
     @property
     def prefetch_depth(self) -> int:
         """Steps that are begun beyond the running one: those of the tables that are fetched furthest ahead."""
-        depths = [self.memory.prefetch_depth] if self.model.engram is not None else []
-        depths += [self.bank.prefetch_depth] if self.model.memory_bank is not None else []
+        depths = [self.engram.prefetch_depth] if self.model.engram is not None else []
+        depths += [self.bank.prefetch_depth] if self.model.bank is not None else []
         return max(depths, default=0)
 
     def data_parallel_size(self, world_size: int) -> int:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from kmem.data.cluster import command as cluster_command
+from kmem.clustering import command as cluster_command
 from kmem.data.manifest import Manifest
 from kmem.data.workers import available_cores
 from kmem.wording import counted
@@ -83,8 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _corpora(arguments: argparse.Namespace) -> int:
-    from kmem.data.corpora import DEFAULT_CORPORA, extract_corpora
-    from kmem.data.packages import default_cache
+    from kmem.corpora.catalogue import DEFAULT_CORPORA, extract_corpora
+    from kmem.corpora.packages import default_cache
 
     names = arguments.names or list(DEFAULT_CORPORA)
     written = extract_corpora(names, arguments.out, arguments.cache or default_cache())

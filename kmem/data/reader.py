@@ -13,9 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from kmem.config import DataConfig, UserError
-from kmem.data.batch import IGNORED_LABEL, SequenceBatch
-from kmem.data.blend import Blend
-from kmem.data.cluster_addresses import (
+from kmem.data.bank_addresses import (
     Addressing,
     SplitAddresses,
     chosen_leaves,
@@ -23,6 +21,8 @@ from kmem.data.cluster_addresses import (
     read_addresses,
     tree_record,
 )
+from kmem.data.batch import IGNORED_LABEL, SequenceBatch
+from kmem.data.blend import Blend
 from kmem.data.indexed import IndexedTokens
 from kmem.data.leaf_order import LeafOrder
 from kmem.data.manifest import Manifest, read_manifest

@@ -42,8 +42,8 @@ def choose(model: ModelConfig, custom_code: bool = False) -> Choice:
         return Choice(KMEM, "no native architecture has a chain of experts (model.moe.chain)")
     if model.engram is not None:
         return Choice(KMEM, "no native architecture has an n-gram memory (model.engram)")
-    if model.memory_bank is not None:
-        return Choice(KMEM, "no native architecture has a memory bank (model.memory_bank)")
+    if model.bank is not None:
+        return Choice(KMEM, "no native architecture has a memory bank (model.bank)")
     if Shape(model.model_dump()).branches > 1:
         return Choice(KMEM, "no native architecture has a residual stream of branches (model.hyper_connections)")
     if model.attention.kind == "gqa" and model.attention.qk_norm_span == "all_heads":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import kmem.model
 from kmem.config import UserError
-from kmem.model import context_embedder
+from kmem.model import bank_embedder
 
 ENTRY = "modeling_kmem"
 AUTO_MAP = {
@@ -40,8 +40,8 @@ def embedder_class(name: str) -> type | None:
     Raises:
         UserError: its file needs more than there is beside exported weights.
     """
-    reader = context_embedder.EMBEDDERS[name]
-    if reader.__module__ == context_embedder.__name__:
+    reader = bank_embedder.EMBEDDERS[name]
+    if reader.__module__ == bank_embedder.__name__:
         return None
     path = Path(inspect.getsourcefile(reader) or "")
     imported = {name for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for name in _packages(node)}
@@ -65,7 +65,7 @@ def write_code(folder: Path, embedder: str | None) -> None:
     if reader is None:
         return
     shutil.copyfile(str(inspect.getsourcefile(reader)), folder / f"{REGISTERED}.py")
-    with open(folder / Path(str(context_embedder.__file__)).name, "a", encoding="utf-8") as code:
+    with open(folder / Path(str(bank_embedder.__file__)).name, "a", encoding="utf-8") as code:
         code.write(f"\n\nfrom .{REGISTERED} import {reader.__name__}\n\n")
         code.write(f"EMBEDDERS[{embedder!r}] = {reader.__name__}\n")
 

@@ -10,24 +10,24 @@ from typing import Any, Protocol
 
 import torch
 
-from kmem.checkpoint.bank import Banked, checkpoint_router, checkpoint_tree
-from kmem.checkpoint.memory import Addressed, checkpoint_addresses
+from kmem.checkpoint.bank.layout import Banked, checkpoint_router, checkpoint_tree
+from kmem.checkpoint.engram import Addressed, checkpoint_addresses
 from kmem.config import Config, UserError
-from kmem.data.cluster_addresses import tree_record
+from kmem.data.bank_addresses import tree_record
 from kmem.data.progress import Progress
 from kmem.data.safetensors_file import SafetensorsWriter, sync_folder
 from kmem.data.tokenizer import load_tokenizer
 from kmem.hf.architectures import KMEM, Choice, choose, to_fields
 from kmem.hf.custom_code import AUTO_MAP, embedder_class, register, write_code
-from kmem.hf.key_map import Piece, account, bank_parts, folder_pieces, parameters, table_parts
+from kmem.hf.key_map import Piece, bank_parts, check_tensor_sets, folder_pieces, parameters, table_parts
 from kmem.hf.model_card import model_card
 from kmem.hf.native import Architecture
-from kmem.model.cluster_tree import CENTROIDS_FILE, EMBEDDER_FOLDER, TREE_FILE
-from kmem.model.context_embedder import read_embedder_record
-from kmem.model.engram_memory import EngramAddresses
-from kmem.model.exported_bank import TREE_FOLDER
-from kmem.model.exported_memory import COMPRESSION
-from kmem.model.exported_tables import INDEX_FILE, WEIGHTS_FILE
+from kmem.model.bank_embedder import read_embedder_record
+from kmem.model.bank_export import TREE_FOLDER
+from kmem.model.bank_tree import CENTROIDS_FILE, EMBEDDER_FOLDER, TREE_FILE
+from kmem.model.engram_export import COMPRESSION
+from kmem.model.engram_reader import EngramAddresses
+from kmem.model.export_tables import INDEX_FILE, WEIGHTS_FILE
 from kmem.parallel.parameter_counts import tensor_shapes
 from kmem.wording import counted
 
@@ -86,7 +86,7 @@ def export(
     say(f"architecture: {choice.architecture.name} ({choice.architecture.class_name}): {choice.reason}")
 
     tensors = tensor_shapes(model)
-    account(
+    check_tensor_sets(
         "checkpoint",
         expected=tensors,
         found={name: tuple(info.shape) for name, info in trained.tensors.items()},
@@ -105,7 +105,7 @@ def export(
     if tree is not None:
         config.bank_parts = {str(level): list(rows) for level, rows in bank.items()}
         config.bank_tree = tree_record(tree)["fingerprint"]
-    account(
+    check_tensor_sets(
         f"{choice.architecture.class_name} of this version of Transformers",
         expected=target_parameters(config, choice.architecture),
         found=parameters(pieces, tensors),
@@ -182,7 +182,7 @@ def target_parameters(config: Any, architecture: Architecture) -> dict[str, tupl
     held = {}
     if architecture is KMEM:
         register()
-        held = {"memory": "device"}
+        held = {"tables": "device"}
     with torch.device("meta"):
         target = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **held)
     # On the meta device nothing is tied yet, so that tied copies are known by name only.
@@ -279,9 +279,9 @@ def copy_tree(source: Path, target: Path) -> None:
 
 def _tree(trained: TrainedModel, given: Path | None) -> Path | None:
     """The tree to export; its embedder is loaded once, so that a damaged one is found here."""
-    if trained.config.model.memory_bank is None:
+    if trained.config.model.bank is None:
         if given is not None:
-            raise UserError(f"--tree {given}: the model has no memory bank (model.memory_bank)")
+            raise UserError(f"--tree {given}: the model has no memory bank (model.bank)")
         return None
     checkpoint_router(trained, given)
     return checkpoint_tree(trained, given)

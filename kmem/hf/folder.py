@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from kmem.checkpoint.commit import COMMIT_FILE, committed_steps
 from kmem.config import UserError
 from kmem.data.safetensors_file import DTYPE_NAMES
-from kmem.model.exported_tables import INDEX_FILE, WEIGHTS_FILE
+from kmem.model.export_tables import INDEX_FILE, WEIGHTS_FILE
 from kmem.wording import counted
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kmem.checkpoint.bank_options import add_bank_arguments, blocked_clusters, chosen_levels
+from kmem.checkpoint.bank.options import add_bank_arguments, blocked_clusters, chosen_levels
 from kmem.config import UserError
 from kmem.wording import counted
 

@@ -17,8 +17,8 @@ from kmem.checkpoint.commit import Progress as RunProgress
 from kmem.checkpoint.manifest import check_addressing
 from kmem.checkpoint.writer import write_weights
 from kmem.config import Config, LatentAttention, ModelConfig, UserError, dump_config, parse_config
-from kmem.data.addresses import model_addresses
-from kmem.data.cluster_addresses import tree_record
+from kmem.data.bank_addresses import tree_record
+from kmem.data.engram_addresses import model_addresses
 from kmem.data.progress import Progress
 from kmem.data.safetensors_file import sync_folder
 from kmem.data.tokenizer import adopt_tokenizer, load_tokenizer, tokenizer_fingerprint
@@ -26,11 +26,11 @@ from kmem.hf.architectures import KMEM
 from kmem.hf.export import copy_tree
 from kmem.hf.folder import FolderTensor, ModelFolder
 from kmem.hf.foreign_config import MTP_FIELD, ignored_fields, read_architecture, read_config, read_model
-from kmem.hf.key_map import Piece, account, folder_pieces, half_split_rows
+from kmem.hf.key_map import Piece, check_tensor_sets, folder_pieces, half_split_rows
 from kmem.hf.native import DEEPSEEK_V3, Architecture
 from kmem.hf.retrofit import ChainedParts, chained
-from kmem.model.exported_bank import TREE_FOLDER, BankDescription
-from kmem.model.exported_memory import COMPRESSION, MemoryDescription
+from kmem.model.bank_export import TREE_FOLDER, BankDescription
+from kmem.model.engram_export import COMPRESSION, EngramDescription
 from kmem.model.shape import Shape
 from kmem.parallel.parameter_counts import tensor_shapes
 
@@ -91,16 +91,16 @@ def import_folder(
     if ignored:
         say(f"fields of config.json that were not read: {', '.join(ignored)}")
 
-    memory = _memory(config, model, described)
+    engram = _engram(config, model, described)
     bank = _bank(config, model, described)
     pieces = folder_pieces(
-        model, architecture, None if memory is None else memory.parts, None if bank is None else bank.parts
+        model, architecture, None if engram is None else engram.parts, None if bank is None else bank.parts
     )
     left_out = _left_out(folder, model, architecture, drop_mtp)
     if left_out:
         say(f"tensors left out: {len(left_out)} ({', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''})")
     kept = {name: tensor for name, tensor in folder.tensors.items() if name not in left_out}
-    account(
+    check_tensor_sets(
         str(source),
         expected={piece.name: piece.shape for piece in pieces},
         found={name: tensor.shape for name, tensor in kept.items()},
@@ -117,8 +117,8 @@ def import_folder(
     try:
         partial.mkdir(parents=True)
         tokenizer = _bring_tokenizer(folder.path, partial / "tokenizer", say)
-        if memory is not None:
-            _check_addresses(folder.path, memory, target, partial / "tokenizer")
+        if engram is not None:
+            _check_addresses(folder.path, engram, target, partial / "tokenizer")
         tree = None if bank is None else _bring_tree(folder.path, bank, partial)
         with Progress(f"importing {elements * 4 / 1e6:,.1f} MB", elements) as bar:
             parts = _Parts(folder, model, pieces, interleaved, bar)
@@ -128,7 +128,7 @@ def import_folder(
                 config=run,
                 shapes=shapes,
                 parts=parts if chain_iterations is None else ChainedParts(parts, target),
-                addressing=None if memory is None else memory.addressing.to_manifest(),
+                addressing=None if engram is None else engram.addressing.to_manifest(),
                 tree=tree,
             )
         (partial / "config.yaml").write_text(dump_config(run), encoding="utf-8")
@@ -161,7 +161,7 @@ def starting_config(out: Path, model: ModelConfig) -> Config:
             "data": {
                 "sources": [{"path": "data"}],
                 "sequence_length": min(1024, model.max_position_embeddings),
-                "addresses": None if model.memory_bank is None else {"tree": str(out / TREE_FOLDER)},
+                "addresses": None if model.bank is None else {"tree": str(out / TREE_FOLDER)},
             },
             "train": {
                 "steps": 1000,
@@ -174,13 +174,13 @@ def starting_config(out: Path, model: ModelConfig) -> Config:
     )
 
 
-def _memory(config: Any, model: ModelConfig, path: Path) -> MemoryDescription | None:
+def _engram(config: Any, model: ModelConfig, path: Path) -> EngramDescription | None:
     """Addressing and tables of a model with n-gram memory, which only kmem's own folders have."""
     if model.engram is None:
         return None
     shape = Shape(model.model_dump())
     try:
-        return MemoryDescription.read(
+        return EngramDescription.read(
             shape, getattr(config, "engram_addressing", None), getattr(config, "engram_parts", {})
         )
     except ValueError as error:
@@ -189,7 +189,7 @@ def _memory(config: Any, model: ModelConfig, path: Path) -> MemoryDescription | 
 
 def _bank(config: Any, model: ModelConfig, path: Path) -> BankDescription | None:
     """Tables and tree of a model with a memory bank, which only kmem's own folders have."""
-    if model.memory_bank is None:
+    if model.bank is None:
         return None
     try:
         return BankDescription.read(
@@ -221,11 +221,11 @@ def _bring_tree(source: Path, bank: BankDescription, run: Path) -> dict[str, Any
     return record
 
 
-def _check_addresses(source: Path, memory: MemoryDescription, model: ModelConfig, tokenizer: Path) -> None:
+def _check_addresses(source: Path, engram: EngramDescription, model: ModelConfig, tokenizer: Path) -> None:
     """The run's tokenizer reads the rows that the folder's did."""
     if not tokenizer.is_dir():
         raise UserError(f"{source}: has no tokenizer, which addresses the rows of its n-gram memory; add its files")
-    check_addressing(source, memory.addressing.to_manifest(), model_addresses(model, tokenizer))
+    check_addressing(source, engram.addressing.to_manifest(), model_addresses(model, tokenizer))
 
 
 class _Parts:

@@ -15,8 +15,8 @@ from kmem.config import LatentAttention, ModelConfig, UserError
 from kmem.hf.architectures import KMEM
 from kmem.hf.native import DEEPSEEK_V3, Architecture
 from kmem.model.bank_layout import BankLayout, bank_table_part_name, layer_bank_name
-from kmem.model.engram_memory import table_name, table_part_name, table_rows
-from kmem.model.exported_memory import COMPRESSION
+from kmem.model.engram_export import COMPRESSION
+from kmem.model.engram_reader import table_name, table_part_name, table_rows
 from kmem.model.shape import Shape
 from kmem.parallel.parameter_counts import tensor_shapes
 from kmem.wording import counted
@@ -149,7 +149,7 @@ def table_parts(model: ModelConfig, itemsize: int, max_bytes: int) -> dict[int, 
     """Layer -> rows of each tensor of its table, near equal and at most `max_bytes` long with values of `itemsize`."""
     shape = Shape(model.model_dump())
     return {
-        layer: _near_equal(rows, shape.memory.row_dim * itemsize, max_bytes)
+        layer: _near_equal(rows, shape.engram.row_dim * itemsize, max_bytes)
         for layer, rows in table_rows(shape).items()
     }
 
@@ -176,7 +176,7 @@ def parameters(pieces: Iterable[Piece], tensors: Shapes) -> dict[str, Sequence[i
     return {piece.parameter: piece.shape if piece.expert is None else tensors[piece.tensor or ""] for piece in pieces}
 
 
-def account(what: str, expected: Shapes, found: Shapes, remedy: str) -> None:
+def check_tensor_sets(what: str, expected: Shapes, found: Shapes, remedy: str) -> None:
     """Every expected tensor is there and every tensor there is expected, with the same shape.
 
     Raises:

@@ -7,27 +7,27 @@ from typing import Any
 
 import torch
 
-from kmem.checkpoint.bank import bank_layout, bank_tensors, checkpoint_router, mapped_bank
-from kmem.checkpoint.bank_options import set_controls
-from kmem.checkpoint.memory import checkpoint_addresses, mapped_tables
+from kmem.checkpoint.bank.layout import bank_layout, bank_tensors, checkpoint_router, mapped_bank
+from kmem.checkpoint.bank.options import set_controls
+from kmem.checkpoint.engram import checkpoint_addresses, mapped_tables
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import UserError
 from kmem.data.tokenizer import load_tokenizer
 from kmem.hf.architectures import KMEM
 from kmem.hf.custom_code import register
 from kmem.hf.folder import ModelFolder
-from kmem.hf.key_map import account
-from kmem.model.cluster_tree import ClusterPath, format_path
-from kmem.model.context_embedder import without_progress_bars
-from kmem.model.engram_memory import EngramAddresses, table_name
-from kmem.model.exported_memory import COMPRESSION
+from kmem.hf.key_map import check_tensor_sets
+from kmem.model.bank_embedder import without_progress_bars
+from kmem.model.bank_tree import ClusterPath, format_path
+from kmem.model.engram_export import COMPRESSION
+from kmem.model.engram_reader import EngramAddresses, table_name
 from kmem.parallel.parameter_counts import tensor_shapes
 
 
 def load(
     path: Path,
     tree: Path | None = None,
-    bank_memory: str | None = None,
+    bank_control: str | None = None,
     bank_levels: Sequence[int] | None = None,
     bank_blocked: Sequence[ClusterPath] = (),
 ) -> tuple[Any, Any]:
@@ -37,7 +37,7 @@ def load(
         path: a run folder, the folder of one step, or a Hugging Face folder with safetensors weights. No code from the
             folder is run: kmem's own architecture is taken from the installed kmem.
         tree: of a checkpoint's memory bank; default: that of the run. A Hugging Face folder has its own.
-        bank_memory: what a memory bank gives contexts, "fetched", "generic" or "none"; default: what it was trained
+        bank_control: what a memory bank gives contexts, "fetched", "generic" or "none"; default: what it was trained
             with.
         bank_levels: levels of a memory bank that are on; default: all.
         bank_blocked: clusters of a memory bank that contexts may not use.
@@ -53,12 +53,10 @@ def load(
         reader = CheckpointReader(path)
         model, tokenizer = _load_checkpoint(reader, tree), load_tokenizer(reader.tokenizer_path)
     bank = getattr(model, "contexts", None)
-    if bank is None and (bank_memory, bank_levels, tree, bank_blocked) != (None, None, None, ()):
-        raise UserError(
-            "--bank, --bank-levels, --blocked and --tree are for models with a memory bank (model.memory_bank)"
-        )
+    if bank is None and (bank_control, bank_levels, tree, bank_blocked) != (None, None, None, ()):
+        raise UserError("--bank, --bank-levels, --blocked and --tree are for models with a memory bank (model.bank)")
     if bank is not None:
-        set_controls(bank, bank_memory or ("fetched" if bank_blocked else bank.memory), bank_levels)
+        set_controls(bank, bank_control or ("fetched" if bank_blocked else bank.control), bank_levels)
         try:
             bank.block(bank_blocked)
         except ValueError as error:
@@ -73,11 +71,11 @@ def _load_folder(path: Path) -> tuple[Any, Any]:
     register()
     section = folder.config.get("model")
     own = folder.config.get("model_type") == KMEM.model_type
-    memory = {"memory": "mmap"} if own and isinstance(section, dict) and section.get("engram") else {}
+    kept = {"tables": "mmap"} if own and isinstance(section, dict) and section.get("engram") else {}
     try:
         with without_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(
-                str(path), local_files_only=True, use_safetensors=True, trust_remote_code=False, **memory
+                str(path), local_files_only=True, use_safetensors=True, trust_remote_code=False, **kept
             )
     except Exception as error:  # Transformers raises many kinds
         raise UserError(f"{path}: not loadable by transformers.AutoModelForCausalLM: {error}") from error
@@ -89,7 +87,7 @@ def _load_checkpoint(reader: CheckpointReader, tree: Path | None) -> Any:
     from kmem.model.modeling_kmem import KmemForCausalLM
 
     model_section = reader.config.model
-    account(
+    check_tensor_sets(
         str(reader.folder),
         expected=tensor_shapes(model_section),
         found={name: tuple(info.shape) for name, info in reader.tensors.items()},
@@ -105,7 +103,7 @@ def _load_checkpoint(reader: CheckpointReader, tree: Path | None) -> Any:
         if addresses.compression is not None:
             weights[COMPRESSION] = addresses.compression.lookup
     with torch.device("meta"):
-        model = KmemForCausalLM(KmemConfig(**fields), memory="mmap")
+        model = KmemForCausalLM(KmemConfig(**fields), tables="mmap")
     model.load_state_dict(weights, assign=True)
     if addresses is not None:
         model.use_rows(mapped_tables(reader, addresses))

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import kmem
+from kmem.clustering.encoder_folder import LICENCES
 from kmem.config import Config, dump_config
-from kmem.data.cluster.encoder_folder import LICENCES
 from kmem.hf.architectures import KMEM, Choice
-from kmem.model.cluster_tree import EMBEDDER_FOLDER, read_tree_record
-from kmem.model.exported_bank import TREE_FOLDER
+from kmem.model.bank_export import TREE_FOLDER
+from kmem.model.bank_tree import EMBEDDER_FOLDER, read_tree_record
 from kmem.parallel.parameter_counts import ParameterCounts, count_parameters
 
 
@@ -46,8 +46,8 @@ def model_card(
     )
     if config.model.engram is not None:
         note += (
-            f"\nOf its parameters {counts.components['memory']:,} are rows of n-gram memory, of which a token reads a "
-            'few. With `memory="mmap"` in `from_pretrained` they stay in the weight files.\n'
+            f"\nOf its parameters {counts.components['engram_table']:,} are rows of n-gram memory, of which a token "
+            'reads a few. With `tables="mmap"` in `from_pretrained` they stay in the weight files.\n'
         )
     if tree is not None:
         note += _bank(counts, tree)

@@ -126,13 +126,13 @@ class BankLayout:
         children, deep, levels = record["children"], record["levels"], len(self.ranks)
         if children != self.children:
             raise ValueError(
-                f"model.memory_bank.children: {self.children}, but the tree has {children} ({where}); take its number, "
+                f"model.bank.children: {self.children}, but the tree has {children} ({where}); take its number, "
                 f"or a tree that kmem data cluster made with --children {self.children}"
             )
         if deep != levels:
             change = "write a rank of 0 for each level without blocks" if levels < deep else "drop the last ranks"
             raise ValueError(
-                f"model.memory_bank.levels: {levels}, but the tree has {deep} ({where}); {change}, or take a "
+                f"model.bank.levels: {levels}, but the tree has {deep} ({where}); {change}, or take a "
                 f"tree that kmem data cluster made with --levels {levels}"
             )
 
@@ -230,7 +230,7 @@ class BankLayout:
             )
         drawn = torch.as_tensor(generic, device=leaves.device)
         if not self.generic and bool(drawn.any()):
-            raise ValueError("this bank has no generic blocks; train it with memory_bank.generic.probability above 0")
+            raise ValueError("this bank has no generic blocks; train it with bank.generic.probability above 0")
         found = {}
         for level in self.levels if levels is None else sorted(set(levels) & set(self.levels)):
             # Rounding down keeps MISSING, which is -1, what it is.

@@ -48,7 +48,7 @@ class KmemConfig(PretrainedConfig):
         if engram_addressing is not None:
             self.engram_addressing = engram_addressing
             self.engram_parts = engram_parts or {}
-        if self.model.get("memory_bank") is not None:
+        if self.model.get("bank") is not None:
             self.bank_parts = bank_parts or {}
             self.bank_tree = bank_tree
         for name in DERIVED:

@@ -37,7 +37,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, shape: Shape, index: int, local_experts: range | None = None) -> None:
         super().__init__()
         self.shape = shape
-        self.engram = build_engram(shape) if shape.has_memory(index) else None
+        self.engram = build_engram(shape) if shape.has_engram(index) else None
         self.has_bank = index in shape.bank_layers
         self.attention_connection = build_connection(shape)
         self.attention_norm = RMSNorm(shape.hidden_size, shape.norm_eps)
@@ -53,19 +53,19 @@ class DecoderLayer(nn.Module):
         mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
         rotary: Rotation | None = None,
-        memory: EngramInput | None = None,
+        engram: EngramInput | None = None,
         bank: BankInput | None = None,
     ) -> Tensor:
         """hidden [B, T, H] or [B, T, M, H], position_ids int64 [B, T] -> the same shape.
 
         mask: bool [B, 1, T, S], True where a query may attend; None is plain causal attention. `rotary` is
-        `rotation(shape, position_ids)` where the caller computes it once for all layers. `memory` holds the rows of a
+        `rotation(shape, position_ids)` where the caller computes it once for all layers. `engram` holds the rows of a
         layer that has a memory, `bank` the blocks of one that has some of a memory bank.
         """
         rotated = rotation(self.shape, position_ids) if rotary is None else rotary
         if self.engram is not None:
-            assert memory is not None, "a layer with a memory needs its rows"
-            hidden = hidden + self.engram(hidden, memory)
+            assert engram is not None, "a layer with a memory needs its rows"
+            hidden = hidden + self.engram(hidden, engram)
         assert self.has_bank == (bank is not None), "layers with a memory bank, and no others, need their blocks"
 
         def attend(x: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class DecoderLayer(nn.Module):
 
 def build_engram(shape: Shape) -> Engram:
     """The memory of a layer, without its table."""
-    engram = shape.memory
+    engram = shape.engram
     return Engram(
         shape.hidden_size,
         len(engram.orders) * engram.heads * engram.row_dim,
@@ -167,15 +167,15 @@ class Decoder(Head):
         position_ids: Tensor,
         mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
-        memory: Mapping[int, EngramInput] | None = None,
+        engram: Mapping[int, EngramInput] | None = None,
         bank: Mapping[int, BankInput] | None = None,
     ) -> Tensor:
         """Token ids and positions [B, T] -> the last layer's hidden [B, T, H] or, with M branches, [B, T, M, H], for
-        `logits` or `loss`. By layer, `memory` is what `EngramMemory.read` has for these tokens, and `bank` what
+        `logits` or `loss`. By layer, `engram` is what `EngramReader.read` has for these tokens, and `bank` what
         `FetchedBlocks.inputs` has."""
         hidden = expand_branches(self.embedding(input_ids), self.branches)
         rotary = rotation(self.shape, position_ids)
         for index, layer in enumerate(self.layers):
-            rows, blocks = (memory or {}).get(index), (bank or {}).get(index)
+            rows, blocks = (engram or {}).get(index), (bank or {}).get(index)
             hidden = layer(hidden, position_ids, mask, cache, rotary, rows, blocks)
         return hidden

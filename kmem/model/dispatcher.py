@@ -45,94 +45,101 @@ class LocalRoutes:
     """Routes that stay on this device."""
 
     routing: Routing
-    order_N: Tensor
-    place_TK: Tensor
+    choice_of_row_N: Tensor
+    row_of_choice_TK: Tensor
 
     def __call__(self, hidden_TH: Tensor, experts: Experts, shared: Shared | None = None) -> Tensor:
-        rows_NH = gather_rows(hidden_TH, self.order_N, self.place_TK)
+        rows_NH = gather_rows(hidden_TH, self.choice_of_row_N, self.row_of_choice_TK)
         out_NH = experts(rows_NH, self.routing.counts_E)
-        out_TH = combine_rows(out_NH, self.routing.weights_TK, self.order_N, self.place_TK)
+        out_TH = combine_rows(out_NH, self.routing.weights_TK, self.choice_of_row_N, self.row_of_choice_TK)
         return out_TH if shared is None else out_TH + shared(hidden_TH)
 
 
 def sort_by_expert(experts_TK: Tensor, num_experts: int | None = None) -> tuple[Tensor, Tensor]:
-    """The choices in order of expert, then token, as (order_N, place_TK).
+    """The choices in order of expert, then token, as (choice_of_row_N, row_of_choice_TK).
 
-    order_N: which choice t * K + k stands at row n; place_TK: at which row the choice (t, k) stands.
+    choice_of_row_N: which choice t * K + k stands at row n; row_of_choice_TK: at which row the choice (t, k) stands.
     With `num_experts` the kernel on CUDA counts instead of sorting; the result is the same.
     """
     if num_experts is not None and _kernels_serve(experts_TK):
         return _permute_op.sort_by_expert(experts_TK, num_experts, backend="triton")
-    order_N = experts_TK.flatten().argsort(stable=True)
-    place_TK = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
-    return order_N, place_TK.view_as(experts_TK)
+    choice_of_row_N = experts_TK.flatten().argsort(stable=True)
+    row_of_choice_TK = torch.empty_like(choice_of_row_N).scatter_(
+        0, choice_of_row_N, torch.arange(len(choice_of_row_N), device=choice_of_row_N.device)
+    )
+    return choice_of_row_N, row_of_choice_TK.view_as(experts_TK)
 
 
-def gather_rows(hidden_TH: Tensor, order_N: Tensor, place_TK: Tensor) -> Tensor:
+def gather_rows(hidden_TH: Tensor, choice_of_row_N: Tensor, row_of_choice_TK: Tensor) -> Tensor:
     """The token of every row, [N, H]."""
     if _kernels_serve(hidden_TH):
-        return _permute_op.permute(hidden_TH, place_TK, backend="triton")
-    return _Gather.apply(hidden_TH, order_N, place_TK)
+        return _permute_op.permute(hidden_TH, row_of_choice_TK, backend="triton")
+    return _Gather.apply(hidden_TH, choice_of_row_N, row_of_choice_TK)
 
 
-def combine_rows(rows_NH: Tensor, weights_TK: Tensor, order_N: Tensor, place_TK: Tensor) -> Tensor:
+def combine_rows(rows_NH: Tensor, weights_TK: Tensor, choice_of_row_N: Tensor, row_of_choice_TK: Tensor) -> Tensor:
     """The weighted sum of each token's rows, [T, H] in the rows' dtype; products and sums in fp32."""
     if _kernels_serve(rows_NH):
-        return _permute_op.combine(rows_NH, weights_TK, place_TK, backend="triton")
-    return _Combine.apply(rows_NH, weights_TK, order_N, place_TK)
+        return _permute_op.combine(rows_NH, weights_TK, row_of_choice_TK, backend="triton")
+    return _Combine.apply(rows_NH, weights_TK, choice_of_row_N, row_of_choice_TK)
 
 
 class _Gather(torch.autograd.Function):
     """Both directions read: the gradient of a token gathers its K rows instead of adding to shared memory."""
 
     @staticmethod
-    def forward(ctx, hidden_TH: Tensor, order_N: Tensor, place_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(place_TK)
-        return hidden_TH.index_select(0, order_N // place_TK.shape[1])
+    def forward(ctx, hidden_TH: Tensor, choice_of_row_N: Tensor, row_of_choice_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(row_of_choice_TK)
+        return hidden_TH.index_select(0, choice_of_row_N // row_of_choice_TK.shape[1])
 
     @staticmethod
     def backward(ctx, grad_NH: Tensor) -> tuple[Tensor, None, None]:
-        (place_TK,) = ctx.saved_tensors
-        return F.embedding_bag(place_TK, grad_NH, mode="sum"), None, None
+        (row_of_choice_TK,) = ctx.saved_tensors
+        return F.embedding_bag(row_of_choice_TK, grad_NH, mode="sum"), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_NH: Tensor, weights_TK: Tensor, order_N: Tensor, place_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(rows_NH, weights_TK, order_N, place_TK)
+    def forward(ctx, rows_NH: Tensor, weights_TK: Tensor, choice_of_row_N: Tensor, row_of_choice_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_NH, weights_TK, choice_of_row_N, row_of_choice_TK)
         if rows_NH.dtype == weights_TK.dtype:
-            return F.embedding_bag(place_TK, rows_NH, mode="sum", per_sample_weights=weights_TK)
+            return F.embedding_bag(row_of_choice_TK, rows_NH, mode="sum", per_sample_weights=weights_TK)
         # embedding_bag would want the weights in the rows' dtype.
         out_TH = weights_TK.new_zeros(len(weights_TK), rows_NH.shape[1])
-        for place_T, weight_T in zip(place_TK.unbind(1), weights_TK.unbind(1), strict=True):
+        for place_T, weight_T in zip(row_of_choice_TK.unbind(1), weights_TK.unbind(1), strict=True):
             out_TH += rows_NH.index_select(0, place_T) * weight_T[:, None]
         return out_TH.to(rows_NH.dtype)
 
     @staticmethod
     def backward(ctx, grad_TH: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        rows_NH, weights_TK, order_N, place_TK = ctx.saved_tensors
+        rows_NH, weights_TK, choice_of_row_N, row_of_choice_TK = ctx.saved_tensors
         grad_NH = grad_weights = None
-        token_N, weight_N = order_N // place_TK.shape[1], weights_TK.flatten().index_select(0, order_N)
+        token_N, weight_N = (
+            choice_of_row_N // row_of_choice_TK.shape[1],
+            weights_TK.flatten().index_select(0, choice_of_row_N),
+        )
         if rows_NH.dtype == weights_TK.dtype:
             # One pass each, without memory for products: its first touch would cost more than the arithmetic.
             grad_NH = F.embedding_bag(token_N[:, None], grad_TH, mode="sum", per_sample_weights=weight_N[:, None])
             if ctx.needs_input_grad[1]:
-                grad_weights = _dots(grad_TH, rows_NH, place_TK).view_as(weights_TK)
+                grad_weights = _dots(grad_TH, rows_NH, row_of_choice_TK).view_as(weights_TK)
         else:
             taken_NH = grad_TH.index_select(0, token_N).to(weights_TK.dtype)
             grad_NH = (taken_NH * weight_N[:, None]).to(rows_NH.dtype)
             if ctx.needs_input_grad[1]:
-                grad_weights = taken_NH.mul_(rows_NH).sum(-1).index_select(0, place_TK.flatten()).view_as(weights_TK)
+                grad_weights = (
+                    taken_NH.mul_(rows_NH).sum(-1).index_select(0, row_of_choice_TK.flatten()).view_as(weights_TK)
+                )
         return grad_NH, grad_weights, None, None
 
 
-def _dots(grad_TH: Tensor, rows_NH: Tensor, place_TK: Tensor) -> Tensor:
+def _dots(grad_TH: Tensor, rows_NH: Tensor, row_of_choice_TK: Tensor) -> Tensor:
     """The product of each token's gradient with each of its rows, [T * K]: embedding_bag's gradient of its weights."""
-    tokens, choices = place_TK.shape
-    token_N = torch.arange(tokens, device=place_TK.device).repeat_interleave(choices)
-    starts_T = torch.arange(0, tokens * choices, choices, device=place_TK.device)
+    tokens, choices = row_of_choice_TK.shape
+    token_N = torch.arange(tokens, device=row_of_choice_TK.device).repeat_interleave(choices)
+    starts_T = torch.arange(0, tokens * choices, choices, device=row_of_choice_TK.device)
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad_TH.contiguous(), rows_NH, place_TK.flatten(), starts_T, token_N, 0
+        grad_TH.contiguous(), rows_NH, row_of_choice_TK.flatten(), starts_T, token_N, 0
     )
 
 

@@ -93,9 +93,9 @@ class Engram(nn.Module):
         self.on_gate: Callable[[GateStatistics], None] | None = None
         """Called in forward, when set, but not in a recomputation."""
 
-    def forward(self, hidden: Tensor, memory: EngramInput) -> Tensor:
+    def forward(self, hidden: Tensor, looked_up: EngramInput) -> Tensor:
         """The update of `hidden` [B, T, D] or [B, T, M, D]; a missing token gets none and gives none to later ones."""
-        rows, present = memory.rows.to(self.key_proj.weight.dtype), memory.present
+        rows, present = looked_up.rows.to(self.key_proj.weight.dtype), looked_up.present
         batch, tokens = hidden.shape[:2]
         streams = hidden.reshape(batch, tokens, self.branches, self.hidden_size)
         keys = self.key_proj(rows).view_as(streams)
@@ -109,8 +109,8 @@ class Engram(nn.Module):
         if self.conv is not None and self.conv_norm is not None:
             # A missing token's norm is 0 because its value is: the norm has no bias.
             normed = self.conv_norm(gated).flatten(2)
-            documents = memory.document_ids if self.conv_within_documents else None
-            recent = F.silu(self.conv(normed, documents, memory.state)).view_as(gated)
+            documents = looked_up.document_ids if self.conv_within_documents else None
+            recent = F.silu(self.conv(normed, documents, looked_up.state)).view_as(gated)
             gated = gated + (recent if present is None else recent * present[:, :, None, None])
         return gated.view_as(hidden)
 

@@ -11,26 +11,26 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .bank_export import BANK_TABLES, TREE_FOLDER, BankDescription
+from .bank_fetched import BankParameters
+from .bank_inference import InferenceBank
+from .bank_modeling import BankContexts
+from .carried_cache import bank_cache_layer, engram_cache_layer
 from .configuration_kmem import KmemConfig
-from .context_bank import ContextBank
 from .decoder import Decoder
 from .engram import Engram, EngramInput
-from .engram_memory import EngramAddresses, EngramMemory, RowSource, RowTable
-from .exported_bank import BANK_TABLES, TREE_FOLDER, BankDescription
-from .exported_memory import COMPRESSION, TABLES, MemoryDescription
-from .exported_tables import map_tables
+from .engram_compression import TokenCompression
+from .engram_export import COMPRESSION, TABLES, EngramDescription
+from .engram_reader import EngramAddresses, EngramReader, RowSource, RowTable
+from .export_tables import map_tables
 from .hyper_connections import collapse_branches, expand_branches
 from .init import initialise_
 from .mask import padded_positions, padding_mask
-from .memory_bank import MemoryBank
-from .memory_cache import context_layer, memory_layer
-from .modeling_bank import BankContexts
 from .pretrained_folder import PretrainedFolder
 from .rope import rotation
 from .shape import Shape
-from .token_compression import TokenCompression
 
-MEMORY = ("device", "mmap")
+TABLES_KEPT = ("device", "mmap")
 
 
 class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
@@ -42,10 +42,10 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
     `generate` for its prompts, and a forward pass without either for its own tokens (`forward` has the rule).
 
     Args:
-        memory: where a model with n-gram memory or a memory bank has its tables. device: they are parameters. mmap:
-            they stay in the weight files, mapped and read-only; `from_pretrained(.., memory="mmap")` finds those.
+        tables: where a model with n-gram memory or a memory bank has its tables. device: they are parameters. mmap:
+            they stay in the weight files, mapped and read-only; `from_pretrained(.., tables="mmap")` finds those.
             Default: device for n-gram memory, mmap for a bank.
-        bank_memory: what a memory bank gives all contexts: "fetched", or as a control "generic" or "none". Default:
+        bank_control: what a memory bank gives all contexts: "fetched", or as a control "generic" or "none". Default:
             "fetched", or "generic" of a model that was trained with nothing else.
         bank_levels: levels of the bank that are on; default: all.
     """
@@ -60,12 +60,12 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
     def __init__(
         self,
         config: KmemConfig,
-        memory: str | None = None,
-        bank_memory: str | None = None,
+        tables: str | None = None,
+        bank_control: str | None = None,
         bank_levels: Sequence[int] | None = None,
     ) -> None:
-        if memory not in (*MEMORY, None):
-            raise ValueError(f"memory={memory!r}: one of {', '.join(MEMORY)}")
+        if tables not in (*TABLES_KEPT, None):
+            raise ValueError(f"tables={tables!r}: one of {', '.join(TABLES_KEPT)}")
         super().__init__(config)
         self.shape = Shape(config.model)
         decoder = Decoder(self.shape)
@@ -73,44 +73,44 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         self.layers = decoder.layers
         self.norm = decoder.norm
         self.head: nn.Module | None = decoder.head
-        self.memory: MemoryDescription | None = None
+        self.engram_description: EngramDescription | None = None
         self._rows: dict[int, RowSource] = {}
-        self._reading: EngramMemory | None = None
-        if self.shape.memory is not None:
+        self._reading: EngramReader | None = None
+        if self.shape.engram is not None:
             manifest, parts = getattr(config, "engram_addressing", None), getattr(config, "engram_parts", {})
-            self.memory = MemoryDescription.read(self.shape, manifest, parts)
-            if self.memory.compressed:
+            self.engram_description = EngramDescription.read(self.shape, manifest, parts)
+            if self.engram_description.compressed:
                 self.register_buffer(COMPRESSION, torch.zeros(self.shape.vocab_size, dtype=torch.int64))
-            if memory == "mmap":
+            if tables == "mmap":
                 self._keys_to_ignore_on_load_unexpected = {TABLES}
             else:
-                for layer, rows in self.memory.parts.items():
-                    self._rows[layer] = table = RowTable(rows, self.memory.row_dim)
+                for layer, rows in self.engram_description.parts.items():
+                    self._rows[layer] = table = RowTable(rows, self.engram_description.row_dim)
                     self._engram(layer).add_module("table", table)
-        self.described_bank: BankDescription | None = None
-        self.contexts: ContextBank | None = None
+        self.bank_description: BankDescription | None = None
+        self.contexts: InferenceBank | None = None
         self._tree_folder: Callable[[], Path] | None = None
         if self.shape.bank is not None:
             parts, tree = getattr(config, "bank_parts", {}), getattr(config, "bank_tree", None)
-            self.described_bank = BankDescription.read(self.shape, parts, tree)
-            self.contexts = ContextBank(self.described_bank.layout)
-            self.contexts.choose(bank_memory or self.shape.bank_memory, bank_levels)
-            if memory == "device":
-                self.bank = MemoryBank(self.described_bank.layout, self.described_bank.parts)
+            self.bank_description = BankDescription.read(self.shape, parts, tree)
+            self.contexts = InferenceBank(self.bank_description.layout)
+            self.contexts.choose(bank_control or self.shape.bank_control, bank_levels)
+            if tables == "device":
+                self.bank = BankParameters(self.bank_description.layout, self.bank_description.parts)
                 self.contexts.sources = self.bank.sources
             else:
                 self._keys_to_ignore_on_load_unexpected = {
                     *(self._keys_to_ignore_on_load_unexpected or ()),
                     BANK_TABLES,
                 }
-        elif bank_memory not in (None, "fetched") or bank_levels is not None:
-            raise ValueError("bank_memory and bank_levels are for models with a memory bank (model.memory_bank)")
+        elif bank_control not in (None, "fetched") or bank_levels is not None:
+            raise ValueError("bank_control and bank_levels are for models with a memory bank (model.bank)")
         self._names = {module: name for name, module in self.named_modules()}
         self.post_init()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, with `memory`, `bank_memory` and `bank_levels`.
+        """As in Transformers, with `tables`, `bank_control` and `bank_levels`.
 
         Raises:
             ValueError: the tokens' compression is not the one that the tables were trained with; or a weight file of
@@ -119,13 +119,13 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
         folder = PretrainedFolder.of(pretrained_model_name_or_path, kwargs)
-        if model.memory is not None:
-            if kwargs.get("memory") == "mmap":
-                model.use_rows(map_tables(model.memory.tables(), folder.find))
-            model.engram_memory()  # refuses another compression
-        described = model.described_bank
+        if model.engram_description is not None:
+            if kwargs.get("tables") == "mmap":
+                model.use_rows(map_tables(model.engram_description.tables(), folder.find))
+            model.engram_reader()  # refuses another compression
+        described = model.bank_description
         if described is not None:
-            if kwargs.get("memory") != "device":
+            if kwargs.get("tables") != "device":
                 model.contexts.sources = dict(map_tables(described.tables(), folder.find))
             model.contexts.router = partial(folder.router, described, model.config)
             model._tree_folder = partial(folder.tree, described)
@@ -144,30 +144,30 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         self.head = new_embeddings
 
     def use_rows(self, sources: Mapping[int, RowSource]) -> None:
-        """Read each layer's rows there, with memory="mmap"."""
+        """Read each layer's rows there, with tables="mmap"."""
         self._rows, self._reading = dict(sources), None
 
-    def engram_memory(self) -> EngramMemory:
+    def engram_reader(self) -> EngramReader:
         """The n-gram memory of a model that has one.
 
         Raises:
             ValueError: `token_compression` is not the map that the tables were trained with, or no files were given.
         """
-        assert self.memory is not None
+        assert self.engram_description is not None
         lookup = getattr(self, COMPRESSION, None)
         if self._reading is not None:
             known = self._reading.addresses.compression
             if known is None or known.lookup is lookup:  # another after a move to another device
                 return self._reading
-        if self.memory.parts.keys() != self._rows.keys():
-            raise ValueError('memory="mmap": the tables stay in weight files; load the model with from_pretrained')
+        if self.engram_description.parts.keys() != self._rows.keys():
+            raise ValueError('tables="mmap": the tables stay in weight files; load the model with from_pretrained')
         compression = None
         if lookup is not None:
-            size = self.memory.addressing.compressed_vocab_size
+            size = self.engram_description.addressing.compressed_vocab_size
             assert size is not None
             compression = TokenCompression(lookup, size)
-        addresses = EngramAddresses(self.memory.addressing, compression)
-        self._reading = EngramMemory(addresses, self._rows, {layer: self._engram(layer) for layer in self._rows})
+        addresses = EngramAddresses(self.engram_description.addressing, compression)
+        self._reading = EngramReader(addresses, self._rows, {layer: self._engram(layer) for layer in self._rows})
         return self._reading
 
     def forward(
@@ -204,7 +204,7 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if self.memory is not None and input_ids is None:
+        if self.engram_description is not None and input_ids is None:
             raise ValueError("a model with n-gram memory reads token ids: give input_ids, not inputs_embeds")
         hidden = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
@@ -219,14 +219,14 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         mask = _mask(attention_mask, queries, cached)
         if token_mask is None and attention_mask is not None and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -queries:]
-        memory = self._read(input_ids, token_mask, past_key_values)
+        engram = self._read(input_ids, token_mask, past_key_values)
         bank = self._fetched(hidden, input_ids, token_mask, addresses, past_key_values)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [hidden]
         branches = self.shape.branches
         hidden = expand_branches(hidden, branches)
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, position_ids, mask, past_key_values, rotary, memory.get(index), bank.get(index))
+            hidden = layer(hidden, position_ids, mask, past_key_values, rotary, engram.get(index), bank.get(index))
             if wanted:
                 states.append(collapse_branches(hidden, branches))
         hidden = self.norm(collapse_branches(hidden, branches))
@@ -253,14 +253,14 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         """As in Transformers; the 4-D mask of a cache of fixed length no longer says which tokens are padding."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
         mask = inputs.get("attention_mask")
-        remembers = self.memory is not None or self.contexts is not None
+        remembers = self.engram_description is not None or self.contexts is not None
         if remembers and attention_mask is not None and mask is not None and mask.dim() == 4:
             inputs["token_mask"] = attention_mask[:, -mask.shape[2] :]
         return inputs
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers, for models without n-gram memory: another vocabulary would change every address."""
-        if self.memory is not None and new_num_tokens not in (None, self.config.vocab_size):
+        if self.engram_description is not None and new_num_tokens not in (None, self.config.vocab_size):
             raise ValueError("a model with n-gram memory keeps its vocabulary: the rows' addresses are made for it")
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
@@ -270,7 +270,7 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         mapped = self.contexts is not None and not self.contexts.sources
         if mapped or not all(isinstance(rows, RowTable) for rows in sources):
             raise ValueError(
-                'memory="mmap": the tables are not part of the model; load it with memory="device" to save'
+                'tables="mmap": the tables are not part of the model; load it with tables="device" to save'
             )
         found = super().save_pretrained(save_directory, *args, **kwargs)
         if self._tree_folder is not None:
@@ -291,24 +291,24 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         """Assisted decoding asks a cache to record before any token is read: the memory's layer must be there."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
-        if self.memory is not None and cache is not None:
-            layer = memory_layer(cache, self.shape.num_layers)
+        if self.engram_description is not None and cache is not None:
+            layer = engram_cache_layer(cache, self.shape.num_layers)
             if getattr(generation_config, "is_assistant", False):
                 layer.activate_past_recording()
         if self.contexts is not None and cache is not None:
-            context_layer(cache, self.shape.num_layers)
+            bank_cache_layer(cache, self.shape.num_layers)
 
     @torch.compiler.disable  # rows come from numpy where tables are mapped, and the state is no tensor
     def _read(self, input_ids: Tensor | None, token_mask: Tensor | None, cache: Any) -> dict[int, EngramInput]:
         """What the memory of each layer holds for the tokens [B, T]; nothing for a model without."""
-        if self.memory is None or input_ids is None:
+        if self.engram_description is None or input_ids is None:
             return {}
-        memory, state = self.engram_memory(), None
+        reader, state = self.engram_reader(), None
         if cache is not None:
-            layer = memory_layer(cache, self.shape.num_layers)
-            state = layer.begun(memory, len(input_ids), input_ids.device)
+            layer = engram_cache_layer(cache, self.shape.num_layers)
+            state = layer.begun(reader, len(input_ids), input_ids.device)
         present = None if token_mask is None or bool(token_mask.all()) else token_mask.bool()
-        return memory.read(input_ids, present=present, state=state)
+        return reader.read(input_ids, present=present, state=state)
 
     def _first_rows(self, parts: nn.ParameterList, table: str) -> None:
         start = 0
@@ -319,7 +319,7 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
                     level = int(table.removeprefix("bank.level"))
                     part.copy_(self.bank.layout.initial_rows(torch.initial_seed(), level, start, stop))
                 else:
-                    nn.init.normal_(part, std=self.shape.memory.init_std)
+                    nn.init.normal_(part, std=self.shape.engram.init_std)
             start = stop
 
     @torch.no_grad()

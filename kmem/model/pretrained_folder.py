@@ -10,8 +10,8 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.utils.hub import cached_file
 
-from .context_router import ContextRouter, DeferredTokenizer
-from .exported_bank import BankDescription
+from .bank_export import BankDescription
+from .bank_router import ContextRouter, DeferredTokenizer
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 

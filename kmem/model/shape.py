@@ -58,16 +58,16 @@ class Shape(Mapping[str, Any]):
         return None if self.moe is None else self.moe.get("chain")  # models saved before chains lack the field
 
     @property
-    def memory(self) -> Any:
+    def engram(self) -> Any:
         """The section of the n-gram memory, or None."""
         return self.get("engram")  # models saved before memories lack the field
 
-    def has_memory(self, layer: int) -> bool:
+    def has_engram(self, layer: int) -> bool:
         """Whether this layer has an n-gram memory."""
-        return self.memory is not None and layer in self.memory.layers
+        return self.engram is not None and layer in self.engram.layers
 
     @property
-    def bank_memory(self) -> str:
+    def bank_control(self) -> str:
         """What contexts have of the memory bank when the model is used as it was trained: `generic` blocks where these
         always took the place of the fetched ones, which then learned nothing, else `fetched`."""
         return "generic" if self.bank.generic.probability == 1 else "fetched"
@@ -75,7 +75,7 @@ class Shape(Mapping[str, Any]):
     @property
     def bank(self) -> Any:
         """The section of the memory bank, or None."""
-        return self.get("memory_bank")  # models saved before banks lack the field
+        return self.get("bank")  # models saved before banks lack the field
 
     @property
     def bank_layers(self) -> tuple[int, ...]:

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kmem.checkpoint.bank_hits import hit_figures
-from kmem.memory.table import Table
+from kmem.checkpoint.bank.hits import hit_figures
 from kmem.model.bank_layout import BankLayout
 from kmem.parallel.bank_table import stage_table_name
 from kmem.parallel.bank_usage import BankUsage, written_columns
 from kmem.parallel.mesh import Mesh, local_device
-from kmem.parallel.stage_memory import BegunStep, StageMemory
+from kmem.parallel.stage_tables import BegunStep, StageTables
+from kmem.tables.table import Table
 
 _COUNTS = ("unique_rows", "conflict_rows", "owned_rows")
 _TIMES = ("stall_ms", "fetch_ms")
@@ -48,7 +48,7 @@ class LevelBank:
     """Their largest."""
     hits: dict[str, Any] | None = None
     """In sampled steps: how the tokens since the run began are spread over the level's clusters
-    (`kmem.checkpoint.bank_hits.hit_figures`)."""
+    (`kmem.checkpoint.bank.hits.hit_figures`)."""
     write_norms: dict[str, float] | None = None
     """In sampled steps: mean and max over the touched blocks of the 2-norm, in all layers, of what they write (`down`,
     `b`, `values`), after the step."""
@@ -62,11 +62,11 @@ class BankLedger:
         stage: of this stage's layers; None where they have no blocks.
     """
 
-    def __init__(self, memory: StageMemory, whole: BankLayout, stage: BankLayout | None, mesh: Mesh) -> None:
+    def __init__(self, tables: StageTables, whole: BankLayout, stage: BankLayout | None, mesh: Mesh) -> None:
         self.layout, self.stage = whole, stage
         self.tables: dict[int, Table] = {}
         if stage is not None:
-            self.tables = {level: memory.tables[stage_table_name(stage, level)] for level in stage.levels}
+            self.tables = {level: tables.tables[stage_table_name(stage, level)] for level in stage.levels}
         # Every stage uses the same clusters: one of them counts.
         self.counted = stage is not None and stage.layers[0] == whole.layers[0]
         self.usage = BankUsage(whole, self.tables if self.counted else {}, self.counted and mesh.data_rank == 0)

@@ -7,16 +7,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kmem.checkpoint.bank_rows import held_rows
+from kmem.checkpoint.bank.rows import held_rows
 from kmem.checkpoint.pieces import Pieces
-from kmem.config import Config, MemoryConfig, RowOptimizerConfig
+from kmem.config import Config, RowOptimizerConfig, TableConfig
 from kmem.data.batch import SequenceBatch
-from kmem.memory.sharding import RowSelection
-from kmem.memory.table import Table
-from kmem.memory.table_spec import TableSpec
 from kmem.model.bank_layout import BankLayout, bank_table_name, layer_bank_name
-from kmem.parallel.stage_memory import mapped_folder
-from kmem.parallel.step_blocks import step_rows
+from kmem.parallel.bank_step import step_rows
+from kmem.parallel.stage_tables import mapped_folder
+from kmem.tables.sharding import RowSelection
+from kmem.tables.table import Table
+from kmem.tables.table_spec import TableSpec
 
 
 def stage_table_name(layout: BankLayout, level: int) -> str:
@@ -42,7 +42,7 @@ class BankTable:
     def __init__(
         self, config: Config, layout: BankLayout, level: int, norm_group: dist.ProcessGroup | None = None
     ) -> None:
-        self.settings: MemoryConfig = config.bank
+        self.settings: TableConfig = config.bank
         self.optimizer: RowOptimizerConfig | None = config.bank.optimizer
         self.layout, self.level, self.norm_group = layout, level, norm_group
         self.selection = RowSelection(layout.rows(level), tuple(held_rows(config, layout, level)))

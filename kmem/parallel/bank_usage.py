@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kmem.checkpoint.bank_hits import HITS, STEPS, last_step_name
+from kmem.checkpoint.bank.hits import HITS, STEPS, last_step_name
 from kmem.checkpoint.pieces import Pieces
 from kmem.data.batch import SequenceBatch
-from kmem.memory.table import Table
 from kmem.model.bank_layout import GENERIC, BankLayout
+from kmem.parallel.bank_step import addresses_of
 from kmem.parallel.mesh import local_device
-from kmem.parallel.step_blocks import addresses_of
+from kmem.tables.table import Table
 
 
 class BankUsage:

@@ -16,7 +16,7 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from kmem.parallel.gradients import GradientNorm
-from kmem.parallel.stage_memory import finite
+from kmem.parallel.stage_tables import finite
 from kmem.parallel.step_context import StepContext
 
 
@@ -59,7 +59,7 @@ class StepEngine(PipelineEngine):
     context: StepContext
     gradient_norm: GradientNorm
     clip_norm: float | None
-    on_sound_step: Callable[[], None]
+    before_optimizer_step: Callable[[], None]
     """Called when all ranks have found a step finite, before any weight changes."""
     grad_norm: float
     """Global 2-norm of the last step's gradients before clipping."""
@@ -80,7 +80,7 @@ class StepEngine(PipelineEngine):
         engine.context = context
         engine.gradient_norm = gradient_norm
         engine.clip_norm = clip_norm
-        engine.on_sound_step = lambda: None
+        engine.before_optimizer_step = lambda: None
         engine.grad_norm = 0.0
         engine.phase_seconds = {}
         return engine
@@ -118,7 +118,7 @@ class StepEngine(PipelineEngine):
 
     def _exec_optimizer_step(self, lr_kwargs=None):
         self._guard_and_clip()
-        self.on_sound_step()
+        self.before_optimizer_step()
         if self.context.frozen:
             self.global_steps += 1
         else:

@@ -30,7 +30,7 @@ class AllToAllDispatcher:
         received_Re = torch.empty_like(sent_Re)
         counting = dist.all_to_all_single(received_Re, sent_Re, group=self.group, async_op=True)
         # Sorted by global expert number, rows are grouped by destination rank as well.
-        order_N, place_TK = sort_by_expert(routing.experts_TK, len(routing.counts_E))
+        choice_of_row_N, row_of_choice_TK = sort_by_expert(routing.experts_TK, len(routing.counts_E))
         assert counting is not None
         counting.wait()
         send, receive = torch.stack([sent_Re.sum(1), received_Re.sum(1)]).tolist()
@@ -39,7 +39,7 @@ class AllToAllDispatcher:
         expert_M = expert_M.repeat_interleave(received_Re.flatten(), output_size=sum(receive))
         order_M, place_M1 = sort_by_expert(expert_M.unsqueeze(1), sent_Re.shape[1])
         return AllToAllRoutes(
-            routing, order_N, place_TK, order_M, place_M1, received_Re.sum(0), send, receive, self.group
+            routing, choice_of_row_N, row_of_choice_TK, order_M, place_M1, received_Re.sum(0), send, receive, self.group
         )
 
 
@@ -49,8 +49,8 @@ class AllToAllRoutes:
     backward, their gradients are computed while the gradients of those rows are on their way back."""
 
     routing: Routing
-    order_N: Tensor
-    place_TK: Tensor
+    choice_of_row_N: Tensor
+    row_of_choice_TK: Tensor
     order_M: Tensor
     place_M1: Tensor
     counts_e: Tensor
@@ -62,7 +62,7 @@ class AllToAllRoutes:
 
     def __call__(self, hidden_TH: Tensor, experts: Experts, shared: Shared | None = None) -> Tensor:
         outward = _Transfer(self.send, self.receive, self.group)
-        coming_MH = _Begin.apply(gather_rows(hidden_TH, self.order_N, self.place_TK), outward)
+        coming_MH = _Begin.apply(gather_rows(hidden_TH, self.choice_of_row_N, self.row_of_choice_TK), outward)
         # Autograd runs what was recorded later first: of the three steps here, it begins the way back of the
         # gradients, computes those of the shared experts, and then waits.
         shared_TH = None if shared is None else shared(hidden_TH)
@@ -71,7 +71,7 @@ class AllToAllRoutes:
         back_MH = gather_rows(out_MH, self.place_M1.squeeze(1), self.order_M.unsqueeze(1))
         homeward = _Transfer(self.receive, self.send, self.group)
         returned_NH = _End.apply(_Begin.apply(back_MH, homeward), homeward)
-        out_TH = combine_rows(returned_NH, self.routing.weights_TK, self.order_N, self.place_TK)
+        out_TH = combine_rows(returned_NH, self.routing.weights_TK, self.choice_of_row_N, self.row_of_choice_TK)
         return out_TH if shared_TH is None else out_TH + shared_TH
 
 

@@ -121,7 +121,7 @@ def lost_peer(error: BaseException | None) -> bool:
     return isinstance(error, RuntimeError | TimeoutError) and any(sign in str(error) for sign in signs)
 
 
-def raise_anywhere(problem: str | None, kind: type[UserError] = UserError) -> None:
+def raise_on_all_ranks(problem: str | None, kind: type[UserError] = UserError) -> None:
     """Raise the problem of the first rank that has one, on every rank; collective over the world."""
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
@@ -131,7 +131,7 @@ def raise_anywhere(problem: str | None, kind: type[UserError] = UserError) -> No
         raise kind(text if rank == 0 else f"rank {rank}: {text}")
 
 
-def together(action: Callable[[], Result]) -> Result:
+def run_on_all_ranks(action: Callable[[], Result]) -> Result:
     """The result of an action that every rank does for itself; if it is a UserError on any, all ranks raise one.
     Collective over the world."""
     result, problem = None, None
@@ -139,7 +139,7 @@ def together(action: Callable[[], Result]) -> Result:
         result = action()
     except UserError as error:
         problem = str(error)
-    raise_anywhere(problem)
+    raise_on_all_ranks(problem)
     return cast(Result, result)
 
 

@@ -9,7 +9,7 @@ from kmem.config import ModelConfig
 from kmem.model.bank_layout import BankLayout, layer_bank_name
 from kmem.model.chain_of_experts import ChainOfExperts
 from kmem.model.decoder import Decoder, DecoderLayer
-from kmem.model.engram_memory import table_name, table_rows
+from kmem.model.engram_reader import table_name, table_rows
 from kmem.model.moe import ExpertLayer
 from kmem.model.shape import Shape
 
@@ -23,7 +23,7 @@ class ParameterCounts:
     """Elements that take part in the computation of one token: of the routed experts only the chosen share. A chain of
     C iterations counts the C * top_k experts that a token can visit at most, or top_k where the choice is frozen; what
     several iterations use is counted once."""
-    memory: int
+    tables: int
     """Elements in lookup tables, padding rows and generic blocks included; of these a token touches a few rows."""
     embedding: int
     """Embedding, and the head when it is not tied."""
@@ -41,7 +41,7 @@ class ParameterCounts:
     @property
     def anchor(self) -> int:
         """Elements outside all tables."""
-        return self.total - self.memory
+        return self.total - self.tables
 
     @property
     def non_embedding(self) -> int:
@@ -57,7 +57,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     with torch.device("meta"):
         decoder = Decoder(Shape(config.model_dump()))
     shape = decoder.shape
-    tables = {layer: rows * shape.memory.row_dim for layer, rows in table_rows(shape).items()}
+    engram_rows = {layer: rows * shape.engram.row_dim for layer, rows in table_rows(shape).items()}
     components = {
         "embedding": _size(decoder.embedding),
         "attention": 0,
@@ -69,7 +69,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
         "head": 0 if config.tie_embeddings else config.vocab_size * config.hidden_size,
     }
     if config.engram is not None:
-        components |= {"engram": 0, "memory": sum(tables.values())}
+        components |= {"engram": 0, "engram_table": sum(engram_rows.values())}
     layout = None if shape.bank is None else BankLayout.of(shape)
     if layout is not None:
         components |= {"bank": layout.bank_values} | ({"generic": layout.fetched_values} if layout.generic else {})
@@ -108,7 +108,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     return ParameterCounts(
         total=sum(components.values()),
         active=active,
-        memory=sum(tables.values()) + components.get("bank", 0) + components.get("generic", 0),
+        tables=sum(engram_rows.values()) + components.get("bank", 0) + components.get("generic", 0),
         embedding=embedding,
         components=components,
         layers=layers,
@@ -156,7 +156,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, list[int]]:
         decoder = Decoder(Shape(config.model_dump()))
     shapes = {name: list(tensor.shape) for name, tensor in decoder.state_dict().items()}
     for layer, rows in table_rows(decoder.shape).items():
-        shapes[table_name(layer)] = [rows, decoder.shape.memory.row_dim]
+        shapes[table_name(layer)] = [rows, decoder.shape.engram.row_dim]
     if decoder.shape.bank is not None:
         layout = BankLayout.of(decoder.shape)
         for layer in layout.layers:

@@ -19,29 +19,29 @@ from torch import Tensor, nn
 
 from kmem.config import Config, OptimizerConfig
 from kmem.data.batch import SequenceBatch
-from kmem.memory.exchange import join_groups
-from kmem.memory.working_set import WorkingSet
 from kmem.model.bank_layout import BankLayout
 from kmem.model.engram import Engram
-from kmem.model.engram_memory import EngramAddresses
+from kmem.model.engram_reader import EngramAddresses
 from kmem.model.expert_backends import find_backend, problem
 from kmem.model.init import initialise_
 from kmem.model.moe import ExpertLayer
 from kmem.model.shape import Shape
 from kmem.parallel.bank_ledger import BankLedger, LevelBank
+from kmem.parallel.bank_step import step_blocks
 from kmem.parallel.bank_table import BankTable
 from kmem.parallel.engine import StepEngine, UnclippedBF16Optimizer
+from kmem.parallel.engram_ledger import EngramLedger, LayerEngram
+from kmem.parallel.engram_table import EngramTable
 from kmem.parallel.expert_dispatch import AllToAllDispatcher
 from kmem.parallel.gradients import GradientNorm
-from kmem.parallel.memory_ledger import LayerMemory, MemoryLedger
-from kmem.parallel.mesh import Mesh, expert_group, limit_waiting, local_device, raise_anywhere
-from kmem.parallel.ngram_table import NgramTable
+from kmem.parallel.mesh import Mesh, expert_group, limit_waiting, local_device, raise_on_all_ranks
 from kmem.parallel.routing_ledger import RoutingLedger, StepRouting
 from kmem.parallel.stage_layers import EmbeddingLayer, LossLayer, NormLayer, StageLayer, TransformerLayer, tied_loss
-from kmem.parallel.stage_memory import BegunStep, StageMemory, StageTable
+from kmem.parallel.stage_tables import BegunStep, StageTable, StageTables
 from kmem.parallel.stages import stage_bounds
-from kmem.parallel.step_blocks import step_blocks
 from kmem.parallel.step_context import MicroBatch, StepContext
+from kmem.tables.exchange import join_groups
+from kmem.tables.working_set import WorkingSet
 
 _REDUCE_BUCKET = 1 << 24
 """Elements per gradient bucket: 64 MiB in fp32, large enough to be bound by bandwidth."""
@@ -58,7 +58,7 @@ class StepResult:
     grad_norm: float
     """Global 2-norm of the gradients before clipping; rows of memory tables are not in it. 0 where only they train."""
     routing: StepRouting | None
-    memory: dict[int, LayerMemory] | None = None
+    engram: dict[int, LayerEngram] | None = None
     """By layer."""
     bank: dict[int, LevelBank] | None = None
     """By level."""
@@ -88,7 +88,7 @@ class Pipeline:
         self.context = StepContext()
         self.shape = shape = Shape(config.model.model_dump())
         self.frozen = config.model.frozen_anchor
-        raise_anywhere(expert_problem(config))
+        raise_on_all_ranks(expert_problem(config))
         with _quiet():
             self.module = _StagedModule(_layer_specs(config, shape, mesh), mesh.pipeline, stage_bounds(config))
         self.context.frozen = self.frozen
@@ -101,20 +101,20 @@ class Pipeline:
         if config.model.moe is not None:
             self.ledger = RoutingLedger(self.moe_layers, shape, mesh, self.context)
         self.addresses = addresses
-        self.memory: StageMemory | None = None
-        self.memory_ledger: MemoryLedger | None = None
+        self.stage_tables: StageTables | None = None
+        self.engram_ledger: EngramLedger | None = None
         self.bank_ledger: BankLedger | None = None
         tables: list[StageTable] = list(self._bank_tables())
-        modules = self._memory_layers()
+        modules = self._engram_layers()
         if addresses is not None:
-            tables += [NgramTable(config, addresses, layer) for layer in sorted(modules)]
+            tables += [EngramTable(config, addresses, layer) for layer in sorted(modules)]
         if addresses is not None or shape.bank is not None:
-            self.memory = StageMemory(config, mesh, tables, self.device, initialise_rows)
+            self.stage_tables = StageTables(config, mesh, tables, self.device, initialise_rows)
             if shape.bank is not None:
-                self.bank_ledger = BankLedger(self.memory, BankLayout.of(shape), self.context.bank_layout, mesh)
+                self.bank_ledger = BankLedger(self.stage_tables, BankLayout.of(shape), self.context.bank_layout, mesh)
         if addresses is not None:
-            assert self.memory is not None
-            self.memory_ledger = MemoryLedger(self.memory, addresses, modules, shape, mesh, self.context)
+            assert self.stage_tables is not None
+            self.engram_ledger = EngramLedger(self.stage_tables, addresses, modules, shape, mesh, self.context)
 
     @property
     def micro_batches(self) -> int:
@@ -140,10 +140,10 @@ class Pipeline:
                     yield layer.prefix + name, value
 
     def begin_step(self, micro_batches: Sequence[SequenceBatch]) -> BegunStep:
-        """Start fetching the rows of a step to come, at most `memory.prefetch_depth` beyond the running one. Steps are
+        """Start fetching the rows of a step to come, at most `prefetch_depth` beyond the running one. Steps are
         trained in the order in which they are begun, the same on every rank."""
         assert len(micro_batches) == self.micro_batches
-        return BegunStep(list(micro_batches)) if self.memory is None else self.memory.begin(micro_batches)
+        return BegunStep(list(micro_batches)) if self.stage_tables is None else self.stage_tables.begin(micro_batches)
 
     def train_step(self, step: BegunStep | Sequence[SequenceBatch], lr: float, sampled: bool = False) -> StepResult:
         """Forward, backward and update on this rank's micro-batches of one step.
@@ -158,7 +158,7 @@ class Pipeline:
             NonFiniteStepError: on all ranks, before any weight has changed.
         """
         begun = step if isinstance(step, BegunStep) else self.begin_step(step)
-        working_sets = {} if self.memory is None else self.memory.activate(begun)
+        working_sets = {} if self.stage_tables is None else self.stage_tables.activate(begun)
         tokens = self._load(begun.micro_batches, working_sets)
         # DeepSpeed averages over micro-batches and data-parallel ranks; the loss is a mean over the step's tokens.
         self.context.loss_factor = self.micro_batches * self.mesh.data / max(tokens, 1)
@@ -166,13 +166,13 @@ class Pipeline:
             group["lr"] = lr
         if self.ledger is not None:
             self.ledger.begin_step(sampled)
-        memory = self.memory
-        if memory is not None:
-            self.engine.on_sound_step = lambda: memory.commit(begun, lr)
+        tables = self.stage_tables
+        if tables is not None:
+            self.engine.before_optimizer_step = lambda: tables.commit(begun, lr)
         try:
             loss = float(self.engine.train_batch(self._inputs()))
         finally:
-            self.engine.on_sound_step = lambda: None
+            self.engine.before_optimizer_step = lambda: None
             self.context.unload()
         routing = None
         if self.ledger is not None:
@@ -180,13 +180,13 @@ class Pipeline:
             routing = self.ledger.close_step(self.micro_batches)
             if not self.frozen:
                 self.ledger.update_biases(routing, self.config.model.moe.bias_update_rate)
-        figures = None if self.memory_ledger is None else self.memory_ledger.close_step(begun, sampled)
+        figures = None if self.engram_ledger is None else self.engram_ledger.close_step(begun, sampled)
         bank = None if self.bank_ledger is None else self.bank_ledger.close_step(begun, sampled)
         return StepResult(loss, tokens, self.engine.grad_norm, routing, figures, bank)
 
     def evaluate(self, micro_batches: Sequence[SequenceBatch]) -> tuple[float, int]:
         """(sum of cross entropy in nats, tokens) of all ranks' micro-batches; every rank passes equally many."""
-        working_sets = {} if self.memory is None else self.memory.evaluate(micro_batches)
+        working_sets = {} if self.stage_tables is None else self.stage_tables.evaluate(micro_batches)
         tokens = self._load(micro_batches, working_sets)
         self.context.loss_factor = 1.0
         mean = self.engine.eval_batch(self._inputs(), num_micro_batches=len(micro_batches))
@@ -196,8 +196,8 @@ class Pipeline:
     def close(self, error: BaseException | None = None) -> None:
         """Skip the steps that are begun and give back the memory of tables. After an error that other ranks may not
         share, `error` says so, and nothing is exchanged any more."""
-        if self.memory is not None:
-            self.memory.close(error)
+        if self.stage_tables is not None:
+            self.stage_tables.close(error)
 
     def _load(self, micro_batches: Sequence[SequenceBatch], working_sets: dict[str, WorkingSet]) -> int:
         """Make these the running micro-batches; returns the trained tokens over all data-parallel ranks."""
@@ -217,7 +217,7 @@ class Pipeline:
         no_labels = torch.empty(0)
         return ((micro.sequences.input_ids, no_labels) for micro in self.context.micro_batches)
 
-    def _memory_layers(self) -> dict[int, Engram]:
+    def _engram_layers(self) -> dict[int, Engram]:
         """The memory modules of this stage by layer."""
         found = {}
         for layer in self.layers():

@@ -51,9 +51,9 @@ class TransformerLayer(StageLayer):
 
     def forward(self, hidden: Tensor) -> Tensor:
         micro = self.context.micro_batch()
-        memory, bank = self.context.memory(self.index), self.context.bank(self.index)
+        engram, bank = self.context.engram(self.index), self.context.bank(self.index)
         return self.module(
-            hidden, micro.sequences.position_ids, self.context.mask(), rotary=micro.rotary, memory=memory, bank=bank
+            hidden, micro.sequences.position_ids, self.context.mask(), rotary=micro.rotary, engram=engram, bank=bank
         )
 
 

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from kmem.data.batch import SequenceBatch
-from kmem.memory.working_set import WorkingSet
 from kmem.model.bank_blocks import BankInput
 from kmem.model.bank_layout import BankLayout
 from kmem.model.engram import EngramInput
-from kmem.model.engram_memory import table_name
+from kmem.model.engram_reader import table_name
 from kmem.model.mask import packed_mask, several_documents
 from kmem.model.rope import Rotation, rotation
 from kmem.model.shape import Shape
+from kmem.parallel.bank_step import MicroBatchBlocks
 from kmem.parallel.bank_table import stage_table_name
-from kmem.parallel.step_blocks import MicroBatchBlocks
+from kmem.tables.working_set import WorkingSet
 
 
 @dataclass
@@ -85,7 +85,7 @@ class StepContext:
         """[B, T] bool, True where the running micro-batch holds no token; None where it holds one everywhere."""
         return self.micro_batch().sequences.padding
 
-    def memory(self, layer: int) -> EngramInput | None:
+    def engram(self, layer: int) -> EngramInput | None:
         """What a layer's memory holds for the running micro-batch; None where the layer has none."""
         working_set = self.working_sets.get(table_name(layer))
         if working_set is None:

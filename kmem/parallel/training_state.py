@@ -57,7 +57,7 @@ def model_state(pipeline: Pipeline, *, saving: bool, moments: bool, row_state: b
             state[f"{kind}/{fragment.name}"] = Pieces.interval(fragment.size, fragment.start, values)
     for name, buffer in pipeline.named_buffers():
         state[WEIGHT + name] = Pieces.interval(buffer.numel(), 0, buffer)
-    tables = {} if pipeline.memory is None else pipeline.memory.pieces()
+    tables = {} if pipeline.stage_tables is None else pipeline.stage_tables.pieces()
     for name, arrays in tables.items():
         state[WEIGHT + name] = arrays.pop("rows")
         if row_state:
@@ -91,7 +91,7 @@ def check_names(pipeline: Pipeline, shapes: dict[str, list[int]], new: Sequence[
     Raises:
         CheckpointError: names a tensor that is not.
     """
-    tables = () if pipeline.memory is None else pipeline.memory.pieces()
+    tables = () if pipeline.stage_tables is None else pipeline.stage_tables.pieces()
     for name in (*(name for name, _ in (*pipeline.named_parameters(), *pipeline.named_buffers())), *tables):
         if name not in shapes and not any(part in name for part in new):
             raise CheckpointError(f"{name} is not in the checkpoint")

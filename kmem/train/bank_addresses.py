@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from kmem.checkpoint.bank import bank_layout
+from kmem.checkpoint.bank.layout import bank_layout
 from kmem.config import Config, UserError
 from kmem.data.batch import SequenceBatch
-from kmem.memory import counter_random
 from kmem.model.bank_layout import GENERIC
-from kmem.model.cluster_tree import read_tree_record
-from kmem.model.context_router import tree_with_embedder
+from kmem.model.bank_router import tree_with_embedder
+from kmem.model.bank_tree import read_tree_record
+from kmem.tables import counter_random
 
 
 def tree_folder(config: Config) -> Path | None:
     """The tree whose leaves address the model's bank; None for a model without."""
-    if config.model.memory_bank is None:
+    if config.model.bank is None:
         return None
     assert config.data.addresses is not None
     return Path(config.data.addresses.tree).expanduser()
@@ -54,7 +54,7 @@ def with_generic_blocks(config: Config, batch: SequenceBatch, samples: Sequence[
         samples: global numbers of the batch's sequences.
         step: optimizer steps done.
     """
-    bank = config.model.memory_bank
+    bank = config.model.bank
     if bank is None or not bank.generic.probability:
         return batch
     assert batch.addresses is not None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from kmem.train.evaluation import EvaluationRecord
+    from kmem.eval.held_out import EvaluationRecord
     from kmem.train.metrics import StepRecord
     from kmem.train.trainer import Trainer
 

@@ -89,14 +89,14 @@ def _train(config: Config, opened: "PreparedData | None") -> int:
             an error and no rank waits.
     """
     from kmem.data.reader import open_data
-    from kmem.parallel.mesh import join_mesh, leave_mesh, together
+    from kmem.parallel.mesh import join_mesh, leave_mesh, run_on_all_ranks
     from kmem.train.reporting import MetricsFile, ProgressReport
     from kmem.train.run_folder import RunFolder
     from kmem.train.tracking import WandbTracking
     from kmem.train.trainer import Trainer
 
     mesh = join_mesh(config)
-    data = together(lambda: open_data(config.data, config.model.vocab_size)) if opened is None else opened
+    data = run_on_all_ranks(lambda: open_data(config.data, config.model.vocab_size)) if opened is None else opened
     folder = RunFolder(config)
     trainer = Trainer(
         config,

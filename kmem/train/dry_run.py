@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from kmem.checkpoint.bank_rows import held_rows
-from kmem.config import Config, MemoryConfig, dump_config
-from kmem.memory.row_optimizers import RowOptimizer
-from kmem.memory.sharding import row_range
-from kmem.memory.stores import ArrayLayout, RecordLayout, StoreKind
-from kmem.memory.table_spec import DTYPES
+from kmem.checkpoint.bank.rows import held_rows
+from kmem.config import Config, TableConfig, dump_config
 from kmem.model.bank_layout import BankLayout, layer_bank_name
-from kmem.model.cluster_tree import parse_path
-from kmem.model.engram_memory import table_name, table_rows
+from kmem.model.bank_tree import parse_path
+from kmem.model.engram_reader import table_name, table_rows
 from kmem.model.shape import Shape
 from kmem.parallel.mesh import Mesh, environment_rank
 from kmem.parallel.parameter_counts import ParameterCounts, count_parameters, tensor_shapes
 from kmem.parallel.stages import stage_bounds
+from kmem.tables.row_optimizers import RowOptimizer
+from kmem.tables.sharding import row_range
+from kmem.tables.stores import ArrayLayout, RecordLayout, StoreKind
+from kmem.tables.table_spec import DTYPES
 from kmem.wording import counted, magnitude
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TableMemory:
+class TableBytes:
     """A table of a stage, on the rank that owns most of its rows: that of a layer's n-gram memory, or of a level of the
     memory bank in all of the stage's layers."""
 
@@ -59,7 +59,7 @@ class TableMemory:
 
 
 @dataclass(frozen=True)
-class RankMemory:
+class RankBytes:
     """Bytes of one rank of a stage. Memory of kernels, fragmentation and the framework itself come on top."""
 
     stage: int
@@ -71,7 +71,7 @@ class RankMemory:
     """Masters and moments."""
     activations: int
     """Estimate for the micro-batches in flight on this stage."""
-    tables: tuple[TableMemory, ...] = ()
+    tables: tuple[TableBytes, ...] = ()
     """Of the stage."""
 
     @property
@@ -90,27 +90,27 @@ def print_dry_run(config: Config, ranks: int | None, *, as_json: bool) -> int:
     world = ranks or max(environment_rank()[1], config.parallel.pipeline * config.parallel.expert)
     mesh = Mesh(0, config.parallel.pipeline, config.data_parallel_size(world), config.parallel.expert)
     counts = count_parameters(config.model)
-    memory = rank_memory(config, mesh)
+    held = rank_bytes(config, mesh)
     if as_json:
-        json.dump(to_json(config, mesh, counts, memory), sys.stdout)
+        json.dump(to_json(config, mesh, counts, held), sys.stdout)
         print()
         return 0
-    _print_tables(config, mesh, counts, memory)
+    _print_tables(config, mesh, counts, held)
     return 0
 
 
-def to_json(config: Config, mesh: Mesh, counts: ParameterCounts, memory: list[RankMemory]) -> dict:
+def to_json(config: Config, mesh: Mesh, counts: ParameterCounts, ranks: list[RankBytes]) -> dict:
     """The dry run as one object with exact integers."""
     return {
         "name": config.name,
         "total": counts.total,
         "active": counts.active,
-        "memory": counts.memory,
+        "tables": counts.tables,
         "non_embedding": counts.non_embedding,
         "active_non_embedding": counts.active_non_embedding,
         "components": counts.components | _bank_components(counts),
         "mesh": {"pipeline": mesh.pipeline, "data": mesh.data, "expert": mesh.expert, "world": mesh.world},
-        "rank_memory": [_stage_json(stage) for stage in memory],
+        "rank_bytes": [_stage_json(stage) for stage in ranks],
         "config": config.model_dump(mode="json"),
     }
 
@@ -120,12 +120,12 @@ def _bank_components(counts: ParameterCounts) -> dict[str, int]:
     return {"anchor": counts.anchor, "fetched": counts.fetched} if counts.bank else {}
 
 
-def _stage_json(stage: RankMemory) -> dict:
+def _stage_json(stage: RankBytes) -> dict:
     tables = [{**asdict(table), "bytes": table.bytes} for table in stage.tables]
     return {**asdict(stage), "tables": tables, "working_set": stage.working_set, "total": stage.total}
 
 
-def rank_memory(config: Config, mesh: Mesh) -> list[RankMemory]:
+def rank_bytes(config: Config, mesh: Mesh) -> list[RankBytes]:
     """Memory of a rank of each stage."""
     bounds, train = stage_bounds(config), config.train
     sizes, tables = _layer_sizes(config), _ngram_tables(config, mesh)
@@ -151,11 +151,11 @@ def rank_memory(config: Config, mesh: Mesh) -> list[RankMemory]:
         activations = in_flight * sum(_activation_bytes(config, layer) for layer in layers)
         own_tables = [table for table in tables if table.layer + 1 in layers]
         own_tables += _bank_tables(config, mesh, [layer - 1 for layer in layers])
-        stages.append(RankMemory(stage, own, weights, gradients, optimizer, activations, tuple(own_tables)))
+        stages.append(RankBytes(stage, own, weights, gradients, optimizer, activations, tuple(own_tables)))
     return stages
 
 
-def _ngram_tables(config: Config, mesh: Mesh) -> list[TableMemory]:
+def _ngram_tables(config: Config, mesh: Mesh) -> list[TableBytes]:
     """All tables of n-gram memories; the rows of each are divided over the data-parallel ranks of its layer's stage."""
     engram = config.model.engram
     if engram is None:
@@ -166,12 +166,12 @@ def _ngram_tables(config: Config, mesh: Mesh) -> list[TableMemory]:
     tokens = config.train.global_batch_size // mesh.data * config.data.sequence_length
     look_ups = tokens * len(engram.orders) * engram.heads
     return [
-        _table(config, config.memory, mesh, rows, engram.row_dim, look_ups, look_ups, layer)
+        _table(config, config.engram, mesh, rows, engram.row_dim, look_ups, look_ups, layer)
         for layer, rows in table_rows(Shape(config.model.model_dump())).items()
     ]
 
 
-def _bank_tables(config: Config, mesh: Mesh, layers: Sequence[int]) -> list[TableMemory]:
+def _bank_tables(config: Config, mesh: Mesh, layers: Sequence[int]) -> list[TableBytes]:
     """The tables of a memory bank on the stage of these layers, by level."""
     shape, addresses = Shape(config.model.model_dump()), config.data.addresses
     layout = None if shape.bank is None else BankLayout.of(shape).of_layers(layers)
@@ -200,7 +200,7 @@ def _fetched_rows(config: Config, layout: BankLayout, level: int) -> int:
 
 def _table(
     config: Config,
-    settings: MemoryConfig,
+    settings: TableConfig,
     mesh: Mesh,
     rows: int,
     dim: int,
@@ -208,7 +208,7 @@ def _table(
     indexed: int,
     layer: int,
     level: int | None = None,
-) -> TableMemory:
+) -> TableBytes:
     """A table of `rows` rows of `dim` values of which a rank's step looks up so many, with an index of `indexed`."""
     state: dict[str, ArrayLayout] = {}
     if level is not None or not config.model.frozen_anchor:
@@ -219,7 +219,7 @@ def _table(
     if settings.store == "mmap":
         busy_bytes = RecordLayout.of({"rows": row, **state, "busy": busy}).stride - row_bytes - state_bytes
     index = indexed * torch.int64.itemsize
-    return TableMemory(
+    return TableBytes(
         layer=layer,
         level=level,
         rows=len(row_range(rows, mesh.data, 0)),
@@ -237,7 +237,7 @@ def _layer_sizes(config: Config) -> list[tuple[int, int]]:
     tied = config.model.tie_embeddings
     sizes = [[0, 0] for _ in range(config.model.num_layers + 2 + tied)]
     tables = {table_name(layer) for layer in table_rows(Shape(config.model.model_dump()))}
-    if config.model.memory_bank is not None:
+    if config.model.bank is not None:
         layout = BankLayout.of(Shape(config.model.model_dump()))
         tables |= {layer_bank_name(layer, level) for layer in layout.layers for level in layout.levels}
     for name, shape in tensor_shapes(config.model).items():
@@ -286,11 +286,11 @@ def _activation_bytes(config: Config, layer: int) -> int:
     return tokens * values * width
 
 
-_COMPONENTS = {"memory": "memory of n-grams"}
+_COMPONENTS = {"engram_table": "n-gram rows"}
 """Component -> what a table calls it, where its own name would be that of a sum."""
 
 
-def _print_tables(config: Config, mesh: Mesh, counts: ParameterCounts, memory: list[RankMemory]) -> None:
+def _print_tables(config: Config, mesh: Mesh, counts: ParameterCounts, ranks: list[RankBytes]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -303,8 +303,8 @@ def _print_tables(config: Config, mesh: Mesh, counts: ParameterCounts, memory: l
         "active per token": counts.active,
         "active without embeddings": counts.active_non_embedding,
     }
-    if counts.memory not in (0, *components.values()):  # the sum of several
-        rows["memory"] = counts.memory
+    if counts.tables not in (0, *components.values()):  # the sum of several
+        rows["tables"] = counts.tables
     for section in (rows, components, _bank_components(counts)):
         for name, count in section.items():
             parameters.add_row(_COMPONENTS.get(name, name) if section is components else name, f"{count:,}")
@@ -313,16 +313,16 @@ def _print_tables(config: Config, mesh: Mesh, counts: ParameterCounts, memory: l
         "stage", "parameters", "weights", "gradients", "optimizer", "activations (estimate)", "total",
         title=f"memory per rank at {mesh} = {counted(mesh.world, 'rank')}",
     )  # fmt: skip
-    if any(stage.tables for stage in memory):
+    if any(stage.tables for stage in ranks):
         per_rank.columns[-1].header = "total with rows in use"
-    for stage in memory:
+    for stage in ranks:
         parts = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.total)
         per_rank.add_row(str(stage.stage), f"{stage.parameters:,}", *map(_bytes, parts))
     shown = [parameters, per_rank]
     if config.model.engram is not None:
-        shown.append(_tables_for_people("layer", config.memory, memory))
-    if config.model.memory_bank is not None:
-        shown.append(_tables_for_people("level", config.bank, memory))
+        shown.append(_tables_for_people("layer", config.engram, ranks))
+    if config.model.bank is not None:
+        shown.append(_tables_for_people("level", config.bank, ranks))
     console = Console(width=max(Console().width, 120))
     for table in shown:
         for column in table.columns[1:]:
@@ -330,7 +330,7 @@ def _print_tables(config: Config, mesh: Mesh, counts: ParameterCounts, memory: l
         console.print(table)
 
 
-def _tables_for_people(number: Literal["layer", "level"], settings: MemoryConfig, memory: list[RankMemory]) -> "Table":
+def _tables_for_people(number: Literal["layer", "level"], settings: TableConfig, ranks: list[RankBytes]) -> "Table":
     """The tables that have a layer, or those that have a level."""
     from rich.table import Table
 
@@ -340,7 +340,7 @@ def _tables_for_people(number: Literal["layer", "level"], settings: MemoryConfig
         title=f"{'n-gram' if number == 'layer' else 'bank'} tables per rank: {settings.dtype} rows, "
         f"{settings.optimizer.name}",
     )  # fmt: skip
-    for stage in memory:
+    for stage in ranks:
         for table in stage.tables:
             if (table.level is None) != (number == "layer"):
                 continue

@@ -65,8 +65,8 @@ class StepRecord:
     """Of a chain of experts, in steps that a held-out evaluation follows: "layer/iteration" -> [expert of the pass
     before][expert of this pass], tokens that chose both."""
 
-    memory: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Per layer with an n-gram memory: the fields of `kmem.parallel.memory_ledger.LayerMemory`, and dedup_ratio."""
+    engram: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Per layer with an n-gram memory: the fields of `kmem.parallel.engram_ledger.LayerEngram`, and dedup_ratio."""
 
     bank: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Per level of a memory bank: the fields of `kmem.parallel.bank_ledger.LevelBank`."""

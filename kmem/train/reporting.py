@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kmem.eval.held_out import EvaluationRecord
 from kmem.train.callback import Callback
-from kmem.train.evaluation import EvaluationRecord
 from kmem.train.metrics import StepRecord
 from kmem.train.run_folder import RunFolder
 from kmem.wording import counted
@@ -90,7 +90,7 @@ class ProgressReport(Callback):
             f"held out at step {record.step}: {record.bits_per_byte:.4f} bits per byte "
             f"(loss {record.loss:.4f}, perplexity {record.perplexity:.1f}, {counted(record.tokens, 'token')})"
         )
-        for control, figures in record.bank_controls.items():
+        for control, figures in record.controls.items():
             worse = figures["bits_per_byte"] - record.bits_per_byte
             blocks = {"generic": "with generic blocks", "none": "without blocks"}[control]
             self._say(f"  {blocks}: {figures['bits_per_byte']:.4f} bits per byte ({worse:+.4f})")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from kmem.config import Config, dump_config
-from kmem.model.cluster_tree import read_tree_record
-from kmem.model.context_router import tree_with_embedder
-from kmem.model.exported_bank import TREE_FOLDER
+from kmem.model.bank_export import TREE_FOLDER
+from kmem.model.bank_router import tree_with_embedder
+from kmem.model.bank_tree import read_tree_record
 
 METRICS, LOCK = "metrics.jsonl", "lock"
 SECONDS_TO_LEAVE = 20.0

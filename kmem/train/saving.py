@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from kmem.checkpoint.bank import bank_layout, bank_tensors
-from kmem.checkpoint.bank_rows import check_held
+from kmem.checkpoint.bank.layout import bank_layout, bank_tensors
+from kmem.checkpoint.bank.rows import check_held
 from kmem.checkpoint.commit import Commit, Progress
 from kmem.checkpoint.manifest import ANOTHER_RUN, check_addressing, check_tree
 from kmem.checkpoint.pieces import CheckpointError
@@ -75,7 +75,7 @@ def load_training(
     config = pipeline.config
     check_addressing(folder, commit.addressing, pipeline.addresses, otherwise)
     stored, wanted = dict(commit.config["model"]), config.model.model_dump(mode="json")
-    new = [name for name in ("engram", "memory_bank") if stored.get(name) is None and wanted[name] is not None]
+    new = [name for name in ("engram", "bank") if stored.get(name) is None and wanted[name] is not None]
     if "engram" in new:
         assert config.model.engram is not None
         if config.model.engram.init_std:
@@ -83,21 +83,21 @@ def load_training(
                 f"model.engram.init_std: {config.model.engram.init_std}, and {folder} has no memory; set it to 0, so "
                 "that the memory added to the model changes nothing at first"
             )
-    if stored.get("memory_bank") is not None:
-        if wanted["memory_bank"] is None:
+    if stored.get("bank") is not None:
+        if wanted["bank"] is None:
             raise CheckpointError(
-                f"{folder} holds a memory bank, and model.memory_bank is null; keep its bank, or {otherwise}"
+                f"{folder} holds a memory bank, and model.bank is null; keep its bank, or {otherwise}"
             )
         check_tree(folder, commit.tree, tree, otherwise)
     stored |= {name: wanted[name] for name in new}
     _same_model(folder, _rows_of_bank(stored), _rows_of_bank(wanted), "model", otherwise)
-    if stored.get("memory_bank") is not None:
+    if stored.get("bank") is not None:
         check_held(folder, parse_config(commit.config), config, going_on)
     parts = [NAME_PARTS[name] for name in new]
     check_names(pipeline, commit.shapes, parts)
     moments = any(name.startswith(f"{MOMENTS[0]}/") for name in commit.tensors) and not weights_only
     row_state = any(name.startswith("step/") for name in commit.tensors)
-    for name, section in (("engram", "memory"), ("memory_bank", "bank")):
+    for name, section in (("engram", "engram"), ("bank", "bank")):
         if row_state and wanted[name] is not None and name not in new:
             sections = commit.config.get(section, {}), config.model_dump(mode="json")[section]
             if not weights_only:
@@ -116,16 +116,16 @@ def load_training(
         state |= {name: pieces for name, pieces in usage.items() if name in commit.tensors}
     store.load(folder, commit, state, rounding=weights_only)
     if uncounted:
-        assert pipeline.memory is not None
-        pipeline.memory.count_updates()
-    if "memory_bank" in new:
-        assert pipeline.memory is not None
-        pipeline.memory.initialise(BankTable)
+        assert pipeline.stage_tables is not None
+        pipeline.stage_tables.count_updates()
+    if "bank" in new:
+        assert pipeline.stage_tables is not None
+        pipeline.stage_tables.initialise(BankTable)
     finish_load(pipeline, commit.progress.optimizer_steps if moments else 0)
     return commit.progress
 
 
-NAME_PARTS = {"engram": ".engram.", "memory_bank": ".bank."}
+NAME_PARTS = {"engram": ".engram.", "bank": ".bank."}
 """Section of the model -> what the names of its tensors have in common."""
 TRAINED_ONLY = {
     "bias_update_rate",
@@ -148,11 +148,11 @@ def _of_rows(name: str) -> bool:
 
 def _rows_of_bank(model: dict) -> dict:
     """The section with what decides whether a bank has generic blocks in place of how often they are trained."""
-    bank = model.get("memory_bank")
+    bank = model.get("bank")
     if bank is None:
         return model
     generic = {**bank["generic"], "probability": "above 0" if bank["generic"]["probability"] > 0 else 0}
-    return {**model, "memory_bank": {**bank, "generic": generic}}
+    return {**model, "bank": {**bank, "generic": generic}}
 
 
 def _same_rows(folder: Path, section: str, stored: dict, wanted: dict) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from kmem.config import Config
+from kmem.eval.held_out import EvaluationRecord
 from kmem.train.callback import Callback
-from kmem.train.evaluation import EvaluationRecord
 from kmem.train.metrics import StepRecord
 
 if TYPE_CHECKING:
@@ -61,14 +61,14 @@ class WandbTracking(Callback):
             figures |= {f"experts/{layer}/{name}": v for layer, load in experts.items() for name, v in load.items()}
             for level, bank in figures.pop("bank").items():
                 figures |= _flat(f"bank/{level}", bank)
-            for layer, memory in figures.pop("memory").items():
-                figures |= _flat(f"memory/{layer}", memory)
+            for layer, engram in figures.pop("engram").items():
+                figures |= _flat(f"engram/{layer}", engram)
             self._run.log(figures, step=record.step)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         if self._run is not None:
             figures = record.to_json()
-            controls = figures.pop("bank_controls")
+            controls = figures.pop("controls")
             logged = {f"held_out/{name}": value for name, value in figures.items() if name != "kind"}
             for control, others in controls.items():
                 logged |= {f"held_out/{control}/{name}": value for name, value in others.items()}

@@ -13,19 +13,18 @@ import kmem
 from kmem.checkpoint.commit import Progress
 from kmem.checkpoint.store import CheckpointStore
 from kmem.config import Config, ConfigError, UserError
-from kmem.data.addresses import model_addresses
+from kmem.data.engram_addresses import model_addresses
 from kmem.data.reader import PreparedData
-from kmem.memory.exchange import ExchangeError
+from kmem.eval.held_out import EvaluationRecord, held_out_loss
 from kmem.parallel.engine import NonFiniteStepError
-from kmem.parallel.mesh import Mesh, any_rank, lost_peer, raise_anywhere, together
+from kmem.parallel.mesh import Mesh, any_rank, lost_peer, raise_on_all_ranks, run_on_all_ranks
 from kmem.parallel.parameter_counts import count_parameters
 from kmem.parallel.pipeline import Pipeline, StepResult, split_samples
-from kmem.parallel.stage_memory import BegunStep
+from kmem.parallel.stage_tables import BegunStep
 from kmem.parallel.training_state import optimizer_steps
+from kmem.tables.exchange import ExchangeError
 from kmem.train.bank_addresses import bank_tree, tree_folder, with_generic_blocks
-from kmem.train.beginning import Beginning, chosen_beginning
 from kmem.train.callback import Callback
-from kmem.train.evaluation import EvaluationRecord, held_out_loss
 from kmem.train.interruption import Interruption
 from kmem.train.metrics import (
     BALANCE_LOSSES,
@@ -36,6 +35,7 @@ from kmem.train.metrics import (
     flops_per_token,
     peak_memory_gib,
 )
+from kmem.train.resume_point import ResumePoint, find_resume_point
 from kmem.train.run_folder import RunFolder
 from kmem.train.saving import load_training, save_training
 from kmem.train.schedule import learning_rate
@@ -71,15 +71,17 @@ class Trainer:
         self.facts: dict[str, Any] = {}
         self._counts = count_parameters(config.model)
         self._flops = flops_per_token(config, self._counts)
-        raise_anywhere(self.folder.claim() if mesh.rank == 0 else None, TrainingError)
+        raise_on_all_ranks(self.folder.claim() if mesh.rank == 0 else None, TrainingError)
         self.store = CheckpointStore(self.folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every)
-        found = chosen_beginning(config.checkpoint, self.store)
-        addresses, self.tree = together(lambda: (model_addresses(config.model, data.tokenizer_path), bank_tree(config)))
+        found = find_resume_point(config.checkpoint, self.store)
+        addresses, self.tree = run_on_all_ranks(
+            lambda: (model_addresses(config.model, data.tokenizer_path), bank_tree(config))
+        )
         if found is not None:
-            together(lambda: found.check(data, self.tree))
+            run_on_all_ranks(lambda: found.check(data, self.tree))
         elif config.model.frozen_anchor:
             raise ConfigError(
-                "model.memory_bank.anchor: frozen, and the run begins with nothing, so the anchor would stay random: "
+                "model.bank.anchor: frozen, and the run begins with nothing, so the anchor would stay random: "
                 "name a run with a trained one in checkpoint.start, or train it (anchor: train)"
             )
         self.pipeline = Pipeline(config, mesh, addresses, initialise_rows=found is None)
@@ -87,7 +89,7 @@ class Trainer:
         """Steps whose rows are being fetched, the next one first."""
         self._saved_at = -1
         self._callback_problem: str | None = None
-        self.bank_seed: int | None = None if config.model.memory_bank is None else config.train.init_seed
+        self.bank_seed: int | None = None if config.model.bank is None else config.train.init_seed
         self.bank_start: str | None = None
         try:
             if found is not None:
@@ -146,7 +148,7 @@ class Trainer:
         problem = None
         if self.mesh.rank == 0 and not finished:
             problem = self.folder.prepare(self.config, self.data.tokenizer_path, tree_folder(self.config))
-        raise_anywhere(problem, TrainingError)
+        raise_on_all_ranks(problem, TrainingError)
 
     def _asked_to_stop(self, interruption: Interruption) -> bool:
         """Whether any rank was asked to stop; collective, so that all ranks stop after the same step.
@@ -157,7 +159,7 @@ class Trainer:
         problem = self.store.failure() or self._callback_problem
         asked, failed = any_rank([interruption.received is not None, problem is not None])
         if failed:
-            raise_anywhere(problem, TrainingError)
+            raise_on_all_ranks(problem, TrainingError)
         return asked
 
     def summary(self) -> str:
@@ -241,10 +243,10 @@ class Trainer:
             )
             record.experts = expert_figures(result.routing, positions * moe.top_k, chained=moe.chain is not None)
             record.coactivation = coactivation(result.routing)
-        if result.memory is not None:
-            record.memory = {
+        if result.engram is not None:
+            record.engram = {
                 str(layer): {**asdict(figures), "dedup_ratio": figures.dedup_ratio}
-                for layer, figures in result.memory.items()
+                for layer, figures in result.engram.items()
             }
         record.bank = {str(level): asdict(figures) for level, figures in (result.bank or {}).items()}
         return record
@@ -258,7 +260,7 @@ class Trainer:
         began, settings = time.perf_counter(), self.config.evaluation
         loss, tokens = held_out_loss(self.pipeline, self.data, settings.sequences)
         controls: dict[str, dict[str, float]] = {}
-        for control in settings.bank_controls:
+        for control in settings.controls:
             other, _ = held_out_loss(self.pipeline, self.data, settings.sequences, control)
             controls[control] = {"loss": other, "bits_per_byte": self.data.bits_per_byte(other)}
         record = EvaluationRecord(
@@ -268,7 +270,7 @@ class Trainer:
             perplexity=math.exp(min(loss, 700)),
             tokens=tokens,
             seconds=time.perf_counter() - began,
-            bank_controls=controls,
+            controls=controls,
         )
         figures = {"step": self.step, "loss": loss, "bits_per_byte": record.bits_per_byte, "tokens": tokens}
         self.facts["held_out"] = figures
@@ -303,7 +305,7 @@ class Trainer:
         self._saved_at = self.step
         self._notify("on_checkpoint", folder, not self.config.checkpoint.asynchronous)
 
-    def _begin_with(self, found: Beginning) -> None:
+    def _begin_with(self, found: ResumePoint) -> None:
         """Fill the pipeline, and go on where the checkpoint stands, or begin with its weights.
 
         Raises:

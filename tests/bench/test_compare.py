@@ -23,11 +23,11 @@ from kmem.bench.compare import (
 from kmem.cli import main
 from kmem.config import ConfigError, load_config
 from kmem.config.load import config_folders
-from kmem.data.cluster_addresses import stored_tree
+from kmem.data.bank_addresses import stored_tree
 from kmem.data.documents import Reading
 from kmem.data.manifest import read_manifest
 from kmem.data.prepare import Preparation, prepare
-from kmem.model.cluster_tree import ClusterTree
+from kmem.model.bank_tree import ClusterTree
 
 WORDS = ["the", "state", "of", "a", "union", "memory", "experts", "read", "tables", "people", "know", "when"]
 
@@ -133,8 +133,8 @@ def test_banks_are_evaluated_by_what_contexts_fetch_and_asked_questions(comparis
     )  # fmt: skip
     for name, changes in (
         ("moe", {"include": "plain.yaml", "data": {"sources": [{"path": str(data)}]}}),
-        ("bank", {"include": "moe.yaml", "model": {"memory_bank": bank}, "data": text}),
-        ("generic", {"include": "bank.yaml", "model": {"memory_bank": {"generic": {"probability": 1.0}}}}),
+        ("bank", {"include": "moe.yaml", "model": {"bank": bank}, "data": text}),
+        ("generic", {"include": "bank.yaml", "model": {"bank": {"generic": {"probability": 1.0}}}}),
     ):
         if name == "moe":
             (folder / "moe.yaml").rename(folder / "plain.yaml")
@@ -283,7 +283,7 @@ def test_text_by_corpus_has_one_tokenizer_and_one_tree(tmp_path, monkeypatch, ca
             lines = [json.dumps({"text": " ".join(draw.choices(words, k=draw.randint(5, 40)))}) for _ in range(60)]
             (out / f"{name}.jsonl").write_text("\n".join(lines))
 
-    monkeypatch.setattr("kmem.data.corpora.extract_corpora", write)
+    monkeypatch.setattr("kmem.corpora.catalogue.extract_corpora", write)
     folder = tmp_path / "data"
     text = PreparedText.model_validate(
         {"folder": str(folder), "corpora": ["wiki", "sotu"], "vocab_size": 300, "by_corpus": True,

@@ -15,7 +15,7 @@ from kmem.bench.fetch_command import placements
 from kmem.cli import main
 from kmem.config import ConfigError
 from kmem.hf.export import export
-from kmem.memory import stores
+from kmem.tables import stores
 from tests.hf.banks import BANKS, random_bank, write_bank_run
 
 

@@ -1,4 +1,4 @@
-"""`kmem memory` on checkpoints of random blocks: what is listed, edited, and refused."""
+"""`kmem bank` on checkpoints of random blocks: what is listed, edited, and refused."""
 
 import json
 import shutil
@@ -6,7 +6,9 @@ import shutil
 import pytest
 import torch
 
-from kmem.checkpoint import bank_hits, bank_rows, pieces, writer
+from kmem.checkpoint import pieces, writer
+from kmem.checkpoint.bank import hits as bank_hits
+from kmem.checkpoint.bank import rows as bank_rows
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.cli import main
 from tests.hf.banks import BANKS, bank, random_bank, write_bank_run
@@ -16,12 +18,12 @@ CHOSEN = ["ffn", "lora_qk", "kv"]
 
 
 def memory(capsys, *words):
-    assert main(["memory", *map(str, words)]) == 0
+    assert main(["bank", *map(str, words)]) == 0
     return capsys.readouterr().out
 
 
 def refused(capsys, *words):
-    assert main(["memory", *map(str, words)]) == 2
+    assert main(["bank", *map(str, words)]) == 2
     return " ".join(capsys.readouterr().err.split())
 
 
@@ -138,7 +140,7 @@ def test_blocks_of_another_checkpoint(tmp_path, capsys, small_pieces):
     different = random_bank(BANKS["ffn"], seed=5)
     write_bank_run(tmp_path / "anchor", BANKS["ffn"], different)
     words = ["replace", "0", "--checkpoint", run.folder, "--out", tmp_path / "none", "--from"]
-    assert "train with model.memory_bank.anchor=frozen" in refused(capsys, *words, tmp_path / "anchor")
+    assert "train with model.bank.anchor=frozen" in refused(capsys, *words, tmp_path / "anchor")
     write_bank_run(tmp_path / "form", bank(levels=[5, 4]))
     assert "another form than that of" in refused(capsys, *words, tmp_path / "form")
     assert not (tmp_path / "none").exists()

@@ -102,16 +102,16 @@ def test_include_reads_the_base_first(path, tmp_path):
         ("train.schedule.step_at=0.5", "train.schedule.step_at: a list is expected, as in [0.5] (got 0.5)"),
         ("train.schedule=null", "train.schedule: a section of fields is expected (got null)"),
         (
-            "model.memory_bank.levels=[2] model.memory_bank.placed_layers=[a]",
-            "model.memory_bank.placed_layers.0: Input should be a",
+            "model.bank.levels=[2] model.bank.placed_layers=[a]",
+            "model.bank.placed_layers.0: Input should be a",
         ),
         (
-            "model.memory_bank.levels=[2] model.memory_bank.placed_layers=[]",
-            "model.memory_bank.placed_layers: an empty list; give at",
+            "model.bank.levels=[2] model.bank.placed_layers=[]",
+            "model.bank.placed_layers: an empty list; give at",
         ),
         (
-            "model.memory_bank.levels=[2] model.memory_bank.placed_layers=0",
-            "model.memory_bank.placed_layers: Input should be greater",
+            "model.bank.levels=[2] model.bank.placed_layers=0",
+            "model.bank.placed_layers: Input should be greater",
         ),
         ("train.precision=bf16 parallel.zero_stage=0", "parallel.zero_stage=0 does not go with"),
         ("train.expert_backend=eager", "train.expert_backend: Input should be 'grouped_mm', 'loop', 'deepspeed' or"),
@@ -151,7 +151,7 @@ def test_unreadable_files_are_named(tmp_path, text):
     [
         ("quikstart", "quickstart or"),
         ("quickstart-bnak.yaml", "quickstart-bank or"),
-        ("160m-frzen", "memory-bank/160m-frozen?"),
+        ("160m-frzen", "bank/160m-frozen?"),
         ("{folder}/rnu.yaml", "{folder}/run.yaml?"),
         ("nothing-like-it.yaml", None),
     ],

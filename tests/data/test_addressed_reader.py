@@ -10,15 +10,15 @@ import torch
 
 from kmem.config import DataConfig, UserError
 from kmem.config.data import AddressesConfig
+from kmem.data.bank_addresses import Addressing, write_addresses
 from kmem.data.batch import IGNORED_LABEL
-from kmem.data.cluster_addresses import Addressing, write_addresses
 from kmem.data.indexed import IndexedTokens
 from kmem.data.leaf_order import LeafOrder
 from kmem.data.manifest import read_manifest
 from kmem.data.reader import SequenceReader, open_data
-from kmem.model.cluster_tree import read_tree_record
-from tests.data.cluster_case import give_addresses, units_of, write_tree
-from tests.data.conftest import BYTES_AND_EOS, make_texts
+from kmem.model.bank_tree import read_tree_record
+from tests.clustering.cluster_case import give_addresses, units_of, write_tree
+from tests.small_corpora import BYTES_AND_EOS, make_texts
 
 TEXTS = make_texts(60, seed=1)
 EOS = 0

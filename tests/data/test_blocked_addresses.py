@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 import torch
 
+from kmem.clustering import applying
+from kmem.clustering.applying import apply_tree, leaves_around
 from kmem.config import DataConfig, UserError
-from kmem.data.cluster import applying
-from kmem.data.cluster.applying import apply_tree, leaves_around
-from kmem.data.cluster_addresses import Addressing
+from kmem.data.bank_addresses import Addressing
 from kmem.data.indexed import IndexedTokens
 from kmem.data.prepare import Preparation, prepare
 from kmem.data.reader import SequenceReader
 from kmem.data.tokenizer import load_tokenizer
-from kmem.model.cluster_tree import ClusterTree, read_tree_record
-from kmem.model.context_router import ContextRouter
-from tests.data.cluster_case import units_of
-from tests.data.conftest import make_texts, write_jsonl
+from kmem.model.bank_router import ContextRouter
+from kmem.model.bank_tree import ClusterTree, read_tree_record
+from tests.clustering.cluster_case import units_of
 from tests.hf.banks import make_sentence_tree, make_tree
 from tests.hf.models import tokenizer
+from tests.small_corpora import make_texts, write_jsonl
 
 BLOCKED = [(1,), (2, 0)]
 TEXTS = make_texts(60, seed=2, longest=20)

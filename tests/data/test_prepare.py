@@ -19,7 +19,7 @@ from kmem.data.documents import Reading
 from kmem.data.indexed import IndexedTokens
 from kmem.data.manifest import Manifest, read_manifest
 from kmem.data.prepare import Preparation, prepare
-from tests.data.conftest import BYTES_AND_EOS, make_texts, write_jsonl
+from tests.small_corpora import BYTES_AND_EOS, make_texts, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 TEXTS = make_texts(120, seed=4)

@@ -15,7 +15,7 @@ from kmem.data.indexed import IndexedTokens
 from kmem.data.manifest import read_manifest
 from kmem.data.order import CorpusOrder
 from kmem.data.reader import SequenceReader, open_data
-from tests.data.conftest import BYTES_AND_EOS, make_texts
+from tests.small_corpora import BYTES_AND_EOS, make_texts
 
 FIRST, SECOND = make_texts(60, seed=1), make_texts(25, seed=2, longest=5)
 

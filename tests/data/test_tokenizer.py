@@ -9,7 +9,7 @@ import pytest
 
 from kmem.config import UserError
 from kmem.data.tokenizer import END_OF_TEXT, Encoder, adopt_tokenizer, pieces_of, tokenizer_fingerprint, train_tokenizer
-from tests.data.conftest import make_texts
+from tests.small_corpora import make_texts
 
 ODD_TEXTS = [
     "\x00\x01\x7f",
@@ -52,7 +52,7 @@ def test_transformers_loads_it_with_the_same_ids_and_eos(trained):
 
 def test_training_does_not_depend_on_threads(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from tests.data.conftest import make_texts;"
+        "import sys; from pathlib import Path; from tests.small_corpora import make_texts;"
         "from kmem.data.tokenizer import train_tokenizer;"
         "print(train_tokenizer(iter(make_texts(2000, seed=0)), 900, Path(sys.argv[1])).fingerprint)"
     )

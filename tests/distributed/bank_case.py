@@ -20,7 +20,7 @@ def bank_config(**changes: Any) -> dict[str, Any]:
     """Blocks in every layer, of three levels of four, with experts in all layers but the first."""
     defaults = {
         "model__moe": EXPERTS,
-        "model__memory_bank": {"children": CHILDREN, "levels": LEVELS, "generic": {"probability": 0.2}},
+        "model__bank": {"children": CHILDREN, "levels": LEVELS, "generic": {"probability": 0.2}},
         "data__addresses": {"tree": "none"},
         # A larger eps: Adam makes a full step of a gradient that is 0 but for rounding.
         "bank__optimizer": {"betas": [0.9, 0.99], "eps": 1e-5, "lr_multiplier": 3.0, "weight_decay": 0.1},

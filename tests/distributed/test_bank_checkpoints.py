@@ -90,7 +90,7 @@ def counts_case(tree, root):
     pipeline, store = build(tree), CheckpointStore(Path(root))
     folder = step_folder(Path(root), SAVE)
     load_training(store, folder, store.open(folder), pipeline, TREE)
-    tables = [table.store for table in pipeline.memory.tables.values()]
+    tables = [table.store for table in pipeline.stage_tables.tables.values()]
     found = [(rows["updates"].clone(), (rows["first_moment"] != 0).any(dim=1, keepdim=True)) for rows in tables]
     pipeline.close()
     return found
@@ -98,10 +98,10 @@ def counts_case(tree, root):
 
 OTHER_TREE = {**TREE, "fingerprint": "b", "embedder": {"name": "minilm"}}
 REFUSED = [
-    ({"model__memory_bank__levels": [5, 2, 0, 2]}, TREE, "model.memory_bank.levels: .* in the configuration"),
-    ({"model__memory_bank__kind": "kv"}, TREE, "model.memory_bank.kind: 'kv' in the configuration, 'ffn' in"),
-    ({"model__memory_bank__generic": {}}, TREE, "model.memory_bank.generic.probability: 0 in the configuration"),
-    ({"model__memory_bank": None}, TREE, "holds a memory bank, and model.memory_bank is null"),
+    ({"model__bank__levels": [5, 2, 0, 2]}, TREE, "model.bank.levels: .* in the configuration"),
+    ({"model__bank__kind": "kv"}, TREE, "model.bank.kind: 'kv' in the configuration, 'ffn' in"),
+    ({"model__bank__generic": {}}, TREE, "model.bank.generic.probability: 0 in the configuration"),
+    ({"model__bank": None}, TREE, "holds a memory bank, and model.bank is null"),
     ({"bank__optimizer__name": "lazy_adam"}, TREE, "bank.optimizer.name: 'lazy_adam' in the configuration, 'adam_ca"),
     ({"bank__dtype": "bf16"}, TREE, "bank.dtype: 'bf16' in the configuration, 'fp32' in"),
     ({}, OTHER_TREE, "data.addresses.tree: not the tree .* embedder is {'name': 'minilm'} here and .* embedded otherw"),
@@ -137,7 +137,7 @@ def _refusal(config, tree, root):
 
 def test_a_bank_added_to_a_checkpoint_is_a_no_op_at_first(ranks, tmp_path):
     """And learns from then on; the optimizer of the rest goes on."""
-    plain = run(ranks, WIDE, tmp_path, save=SAVE, model__memory_bank=None)
+    plain = run(ranks, WIDE, tmp_path, save=SAVE, model__bank=None)
     for mesh in (WIDE, ONE):
         added = run(ranks, mesh, tmp_path, load=SAVE)
         tolerance = 0 if mesh == WIDE else 1e-6
@@ -151,7 +151,7 @@ def test_a_bank_added_to_a_checkpoint_is_a_no_op_at_first(ranks, tmp_path):
 
 
 ENGRAM = {"layers": [1], "heads": 2, "rows_per_head": 40, "row_dim": 8, "compression": False, "init_std": 0.3}
-FROZEN = {"model__memory_bank__anchor": "frozen"}
+FROZEN = {"model__bank__anchor": "frozen"}
 BALANCED = {**EXPERTS, "score_function": "sigmoid", "selection_bias": True, "bias_update_rate": 0.01}
 
 
@@ -160,8 +160,8 @@ BALANCED = {**EXPERTS, "score_function": "sigmoid", "selection_bias": True, "bia
 )
 def test_a_frozen_anchor_keeps_its_bits(ranks, tmp_path, changes):
     """Weights, in bf16 their masters, selection biases and rows of n-grams; nothing else is saved of it."""
-    changes = {**changes, "model__moe": BALANCED, "model__engram": ENGRAM, "memory__prefetch_depth": 2}
-    run(ranks, ONE, tmp_path, save=1, last=1, **changes, model__memory_bank=None)
+    changes = {**changes, "model__moe": BALANCED, "model__engram": ENGRAM, "engram__prefetch_depth": 2}
+    run(ranks, ONE, tmp_path, save=1, last=1, **changes, model__bank=None)
     trained = run(ranks, WIDE, tmp_path, load=1, save=3, last=3, **changes, **FROZEN)
     before, after = (CheckpointReader(step_folder(tmp_path, step)) for step in (1, 3))
     assert {"layers.1.engram.table", "layers.1.feed_forward.router.selection_bias"} <= before.tensors.keys()

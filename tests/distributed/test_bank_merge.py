@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from kmem.checkpoint.bank_editing import Source, erase, merge
-from kmem.checkpoint.bank_rows import level_figures
+from kmem.checkpoint.bank.editing import Source, erase, merge
+from kmem.checkpoint.bank.rows import level_figures
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.cli import main
@@ -50,7 +50,7 @@ def runs(ranks, tmp_path_factory):
     """Folder with the run of all subtrees, those of some, and one that went on for a step more."""
     root = tmp_path_factory.mktemp("merge")
     # Without experts: their balance losses make the gradients of a block depend on all text of a step.
-    config = bank_config(model__memory_bank=FROZEN, model__moe=None, bank__optimizer__name="adam_catchup")
+    config = bank_config(model__bank=FROZEN, model__moe=None, bank__optimizer__name="adam_catchup")
     for name, subtrees, steps in [
         ("all", [0, 1, 2], STEPS),
         ("first", [0], STEPS),
@@ -79,7 +79,7 @@ def test_a_merge_is_the_single_run(runs, tmp_path, capsys):
         ]
     ):
         out = tmp_path / f"merged-{number}"
-        assert main(["memory", "merge", *words, "--out", str(out)]) == 0
+        assert main(["bank", "merge", *words, "--out", str(out)]) == 0
         merged = CheckpointReader(out)
         merged.verify()
         found = stored(merged)
@@ -104,7 +104,7 @@ def test_a_merge_is_the_single_run(runs, tmp_path, capsys):
 
 def test_blocks_that_count_their_own_steps_do_not_see_how_jobs_are_cut(ranks, runs, tmp_path):
     """Steps without text of a subtree may be left out of its job: to the bit."""
-    config = bank_config(model__memory_bank=FROZEN, model__moe=None)
+    config = bank_config(model__bank=FROZEN, model__moe=None)
     plan = [(0, [0]), (1, [1, 2]), (2, [1, 2]), (3, [0]), (4, [2])]
     for name, part in [("all", plan), ("first", plan[:1] + plan[3:4]), ("rest", plan[1:3] + plan[4:])]:
         ranks.run(1, subtree_case, config, str(tmp_path / name), part)
@@ -159,7 +159,7 @@ def test_only_what_has_changed_since_the_start_counts(runs, tmp_path):
 def test_what_is_erased_is_as_if_no_text_had_reached_it(runs, tmp_path, capsys):
     """Blocks and the state of their optimizer; nothing else has changed."""
     out = tmp_path / "out"
-    command = ["memory", "erase", "0", "1.2", "--subtree", "--checkpoint", str(runs / "all"), "--out", str(out)]
+    command = ["bank", "erase", "0", "1.2", "--subtree", "--checkpoint", str(runs / "all"), "--out", str(out)]
     assert main(command) == 0
     printed = " ".join(capsys.readouterr().out.split())
     layout = BankLayout.of(Shape(CheckpointReader(runs / "all").config.model.model_dump()))
@@ -182,7 +182,7 @@ def test_what_is_erased_is_as_if_no_text_had_reached_it(runs, tmp_path, capsys):
     assert CheckpointReader(out).facts["edited"] == "erased 0, 1.2 with all below"
 
     back = tmp_path / "back"
-    command = ["memory", "replace", "0", "1", "--subtree", "--checkpoint", str(out), "--from", str(runs / "all")]
+    command = ["bank", "replace", "0", "1", "--subtree", "--checkpoint", str(out), "--from", str(runs / "all")]
     assert main([*command, "--out", str(back)]) == 0
     assert "replaced" in capsys.readouterr().out
     assert all(torch.equal(values, whole[key]) for key, values in stored(CheckpointReader(back)).items())

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 
 from kmem.config import parse_config
 from kmem.data.batch import SequenceBatch
+from kmem.model.bank_fetched import BankParameters
 from kmem.model.bank_layout import GENERIC, MISSING, BankLayout, layer_bank_name
 from kmem.model.decoder import Decoder
 from kmem.model.init import initialise_
 from kmem.model.mask import document_mask
-from kmem.model.memory_bank import MemoryBank
 from kmem.model.shape import Shape
+from kmem.parallel.bank_step import rows_of
 from kmem.parallel.bank_usage import BankUsage
-from kmem.parallel.step_blocks import rows_of
 from tests.distributed.bank_case import addressed, bank_config
 from tests.distributed.training_case import synthetic_sequences, train_case
 
@@ -34,15 +34,15 @@ VARIANTS = {
     "micro-batch-1": {"train__micro_batch_size": 1},
 }
 KINDS = {
-    "lora_ffn": {"model__moe": None, "model__memory_bank__kind": "lora_ffn"},
-    "lora_qk": {"model__memory_bank__kind": "lora_qk"},
-    "lora_ov": {"model__memory_bank__kind": "lora_ov"},
-    "kv": {"model__memory_bank__kind": "kv"},
-    "last layer": {"model__memory_bank__placement": "last", "model__memory_bank__placed_layers": 1},
+    "lora_ffn": {"model__moe": None, "model__bank__kind": "lora_ffn"},
+    "lora_qk": {"model__bank__kind": "lora_qk"},
+    "lora_ov": {"model__bank__kind": "lora_ov"},
+    "kv": {"model__bank__kind": "kv"},
+    "last layer": {"model__bank__placement": "last", "model__bank__placed_layers": 1},
     "adam_catchup": {"bank__optimizer__name": "adam_catchup"},
     "clipped, mapped": {"bank__optimizer__clip_norm": 0.003, "bank__store": "mmap"},
-    "frozen anchor": {"model__memory_bank__anchor": "frozen"},
-    "frozen anchor, tied": {"model__memory_bank__anchor": "frozen", "model__tie_embeddings": True},
+    "frozen anchor": {"model__bank__anchor": "frozen"},
+    "frozen anchor, tied": {"model__bank__anchor": "frozen", "model__tie_embeddings": True},
 }
 LONG = ("lora_ffn", "lora_qk", "lora_ov", "frozen anchor, tied")
 
@@ -99,7 +99,7 @@ def test_pipeline_depth_prefetch_and_recomputation_are_bitwise(ranks):
             reference = reference or found
             assert found[0] == reference[0]
             assert all(torch.equal(found[1][name], table) for name, table in reference[1].items())
-    without = ranks.run(1, train_case, {**tree, "model": {**tree["model"], "memory_bank": None}, "parallel": {}}, STEPS)
+    without = ranks.run(1, train_case, {**tree, "model": {**tree["model"], "bank": None}, "parallel": {}}, STEPS)
     assert without[0]["losses"][0] == pytest.approx(reference[0][0], abs=1e-6)  # it starts as a no-op
     assert abs(without[0]["losses"][-1] - reference[0][-1]) > 1e-3
 
@@ -205,12 +205,12 @@ def test_evaluation_in_between_changes_nothing(ranks):
 ENGRAM = {"layers": [1], "heads": 2, "rows_per_head": 40, "row_dim": 8, "compression": False, "init_std": 0.3}
 BESIDE = {
     "model__engram": ENGRAM,
-    "memory__prefetch_depth": 3,
-    "memory__optimizer__eps": 1e-5,
+    "engram__prefetch_depth": 3,
+    "engram__optimizer__eps": 1e-5,
     "bank__prefetch_depth": 1,
     "bank__store": "mmap",
 }
-FIRST = {"model__memory_bank__placement": "first", "model__memory_bank__placed_layers": 1}
+FIRST = {"model__bank__placement": "first", "model__bank__placed_layers": 1}
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def plain_training(tree):
     config = parse_config(tree)
     shape = Shape(config.model.model_dump())
     layout = BankLayout.of(shape)
-    model, bank = Decoder(shape), MemoryBank(layout)
+    model, bank = Decoder(shape), BankParameters(layout)
     initialise_(model, shape, config.train.init_seed)
     bank.initialise_(config.train.init_seed)
     optimizer, block_optimizer = config.train.optimizer, config.bank.optimizer
@@ -288,7 +288,7 @@ def plain_training(tree):
             parameter.grad = None
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_norm).item())
-        if config.model.memory_bank.anchor == "train":
+        if config.model.bank.anchor == "train":
             adam.step()
         for level, ids in layout.row_ids(leaves, generic).items():
             blocks[level].step(ids[ids >= 0].unique())

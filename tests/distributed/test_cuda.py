@@ -5,7 +5,7 @@ import torch
 
 from tests.distributed.bank_case import bank_config
 from tests.distributed.test_bank_meshes import merged as merged_blocks
-from tests.distributed.test_memory_meshes import memory_config, merged
+from tests.distributed.test_engram_meshes import engram_config, merged
 from tests.distributed.training_case import small_config, train_case
 
 pytestmark = pytest.mark.gpu
@@ -33,8 +33,8 @@ def test_fp32_losses_on_the_gpu_equal_those_of_the_cpu(ranks, gpu_ranks, monkeyp
 @pytest.mark.parametrize("store", ["device", "host"])
 def test_memory_on_the_gpu_equals_that_of_the_cpu(ranks, gpu_ranks, monkeypatch, store):
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
-    gpu = gpu_ranks.run(1, train_case, memory_config(memory__store=store), 8)
-    cpu = ranks.run(1, train_case, memory_config(), 8)
+    gpu = gpu_ranks.run(1, train_case, engram_config(engram__store=store), 8)
+    cpu = ranks.run(1, train_case, engram_config(), 8)
     assert gpu[0]["losses"] == pytest.approx(cpu[0]["losses"], abs=1e-3)
     for layer, table in merged(gpu).items():
         torch.testing.assert_close(table, merged(cpu)[layer], rtol=0, atol=1e-2)
@@ -44,8 +44,8 @@ def test_memory_on_the_gpu_equals_that_of_the_cpu(ranks, gpu_ranks, monkeypatch,
 def test_fetching_ahead_and_recomputing_on_the_gpu_change_no_bit(gpu_ranks, store):
     results = []
     for depth, again in ((0, False), (2, False), (1, True)):
-        changes = {"memory__prefetch_depth": depth, "train__activation_checkpointing": again}
-        results.append(gpu_ranks.run(1, train_case, memory_config(memory__store=store, **changes), 8))
+        changes = {"engram__prefetch_depth": depth, "train__activation_checkpointing": again}
+        results.append(gpu_ranks.run(1, train_case, engram_config(engram__store=store, **changes), 8))
     for result in results[1:]:
         assert result[0]["losses"] == results[0][0]["losses"]
         assert all(torch.equal(table, merged(results[0])[layer]) for layer, table in merged(result).items())

@@ -14,9 +14,9 @@ from kmem.data.batch import SequenceBatch
 
 if TYPE_CHECKING:
     from kmem.config import Config
-    from kmem.model.engram_memory import EngramAddresses
+    from kmem.model.engram_reader import EngramAddresses
     from kmem.parallel.pipeline import Pipeline, StepResult
-    from kmem.parallel.stage_memory import BegunStep
+    from kmem.parallel.stage_tables import BegunStep
 
 VOCABULARY, LENGTH = 96, 16
 
@@ -90,7 +90,7 @@ def train_case(tree: dict[str, Any], steps: int, evaluate_every: int = 0) -> dic
         results.append(pipeline.train_step(begun.popleft(), pipeline.config.train.optimizer.lr, sampled))
         if evaluate_every and step % evaluate_every == 0:
             pipeline.evaluate(step_batches(pipeline, 1000 + step))
-    tables = {} if pipeline.memory is None else pipeline.memory.tables
+    tables = {} if pipeline.stage_tables is None else pipeline.stage_tables.tables
     rows = {name: (t.local.start, t.read_rows(t.local.start, t.local.stop)) for name, t in tables.items()}
     blocks = bank_blocks(pipeline)
     pipeline.close()
@@ -100,7 +100,7 @@ def train_case(tree: dict[str, Any], steps: int, evaluate_every: int = 0) -> dic
         "counts": [result.routing.counts.tolist() if result.routing else None for result in results],
         "rows": rows,
         "blocks": blocks,
-        "memory": results[-1].memory,
+        "engram": results[-1].engram,
         "bank": [result.bank for result in results],
     }
 
@@ -112,7 +112,7 @@ def bank_blocks(pipeline: Pipeline) -> dict[str, tuple[int, torch.Tensor]]:
 
     layout, found = pipeline.context.bank_layout, {}
     for level in () if layout is None else layout.levels:
-        table = pipeline.memory.tables[stage_table_name(layout, level)]
+        table = pipeline.stage_tables.tables[stage_table_name(layout, level)]
         rows = table.read_rows(table.local.start, table.local.stop)
         for layer, blocks in layout.by_layer(rows, level).items():
             found[layer_bank_name(layer, level)] = table.local.start, blocks.clone()
@@ -174,7 +174,7 @@ def build(tree: dict[str, Any]) -> Pipeline:
 
 def synthetic_addresses(config: Config) -> EngramAddresses | None:
     """Addresses of the synthetic vocabulary, which needs no tokenizer. Its compression pairs neighbouring ids."""
-    from kmem.model.engram_memory import EngramAddresses
+    from kmem.model.engram_reader import EngramAddresses
     from kmem.model.shape import Shape
 
     if config.model.engram is None:
@@ -208,7 +208,7 @@ def step_batches(pipeline: Pipeline, step: int) -> list[SequenceBatch]:
     train = pipeline.config.train
     plan = split_samples(step * train.global_batch_size, train.global_batch_size, train.micro_batch_size, pipeline.mesh)
     batches = [synthetic_sequences(samples) for samples in plan]
-    bank = pipeline.config.model.memory_bank
+    bank = pipeline.config.model.bank
     if bank is None:
         return batches
     from tests.distributed.bank_case import addressed

@@ -16,17 +16,17 @@ from safetensors.torch import save_file
 from kmem.checkpoint.commit import Progress
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.checkpoint.writer import write_weights
+from kmem.clustering.tree_folder import write_tree
 from kmem.config import ModelConfig
-from kmem.data.addresses import model_addresses
-from kmem.data.cluster.tree_folder import write_tree
+from kmem.data.engram_addresses import model_addresses
 from kmem.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from kmem.hf.importing import starting_config
+from kmem.model.bank_embedder import EMBEDDER_FILE, EMBEDDER_FORMAT, EMBEDDER_VERSION, TFIDF_FILE, load_embedder
+from kmem.model.bank_fetched import FetchedBlocks, without_blocks
 from kmem.model.bank_layout import BankLayout, bank_table_name
-from kmem.model.cluster_tree import ClusterTree, read_tree_record
-from kmem.model.context_embedder import EMBEDDER_FILE, EMBEDDER_FORMAT, EMBEDDER_VERSION, TFIDF_FILE, load_embedder
-from kmem.model.context_router import ContextRouter
+from kmem.model.bank_router import ContextRouter
+from kmem.model.bank_tree import ClusterTree, read_tree_record
 from kmem.model.decoder import Decoder
-from kmem.model.memory_bank import FetchedBlocks, without_blocks
 from tests.hf.models import EXPERTS, GQA, MLA, VOCABULARY, Remembering, model, random_weights, tokenizer
 from tests.model.sentence_encoder import write_embedder
 
@@ -37,7 +37,7 @@ def bank(attention: dict[str, Any] = GQA, moe: dict[str, Any] | None = None, **c
     """A model with a bank; `changes` are those of its section, `others` those of the model."""
     others = changes.pop("others", {})
     section = {"children": CHILDREN, "levels": [5, 3], "generic": {"probability": 0.1}, **changes}
-    return model(attention, moe, memory_bank=section, **others)
+    return model(attention, moe, bank=section, **others)
 
 
 BANKS = {
@@ -92,7 +92,7 @@ class Banked(Remembering):
             ids = self.layout.row_ids(leaves, generic, levels)
             sources = {level: rows.__getitem__ for level, rows in self.rows.items()}
             blocks = FetchedBlocks.read(self.layout, ids, sources).inputs(input_ids.shape[1])
-        return self.logits(Decoder.forward(self, input_ids, positions, memory=self.read(input_ids), bank=blocks))
+        return self.logits(Decoder.forward(self, input_ids, positions, engram=self.read(input_ids), bank=blocks))
 
 
 def random_bank(config: ModelConfig, seed: int = 0) -> Banked:

@@ -79,9 +79,9 @@ def check_bf16(folder: Path, ids: torch.Tensor, expected: torch.Tensor) -> torch
     """A folder in bf16 computes, in fp32, the logits expected of rounded weights, wherever its tables are; returns its
     own in bf16."""
     for memory in ("device", "mmap"):
-        wide = opened(folder, memory=memory, dtype=torch.float32)
+        wide = opened(folder, tables=memory, dtype=torch.float32)
         torch.testing.assert_close(wide(ids).logits, expected, **TOLERANCE)
-    narrow = [opened(folder, memory=memory)(ids).logits for memory in ("device", "mmap")]
+    narrow = [opened(folder, tables=memory)(ids).logits for memory in ("device", "mmap")]
     assert narrow[0].dtype == torch.bfloat16
     assert torch.equal(*narrow)
     return narrow[0]

@@ -13,12 +13,12 @@ from kmem.checkpoint.commit import Progress
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.checkpoint.writer import write_weights
 from kmem.config import ModelConfig
-from kmem.data.addresses import model_addresses
+from kmem.data.engram_addresses import model_addresses
 from kmem.data.tokenizer import train_tokenizer
 from kmem.hf.importing import starting_config
 from kmem.model.decoder import Decoder
 from kmem.model.engram import EngramInput
-from kmem.model.engram_memory import EngramMemory, table_name, table_rows
+from kmem.model.engram_reader import EngramReader, table_name, table_rows
 from kmem.model.shape import Shape
 
 VOCABULARY = 320
@@ -133,7 +133,7 @@ class Remembering(Decoder):
         addresses = model_addresses(ModelConfig.model_validate(self.shape.as_dict()), tokenizer())
         modules = {layer: self.layers[layer].engram for layer in self.tables}
         sources = {layer: table.__getitem__ for layer, table in self.tables.items()}
-        return EngramMemory(addresses, sources, modules).read(input_ids)
+        return EngramReader(addresses, sources, modules).read(input_ids)
 
 
 @functools.cache
@@ -154,7 +154,7 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Remembering:
         scale = 0.1 if name in ("embedding.weight", "head.weight") else 0.2  # logits of about 0.6
         tensor.copy_(1 + scale * values if name.endswith("norm.weight") else scale * values)
     for layer, rows in table_rows(decoder.shape).items():
-        decoder.tables[layer] = torch.randn(rows, decoder.shape.memory.row_dim, generator=generator)
+        decoder.tables[layer] = torch.randn(rows, decoder.shape.engram.row_dim, generator=generator)
     return decoder
 
 
@@ -181,4 +181,4 @@ def logits(decoder: Decoder, input_ids: torch.Tensor, positions: torch.Tensor | 
     if positions is None:
         positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
     rows = decoder.read(input_ids) if isinstance(decoder, Remembering) else None
-    return decoder.logits(decoder(input_ids, positions, memory=rows))
+    return decoder.logits(decoder(input_ids, positions, engram=rows))

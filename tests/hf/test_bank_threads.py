@@ -91,7 +91,7 @@ WAYS = {
 @torch.no_grad()
 @pytest.mark.parametrize("way, memory", [*((way, "mmap") for way in WAYS), ("greedy", "device")])
 def test_calls_at_once_are_calls_one_by_one(way, memory, exported, often):
-    model = opened(exported, memory=memory)
+    model = opened(exported, tables=memory)
     seeds = range(THREADS)
     assert len(router().leaves([row for seed in seeds for row in tokens(seed)]).unique()) > 2
     with torch.no_grad():

@@ -41,7 +41,7 @@ def folders(tmp_path_factory):
 
 def of_kind(folders, name, kind):
     run, folder = folders(name)
-    return load(run)[0] if kind == "run" else opened(folder, memory=kind)
+    return load(run)[0] if kind == "run" else opened(folder, tables=kind)
 
 
 def tokens():
@@ -132,7 +132,7 @@ def test_files_that_are_gone_or_others_are_named(folders, tmp_path, monkeypatch)
     _, folder = folders("bank and n-grams")
     shutil.copytree(folder, tmp_path / "out")
     monkeypatch.chdir(tmp_path)
-    kept = pickle.dumps(opened("out", memory="mmap"))
+    kept = pickle.dumps(opened("out", tables="mmap"))
     monkeypatch.chdir("/")
     model = pickle.loads(kept)  # noqa: S301
     model.fetch("the model")  # its tree is found from anywhere
@@ -146,7 +146,7 @@ def test_files_that_are_gone_or_others_are_named(folders, tmp_path, monkeypatch)
 
 
 def test_pickles_hold_no_token():
-    folder = PretrainedFolder.of("someone/model", {"token": "hf_secret", "revision": "main", "memory": "mmap"})
+    folder = PretrainedFolder.of("someone/model", {"token": "hf_secret", "revision": "main", "tables": "mmap"})
     assert folder.options == {"token": "hf_secret", "revision": "main"}
     assert again(folder) == PretrainedFolder("someone/model", {"revision": "main"})
     assert copy.deepcopy(folder).options["token"] == "hf_secret"

@@ -181,7 +181,7 @@ assert inputs["attention_mask"][1, 0] == 0
 assert inputs["attention_mask"][:, -1].all()
 text = tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=4))
 if hasattr(model.config, "engram_addressing"):
-    mapped = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, memory="mmap")
+    mapped = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, tables="mmap")
     assert not [name for name, _ in mapped.named_parameters() if ".table." in name]
     assert torch.equal(mapped(ids).logits, model(ids).logits)
     assert tokenizer.batch_decode(mapped.generate(**inputs, max_new_tokens=4)) == text

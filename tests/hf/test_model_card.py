@@ -7,7 +7,7 @@ import pytest
 from kmem.hf.architectures import KMEM, Choice
 from kmem.hf.importing import starting_config
 from kmem.hf.model_card import model_card
-from kmem.model.engram_memory import table_rows
+from kmem.model.engram_reader import table_rows
 from kmem.model.shape import Shape
 from kmem.parallel.parameter_counts import tensor_shapes
 from tests.hf.banks import BANKS, make_sentence_tree, make_tree, random_bank
@@ -45,5 +45,5 @@ def test_licences_are_those_that_are_there(tmp_path):
 
 
 def test_a_model_without_a_bank_has_none(tmp_path):
-    model = BANKS["ffn"].model_copy(update={"memory_bank": None})
+    model = BANKS["ffn"].model_copy(update={"bank": None})
     assert "memory bank" not in card(model, tmp_path, None).split("## Configuration")[0]

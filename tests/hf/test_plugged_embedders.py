@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 
 from kmem import cli
+from kmem.clustering.embedders import KINDS, EmbedderKind, EmbedderOption, register_embedder
 from kmem.config import UserError
-from kmem.data.cluster.embedders import KINDS, EmbedderKind, EmbedderOption, register_embedder
 from kmem.data.prepare import Preparation, prepare
 from kmem.data.tokenizer import load_tokenizer
 from kmem.hf.export import export
-from kmem.model.context_embedder import EMBEDDERS
-from kmem.model.context_router import ContextRouter
-from tests.data.conftest import make_texts, write_jsonl
+from kmem.model.bank_embedder import EMBEDDERS
+from kmem.model.bank_router import ContextRouter
 from tests.hf import letters as letters_module
 from tests.hf.banks import BANKS, CHILDREN, LEVELS, write_bank_run
 from tests.hf.letters import Letters
 from tests.hf.models import tokenizer
 from tests.model.bert_folders import write_sentence_bert
+from tests.small_corpora import make_texts, write_jsonl
 
 TEXTS = make_texts(40, seed=3, longest=20)
 PROGRAM = """
@@ -32,7 +32,7 @@ for name in ("kmem", "kmem_kernels"):
     sys.modules[name] = None
 from transformers import AutoModelForCausalLM
 folder, texts, *copy = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, memory="device" if copy else "mmap")
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, tables="device" if copy else "mmap")
 if copy:
     model.save_pretrained(copy[0])
 print(model.fetch(open(texts).read().split("\\0")).leaves.tolist())

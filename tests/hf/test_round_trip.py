@@ -25,7 +25,7 @@ def held_out(run: Path) -> dict[int, float]:
 ENGRAM = {"layers": [0], "heads": 2, "rows_per_head": 61, "row_dim": 8}
 
 
-@pytest.mark.parametrize(("engram", "model_type"), [(None, "glm4_moe"), (ENGRAM, "kmem")], ids=["plain", "memory"])
+@pytest.mark.parametrize(("engram", "model_type"), [(None, "glm4_moe"), (ENGRAM, "kmem")], ids=["plain", "engram"])
 def test_training_goes_on_from_an_export(engram, model_type, ranks, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
 

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kmem.memory.row_optimizers.reference import AdamStep
+from kmem.tables.row_optimizers.reference import AdamStep
 
 TYPES = {
     torch.float32: "*fp32",

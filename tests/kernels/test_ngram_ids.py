@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kmem.model.ngram_addresses import NgramAddressing
+from kmem.model.engram_ngrams import NgramAddressing
 from tests.kernels.devices import DEVICES
 
 pytest.importorskip("triton")

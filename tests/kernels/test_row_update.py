@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from kmem.config import BlockOptimizerConfig, RowOptimizerConfig
-from kmem.memory import counter_random
-from kmem.memory.row_optimizers import RowOptimizer, RowUpdate, kernels, reference
-from kmem.memory.row_optimizers.reference import SQUARES_PART
-from kmem.memory.row_optimizers.update import host_array
-from kmem.memory.segments import Segments
-from kmem.memory.stores import ArrayLayout, Store
+from kmem.tables import counter_random
+from kmem.tables.row_optimizers import RowOptimizer, RowUpdate, kernels, reference
+from kmem.tables.row_optimizers.reference import SQUARES_PART
+from kmem.tables.row_optimizers.update import host_array
+from kmem.tables.segments import Segments
+from kmem.tables.stores import ArrayLayout, Store
 from tests.kernels.devices import DEVICES, random
 
 pytest.importorskip("triton")

@@ -14,7 +14,7 @@ from kmem_kernels.row_update.op import CatchUp, Gradients, OwnSteps
 from kmem_kernels.segment_reduce import triton as segment_reduce
 from kmem_kernels.segment_reduce.op import segments_of
 
-from kmem.memory.row_optimizers.reference import AdamStep
+from kmem.tables.row_optimizers.reference import AdamStep
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has these sizes in every test")
 

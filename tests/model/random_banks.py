@@ -2,9 +2,9 @@
 
 import torch
 
-from kmem.config.memory_bank import MemoryBankConfig
+from kmem.config.bank import BankConfig
+from kmem.model.bank_fetched import BankParameters
 from kmem.model.bank_layout import MISSING, BankLayout
-from kmem.model.memory_bank import MemoryBank
 from kmem.model.shape import Shape
 from tests.model import tiny
 
@@ -17,18 +17,18 @@ BY_TOKEN = torch.tensor([[5, 5, 5, 0, 0, MISSING, 20, 20], [20, 20, 5, 5, 5, 5, 
 def shape(kind="ffn", attention=None, moe=None, levels=(5, 0, 3), generic=0.25, model=None, **bank):
     """A model with a bank over a tree of 27 leaves."""
     config = tiny.config(attention, moe, **(model or {}))
-    section = MemoryBankConfig(children=3, levels=levels, kind=kind, generic={"probability": generic}, **bank)
+    section = BankConfig(children=3, levels=levels, kind=kind, generic={"probability": generic}, **bank)
     section.check_model(config)
-    return Shape({**config.model_dump(), "memory_bank": section.model_dump()})
+    return Shape({**config.model_dump(), "bank": section.model_dump()})
 
 
 def without_bank(view):
-    return Shape({**view.as_dict(), "memory_bank": None})
+    return Shape({**view.as_dict(), "bank": None})
 
 
 def random_bank(view, dtype=torch.float64):
     """Every value of every row random."""
-    bank = MemoryBank(BankLayout.of(view)).to(dtype)
+    bank = BankParameters(BankLayout.of(view)).to(dtype)
     for number, parameter in enumerate(bank.parameters()):
         parameter.data.copy_(0.3 * tiny.random(*parameter.shape, seed=40 + number))
     return bank

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from kmem.config import ModelConfig
-from kmem.config.memory_bank import MemoryBankConfig
+from kmem.config.bank import BankConfig
+from kmem.model.bank_fetched import BankParameters
 from kmem.model.bank_layout import MISSING, BankLayout
 from kmem.model.decoder import Decoder
-from kmem.model.engram_memory import RowTable
+from kmem.model.engram_reader import RowTable
 from kmem.model.init import TRUNCATION
-from kmem.model.memory_bank import MemoryBank
 from kmem.model.shape import Shape
 from tests.model import tiny
 from tests.model.random_banks import KINDS, shape
@@ -32,8 +32,8 @@ ANCHORS = [
 @pytest.mark.parametrize(("layers", "hidden", "ranks", "unit", "blocks", "fetched", "bank"), ANCHORS)
 def test_sizes_of_the_paper(layers, hidden, ranks, unit, blocks, fetched, bank):
     model = {"hidden_size": hidden, "num_layers": layers}
-    section = MemoryBankConfig(levels=ranks).model_dump()
-    layout = BankLayout.of(Shape({**tiny.config(**model).model_dump(), "memory_bank": section}))
+    section = BankConfig(levels=ranks).model_dump()
+    layout = BankLayout.of(Shape({**tiny.config(**model).model_dump(), "bank": section}))
     assert layout.row_values(1) == unit * ranks[0]
     assert [round(layout.row_values(level) / 1e6, 3) for level in layout.levels] == list(blocks)
     assert round(layout.fetched_values / 1e6, 3) == fetched
@@ -177,12 +177,12 @@ def test_generic_blocks_of_a_bank_without_are_refused():
     layout = BankLayout.of(shape(generic=0.0))
     assert layout.rows(3) == 27
     assert layout.row_ids(torch.tensor([4]), torch.tensor([False]))[3].tolist() == [4]
-    with pytest.raises(ValueError, match=r"memory_bank\.generic\.probability"):
+    with pytest.raises(ValueError, match=r"bank\.generic\.probability"):
         layout.row_ids(torch.tensor([4, 3]), torch.tensor([False, True]))
 
 
 def test_names_are_those_of_exports():
-    bank = MemoryBank(BankLayout.of(shape()), {3: [20, 8]})
+    bank = BankParameters(BankLayout.of(shape()), {3: [20, 8]})
     assert {name: list(values.shape) for name, values in bank.state_dict(prefix="bank.").items()} == {
         "bank.level1.parts.0": [4, 3 * 3 * 5 * 32],
         "bank.level3.parts.0": [20, 3 * 3 * 3 * 32],

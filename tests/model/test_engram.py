@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kmem.config.engram import PRESETS
 from kmem.model.engram import HISTOGRAM_BINS, Engram, EngramInput, ShortConvolution, branch_gate
+from kmem.model.engram_ngrams import NgramAddressing
 from kmem.model.init import initialise_
-from kmem.model.ngram_addresses import NgramAddressing
 from tests.model.tiny import shape
 
 BATCH, TOKENS, HIDDEN, WIDTH = 2, 13, 16, 12

@@ -56,15 +56,16 @@ def test_products_of_rotated_heads_depend_on_distance():
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_dispatch(top_k):
     experts_TK = torch.stack([torch.randperm(4, generator=torch.Generator().manual_seed(t))[:top_k] for t in range(5)])
-    order_N, place_TK = sort_by_expert(experts_TK)
-    sorted_experts = experts_TK.flatten()[order_N]
+    choice_of_row_N, row_of_choice_TK = sort_by_expert(experts_TK)
+    sorted_experts = experts_TK.flatten()[choice_of_row_N]
     assert torch.equal(sorted_experts, sorted_experts.sort().values)
     hidden = wide(5, 3)
-    rows = gather_rows(hidden, order_N, place_TK)
-    assert torch.equal(rows[place_TK], hidden[:, None].expand(-1, top_k, -1))
-    assert gradcheck(lambda x: gather_rows(x, order_N, place_TK), (hidden,))
+    rows = gather_rows(hidden, choice_of_row_N, row_of_choice_TK)
+    assert torch.equal(rows[row_of_choice_TK], hidden[:, None].expand(-1, top_k, -1))
+    assert gradcheck(lambda x: gather_rows(x, choice_of_row_N, row_of_choice_TK), (hidden,))
     assert gradcheck(
-        lambda x, weights: combine_rows(x, weights, order_N, place_TK), (wide(5 * top_k, 3), wide(5, top_k, seed=4))
+        lambda x, weights: combine_rows(x, weights, choice_of_row_N, row_of_choice_TK),
+        (wide(5 * top_k, 3), wide(5, top_k, seed=4)),
     )
 
 

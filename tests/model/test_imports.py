@@ -7,7 +7,7 @@ from pathlib import Path
 import kmem.model
 
 FOLDER = Path(kmem.model.__file__).parent
-NEEDS_TRANSFORMERS = {"modeling_kmem", "configuration_kmem", "memory_cache", "modeling_bank", "pretrained_folder"}
+NEEDS_TRANSFORMERS = {"modeling_kmem", "configuration_kmem", "carried_cache", "bank_modeling", "pretrained_folder"}
 
 PROGRAM = """
 import importlib, importlib.abc, sys

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from kmem.checkpoint.bank import bank_layout
+from kmem.checkpoint.bank.layout import bank_layout
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.cli import main
 from kmem.config import UserError, load_config, parse_config
@@ -16,7 +16,7 @@ from kmem.data.batch import SequenceBatch
 from kmem.hf.loading import load
 from kmem.model.bank_layout import GENERIC
 from kmem.train.bank_addresses import bank_tree, with_generic_blocks
-from tests.data.cluster_case import give_addresses, write_tree
+from tests.clustering.cluster_case import give_addresses, write_tree
 from tests.distributed.bank_case import bank_config
 from tests.train.trainer_case import trainer_case
 
@@ -39,7 +39,7 @@ def bank_run(run_config, addressed):
 
     def make(**changes):
         data = {"sources": [{"path": str(folder)}], "sequence_length": 32, "addresses": {"tree": str(tree)}}
-        return run_config(**{"model__memory_bank": BANK, "data": data, **changes})
+        return run_config(**{"model__bank": BANK, "data": data, **changes})
 
     return make
 
@@ -64,7 +64,7 @@ def test_a_run_trains_evaluates_and_resumes(ranks, bank_run, addressed, tmp_path
     steps = [record["bank"] for record in records if record["kind"] == "step"]
     assert [list(figures) for figures in steps] == [["1", "2"]] * 4
     assert all(0 < figures["2"]["touched_blocks"] <= 5 for figures in steps)
-    assert main(["memory", "list", "--checkpoint", str(one.run_folder), "0", "--json"]) == 0
+    assert main(["bank", "list", "--checkpoint", str(one.run_folder), "0", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [level["hits"] for level in listed["levels"]] == [figures["hits"] for figures in steps[-1].values()]
     tokens = {cluster["path"]: cluster["tokens"] for cluster in listed["clusters"]}
@@ -79,7 +79,7 @@ def test_evaluations_have_controls(ranks, bank_run, tmp_path, capsys, batching):
     """The same figures on two stages as `kmem eval` has, and a loss of fetched blocks that is the same with and without
     controls."""
     changes = {"data__addresses__batching": batching, "train__steps": 3, "parallel__pipeline": 2}
-    controls = {"sequences": None, "bank_controls": ["generic", "none"]}
+    controls = {"sequences": None, "controls": ["generic", "none"]}
     for name, evaluation in (("plain", {"sequences": None}), ("with-controls", controls)):
         tree, _ = bank_run(name=name, evaluation=evaluation, **changes)
         answer = ranks.run(2, trainer_case, tree)[0]
@@ -90,9 +90,9 @@ def test_evaluations_have_controls(ranks, bank_run, tmp_path, capsys, batching):
     )
     assert [line["loss"] for line in plain] == [line["loss"] for line in found]
     last = found[-1]
-    assert last["bank_controls"].keys() == {"generic", "none"}
-    assert plain[-1]["bank_controls"] == {}
-    for control, figures in last["bank_controls"].items():
+    assert last["controls"].keys() == {"generic", "none"}
+    assert plain[-1]["controls"] == {}
+    for control, figures in last["controls"].items():
         words = ["eval", "--checkpoint", str(tmp_path / "runs" / "with-controls"), "--bank", control, "--json"]
         capsys.readouterr()
         assert main(words) == 0
@@ -106,8 +106,8 @@ def test_evaluations_have_controls(ranks, bank_run, tmp_path, capsys, batching):
 
 def test_a_run_on_generic_blocks_alone_is_evaluated_with_them(ranks, bank_run, tmp_path, capsys):
     """While it trains, by `kmem eval` and in its export, where nothing else is said: no fetched block has learned."""
-    changes = {"model__memory_bank__generic__probability": 1.0, "train__steps": 3}
-    tree, _ = bank_run(name="only", evaluation={"sequences": None, "bank_controls": ["none"]}, **changes)
+    changes = {"model__bank__generic__probability": 1.0, "train__steps": 3}
+    tree, _ = bank_run(name="only", evaluation={"sequences": None, "controls": ["none"]}, **changes)
     (answer,) = ranks.run(1, trainer_case, tree)
     assert answer["error"] is None
     run = tmp_path / "runs" / "only"
@@ -121,19 +121,19 @@ def test_a_run_on_generic_blocks_alone_is_evaluated_with_them(ranks, bank_run, t
         return stated["bank"], figures["loss"]
 
     assert held_out() == ("generic", pytest.approx(last["loss"], rel=1e-6))
-    assert held_out("--bank", "none")[1] == pytest.approx(last["bank_controls"]["none"]["loss"], rel=1e-6)
+    assert held_out("--bank", "none")[1] == pytest.approx(last["controls"]["none"]["loss"], rel=1e-6)
     assert held_out("--bank", "fetched")[1] == held_out("--bank", "none")[1] != last["loss"]
     model, _ = load(run)
-    assert model.bank_memory == "generic"
-    model, _ = load(run, bank_memory="fetched")
-    assert model.bank_memory == "fetched"
+    assert model.bank_control == "generic"
+    model, _ = load(run, bank_control="fetched")
+    assert model.bank_control == "fetched"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model__memory_bank": None, "data__addresses": None}, "needs a memory bank"),
-        ({"model__memory_bank__generic__probability": 0.0}, "needs generic blocks"),
+        ({"model__bank": None, "data__addresses": None}, "needs a memory bank"),
+        ({"model__bank__generic__probability": 0.0}, "needs generic blocks"),
     ],
 )
 def test_controls_that_a_bank_does_not_have(bank_run, changes, message):
@@ -143,7 +143,7 @@ def test_controls_that_a_bank_does_not_have(bank_run, changes, message):
 
 def test_a_bank_is_added_to_a_run(ranks, bank_run, tmp_path):
     """The sequences are the ones it was trained on, now with addresses; those of single leaves are others."""
-    plain, _ = bank_run(name="plain", model__memory_bank=None, data__addresses=None, train__steps=2)
+    plain, _ = bank_run(name="plain", model__bank=None, data__addresses=None, train__steps=2)
     assert ranks.run(1, trainer_case, plain)[0]["error"] is None
     start = {"checkpoint__resume": str(tmp_path / "runs" / "plain"), "train__steps": 3}
     added, _ = bank_run(name="added", **start)
@@ -176,7 +176,7 @@ def test_a_run_may_begin_with_weights_of_another_type(ranks, bank_run, tmp_path,
 
 
 def test_a_frozen_anchor_needs_a_trained_one(ranks, bank_run):
-    lost, _ = bank_run(name="lost", model__memory_bank={**BANK, "anchor": "frozen"})
+    lost, _ = bank_run(name="lost", model__bank={**BANK, "anchor": "frozen"})
     errors = {answer["error"] for answer in ranks.run(2, trainer_case, lost)}
     assert len(errors) == 1
     assert "name a run with a trained one in checkpoint.start" in errors.pop()
@@ -185,7 +185,7 @@ def test_a_frozen_anchor_needs_a_trained_one(ranks, bank_run):
 @pytest.mark.parametrize("anchor", ["frozen", pytest.param("train", marks=pytest.mark.full)])
 def test_a_bank_is_added_to_an_imported_model(ranks, bank_run, tmp_path, anchor, capsys):
     """By its own run going on, and by a run that begins with its weights and includes its model."""
-    plain, _ = bank_run(name="plain", model__moe=None, model__memory_bank=None, data__addresses=None, train__steps=2)
+    plain, _ = bank_run(name="plain", model__moe=None, model__bank=None, data__addresses=None, train__steps=2)
     ranks.run(1, trainer_case, plain)
     exported, imported = str(tmp_path / "exported"), str(tmp_path / "runs" / "imported")
     assert main(["export", "--checkpoint", str(tmp_path / "runs" / "plain"), "--out", exported]) == 0
@@ -193,7 +193,7 @@ def test_a_bank_is_added_to_an_imported_model(ranks, bank_run, tmp_path, anchor,
     bank = {**BANK, "anchor": anchor}
     section = CheckpointReader(imported).config.model.model_dump(mode="json")
     added, _ = bank_run(name="imported", train__steps=2)
-    added["model"] = {**section, "memory_bank": bank}
+    added["model"] = {**section, "bank": bank}
     result = ranks.run(1, trainer_case, added)[0]
     assert (result["error"], result["started_at"], result["steps"]) == (None, 0, 2)
     (line,) = (line for line in result["printed"].splitlines() if line.startswith("step 2/"))
@@ -206,7 +206,7 @@ def test_a_bank_is_added_to_an_imported_model(ranks, bank_run, tmp_path, anchor,
     assert any(after.read(name).any() for name in after.tensors if ".bank." in name)
     assert main(["import", "--from", exported, "--out", f"{imported}-again"]) == 0
     begun, path = bank_run(name="begun", checkpoint__start=f"{imported}-again", data__addresses__batching="leaf")
-    begun |= {"include": f"{imported}-again/model.yaml", "model": {"memory_bank": bank}}
+    begun |= {"include": f"{imported}-again/model.yaml", "model": {"bank": bank}}
     path.write_text(yaml.safe_dump(begun))
     result = ranks.run(1, trainer_case, load_config(path).model_dump(mode="json"))[0]
     assert (result["error"], result["started_at"], result["steps"]) == (None, 0, 6)
@@ -218,11 +218,11 @@ def test_a_bank_is_added_to_an_imported_model(ranks, bank_run, tmp_path, anchor,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model__memory_bank": {**BANK, "levels": [4]}}, "model.memory_bank.levels: 1, but the tree has 2"),
-        ({"model__memory_bank": {**BANK, "levels": [4, 1, 1]}}, "model.memory_bank.levels: 3, but the tree"),
-        ({"model__memory_bank": {**BANK, "children": 3}}, "model.memory_bank.children: 3, but the tree"),
+        ({"model__bank": {**BANK, "levels": [4]}}, "model.bank.levels: 1, but the tree has 2"),
+        ({"model__bank": {**BANK, "levels": [4, 1, 1]}}, "model.bank.levels: 3, but the tree"),
+        ({"model__bank": {**BANK, "children": 3}}, "model.bank.children: 3, but the tree"),
         ({"data__addresses__tree": "nowhere"}, "nowhere/tree.json: missing"),
-        ({"data__addresses": None}, "model.memory_bank needs data.addresses"),
+        ({"data__addresses": None}, "model.bank needs data.addresses"),
     ],
 )
 def test_bad_trees_are_one_error(bank_run, capsys, changes, message):
@@ -292,12 +292,12 @@ def test_sequences_draw_generic_blocks_by_their_number():
     assert abs((found[:, 0] == GENERIC).float().mean() - 0.2) < 0.03
     assert torch.equal(draws(range(700, 720), step=3), found[700:720])  # whatever the step, rank or micro-batch
     assert not torch.equal(draws(range(2000), data__seed=1), found)
-    assert (draws(range(50), model__memory_bank__generic={"probability": 1.0}) == GENERIC).all()
-    assert (draws(range(50), model__memory_bank__generic={}) == 5).all()
+    assert (draws(range(50), model__bank__generic={"probability": 1.0}) == GENERIC).all()
+    assert (draws(range(50), model__bank__generic={}) == 5).all()
 
 
 def test_steps_draw_generic_blocks_for_all_sequences():
-    per_batch = {"model__memory_bank__generic": {"probability": 0.2, "per": "batch"}}
+    per_batch = {"model__bank__generic": {"probability": 0.2, "per": "batch"}}
     by_step = [draws([7, 900], step, **per_batch) for step in range(500)]
     assert all((found == found[0, 0]).all() for found in by_step)
     assert abs(sum(int(found[0, 0] == GENERIC) for found in by_step) / 500 - 0.2) < 0.06
@@ -320,7 +320,7 @@ def test_blocks_keep_the_seed_that_they_were_drawn_with(ranks, bank_run, tmp_pat
         reader = CheckpointReader(f"{runs}/{name}")
         assert reader.commit.progress.bank_seed == 3
         erased = f"{runs}/{name}-erased"
-        assert main(["memory", "erase", "0", "1", "--subtree", "--checkpoint", f"{runs}/{name}", "--out", erased]) == 0
+        assert main(["bank", "erase", "0", "1", "--subtree", "--checkpoint", f"{runs}/{name}", "--out", erased]) == 0
         layout = bank_layout(reader.config)
         found, fresh = CheckpointReader(erased), layout.by_layer(layout.initial_rows(3, 1, 0, 2), 1)
         for layer, rows in fresh.items():

@@ -231,7 +231,7 @@ def test_dry_run_needs_no_data_and_prints_exact_integers(run_config):
     assert figures["non_embedding"] == figures["total"] - 2 * 257 * 32
     inactive = 3 * 2 * 3 * 32 * 32  # 3 MoE layers, 2 of 4 experts, 3 matrices
     assert figures["active"] == figures["total"] - inactive
-    assert figures["memory"] == 0
+    assert figures["tables"] == 0
     table = run([*KMEM, "train", "--config", str(path), "--dry-run", "--nproc", "4", "--set", "parallel.pipeline=2"])
     assert table.returncode == 0, table.stderr
     assert "memory per rank at pipeline 2 x data 2" in table.stdout
@@ -266,7 +266,7 @@ def test_help_and_errors_of_a_config_import_nothing_that_takes_seconds(run_confi
     heavy = {"torch", "numba", "deepspeed", "transformers", "tokenizers", "matplotlib", "wandb", "scipy", "sklearn"}
     below = {
         "data": ("corpora", "prepare", "cluster"),
-        "memory": ("list", "erase", "replace", "merge"),
+        "bank": ("list", "erase", "replace", "merge"),
         "bench": tuple(BENCHES),
     }
     commands = [["--help"], *([command, "--help"] for command in COMMANDS)]

@@ -5,14 +5,14 @@ from itertools import pairwise
 import pytest
 
 from kmem.config import parse_config
-from kmem.memory.table import Table
-from kmem.memory.table_spec import TableSpec
-from kmem.memory.worker import MemoryWorker
-from kmem.model.engram_memory import table_name
+from kmem.model.engram_reader import table_name
 from kmem.parallel.mesh import Mesh
 from kmem.parallel.parameter_counts import count_parameters
 from kmem.parallel.stages import stage_bounds
-from kmem.train.dry_run import print_dry_run, rank_memory
+from kmem.tables.table import Table
+from kmem.tables.table_spec import TableSpec
+from kmem.tables.worker import TableWorker
+from kmem.train.dry_run import print_dry_run, rank_bytes
 from tests.distributed.training_case import build, small_config
 
 
@@ -38,7 +38,7 @@ def test_the_heaviest_stage_is_as_light_as_it_can_be():
     assert heaviest(bounds[1], bounds[2]) == best
 
 
-BANK = {"model__memory_bank": {"children": 3, "levels": [2, 0, 1]}, "data__addresses": {"tree": "none"}}
+BANK = {"model__bank": {"children": 3, "levels": [2, 0, 1]}, "data__addresses": {"tree": "none"}}
 ENGRAM = {"layers": [0, 2], "heads": 2, "rows_per_head": 100, "row_dim": 8, "compression": False}
 
 
@@ -48,13 +48,13 @@ ENGRAM = {"layers": [0, 2], "heads": 2, "rows_per_head": 100, "row_dim": 8, "com
         {},
         {"model__tie_embeddings": True},
         {"model__engram": ENGRAM, "model__hyper_connections": {"branches": 2}},
-        {**BANK, "model__memory_bank__placement": "last", "model__memory_bank__placed_layers": 2},
+        {**BANK, "model__bank__placement": "last", "model__bank__placed_layers": 2},
     ],
-    ids=["untied", "tied", "memory", "bank"],
+    ids=["untied", "tied", "engram", "bank"],
 )
 def test_parameters_and_tables_per_rank_are_those_of_the_built_pipeline(ranks, changes):
     tree = small_config(parallel={"pipeline": 2, "expert": 2}, **changes)
-    planned = rank_memory(parse_config(tree), Mesh(0, 2, 2, 2))
+    planned = rank_bytes(parse_config(tree), Mesh(0, 2, 2, 2))
     built = ranks.run(4, built_case, tree)
     for rank, (parameters, rows) in enumerate(built):
         stage = planned[rank // 2]
@@ -72,25 +72,25 @@ def test_parameters_and_tables_per_rank_are_those_of_the_built_pipeline(ranks, c
 def built_case(tree):
     """Elements of the parameters this rank holds, and its rows of each table by name."""
     pipeline = build(tree)
-    tables = {} if pipeline.memory is None else pipeline.memory.tables
+    tables = {} if pipeline.stage_tables is None else pipeline.stage_tables.tables
     rows = {name: len(table.local) for name, table in tables.items()}
     pipeline.close()
     return sum(parameter.numel() for parameter in pipeline.module.parameters()), rows
 
 
-def with_memory(memory, **changes):
-    return parse_config(small_config(model__engram=ENGRAM, memory=memory, **changes))
+def with_engram(memory, **changes):
+    return parse_config(small_config(model__engram=ENGRAM, engram=memory, **changes))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("optimizer", ["lazy_adam", "adam_catchup", "rowwise_adagrad", "sinkhorn_momentum"])
 def test_table_bytes_are_those_of_the_built_table(optimizer, dtype):
-    config = with_memory({"dtype": dtype, "optimizer": {"name": optimizer}})
-    (stage,) = rank_memory(config, Mesh(0, 1, 1, 1))
+    config = with_engram({"dtype": dtype, "optimizer": {"name": optimizer}})
+    (stage,) = rank_bytes(config, Mesh(0, 1, 1, 1))
     assert len(stage.tables) == 2
     for planned in stage.tables:
-        worker = MemoryWorker()
-        with Table(TableSpec("table", planned.rows, 8, dtype), config.memory.optimizer, worker) as table:
+        worker = TableWorker()
+        with Table(TableSpec("table", planned.rows, 8, dtype), config.engram.optimizer, worker) as table:
             assert planned.bytes == sum(array.nbytes for array in table.store.arrays.values())
         worker.close()
 
@@ -99,46 +99,46 @@ def test_table_bytes_are_those_of_the_built_table(optimizer, dtype):
 @pytest.mark.parametrize("row_dim", [8, 256])
 def test_table_bytes_are_those_of_the_mapped_file(optimizer, row_dim, tmp_path):
     memory = {"store": "mmap", "optimizer": {"name": optimizer, "dense": False}}
-    config = parse_config(small_config(model__engram=ENGRAM | {"row_dim": row_dim}, memory=memory))
-    planned = rank_memory(config, Mesh(0, 1, 1, 1))[0].tables[0]
-    worker = MemoryWorker()
+    config = parse_config(small_config(model__engram=ENGRAM | {"row_dim": row_dim}, engram=memory))
+    planned = rank_bytes(config, Mesh(0, 1, 1, 1))[0].tables[0]
+    worker = TableWorker()
     spec = TableSpec("table", planned.rows, row_dim, store="mmap", folder=tmp_path)
-    with Table(spec, config.memory.optimizer, worker) as table:
+    with Table(spec, config.engram.optimizer, worker) as table:
         assert 0 <= table.store.bytes - planned.bytes < 4096
     worker.close()
 
 
 def test_rows_are_divided_over_the_ranks_of_the_stage_that_owns_the_layer():
-    config = with_memory({}, parallel__pipeline=2)
-    stages = rank_memory(config, Mesh(0, 2, 4, 1))
+    config = with_engram({}, parallel__pipeline=2)
+    stages = rank_bytes(config, Mesh(0, 2, 4, 1))
     bounds = stage_bounds(config)
-    whole = rank_memory(config, Mesh(0, 2, 1, 1))
+    whole = rank_bytes(config, Mesh(0, 2, 1, 1))
     for number, (stage, alone) in enumerate(zip(stages, whole, strict=True)):
         assert all(bounds[number] <= table.layer + 1 < bounds[number + 1] for table in stage.tables)
         assert [table.rows for table in stage.tables] == [-(-table.rows // 4) for table in alone.tables]
     assert [table.layer for stage in stages for table in stage.tables] == [0, 2]
-    assert sum(t.rows for stage in whole for t in stage.tables) * 8 == count_parameters(config.model).memory
+    assert sum(t.rows for stage in whole for t in stage.tables) * 8 == count_parameters(config.model).tables
     counts = count_parameters(config.model)
-    assert sum(stage.parameters for stage in whole) == counts.total - counts.memory
+    assert sum(stage.parameters for stage in whole) == counts.total - counts.tables
 
 
 def test_a_step_uses_no_more_rows_than_it_looks_up_nor_than_there_are():
     """Rows and gradients in fp32 and an index of 8 bytes; prefetched steps keep their rows as stored."""
-    few = with_memory({"dtype": "bf16", "prefetch_depth": 3})
+    few = with_engram({"dtype": "bf16", "prefetch_depth": 3})
     look_ups = few.train.global_batch_size * few.data.sequence_length * 4
-    (stage,) = rank_memory(few, Mesh(0, 1, 1, 1))
+    (stage,) = rank_bytes(few, Mesh(0, 1, 1, 1))
     for table in stage.tables:
         unique = min(look_ups, table.rows)
         assert unique < look_ups
         assert table.working_set == unique * 8 * 4 * 2 + look_ups * 8
         assert table.prefetched == 3 * (unique * 8 * 2 + look_ups * 8)
     many = parse_config(small_config(model__engram=ENGRAM | {"rows_per_head": 10**7}))
-    assert {table.working_set for table in rank_memory(many, Mesh(0, 1, 1, 1))[0].tables} == {look_ups * (8 * 8 + 8)}
+    assert {table.working_set for table in rank_bytes(many, Mesh(0, 1, 1, 1))[0].tables} == {look_ups * (8 * 8 + 8)}
 
 
 def test_only_tables_on_the_device_count_as_its_memory():
     totals = {
-        store: rank_memory(with_memory({"store": store}), Mesh(0, 1, 1, 1))[0] for store in ("device", "host", "mmap")
+        store: rank_bytes(with_engram({"store": store}), Mesh(0, 1, 1, 1))[0] for store in ("device", "host", "mmap")
     }
     tables = sum(table.bytes for table in totals["device"].tables)
     assert totals["device"].total - totals["host"].total == tables > 0
@@ -150,7 +150,7 @@ def test_branches_multiply_the_activations_between_layers():
 
     def activations(branches):
         tree = small_config(model__hyper_connections={"branches": branches}, train__activation_checkpointing=True)
-        return rank_memory(parse_config(tree), Mesh(0, 1, 1, 1))[0].activations
+        return rank_bytes(parse_config(tree), Mesh(0, 1, 1, 1))[0].activations
 
     assert activations(4) == 4 * activations(1)
 
@@ -165,14 +165,14 @@ def test_a_table_beyond_any_machine_is_only_counted(capsys):
 
 def test_a_bank_is_divided_over_stages_by_columns_and_over_ranks_by_rows():
     config = parse_config(small_config(**BANK, parallel__pipeline=2))
-    whole, stages = (rank_memory(config, Mesh(0, 2, data, 1)) for data in (1, 2))
+    whole, stages = (rank_bytes(config, Mesh(0, 2, data, 1)) for data in (1, 2))
     counts = count_parameters(config.model)
     rows = {1: 3, 3: 27}
     assert [table.level for stage in whole for table in stage.tables] == [1, 3, 1, 3]
     assert all(table.rows == rows[table.level] for stage in whole for table in stage.tables)
     assert all(table.rows == -(-rows[table.level] // 2) for stage in stages for table in stage.tables)
     values = sum(table.rows * table.row_bytes // 4 for stage in whole for table in stage.tables)
-    assert values == counts.bank == counts.memory == counts.components["bank"]
+    assert values == counts.bank == counts.tables == counts.components["bank"]
     assert counts.total == sum(counts.components.values()) == counts.anchor + counts.bank
     assert sum(stage.parameters for stage in whole) == counts.anchor
     plain = count_parameters(parse_config(small_config()).model)
@@ -182,7 +182,7 @@ def test_a_bank_is_divided_over_stages_by_columns_and_over_ranks_by_rows():
 def test_a_step_fetches_a_block_for_each_sequence_of_one_leaf():
     def unique(batching):
         data = {"data__addresses": {"tree": "none", "batching": batching}, "train__global_batch_size": 8}
-        (stage,) = rank_memory(parse_config(small_config(**{**BANK, **data})), Mesh(0, 1, 1, 1))
+        (stage,) = rank_bytes(parse_config(small_config(**{**BANK, **data})), Mesh(0, 1, 1, 1))
         return [table.working_set // (2 * table.row_bytes) for table in stage.tables]
 
     assert unique("leaf") == [3, 8]
@@ -190,8 +190,8 @@ def test_a_step_fetches_a_block_for_each_sequence_of_one_leaf():
 
 
 def test_a_frozen_anchor_needs_weights_only():
-    frozen = {**BANK, "model__memory_bank__anchor": "frozen"}
-    (stage,) = rank_memory(parse_config(small_config(**frozen)), Mesh(0, 1, 1, 1))
+    frozen = {**BANK, "model__bank__anchor": "frozen"}
+    (stage,) = rank_bytes(parse_config(small_config(**frozen)), Mesh(0, 1, 1, 1))
     assert (stage.gradients, stage.optimizer, stage.weights) == (0, 0, 4 * stage.parameters)
 
 
@@ -207,13 +207,13 @@ def test_text_of_subtrees_fetches_their_blocks_and_those_above():
     chosen = {"data__addresses__batching": "leaf", "data__addresses__subtrees": ["0", "1.2"]}
     config = parse_config(small_config(**BANK, **chosen, train__global_batch_size=1000))
     counts = count_parameters(config.model)
-    (stage,) = rank_memory(config, Mesh(0, 1, 1, 1))
+    (stage,) = rank_bytes(config, Mesh(0, 1, 1, 1))
     rows = {table.level: table.working_set // (2 * table.row_bytes) for table in stage.tables}
     assert rows == {1: 2, 3: 9 + 3}
     assert [table.rows for table in stage.tables] == [3, 27]
     assert sum(table.rows * table.row_bytes // 4 for table in stage.tables) == counts.bank
     config = parse_config(small_config(**BANK, **chosen, train__global_batch_size=1000, bank__hold="subtrees"))
-    (stage,) = rank_memory(config, Mesh(0, 1, 1, 1))
+    (stage,) = rank_bytes(config, Mesh(0, 1, 1, 1))
     assert {table.level: table.rows for table in stage.tables} == rows
 
 
@@ -231,12 +231,12 @@ def shown(capsys, **changes):
 @pytest.mark.parametrize("generic", [0.0, 0.1])
 def test_people_are_shown_what_is_there_once(capsys, generic):
     dense, printed = shown(capsys, model__moe=None)
-    assert {"routed_experts", "routers", "shared_experts", "memory"}.isdisjoint(dense)
+    assert {"routed_experts", "routers", "shared_experts", "tables"}.isdisjoint(dense)
     assert all(dense.values())
     assert f"case: {dense['total'] / 1000:.4g}K parameters" in printed
     assert "= 1 rank " in printed
-    bank, _ = shown(capsys, **BANK, model__memory_bank__generic={"probability": generic})
-    assert ("memory" in bank) == ("generic" in bank) == bool(generic), "the sum is shown where it is one"
+    bank, _ = shown(capsys, **BANK, model__bank__generic={"probability": generic})
+    assert ("tables" in bank) == ("generic" in bank) == bool(generic), "the sum is shown where it is one"
     assert bank["total"] == bank["anchor"] + bank["bank"] + bank.get("generic", 0)
     both, _ = shown(capsys, **BANK, model__engram=ENGRAM)
-    assert both["memory"] == both["memory of n-grams"] + both["bank"]
+    assert both["tables"] == both["n-gram rows"] + both["bank"]

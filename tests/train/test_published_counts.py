@@ -55,7 +55,7 @@ def test_chain_of_experts(name, capsys):
 def test_engram(name, capsys):
     """arXiv 2601.07372 counts in 10^9 and rounds, but for its memory of 2 * 2,262,400 * 1280 = 5.79B, which it cuts."""
     figures = dry_run(name, capsys)
-    found = tuple(figures[count] for count in ("total", "active_non_embedding", "memory"))
+    found = tuple(figures[count] for count in ("total", "active_non_embedding", "tables"))
     exact, (total, active, memory) = ENGRAM[name]
     assert found == exact
     assert figures["total"] == sum(figures["components"].values())
@@ -71,44 +71,44 @@ def test_engram(name, capsys):
 def test_engram_rows_are_the_published_ones_up_to_primes(capsys):
     for name, vocabulary in (("engram-27b", 2_262_400), ("engram-40b", 7_239_680)):
         figures = dry_run(name, capsys)
-        tables = [table for stage in figures["rank_memory"] for table in stage["tables"]]
+        tables = [table for stage in figures["rank_bytes"] for table in stage["tables"]]
         assert [table["layer"] for table in tables] == [1, 14]
-        assert 0 <= figures["memory"] - 2 * vocabulary * 1280 < 2e-4 * figures["memory"]
+        assert 0 <= figures["tables"] - 2 * vocabulary * 1280 < 2e-4 * figures["tables"]
 
 
 def test_allocation_of_engram_27b(capsys):
     """Section 5 of arXiv 2601.07372: what a token does not use is 74.3 % experts; both models have as much of it."""
     moe, engram = dry_run("moe-27b", capsys), dry_run("engram-27b", capsys)
     unused = [figures["total"] - figures["active"] for figures in (moe, engram)]
-    assert f"{1 - engram['memory'] / unused[1]:.3f}" == "0.743"
+    assert f"{1 - engram['tables'] / unused[1]:.3f}" == "0.743"
     assert abs(unused[0] / unused[1] - 1) < 2e-3
 
 
 def test_deepseek_v41_flash(capsys):
     """arXiv 2609.19969: the rows of both tables and their 196.6B parameters; the backbone, a stand-in, has 552B too."""
     figures = dry_run("deepseek-v4.1-flash", capsys)
-    assert figures["memory"] == (384_006_168 + 384_016_682) * 256 == 768_022_850 * 256
-    assert f"{figures['memory'] / 1e9:.1f}" == "196.6"
-    backbone = figures["total"] - figures["memory"] - figures["components"]["engram"]
+    assert figures["tables"] == (384_006_168 + 384_016_682) * 256 == 768_022_850 * 256
+    assert f"{figures['tables'] / 1e9:.1f}" == "196.6"
+    backbone = figures["total"] - figures["tables"] - figures["components"]["engram"]
     assert f"{backbone / 1e9:.0f}" == "552"
     data = figures["mesh"]["data"]
-    owned = {table["layer"]: table["rows"] for stage in figures["rank_memory"] for table in stage["tables"]}
+    owned = {table["layer"]: table["rows"] for stage in figures["rank_bytes"] for table in stage["tables"]}
     assert owned == {1: -(-384_006_168 // data), 14: -(-384_016_682 // data)}
 
 
 @pytest.mark.parametrize("name", BANKS)
 def test_memory_bank(name, capsys):
     """Section 4.1 and table 2 of arXiv 2510.02375; what a rank keeps of it, too."""
-    figures = dry_run(f"memory-bank/{name}", capsys)
+    figures = dry_run(f"bank/{name}", capsys)
     components, (anchor, fetched, bank, unit, ranks) = figures["components"], BANKS[name]
     assert components["anchor"] == anchor
     assert components["fetched"] == unit * sum(ranks)
     assert components["bank"] == sum(unit * rank * 16**level for level, rank in enumerate(ranks, 1))
     assert (f"{components['fetched'] / 1e6:.3f}M", f"{components['bank'] / 1e9:.3f}B") == (fetched, bank)
     assert components["generic"] == components["fetched"]  # the control is of the fetched size
-    assert figures["total"] == anchor + figures["memory"] == anchor + components["bank"] + components["generic"]
+    assert figures["total"] == anchor + figures["tables"] == anchor + components["bank"] + components["generic"]
     assert figures["active"] == anchor + components["fetched"]
-    tables = figures["rank_memory"][0]["tables"]
+    tables = figures["rank_bytes"][0]["tables"]
     assert [table["level"] for table in tables] == [level for level, rank in enumerate(ranks, 1) if rank]
     for table in tables:
         assert table["rows"] == 16 ** table["level"] + 1
@@ -131,8 +131,8 @@ NEW = ("160m-anchor", "160m-scratch", "gemma-3-270m")
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_of_memory_banks(name):
-    config, (tokens, rates, decay, warmup, anchor) = load_config(f"memory-bank/{name}"), RECIPES[name]
-    train, bank = config.train, config.model.memory_bank
+    config, (tokens, rates, decay, warmup, anchor) = load_config(f"bank/{name}"), RECIPES[name]
+    train, bank = config.train, config.model.bank
     assert train.steps * train.global_batch_size * config.data.sequence_length == tokens
     lr = train.optimizer.lr
     assert (lr, lr * train.schedule.min_ratio) == pytest.approx(rates)
@@ -145,10 +145,10 @@ def test_recipes_of_memory_banks(name):
 
 def test_the_anchor_of_a_recipe_is_its_model(capsys):
     """Begun with by name, with every field of the model but the bank."""
-    anchor, banked = (load_config(f"memory-bank/{name}") for name in ("160m-anchor", "160m"))
+    anchor, banked = (load_config(f"bank/{name}") for name in ("160m-anchor", "160m"))
     assert banked.checkpoint.start == f"{anchor.folder}/{anchor.name}"
-    assert banked.model.model_copy(update={"memory_bank": None}) == anchor.model
-    assert dry_run("memory-bank/160m-anchor", capsys)["total"] == 163_510_016
+    assert banked.model.model_copy(update={"bank": None}) == anchor.model
+    assert dry_run("bank/160m-anchor", capsys)["total"] == 163_510_016
 
 
 PUBLISHED = {  # config.json of the published models
@@ -176,4 +176,4 @@ def test_a_bank_fits_the_imported_model(name):
     path, fields = Path(name), PUBLISHED[name]
     architecture = read_architecture(fields, path)
     imported = read_model(read_config(fields, architecture, path), architecture, path)
-    assert load_config(f"memory-bank/{name}").model.model_copy(update={"memory_bank": None}) == imported
+    assert load_config(f"bank/{name}").model.model_copy(update={"bank": None}) == imported

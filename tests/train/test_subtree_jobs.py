@@ -13,13 +13,13 @@ import pytest
 import torch
 import yaml
 
-from kmem.checkpoint.bank_hits import last_step_name, stored_hits
+from kmem.checkpoint.bank.hits import last_step_name, stored_hits
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.cli import main
 from kmem.config import ConfigError, parse_config
-from kmem.data.cluster_addresses import Addressing
+from kmem.data.bank_addresses import Addressing
 from kmem.data.reader import SequenceReader
-from tests.data.cluster_case import give_addresses, write_tree
+from tests.clustering.cluster_case import give_addresses, write_tree
 from tests.distributed.training_case import small_config
 from tests.train.test_command import KMEM, run
 from tests.train.trainer_case import trainer_case
@@ -40,7 +40,7 @@ class Runs:
             folder=str(root),
             model__vocab_size=257,
             model__num_layers=2,
-            model__memory_bank=BANK,
+            model__bank=BANK,
             data={"sources": [{"path": str(folder)}], "sequence_length": 32},
             data__addresses={"tree": str(tree), "batching": "leaf"},
             train__steps=STEPS,
@@ -74,7 +74,7 @@ class Runs:
 
     def merge(self, name, *words):
         words = [str(self.root / word) if word in self.names() else word for word in words]
-        assert main(["memory", "merge", *words, "--out", str(self.root / name)]) == 0
+        assert main(["bank", "merge", *words, "--out", str(self.root / name)]) == 0
 
     def names(self):
         return [path.name for path in self.root.iterdir()]
@@ -87,7 +87,7 @@ class Runs:
 def runs(ranks, corpus, tmp_path_factory):
     """An anchor, two jobs that begin with its weights, and their merge; and the run of one job after the other."""
     made = Runs(ranks, corpus, tmp_path_factory.mktemp("jobs"))
-    made.train("anchor", model__memory_bank=None, data__addresses=None)
+    made.train("anchor", model__bank=None, data__addresses=None)
     for number in ("0", "1"):
         made.train(f"part-{number}", start="anchor", subtrees=[number])
     made.train("one-by-one", resume="part-0", subtrees=["1"], train__steps=2 * STEPS)
@@ -190,7 +190,7 @@ def test_jobs_of_a_trained_bank_name_what_they_began_with(runs, name, begin, sou
     runs.train(f"{name}-both", resume=f"{name}-0", subtrees=["1"], train__steps=first + 2)
     parts = ["--from", str(runs.root / f"{name}-0"), "--from", str(runs.root / f"{name}-1")]
     capsys.readouterr()
-    assert main(["memory", "merge", *parts, "--out", str(runs.root / "never")]) == 2
+    assert main(["bank", "merge", *parts, "--out", str(runs.root / "never")]) == 2
     assert "with --start" in " ".join(capsys.readouterr().err.split())
     runs.merge(f"{name}-merged", *parts, "--start", source)
     merged, single = runs.read(f"{name}-merged"), runs.read(f"{name}-both")
@@ -204,7 +204,7 @@ def test_generic_blocks_are_those_of_the_run_that_is_named(runs, capsys):
     """Every job trains them, and they belong to no subtree."""
     for number in ("0", "1"):
         generic = {"probability": 0.4, "per": "sequence"}
-        runs.train(f"generic-{number}", start="anchor", subtrees=[number], model__memory_bank__generic=generic)
+        runs.train(f"generic-{number}", start="anchor", subtrees=[number], model__bank__generic=generic)
     parts = ["--from", "generic-0", "--from", "generic-1"]
     capsys.readouterr()
     runs.merge("generic-none", *parts)
@@ -297,7 +297,7 @@ def test_jobs_of_a_trained_bank_that_hold_their_blocks(runs, begin):
             begun = {begin: "merged", "subtrees": [number], "train__steps": first + 1}
             runs.train(f"{begin}-{number}{end}", **begun, **held)
     parts = [word for number in ("0", "1.1") for word in ("--from", f"{begin}-{number[0]}-held", number)]
-    assert "--start" in refused("memory", "merge", *paths(runs, parts), "--out", runs.root / "never")
+    assert "--start" in refused("bank", "merge", *paths(runs, parts), "--out", runs.root / "never")
     runs.merge(f"{begin}-merged-held", *parts, "--start", "merged")
     runs.merge(f"{begin}-merged", *[word.removesuffix("-held") for word in parts], "--start", "merged")
     one, other = runs.read(f"{begin}-merged-held"), runs.read(f"{begin}-merged")
@@ -315,10 +315,10 @@ def test_what_holds_a_part_is_refused_where_all_is_needed(runs, capsys):
     for words in (
         ["eval", "--checkpoint", part],
         ["export", "--checkpoint", part, "--out", runs.root / "exported"],
-        ["memory", "erase", "0", "--checkpoint", part, "--out", runs.root / "erased"],
+        ["bank", "erase", "0", "--checkpoint", part, "--out", runs.root / "erased"],
         ["generate", "--checkpoint", part, "--prompt", "a"],
     ):
-        assert "kmem memory merge" in refused(*words)
+        assert "kmem bank merge" in refused(*words)
     assert not (runs.root / "exported").exists()
 
     def problem(name, **changes):
@@ -331,14 +331,14 @@ def test_what_holds_a_part_is_refused_where_all_is_needed(runs, capsys):
     with pytest.raises(ConfigError, match=r"bank\.hold=subtrees keeps the blocks of data\.addresses\.subtrees"):
         parse_config(runs.config("no-subtrees", start="anchor", **HELD))
     capsys.readouterr()
-    assert main(["memory", "list", "0", "--checkpoint", str(part)]) == 0
+    assert main(["bank", "list", "0", "--checkpoint", str(part)]) == 0
     assert "holds the blocks of the subtrees 0 alone" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.full
 def test_the_commands_of_the_documentation(runs, tmp_path):
     """As processes: an anchor, two jobs of which one has two ranks, their merge, and all text after it."""
-    anchor = runs.config("the-anchor", model__memory_bank=None, data__addresses=None)
+    anchor = runs.config("the-anchor", model__bank=None, data__addresses=None)
     frozen = runs.config("frozen", start="the-anchor", train__schedule={"kind": "cosine", "warmup_steps": 1})
     for name, tree in (("anchor", anchor), ("frozen", frozen)):
         tree["folder"] = str(tmp_path)
@@ -358,12 +358,12 @@ def test_the_commands_of_the_documentation(runs, tmp_path):
     kmem(*job, "name=single", "data.addresses.subtrees=[1]", begin)
     for end in ("", "-wide"):
         parts = ["--from", tmp_path / "part-0", "--from", tmp_path / f"part-1{end}"]
-        kmem("memory", "merge", *parts, "--out", tmp_path / f"merged{end}")
+        kmem("bank", "merge", *parts, "--out", tmp_path / f"merged{end}")
     merged, wide, single = (stored(CheckpointReader(tmp_path / name)) for name in ("merged", "merged-wide", "single"))
     assert not [key for key in same(merged, single) if key.startswith("weight/")]
     for key, values in merged.items():
         torch.testing.assert_close(wide[key], values, rtol=0, atol=1e-5, msg=key)
-    everything = ["name=everything", f"checkpoint.start={tmp_path}/merged", "model.memory_bank.anchor=train"]
+    everything = ["name=everything", f"checkpoint.start={tmp_path}/merged", "model.bank.anchor=train"]
     said = kmem("train", "--config", tmp_path / "frozen.yaml", "--set", *everything)
     assert "from the start" in said
     assert "bits per byte" in kmem("eval", "--checkpoint", tmp_path / "everything")
@@ -373,7 +373,7 @@ def test_the_commands_of_the_documentation(runs, tmp_path):
 def test_eval_scores_all_held_out_text(runs, bank, capsys):
     name = "plain-part" if bank is None else "part-0"
     if bank is None:
-        runs.train(name, model__memory_bank=None, subtrees=["0"], train__steps=1)
+        runs.train(name, model__bank=None, subtrees=["0"], train__steps=1)
     capsys.readouterr()
     assert main(["eval", "--checkpoint", str(runs.root / name), "--json"]) == 0
     (figures,) = json.loads(capsys.readouterr().out)["held_out"].values()

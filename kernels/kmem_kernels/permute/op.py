@@ -1,8 +1,7 @@
 """Tokens into rows sorted by expert, and the weighted sums of rows back into tokens, with gradients.
 
-Deterministic without atomics. `place_TK` says at which row the choice (t, k) of a token stands; no two choices share a
-row. Rows that are nobody's place are padding: `permute` sets them to zero and `combine` never reads them, nor do their
-gradients.
+Deterministic without atomics. `row_of_choice_TK` holds the row of choice k of token t; no two choices share a row. Rows
+without a choice are padding: `permute` sets them to zero, and `combine` and its gradient never read them.
 """
 
 from typing import Any
@@ -18,9 +17,9 @@ from . import reference
 
 
 def sort_by_expert(experts_TK: Tensor, num_experts: int, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
-    """The choices in order of expert, then token, as int64 (order_N, place_TK) with N = T * K.
+    """The choices in order of expert, then token, as int64 (choice_of_row_N, row_of_choice_TK) with N = T * K.
 
-    order_N: which choice t * K + k stands at row n; place_TK: at which row the choice (t, k) stands.
+    choice_of_row_N: which choice t * K + k stands at row n; row_of_choice_TK: at which row the choice (t, k) stands.
 
     Args:
         experts_TK: int64, each from 0 up to `num_experts`.
@@ -33,70 +32,72 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int, backend: Backend | None
     return kernel(experts_TK, num_experts)
 
 
-def permute(hidden_TH: Tensor, place_TK: Tensor, num_rows: int | None = None, backend: Backend | None = None) -> Tensor:
+def permute(
+    hidden_TH: Tensor, row_of_choice_TK: Tensor, num_rows: int | None = None, backend: Backend | None = None
+) -> Tensor:
     """The token of every row, [N, H]; the gradient of a token is the sum of its rows', in the order of its choices.
 
     Args:
-        place_TK: int64.
+        row_of_choice_TK: int64.
         num_rows: N, where there is padding; default T * K.
         backend: default `triton` for CUDA tensors, else `torch`.
 
     Raises:
         ValueError: fewer rows than choices.
     """
-    num_rows = place_TK.numel() if num_rows is None else num_rows
-    _check(num_rows, place_TK)
+    num_rows = row_of_choice_TK.numel() if num_rows is None else num_rows
+    _check(num_rows, row_of_choice_TK)
     if chosen(backend, hidden_TH) == "torch":
-        return reference.permute(hidden_TH, place_TK, num_rows)
-    return _Permute.apply(hidden_TH, place_TK, num_rows)
+        return reference.permute(hidden_TH, row_of_choice_TK, num_rows)
+    return _Permute.apply(hidden_TH, row_of_choice_TK, num_rows)
 
 
-def combine(rows_NH: Tensor, weights_TK: Tensor, place_TK: Tensor, backend: Backend | None = None) -> Tensor:
+def combine(rows_NH: Tensor, weights_TK: Tensor, row_of_choice_TK: Tensor, backend: Backend | None = None) -> Tensor:
     """The weighted sum of each token's rows, [T, H] in the rows' dtype; products and sums in fp32 (fp64 for fp64 rows).
 
     Args:
         weights_TK: any float dtype.
-        place_TK: int64.
+        row_of_choice_TK: int64.
         backend: default `triton` for CUDA tensors, else `torch`.
 
     Raises:
         ValueError: fewer rows than choices.
     """
-    _check(len(rows_NH), place_TK)
+    _check(len(rows_NH), row_of_choice_TK)
     if chosen(backend, rows_NH) == "torch":
-        return reference.combine(rows_NH, weights_TK, place_TK)
-    return _Combine.apply(rows_NH, weights_TK, place_TK)
+        return reference.combine(rows_NH, weights_TK, row_of_choice_TK)
+    return _Combine.apply(rows_NH, weights_TK, row_of_choice_TK)
 
 
-def _check(num_rows: int, place_TK: Tensor) -> None:
-    if num_rows < place_TK.numel():
-        raise ValueError(f"{num_rows} rows cannot hold {place_TK.numel()} choices")
+def _check(num_rows: int, row_of_choice_TK: Tensor) -> None:
+    if num_rows < row_of_choice_TK.numel():
+        raise ValueError(f"{num_rows} rows cannot hold {row_of_choice_TK.numel()} choices")
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_TH: Tensor, place_TK: Tensor, num_rows: int) -> Tensor:
+    def forward(ctx: Any, hidden_TH: Tensor, row_of_choice_TK: Tensor, num_rows: int) -> Tensor:
         from .triton import scatter
 
-        ctx.save_for_backward(place_TK)
-        return scatter(hidden_TH, place_TK, num_rows)
+        ctx.save_for_backward(row_of_choice_TK)
+        return scatter(hidden_TH, row_of_choice_TK, num_rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor, None, None]:
         from .triton import gather_sum
 
-        (place_TK,) = ctx.saved_tensors
-        return gather_sum(grad_NH, None, place_TK), None, None
+        (row_of_choice_TK,) = ctx.saved_tensors
+        return gather_sum(grad_NH, None, row_of_choice_TK), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_NH: Tensor, weights_TK: Tensor, place_TK: Tensor) -> Tensor:
+    def forward(ctx: Any, rows_NH: Tensor, weights_TK: Tensor, row_of_choice_TK: Tensor) -> Tensor:
         from .triton import gather_sum
 
-        ctx.save_for_backward(rows_NH, weights_TK, place_TK)
-        return gather_sum(rows_NH, weights_TK, place_TK)
+        ctx.save_for_backward(rows_NH, weights_TK, row_of_choice_TK)
+        return gather_sum(rows_NH, weights_TK, row_of_choice_TK)
 
     @staticmethod
     @once_differentiable

@@ -151,49 +151,49 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     experts_TK = experts_TK.contiguous()
     choices, device = experts_TK.numel(), experts_TK.device
     assert choices < 2**31, f"{choices} choices"
-    order_N = torch.empty(choices, dtype=torch.int64, device=device)
-    place_TK = torch.empty_like(experts_TK)
+    choice_of_row_N = torch.empty(choices, dtype=torch.int64, device=device)
+    row_of_choice_TK = torch.empty_like(experts_TK)
     if choices:
         block = 512 if interpreted() else BLOCK_CHOICES
         blocks = triton.cdiv(choices, block)
         counts = torch.zeros(num_experts, blocks, dtype=torch.int32, device=device)
         _count_choices[(blocks,)](experts_TK, counts, choices, BLOCK=block)
         ends = counts.flatten().cumsum(0, dtype=torch.int32)
-        _place_choices[(blocks,)](experts_TK, counts, ends, order_N, place_TK, choices, BLOCK=block)
-    return order_N, place_TK
+        _place_choices[(blocks,)](experts_TK, counts, ends, choice_of_row_N, row_of_choice_TK, choices, BLOCK=block)
+    return choice_of_row_N, row_of_choice_TK
 
 
-def scatter(hidden_TH: Tensor, place_TK: Tensor, num_rows: int) -> Tensor:
+def scatter(hidden_TH: Tensor, row_of_choice_TK: Tensor, num_rows: int) -> Tensor:
     """`reference.permute`, bit for bit: rows [N, H] of the tokens, and zeros where no token has its place."""
-    hidden_TH, place_TK = hidden_TH.contiguous(), place_TK.contiguous()
-    rows_NH = _rows(place_TK, num_rows, hidden_TH)
-    if rows_NH.numel() and place_TK.numel():
+    hidden_TH, row_of_choice_TK = hidden_TH.contiguous(), row_of_choice_TK.contiguous()
+    rows_NH = _rows(row_of_choice_TK, num_rows, hidden_TH)
+    if rows_NH.numel() and row_of_choice_TK.numel():
         grid, tiling = _tiling(hidden_TH)
         _scatter[grid](
             hidden_TH,
-            place_TK,
+            row_of_choice_TK,
             rows_NH,
             len(hidden_TH),
-            TOP_K=place_TK.shape[1],
+            TOP_K=row_of_choice_TK.shape[1],
             HIDDEN=hidden_TH.shape[1],
             **tiling,
         )
     return rows_NH
 
 
-def gather_sum(rows_NH: Tensor, weights_TK: Tensor | None, place_TK: Tensor) -> Tensor:
+def gather_sum(rows_NH: Tensor, weights_TK: Tensor | None, row_of_choice_TK: Tensor) -> Tensor:
     """`reference.combine`; without weights, the sum of each token's rows."""
-    rows_NH, place_TK = rows_NH.contiguous(), place_TK.contiguous()
-    out_TH = rows_NH.new_empty(len(place_TK), rows_NH.shape[1])
+    rows_NH, row_of_choice_TK = rows_NH.contiguous(), row_of_choice_TK.contiguous()
+    out_TH = rows_NH.new_empty(len(row_of_choice_TK), rows_NH.shape[1])
     if out_TH.numel():
         grid, tiling = _tiling(out_TH)
         _gather_sum[grid](
             rows_NH,
             rows_NH if weights_TK is None else weights_TK.contiguous(),
-            place_TK,
+            row_of_choice_TK,
             out_TH,
             len(out_TH),
-            TOP_K=place_TK.shape[1],
+            TOP_K=row_of_choice_TK.shape[1],
             HIDDEN=out_TH.shape[1],
             HAS_WEIGHTS=weights_TK is not None,
             WIDE=_wide(rows_NH),
@@ -202,11 +202,13 @@ def gather_sum(rows_NH: Tensor, weights_TK: Tensor | None, place_TK: Tensor) -> 
     return out_TH
 
 
-def combine_backward(grad_TH: Tensor, rows_NH: Tensor, weights_TK: Tensor, place_TK: Tensor) -> tuple[Tensor, Tensor]:
+def combine_backward(
+    grad_TH: Tensor, rows_NH: Tensor, weights_TK: Tensor, row_of_choice_TK: Tensor
+) -> tuple[Tensor, Tensor]:
     """Gradients of the rows, zeros for those without a token, and of the weights."""
     grad_TH, rows_NH = grad_TH.contiguous(), rows_NH.contiguous()
-    weights_TK, place_TK = weights_TK.contiguous(), place_TK.contiguous()
-    grad_rows_NH = _rows(place_TK, len(rows_NH), rows_NH)
+    weights_TK, row_of_choice_TK = weights_TK.contiguous(), row_of_choice_TK.contiguous()
+    grad_rows_NH = _rows(row_of_choice_TK, len(rows_NH), rows_NH)
     grad_weights_TK = torch.zeros_like(weights_TK) if grad_TH.numel() == 0 else torch.empty_like(weights_TK)
     if grad_TH.numel():
         grid, tiling = _tiling(grad_TH)
@@ -214,11 +216,11 @@ def combine_backward(grad_TH: Tensor, rows_NH: Tensor, weights_TK: Tensor, place
             grad_TH,
             rows_NH,
             weights_TK,
-            place_TK,
+            row_of_choice_TK,
             grad_rows_NH,
             grad_weights_TK,
             len(grad_TH),
-            TOP_K=place_TK.shape[1],
+            TOP_K=row_of_choice_TK.shape[1],
             HIDDEN=grad_TH.shape[1],
             WIDE=_wide(rows_NH),
             **tiling,
@@ -226,9 +228,9 @@ def combine_backward(grad_TH: Tensor, rows_NH: Tensor, weights_TK: Tensor, place
     return grad_rows_NH, grad_weights_TK
 
 
-def _rows(place_TK: Tensor, num_rows: int, like: Tensor) -> Tensor:
+def _rows(row_of_choice_TK: Tensor, num_rows: int, like: Tensor) -> Tensor:
     """[N, H]; only rows that tokens leave out are cleared before the kernel writes."""
-    new = like.new_empty if num_rows == place_TK.numel() else like.new_zeros
+    new = like.new_empty if num_rows == row_of_choice_TK.numel() else like.new_zeros
     return new(num_rows, like.shape[1])
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kmem.memory.row_optimizers.reference import AdamStep
+from kmem.tables.row_optimizers.reference import AdamStep
 
 from ..backend import Backend, chosen
 
@@ -68,7 +68,7 @@ class OwnSteps:
 
 @dataclass(frozen=True)
 class RandomRounding:
-    """Random bits of bf16 rows, as `kmem.memory.counter_random` draws them.
+    """Random bits of bf16 rows, as `kmem.tables.counter_random` draws them.
 
     Args:
         stream: key of the step's stream, from 0 to 2^64 - 1.

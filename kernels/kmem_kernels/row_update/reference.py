@@ -1,4 +1,4 @@
-"""What the kernels compute: the definition of the row optimizers (`kmem.memory.row_optimizers.reference`) on a step's
+"""What the kernels compute: the definition of the row optimizers (`kmem.tables.row_optimizers.reference`) on a step's
 rows.
 
 Computed by numpy on the host, wherever the arrays are: its square root is IEEE's, torch's vectorised one is not always.
@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kmem.memory.row_optimizers import kernels
-from kmem.memory.row_optimizers import reference as definition
-from kmem.memory.row_optimizers.update import write_rows
+from kmem.tables.row_optimizers import kernels
+from kmem.tables.row_optimizers import reference as definition
+from kmem.tables.row_optimizers.update import write_rows
 
 if TYPE_CHECKING:
     from .op import CatchUp, Gradients, OwnSteps, RandomRounding

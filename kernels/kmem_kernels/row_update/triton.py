@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kmem.memory.row_optimizers.reference import SQUARES_LANES, SQUARES_PART, AdamStep
+from kmem.tables.row_optimizers.reference import SQUARES_LANES, SQUARES_PART, AdamStep
 
 from ..backend import interpreted
 from .op import CatchUp, Gradients, OwnSteps, RandomRounding

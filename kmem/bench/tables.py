@@ -1,0 +1,129 @@
+"""Training steps of a model with memory whose tables are small, large in host memory, or mapped from a file."""
+
+import itertools
+import mmap
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kmem.bench.contest import Runner
+from kmem.bench.training import random_tokens, sequence_batches
+from kmem.config import Config, parse_config
+from kmem.data.batch import SequenceBatch
+from kmem.data.reader import open_data
+from kmem.model.engram_reader import EngramAddresses, table_name
+from kmem.model.shape import Shape
+from kmem.parallel.mesh import Mesh
+from kmem.tables.table import Table
+from kmem.train.dry_run import TableBytes, rank_bytes
+
+TokenKind = Literal["zipf", "uniform", "text"]
+
+
+def zipf_tokens(config: Config, step: int) -> Tensor:
+    """Tokens of a step, [global batch, T + 1], the n-th most frequent one in proportion to 1 / n, each drawn for
+    itself: of text's repetitions these have those of words, not those of phrases."""
+    generator = torch.Generator().manual_seed(step)
+    shares = 1 / torch.arange(1, config.model.vocab_size + 1, dtype=torch.float64)
+    rows, columns = config.train.global_batch_size, config.data.sequence_length + 1
+    return torch.multinomial(shares, rows * columns, replacement=True, generator=generator).view(rows, columns)
+
+
+DRAWS: dict[str, Callable[[Config, int], Tensor]] = {"zipf": zipf_tokens, "uniform": random_tokens}
+
+
+def step_batches(config: Config, kind: TokenKind) -> Iterator[list[SequenceBatch]]:
+    """Micro-batches of step after step: drawn tokens, or the prepared text of the configuration."""
+    if kind != "text":
+        yield from sequence_batches(config, (DRAWS[kind](config, step) for step in itertools.count()))
+    reader = open_data(config.data, config.model.vocab_size).training
+    batch, part = config.train.global_batch_size, config.train.micro_batch_size
+    for start in itertools.count(0, batch):
+        yield [reader.read(range(first, first + part)) for first in range(start, start + batch, part)]
+
+
+def tables(config: Config) -> list[TableBytes]:
+    """The tables of a model on one rank."""
+    (stage,) = rank_bytes(config, Mesh(0, 1, 1, 1))
+    return list(stage.tables)
+
+
+def sized(config: Config, size: int, **settings: Any) -> dict[str, Any]:
+    """The configuration as a tree, with as many rows per head as make all tables with their rows' state have about
+    `size` bytes, and with changes to its section `engram`."""
+    engram = config.model.engram
+    assert engram is not None
+    assert engram.orders is not None
+    assert engram.heads is not None
+    tree = config.model_dump(mode="json")
+    tree["engram"] |= settings
+    table = tables(parse_config(tree))[0]
+    row = table.row_bytes + table.state_bytes + table.busy_bytes
+    heads = len(engram.layers) * len(engram.orders) * engram.heads
+    tree["model"]["engram"]["rows_per_head"] = max(1, size // (row * heads))
+    return tree
+
+
+def table_runner(tree: dict[str, Any], kind: TokenKind) -> Runner:
+    """kmem's pipeline with its tables, every page of which has been written, on tokens of that kind.
+
+    A round is timed until the last update and fetch that its steps have queued are done, so none of their work is left
+    to the pause after it.
+    """
+    from kmem.parallel.mesh import join_mesh
+    from kmem.parallel.pipeline import Pipeline
+
+    config = parse_config(tree)
+    addresses = EngramAddresses.build(Shape(config.model.model_dump()), eos_token_id=0)
+    pipeline = Pipeline(config, join_mesh(config), addresses)
+    assert pipeline.stage_tables is not None
+    own = pipeline.stage_tables.tables
+    for table in own.values():
+        write_all(table)
+    moved = {  # out of the store, and back
+        table.layer: table.row_bytes + own[table_name(table.layer)].spec.dim * torch.float32.itemsize
+        for table in tables(config)
+    }
+    batches = step_batches(config, kind)
+    begun = deque(pipeline.begin_step(next(batches)) for _ in range(config.engram.prefetch_depth))
+
+    def run(steps: int) -> dict[str, Any]:
+        prepared = list(itertools.islice(batches, steps))
+        results = []
+        began = time.perf_counter()
+        for batch in prepared:
+            begun.append(pipeline.begin_step(batch))
+            results.append(pipeline.train_step(begun.popleft(), config.train.optimizer.lr))
+        for table in own.values():
+            table.drain()
+        seconds = time.perf_counter() - began
+        engram = [result.engram or {} for result in results]
+        return {
+            "seconds": seconds,
+            "losses": [result.loss for result in results],
+            **{
+                name: [sum(getattr(figures, name) for figures in step.values()) for step in engram]
+                for name in ("stall_ms", "fetch_ms", "owner_ms", "unique_rows")
+            },
+            "bytes": [sum(step[layer].unique_rows * size for layer, size in moved.items()) for step in engram],
+        }
+
+    return run
+
+
+def write_all(table: Table) -> None:
+    """Write the pages that a new table leaves to the system's zeros, so that they take memory or disk as in a long
+    run."""
+    store = table.store
+    if store.layout is None or store.layout.stride > mmap.PAGESIZE:  # others have their drawn row in every page
+        for start, stop in store.chunks("rows"):
+            store.fetch_ahead(np.arange(start, stop))
+            for name, array in store.arrays.items():
+                if name != "rows":
+                    array[start:stop].zero_()
+    store.flush()

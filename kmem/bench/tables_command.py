@@ -1,0 +1,178 @@
+"""`kmem bench tables`: what a training step pays for tables that are large, in host memory or in a mapped file."""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kmem.bench.contest import Contestant, ratios, run_in_turn
+from kmem.bench.machine import processor
+from kmem.config import Config, ConfigError, UserError, load_config, parse_config
+from kmem.wording import counted
+
+if TYPE_CHECKING:
+    from kmem.train.dry_run import TableBytes
+
+GOALS = {"host": 0.05, "mmap": 0.10}
+"""Largest share by which a step may be slower than with small tables."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", default="bench/tables", help="YAML file or packaged config (default: bench/tables)")
+    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="FIELD=VALUE", dest="overrides")
+    parser.add_argument("--small-mib", type=float, default=64, help="rows and state to compare with (default: 64)")
+    parser.add_argument(
+        "--gib", type=float, default=8, help="rows and state in host memory; 0 leaves this out (default: 8)"
+    )
+    parser.add_argument(
+        "--mapped-gib", type=float, default=32, help="rows and state in mapped files; 0 leaves this out (default: 32)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs"), help="for the mapped files, on a disk (default: runs)"
+    )
+    parser.add_argument(
+        "--tokens", choices=("zipf", "uniform", "text"), default="zipf",
+        help="zipf: as frequent as words, but without phrases, so most n-grams are new. uniform: nearly every look-up "
+        "is of another row. text: the prepared corpora of data.sources (default: zipf)",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of each contestant, in turn (default: 7)")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a round (default: 8)")
+    parser.add_argument("--warmup", type=int, default=8, help="steps before the first round (default: 8)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each contestant (default: 2)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurement as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from kmem.bench.tables import table_runner
+    from kmem.data.reader import open_data
+
+    config = load_config(arguments.config, arguments.overrides)
+    for name in ("rounds", "steps", "warmup", "threads"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name}: at least 1")
+    if config.model.engram is None or config.parallel.pipeline != 1:
+        raise ConfigError("kmem bench tables: one process, and a model with model.engram")
+    if config.model.engram.compression:
+        raise ConfigError("model.engram.compression: the measurement has no tokenizer to compress; set it to false")
+    if arguments.tokens == "text":
+        open_data(config.data, config.model.vocab_size)  # says here, not in a contestant, what is missing
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    needed, free = int(arguments.mapped_gib * 2**30), shutil.disk_usage(arguments.folder).free
+    if needed > free:
+        raise UserError(f"--mapped-gib: {needed} bytes are needed in {arguments.folder}, and {free} are free")
+    with tempfile.TemporaryDirectory(prefix="bench-memory-", dir=arguments.folder) as scratch:
+        trees = _trees(config, arguments, scratch)
+        contestants = [Contestant(name, table_runner, (tree, arguments.tokens)) for name, tree in trees.items()]
+        print(_workload(config, arguments), flush=True)
+        run_in_turn(
+            contestants,
+            threads=arguments.threads,
+            warmup=arguments.warmup,
+            rounds=arguments.rounds,
+            steps=arguments.steps,
+            on_round=lambda number: print(f"  round {number} of {arguments.rounds}", file=sys.stderr, flush=True),
+        )
+    _report(config, arguments, trees, contestants)
+    return 0
+
+
+def _trees(config: Config, arguments: argparse.Namespace, scratch: str) -> dict[str, dict[str, Any]]:
+    """Name -> configuration of each contestant, the small tables first."""
+    from kmem.bench.tables import sized
+
+    small, large, mapped = arguments.small_mib, arguments.gib, arguments.mapped_gib
+    trees = {f"{small:g} MiB in host memory": sized(config, int(small * 2**20), store="host")}
+    if large:
+        trees[f"{large:g} GiB in host memory"] = sized(config, int(large * 2**30), store="host")
+    if mapped:
+        trees[f"{mapped:g} GiB mapped"] = sized(config, int(mapped * 2**30), store="mmap", folder=scratch)
+    return trees
+
+
+def _workload(config: Config, arguments: argparse.Namespace) -> str:
+    import torch
+
+    model, train, kept, engram = config.model, config.train, config.engram, config.model.engram
+    assert engram is not None
+    assert engram.orders is not None
+    return (
+        f"training step: hidden {model.hidden_size}, {counted(model.num_layers, 'layer')}, memory before layers "
+        f"{list(engram.layers)}, {len(engram.orders)} orders x {engram.heads} heads of {engram.row_dim} values, "
+        f"batch {train.global_batch_size} x {config.data.sequence_length}, {arguments.tokens} tokens, "
+        f"{train.precision}, {kept.dtype} rows, {kept.optimizer.name}, {kept.prefetch_depth} prefetched\n"
+        f"torch {torch.__version__}, {counted(arguments.threads, 'thread')} and {kept.threads} for rows, "
+        f"{processor()}"
+    )
+
+
+def _report(
+    config: Config, arguments: argparse.Namespace, trees: dict[str, dict[str, Any]], contestants: list[Contestant]
+) -> None:
+    from kmem.bench.tables import tables
+
+    small = contestants[0]
+    measured = {
+        contestant.name: figures(tables(parse_config(trees[contestant.name])), contestant, small, arguments.steps)
+        for contestant in contestants
+    }
+    _print(measured)
+    if arguments.json:
+        record = {"workload": _workload(config, arguments), "steps_per_round": arguments.steps, "measured": measured}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def figures(tables: "list[TableBytes]", contestant: Contestant, small: Contestant, steps: int) -> dict[str, Any]:
+    """Of one contestant: medians over steps, and how much slower its rounds were than those of the small tables."""
+    store = tables[0].store
+    figures: dict[str, Any] = {
+        "store": store,
+        "rows": sum(table.rows for table in tables),
+        "bytes": sum(table.bytes for table in tables),
+        "seconds_per_step": [seconds / steps for seconds in contestant.seconds()],
+        "step_ms": 1e3 * contestant.median_seconds() / steps,
+    }
+    for name in ("stall_ms", "fetch_ms", "owner_ms", "unique_rows", "bytes"):
+        values = [value for measured in contestant.rounds for value in measured[name]]
+        figures["moved_bytes" if name == "bytes" else name] = statistics.median(values)
+        if name == "stall_ms":
+            figures["longest_stall_ms"] = max(values)
+    if contestant is not small:
+        found = [1 / ratio - 1 for ratio in ratios(contestant, small)]
+        figures |= {"slower": found, "median_slower": statistics.median(found), "goal": GOALS[store]}
+        figures["met"] = figures["median_slower"] <= GOALS[store]
+    return figures
+
+
+def _print(measured: dict[str, dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "rows and state", "rows", "ms a step", "slower", "goal", "stall ms", "fetch ms", "update ms", "rows a step",
+        "moved", title="medians; by round for the step and its ratio, by step for the rest",
+    )  # fmt: skip
+    for name, figures in measured.items():
+        slower, goal = "", ""
+        if "slower" in figures:
+            slower = f"{figures['median_slower']:+.1%}"
+            goal = f"{figures['goal']:.0%} {'met' if figures['met'] else 'missed'}"
+        table.add_row(
+            name,
+            f"{figures['rows']:,}",
+            f"{figures['step_ms']:.1f}",
+            slower,
+            goal,
+            f"{figures['stall_ms']:.2f} (max {figures['longest_stall_ms']:.1f})",
+            f"{figures['fetch_ms']:.1f}",
+            f"{figures['owner_ms']:.1f}",
+            f"{figures['unique_rows']:,.0f}",
+            f"{figures['moved_bytes'] / 2**20:.1f} MiB",
+        )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    Console(width=max(Console().width, 140)).print(table)
+    print("moved: rows out of the tables and gradients back; fetch and update run beside the step, stalls hold it up")

@@ -1,0 +1,128 @@
+"""The memory bank of a checkpoint for use in one process: its tree checked, its rows left in the checkpoint's files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kmem.checkpoint.pieces import CheckpointError
+from kmem.checkpoint.reader import CheckpointReader
+from kmem.config import Config
+from kmem.data.bank_addresses import tree_record
+from kmem.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from kmem.model.bank_export import TREE_FOLDER
+from kmem.model.bank_layout import BankLayout, layer_bank_name
+from kmem.model.bank_router import ContextRouter
+from kmem.model.engram_reader import RowSource
+from kmem.model.mapped_rows import MappedRows
+from kmem.model.shape import Shape
+
+
+class Banked(Protocol):
+    """What a `CheckpointReader` says about a checkpoint's bank."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def run_folder(self) -> Path: ...
+
+    @property
+    def tree(self) -> str | None: ...
+
+    @property
+    def tokenizer_path(self) -> Path: ...
+
+
+def bank_layout(config: Config) -> BankLayout | None:
+    """The blocks of a model's bank, None for a model without."""
+    shape = Shape(config.model.model_dump())
+    return None if shape.bank is None else BankLayout.of(shape)
+
+
+def checkpoint_tree(reader: Banked, given: Path | None = None) -> Path:
+    """The folder of the tree that a checkpoint's bank was trained with.
+
+    Args:
+        given: `--tree`; default: `tree` in the run folder, else the one that the run's data was addressed by.
+
+    Raises:
+        CheckpointError: there is none, or it is another tree, or one for another tokenizer.
+    """
+    layout = bank_layout(reader.config)
+    assert layout is not None
+    folder = given or _known_tree(reader)
+    record = tree_record(folder)
+    try:
+        layout.check_tree(record, folder)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    if reader.tree is not None and record["fingerprint"] != reader.tree:
+        raise CheckpointError(
+            f"{folder}: not the tree that {reader.folder} was trained with ({record['fingerprint'][:12]} instead of "
+            f"{reader.tree[:12]}): its leaves, or its embedder, are others; name that of the training data with --tree"
+        )
+    if record.get("tokenizer") is not None and reader.tokenizer_path.is_dir():
+        found = tokenizer_fingerprint(reader.tokenizer_path)
+        if found != record["tokenizer"]:
+            raise CheckpointError(
+                f"{folder}: its embedder counts token ids of another tokenizer ({record['tokenizer'][:12]}) than "
+                f"{reader.tokenizer_path} ({found[:12]}); name the tree of the training data with --tree"
+            )
+    return folder
+
+
+def _known_tree(reader: Banked) -> Path:
+    own, addresses = reader.run_folder / TREE_FOLDER, reader.config.data.addresses
+    found = [own] if addresses is None else [own, Path(addresses.tree).expanduser()]
+    for folder in found:
+        if folder.is_dir():
+            return folder
+    looked = " and ".join(map(str, found))
+    raise CheckpointError(
+        f"{reader.folder}: the cluster tree of its memory bank was looked for in {looked}, and is not there; name that "
+        "of the training data with --tree"
+    )
+
+
+def checkpoint_router(reader: Banked, given: Path | None = None) -> ContextRouter:
+    """The tree of a checkpoint's bank, with its embedder.
+
+    Raises:
+        CheckpointError: as `checkpoint_tree`, or the embedder is damaged.
+    """
+    folder = checkpoint_tree(reader, given)
+    try:
+        return ContextRouter.load(folder, load_tokenizer(reader.tokenizer_path))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def mapped_bank(reader: CheckpointReader, layout: BankLayout) -> dict[int, RowSource]:
+    """Every level's rows, fetched from the checkpoint's mapped files."""
+    return {
+        level: _SideBySide([reader.map_rows(layer_bank_name(layer, level)) for layer in layout.layers])
+        for level in layout.levels
+    }
+
+
+def bank_tensors(layout: BankLayout | None) -> set[str]:
+    """Names of the tensors of a checkpoint that hold the bank."""
+    if layout is None:
+        return set()
+    return {layer_bank_name(layer, level) for layer in layout.layers for level in layout.levels}
+
+
+@dataclass(frozen=True)
+class _SideBySide:
+    """Tables whose rows are parts of one."""
+
+    tables: list[MappedRows]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return torch.cat([table(rows) for table in self.tables], dim=-1)

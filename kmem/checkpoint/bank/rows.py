@@ -1,0 +1,158 @@
+"""Rows of a checkpoint's memory bank by the paths of their clusters, and what is in them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kmem.checkpoint.pieces import CheckpointError
+from kmem.checkpoint.reader import CheckpointReader
+from kmem.config import Config, UserError
+from kmem.model.bank_layout import BankLayout, layer_bank_name
+from kmem.model.bank_tree import cluster_of, format_path, parse_path, path_of
+from kmem.model.shape import Shape
+
+GENERIC_PATH = "generic"
+"""In place of a path: the generic blocks of all levels."""
+SLICE_BYTES = 32 << 20
+
+Selection = dict[int, Tensor]
+"""Level -> bool [rows of its table]."""
+
+
+def held_rows(config: Config, layout: BankLayout, level: int) -> list[range]:
+    """Rows of a level's table that a run keeps, ascending: all, or those that the text of its subtrees uses."""
+    addresses = config.data.addresses
+    if config.bank.hold == "all" or addresses is None or addresses.subtrees is None:
+        return [range(layout.rows(level))]
+    return layout.subtree_rows(level, [parse_path(path) for path in addresses.subtrees])
+
+
+def held_mask(config: Config, layout: BankLayout, level: int) -> Tensor:
+    """`held_rows` as bool [rows]."""
+    mask = torch.zeros(layout.rows(level), dtype=torch.bool)
+    for found in held_rows(config, layout, level):
+        mask[found.start : found.stop] = True
+    return mask
+
+
+def check_held(folder: Path, stored: Config, config: Config, going_on: bool) -> None:
+    """Refuse a checkpoint that lacks blocks that a run holds, or has more and would lose them.
+
+    Args:
+        stored: configuration of the checkpoint, which has the bank of `config`.
+        going_on: the checkpoint is the run's own, which those of the run replace.
+
+    Raises:
+        CheckpointError: names the field and the remedy.
+    """
+    layout = BankLayout.of(Shape(config.model.model_dump()))
+    for level in layout.levels:
+        theirs, ours = (held_mask(of, layout, level) for of in (stored, config))
+        chosen = ", ".join((stored.data.addresses and stored.data.addresses.subtrees) or ())
+        if bool((ours & ~theirs).any()):
+            raise CheckpointError(
+                f"bank.hold: {folder} holds the blocks of the subtrees {chosen} alone, and this run has others; choose "
+                "these subtrees with bank.hold=subtrees, or join the parts by kmem bank merge and begin with that"
+            )
+        if going_on and bool((theirs & ~ours).any()):
+            raise CheckpointError(
+                f"bank.hold: {folder} holds more blocks than the chosen subtrees have, and the next checkpoints of "
+                "this run would take its place without them; give the run another name and begin with it "
+                "(checkpoint.resume or checkpoint.start), or restore bank.hold and data.addresses.subtrees"
+            )
+
+
+def select(layout: BankLayout, paths: list[str], subtree: bool = True, with_blocks: bool = True) -> Selection:
+    """The rows of clusters.
+
+    Args:
+        paths: such as `3` or `3.11`, from the root down, or `generic`.
+        subtree: with all clusters below them.
+        with_blocks: refuse clusters that have none, instead of giving no rows for them.
+
+    Raises:
+        UserError: a path outside the tree, or of a cluster without blocks.
+    """
+    chosen = {level: torch.zeros(layout.rows(level), dtype=torch.bool) for level in layout.levels}
+    for path in paths:
+        if path == GENERIC_PATH:
+            if not layout.generic:
+                raise UserError("generic: this bank has no generic blocks (bank.generic.probability is 0)")
+            for level in layout.levels:
+                chosen[level][layout.generic_row(level)] = True
+            continue
+        level, number = named_cluster(layout, path)
+        if with_blocks and level not in layout.levels and not (subtree and max(layout.levels) > level):
+            below = "; add --subtree for the clusters below it" if max(layout.levels) > level else ""
+            raise UserError(f"cluster {path}: level {level} of this bank has no blocks (its rank is 0){below}")
+        for lower in layout.levels:
+            if lower == level or (subtree and lower > level):
+                below = layout.children ** (lower - level)
+                chosen[lower][number * below : (number + 1) * below] = True
+    return chosen
+
+
+def cluster_path(layout: BankLayout, level: int, row: int) -> str:
+    """How a row's cluster is written."""
+    if layout.generic and row == layout.generic_row(level):
+        return GENERIC_PATH
+    return format_path(path_of(row, level, layout.children))
+
+
+def named_cluster(layout: BankLayout, text: str) -> tuple[int, int]:
+    """Level and number of the cluster that a path names.
+
+    Raises:
+        UserError: the tree has no such cluster.
+    """
+    try:
+        return cluster_of(parse_path(text), layout.children, len(layout.ranks))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+@dataclass(frozen=True)
+class LevelFigures:
+    """The blocks of a level."""
+
+    norms: Tensor
+    """fp64 [rows]: 2-norm, over all layers, of the parts that write (down, b, values), which start as zeros."""
+
+    @property
+    def untouched(self) -> Tensor:
+        """bool [rows]: blocks that are the no-op they began as."""
+        return self.norms == 0
+
+
+def level_figures(reader: CheckpointReader, layout: BankLayout, level: int) -> LevelFigures:
+    """Read once, a slice of the rows of one layer at a time. Blocks that the checkpoint does not hold count as
+    untouched."""
+    squares = torch.zeros(layout.rows(level), dtype=torch.float64)
+    for start, stop, layer in _slices(reader, layout, level):
+        parts = layout.by_part(reader.read_rows(layer_bank_name(layer, level), start, stop))
+        for part in layout.parts:
+            if part.start == "zero":
+                squares[start:stop] += parts[part.name].double().square().sum(dim=(1, 2))
+    return LevelFigures(squares.sqrt())
+
+
+def changed_rows(reader: CheckpointReader, start_from: CheckpointReader, layout: BankLayout, level: int) -> Tensor:
+    """Rows that differ from those of another checkpoint, among those that are held; bool [rows]."""
+    changed = torch.zeros(layout.rows(level), dtype=torch.bool)
+    for start, stop, layer in _slices(reader, layout, level):
+        name = layer_bank_name(layer, level)
+        one, other = (found.read_rows(name, start, stop) for found in (reader, start_from))
+        changed[start:stop] |= (one != other).any(dim=1)
+    return changed
+
+
+def _slices(reader: CheckpointReader, layout: BankLayout, level: int) -> Iterator[tuple[int, int, int]]:
+    """(first row, end, layer) of pieces of what a checkpoint holds of a level that fit into memory."""
+    rows = max(1, SLICE_BYTES // (layout.block_values(level) * torch.float32.itemsize))
+    for layer in layout.layers:
+        for held in held_rows(reader.config, layout, level):
+            for start in range(held.start, held.stop, rows):
+                yield start, min(start + rows, held.stop), layer

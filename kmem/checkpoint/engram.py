@@ -1,0 +1,66 @@
+"""The n-gram memory of a checkpoint for use in one process: addresses checked, rows left in its files."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from kmem.checkpoint.manifest import check_addressing
+from kmem.checkpoint.pieces import CheckpointError
+from kmem.checkpoint.reader import CheckpointReader
+from kmem.config import Config
+from kmem.data.engram_addresses import model_addresses
+from kmem.model.decoder import Decoder
+from kmem.model.engram import Engram
+from kmem.model.engram_reader import EngramAddresses, EngramReader, table_name
+from kmem.model.mapped_rows import MappedRows
+
+
+class Addressed(Protocol):
+    """What a `CheckpointReader` says about a checkpoint's rows."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def addressing(self) -> dict[str, Any] | None: ...
+
+    @property
+    def tokenizer_path(self) -> Path: ...
+
+
+def checkpoint_addresses(reader: Addressed) -> EngramAddresses | None:
+    """The addresses its tables were trained with, None for a model without.
+
+    Raises:
+        CheckpointError: it holds no addressing, or its tokenizer now gives another one.
+    """
+    if reader.config.model.engram is None:
+        return None
+    if reader.addressing is None:
+        raise CheckpointError(f"{reader.folder}: has no addressing of its model.engram; its rows cannot be found")
+    if not reader.tokenizer_path.is_dir():
+        raise CheckpointError(f"{reader.tokenizer_path}: no tokenizer here, which addresses rows; copy the data's")
+    addresses = model_addresses(reader.config.model, reader.tokenizer_path)
+    check_addressing(reader.folder, reader.addressing, addresses)
+    return addresses
+
+
+def mapped_tables(reader: CheckpointReader, addresses: EngramAddresses) -> dict[int, MappedRows]:
+    """Every layer's rows, fetched from the checkpoint's mapped files."""
+    return {layer: reader.map_rows(table_name(layer)) for layer in addresses.layers}
+
+
+def checkpoint_engram(reader: CheckpointReader, decoder: Decoder) -> EngramReader | None:
+    """The memory of a checkpoint's model, given its layers; None for a model without.
+
+    Raises:
+        CheckpointError: as `checkpoint_addresses`, or a file is missing or damaged.
+    """
+    addresses = checkpoint_addresses(reader)
+    if addresses is None:
+        return None
+    modules = {index: layer.get_submodule("engram") for index, layer in enumerate(decoder.layers) if layer.engram}
+    engrams = {index: module for index, module in modules.items() if isinstance(module, Engram)}
+    return EngramReader(addresses, mapped_tables(reader, addresses), engrams)

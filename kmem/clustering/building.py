@@ -1,0 +1,233 @@
+"""From prepared folders to a tree and their addresses."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kmem.clustering.applying import WORKING, Addressed, address_split
+from kmem.clustering.checks import check_device, check_embedder, check_replaceable, check_sizes, check_unaddressed
+from kmem.clustering.corpus import Chunk, Corpus, check_one_tokenizer, open_corpora
+from kmem.clustering.embedders import DEFAULT_KIND, KINDS, EmbedderRequest, OptionValue, build_embedder
+from kmem.clustering.jobs import AssignJob, Leaves, NodeJob, assign, embed, node_name, split_children
+from kmem.clustering.tree_folder import write_tree
+from kmem.clustering.typical_words import typical_words
+from kmem.clustering.workspace import Pool, Workspace, clear_finished
+from kmem.config import UserError
+from kmem.data.bank_addresses import write_addresses
+from kmem.data.order import permutation
+from kmem.data.units import Unit
+from kmem.model.bank_embedder import EMBEDDER_FILE, read_embedder_record
+from kmem.model.bank_tree import EMBEDDER_FOLDER, TREE_FILE, TREE_VERSION, ClusterTree, read_tree_record
+from kmem.wording import counted
+
+_LATER = ("children", "levels", "sample", "balance")
+"""Choices that embeddings do not depend on."""
+_UNITS_AT_A_TIME = 1 << 14
+
+
+@dataclass(frozen=True)
+class TreeRequest:
+    """A tree to make, and the folders that it is made from and that get its addresses."""
+
+    data: list[Path]
+    out: Path
+    children: int = 16
+    levels: int = 2
+    unit: Unit = field(default_factory=Unit)
+    embedder: str = DEFAULT_KIND
+    options: Mapping[str, OptionValue] = field(default_factory=dict)
+    """Of the embedder, where they are not its defaults: kmem.clustering.embedders has each kind's."""
+    sample: int = 65_536
+    """Units from which a node's centroids are made, at most."""
+    balance: float = 1.5
+    seed: int = 1234
+    workers: int = 1
+    device: str = "cpu"
+    force: bool = False
+
+
+def make_tree(request: TreeRequest) -> Addressed:
+    """Fit a tree on the training splits and give the folders its addresses.
+
+    Interrupted, it leaves a folder `OUT.clustering`, and the same request continues there.
+
+    Raises:
+        UserError: data that cannot be clustered so, or a result that is already there.
+    """
+    check_embedder(request)
+    with Pool(request.workers) as pool:
+        return _make_tree(request, pool)
+
+
+def _make_tree(request: TreeRequest, pool: Pool) -> Addressed:
+    check_device(request.embedder, request.device)
+    corpora = open_corpora(request.data)
+    check_one_tokenizer(corpora)
+    kind = KINDS[request.embedder]
+    chunks = [chunk for corpus in corpora for chunk in corpus.chunks("train", request.unit, kind.chunk_tokens)]
+    units = sum(chunk.stop - chunk.start for chunk in chunks)
+    check_sizes(request, units)
+    out = Path(os.path.abspath(request.out))
+    working = out.with_name(out.name + WORKING)
+    clear_finished(working)
+    if not working.exists():
+        check_replaceable(out, request.force)
+        check_unaddressed(corpora, None, request.force)
+    plan = _plan(request, corpora)
+    workspace = Workspace(working, pool, plan, request.force, later=_LATER, kept=("count", "embeddings"))
+
+    embedder_folder = workspace.folder / EMBEDDER_FOLDER
+    if not (embedder_folder / EMBEDDER_FILE).is_file():
+        wanted = EmbedderRequest(corpora, request.unit, request.options, request.seed, workspace)
+        try:
+            build_embedder(request.embedder, wanted, embedder_folder)
+        except UserError:
+            workspace.remove()  # another embedder shall not find this one's work in its way
+            raise
+    dim = read_embedder_record(embedder_folder)["dim"]
+    embeddings = workspace.array("embeddings", (units, dim), np.float32)
+    starts = np.cumsum([0] + [chunk.stop - chunk.start for chunk in chunks])
+    embedding_jobs = [
+        (chunk, embedder_folder, request.device, int(start)) for chunk, start in zip(chunks, starts, strict=False)
+    ]
+
+    def keep(job: tuple[Chunk, Path, str, int], vectors: NDArray[np.float32]) -> None:
+        embeddings[job[3] : job[3] + len(vectors)] = vectors
+
+    tokens = [chunk.tokens for chunk in chunks]
+    workspace.run("embeddings", "embedding", embedding_jobs, embed, keep, embeddings, tokens)
+
+    centroids, nodes = [], np.zeros(units, dtype=np.int32)
+    for level in range(1, request.levels + 1):
+        rows = _split_level(workspace, request, level, nodes, dim)
+        nodes = _assign_level(workspace, request, level, nodes, rows, (units, dim))
+        centroids.append(rows)
+
+    tree_folder = workspace.folder / "tree"
+    if not (tree_folder / TREE_FILE).is_file():
+        sizes = np.bincount(nodes, minlength=request.children**request.levels)
+        write_tree(tree_folder, centroids, sizes, embedder_folder, _described(request, corpora, nodes))
+    tree = ClusterTree.load(tree_folder)
+    # The descent of the finished tree is what gives addresses: training units have gone the same way, level by level.
+    leaves: dict[Path, dict[str, Leaves]] = {}
+    before = 0
+    for number, corpus in enumerate(corpora):
+        count = len(corpus.units("train", request.unit))
+        stage = f"validation{number}"
+        held_out = address_split(workspace, stage, corpus, "validation", tree_folder, tree, request.device)
+        leaves[corpus.folder] = {"train": nodes[before : before + count], "validation": held_out}
+        before += count
+
+    if not _holds(out, tree.fingerprint):
+        check_replaceable(out, request.force)
+        copy = out.with_name(out.name + ".copying")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(tree_folder, copy)
+        shutil.rmtree(out, ignore_errors=True)
+        os.rename(copy, out)
+    check_unaddressed(corpora, tree.fingerprint, request.force)  # of another tree that was applied meanwhile
+    for corpus in corpora:
+        write_addresses(corpus.folder, corpus.manifest, tree.record, leaves[corpus.folder])
+    workspace.remove()
+    return Addressed(tree, leaves)
+
+
+def _plan(request: TreeRequest, corpora: list[Corpus]) -> dict[str, Any]:
+    """Everything that decides the result of make_tree."""
+    options: dict[str, OptionValue | str | None] = {}
+    for option in KINDS[request.embedder].options:
+        value = request.options.get(option.name)
+        options[option.name] = value if value is None or option.identity is None else option.identity(value)
+    plan = {
+        "version": TREE_VERSION,
+        "data": [corpus.fingerprint for corpus in corpora],
+        "children": request.children,
+        "levels": request.levels,
+        "unit": str(request.unit),
+        "embedder": request.embedder,
+        "sample": request.sample,
+        "balance": request.balance,
+        "seed": request.seed,
+        "device": request.device,
+    }
+    assert not plan.keys() & options.keys(), f"options of the embedder {request.embedder} have names of the tree's"
+    return {**plan, **options}
+
+
+def _described(request: TreeRequest, corpora: list[Corpus], leaves: Leaves) -> dict[str, Any]:
+    """What tree.json says beside sizes and files."""
+    reads_text = KINDS[request.embedder].reads_text
+    first_level = leaves // request.children ** (request.levels - 1)
+    return {
+        "children": request.children,
+        "levels": request.levels,
+        "unit": str(request.unit),
+        "tokenizer": None if reads_text else corpora[0].manifest.tokenizer.fingerprint,
+        "corpora": [corpus.fingerprint for corpus in corpora],
+        "settings": {"sample": request.sample, "balance": request.balance, "seed": request.seed},
+        "words": typical_words(corpora, request.unit, first_level, request.children, request.seed),
+    }
+
+
+def _holds(folder: Path, tree: str) -> bool:
+    """Whether the folder holds that tree, finished."""
+    try:
+        return bool(read_tree_record(folder)["fingerprint"] == tree)
+    except ValueError:
+        return False
+
+
+def _split_level(workspace: Workspace, request: TreeRequest, level: int, nodes: Leaves, dim: int) -> Any:
+    """Centroids of a level: [k^level, D]. Jobs are the nodes of the level above."""
+    k, parents = request.children, request.children ** (level - 1)
+    stage = f"centroids{level}"
+    rows = workspace.array(stage, (parents * k, dim), np.float32)
+    members = np.argsort(nodes, kind="stable")
+    bounds = np.searchsorted(nodes[members], np.arange(parents + 1))
+    jobs = []
+    for node in range(parents):
+        inside = members[bounds[node] : bounds[node + 1]]
+        if len(inside) < k:
+            raise UserError(
+                f"{node_name(node, level - 1, k)} (level {level - 1}): {counted(len(inside), 'unit')} cannot fill "
+                f"{k} children; use fewer --children or --levels, or smaller units"
+            )
+        drawn = permutation(request.seed, f"{level}/{node}", 0, "sample", len(inside))
+        chosen = np.sort(inside[drawn[: request.sample]])
+        # Every child needs k^(levels below it) units; of a sample, its share of them.
+        needed = max(round(k ** (request.levels - level) * len(chosen) / len(inside)), 1)
+        path = workspace.folder / "embeddings.array"
+        jobs.append(NodeJob(path, (len(nodes), dim), chosen, k, request.balance, needed, request.seed, level, node))
+
+    def keep(job: NodeJob, centroids: NDArray[np.float32]) -> None:
+        rows[job.node * k : (job.node + 1) * k] = centroids
+
+    sizes = [len(job.chosen) for job in jobs]
+    workspace.run(stage, f"level {level}: centroids", jobs, split_children, keep, rows, sizes)
+    return rows
+
+
+def _assign_level(
+    workspace: Workspace, request: TreeRequest, level: int, nodes: Leaves, centroids: Any, shape: tuple[int, int]
+) -> Any:
+    """The cluster of each unit on a level, one step below its node."""
+    stage = f"clusters{level}"
+    found = workspace.array(stage, (shape[0],), np.int32)
+    jobs = [
+        AssignJob(workspace.folder, shape, level, request.children, start, min(start + _UNITS_AT_A_TIME, shape[0]))
+        for start in range(0, shape[0], _UNITS_AT_A_TIME)
+    ]
+
+    def keep(job: AssignJob, clusters: Leaves) -> None:
+        found[job.start : job.stop] = clusters
+
+    workspace.run(stage, f"level {level}: clusters", jobs, assign, keep, found)
+    # split_node leaves no child without a unit of the sample, and the same descent assigned it.
+    assert np.bincount(found, minlength=request.children**level).min() > 0
+    return found

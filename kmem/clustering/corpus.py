@@ -1,0 +1,116 @@
+"""The units of prepared folders, read in chunks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kmem.config import UserError
+from kmem.data.bank_addresses import data_fingerprint
+from kmem.data.indexed import IndexedTokens
+from kmem.data.manifest import Manifest, read_manifest
+from kmem.data.tokenizer import tokenizer_fingerprint
+from kmem.data.units import Unit, UnitMap
+
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Units start..stop-1 of a folder's split."""
+
+    folder: Path
+    content: str
+    """Fingerprint of the folder's tokens and documents."""
+    split: str
+    unit: Unit
+    start: int
+    stop: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared folder."""
+
+    folder: Path
+    manifest: Manifest
+    fingerprint: str
+    """Of its tokens and documents."""
+
+    @classmethod
+    def open(cls, folder: Path) -> "Corpus":
+        """
+        Raises:
+            UserError: missing, unfinished or damaged.
+        """
+        manifest = read_manifest(folder)
+        if tokenizer_fingerprint(folder / "tokenizer") != manifest.tokenizer.fingerprint:
+            raise UserError(f"{folder}/tokenizer: not the tokenizer the folder was prepared with; prepare it anew")
+        return cls(folder, manifest, data_fingerprint(manifest))
+
+    def units(self, split: str, unit: Unit) -> UnitMap:
+        """The units of a split."""
+        return _opened(self.folder, self.fingerprint, split, unit)[1]
+
+    def chunks(self, split: str, unit: Unit, tokens: int) -> list[Chunk]:
+        """All units of a split, in chunks of about so many tokens (a unit is never cut)."""
+        lengths = self.units(split, unit).lengths
+        ends = np.cumsum(lengths)
+        chunks, start, before = [], 0, 0
+        while start < len(lengths):
+            stop = max(int(np.searchsorted(ends, before + tokens, side="right")), start + 1)
+            chunks.append(Chunk(self.folder, self.fingerprint, split, unit, start, stop, int(ends[stop - 1]) - before))
+            start, before = stop, int(ends[stop - 1])
+        return chunks
+
+
+def open_corpora(folders: Sequence[Path]) -> list[Corpus]:
+    """
+    Raises:
+        UserError: a folder that holds no prepared corpus, or one that is named twice.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    for folder in folders:
+        if resolved.count(folder.resolve()) > 1:
+            raise UserError(f"--data {folder}: named twice; leave one out")
+    return [Corpus.open(folder) for folder in folders]
+
+
+def check_one_tokenizer(corpora: list[Corpus]) -> None:
+    """
+    Raises:
+        UserError: the folders do not share one.
+    """
+    for corpus in corpora[1:]:
+        if corpus.manifest.tokenizer.fingerprint != corpora[0].manifest.tokenizer.fingerprint:
+            raise UserError(
+                f"--data: {corpus.folder} and {corpora[0].folder} were prepared with different tokenizers; prepare one "
+                f"of them again with --tokenizer {corpora[0].folder}/tokenizer"
+            )
+
+
+def read_chunk(chunk: Chunk, chosen: NDArray[np.int64] | None = None) -> list[Tensor]:
+    """Token ids of each unit, int64; of those at the places `chosen` alone, if given."""
+    indexed, units = _opened(chunk.folder, chunk.content, chunk.split, chunk.unit)
+    numbers = np.arange(chunk.start, chunk.stop)
+    return read_units(indexed, units, numbers if chosen is None else numbers[chosen])
+
+
+def read_units(indexed: IndexedTokens, units: UnitMap, numbers: NDArray[np.int64]) -> list[Tensor]:
+    """Token ids of the units of these numbers, int64."""
+    return [
+        torch.from_numpy(indexed.take(np.arange(start, start + length)))
+        for start, length in zip(units.starts[numbers], units.lengths[numbers], strict=True)
+    ]
+
+
+@lru_cache(maxsize=4)
+def _opened(folder: Path, content: str, split: str, unit: Unit) -> tuple[IndexedTokens, UnitMap]:
+    indexed = IndexedTokens(folder / split)
+    return indexed, UnitMap(indexed.starts, indexed.lengths, unit)

@@ -1,0 +1,148 @@
+"""What worker processes do: embed, find centroids, find the nearest of them."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kmem.clustering.corpus import Chunk, read_chunk
+from kmem.clustering.embedders import KINDS
+from kmem.clustering.splitting import split_node
+from kmem.data.tokenizer import load_tokenizer
+from kmem.model.bank_embedder import ContextEmbedder, load_embedder, read_embedder_record
+from kmem.model.bank_router import descend_elsewhere
+from kmem.model.bank_tree import (
+    EMBEDDER_FOLDER,
+    TREE_FILE,
+    ClusterPath,
+    ClusterTree,
+    file_digest,
+    format_path,
+    nearest_children,
+    path_of,
+)
+
+Leaves = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class NodeJob:
+    """A node to split."""
+
+    path: Path
+    shape: tuple[int, int]
+    chosen: NDArray[np.int64]
+    children: int
+    balance: float
+    needed: int
+    seed: int
+    level: int
+    node: int
+
+
+@dataclass(frozen=True)
+class AssignJob:
+    """Units start..stop-1, whose clusters on a level are to be found."""
+
+    folder: Path
+    shape: tuple[int, int]
+    level: int
+    children: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class AddressJob:
+    """Units of a chunk whose leaves are to be found."""
+
+    chunk: Chunk
+    tree: Path
+    device: str = "cpu"
+    chosen: NDArray[np.int64] | None = None
+    """[units] places of these in the chunk; None: all."""
+    blocked: tuple[ClusterPath, ...] = ()
+    """Clusters that may not be entered."""
+    own: NDArray[np.integer] | None = None
+    """[units] the leaf of each, whose cluster of level 1 that unit may not enter either."""
+
+
+def split_children(job: NodeJob) -> NDArray[np.float32]:
+    """Centroids of a node's children."""
+    vectors = np.memmap(job.path, dtype=np.float32, mode="r", shape=job.shape)[job.chosen]
+    digest = hashlib.blake2b(f"{job.seed}/{job.level}/{job.node}".encode(), digest_size=4).digest()
+    name = node_name(job.node, job.level - 1, job.children)
+    return split_node(
+        np.asarray(vectors), job.children, job.balance, job.needed, int.from_bytes(digest, "little"), name
+    )
+
+
+def assign(job: AssignJob) -> Leaves:
+    """The nearest child of each unit's node: int32 [units], numbered on the children's level."""
+
+    def mapped(name: str, dtype: Any, shape: tuple[int, ...]) -> Any:
+        return np.memmap(job.folder / f"{name}.array", dtype=dtype, mode="r", shape=shape)
+
+    rows = mapped("embeddings", np.float32, job.shape)[job.start : job.stop]
+    centroids = mapped(f"centroids{job.level}", np.float32, (job.children**job.level, job.shape[1]))
+    if job.level == 1:
+        nodes = np.zeros(len(rows), dtype=np.int64)
+    else:
+        nodes = mapped(f"clusters{job.level - 1}", np.int32, job.shape[:1])[job.start : job.stop].astype(np.int64)
+    found = nearest_children(
+        torch.from_numpy(np.array(rows)),
+        torch.from_numpy(nodes),
+        torch.from_numpy(np.array(centroids)),
+        job.children,
+    )
+    return found.numpy().astype(np.int32)
+
+
+def embed(job: tuple[Chunk, Path, str, int]) -> NDArray[np.float32]:
+    """Embeddings of a chunk: float32 [units, D]."""
+    chunk, embedder, device, _ = job
+    return _embedded(chunk, embedder, device).numpy()
+
+
+def address(job: AddressJob) -> Leaves:
+    """Leaves of units of a chunk: int32 [units]."""
+    tree = _tree(job.tree, file_digest(job.tree / TREE_FILE))
+    embeddings = _embedded(job.chunk, job.tree / EMBEDDER_FOLDER, job.device, job.chosen)
+    if job.own is None:
+        leaves = tree.descend(embeddings, job.blocked)
+    else:
+        leaves = descend_elsewhere(tree, embeddings, job.blocked, torch.from_numpy(job.own.astype(np.int64)))
+    return leaves.numpy().astype(np.int32)
+
+
+def _embedded(chunk: Chunk, embedder: Path, device: str, chosen: NDArray[np.int64] | None = None) -> torch.Tensor:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a worker per core; and products of matrices round by the number of threads
+    try:
+        # Which embedder lies there now: a process may make several trees in one place.
+        files = sorted(path for path in embedder.rglob("*") if path.is_file())
+        identity = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+        return _embedder(embedder, identity, chunk.folder / "tokenizer", device).embed(read_chunk(chunk, chosen))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@lru_cache(maxsize=2)
+def _embedder(folder: Path, identity: object, tokenizer: Path, device: str) -> ContextEmbedder:
+    kind = KINDS[read_embedder_record(folder)["name"]]
+    return load_embedder(folder, load_tokenizer(tokenizer) if kind.reads_text else None, device)
+
+
+@lru_cache(maxsize=2)
+def _tree(folder: Path, identity: str) -> ClusterTree:
+    return ClusterTree.load(folder)
+
+
+def node_name(cluster: int, level: int, children: int) -> str:
+    """What messages call a cluster; level 0 is the root."""
+    return f"cluster {format_path(path_of(cluster, level, children))}" if level else "the corpus"

@@ -1,0 +1,131 @@
+"""What a person sees of a tree."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kmem.clustering.applying import Addressed
+from kmem.clustering.corpus import Corpus
+from kmem.data.held_out import source_of_documents
+from kmem.data.leaf_order import LeafOrder
+from kmem.data.units import Unit
+
+SEQUENCE_LENGTHS = (256, 512, 1024, 2048)
+_MOST_SOURCES, _MOST_COLUMNS = 24, 16
+
+
+def print_tree(done: Addressed) -> None:
+    """Tables of the levels, of the clusters of the first, of where each source's text went, and of the addresses."""
+    from rich.console import Console
+
+    console = Console(width=max(Console().width, 110))
+    for table in (_levels(done), _clusters(done), _sources(done), _data(done)):
+        if table is not None:
+            console.print(table)
+
+
+def padding_share(folder: Path, unit: Unit, leaves: Any, sequence_length: int) -> float:
+    """Share of an epoch's positions that hold no token where sequences keep to one leaf."""
+    order = LeafOrder(Corpus.open(folder).units("train", unit).lengths, leaves, sequence_length, 0, None)
+    return order.padding / (order.spans_per_epoch * sequence_length)
+
+
+def _levels(done: Addressed) -> Any:
+    from rich.table import Table
+
+    table = Table(title="training units per cluster, as the tree was made")
+    for name in ("level", "clusters", "smallest", "median", "largest", "largest / even share", "Gini"):
+        table.add_column(name, justify="right")
+    for level, sizes in enumerate(done.tree.record["sizes"], 1):
+        share = sizes["largest"] * sizes["clusters"] / done.tree.record["units"]
+        numbers = [f"{sizes[name]:,.0f}" for name in ("clusters", "smallest", "median", "largest")]
+        table.add_row(str(level), *numbers, f"{share:.2f}", f"{sizes['gini']:.2f}")
+    return table
+
+
+def _clusters(done: Addressed) -> Any:
+    from rich.table import Table
+
+    below = done.tree.children ** (done.tree.levels - 1)
+    first = np.concatenate([splits["train"] for splits in done.leaves.values()]) // below
+    counts = np.bincount(first, minlength=done.tree.children)
+    table = Table(title="clusters of level 1, in this data")
+    table.add_column("cluster", justify="right")
+    table.add_column("units", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("typical words of the data the tree was made from")
+    for cluster, (count, words) in enumerate(zip(counts, done.tree.record["words"], strict=True)):
+        table.add_row(str(cluster), f"{count:,}", f"{count / counts.sum():.1%}", " ".join(words))
+    return table
+
+
+def source_counts(done: Addressed) -> dict[str, NDArray[np.int64]]:
+    """Training units of each source in each cluster of level 1: int64 [children].
+
+    Sources are the files that the folders were prepared from, or where these are many, the folders.
+    """
+    unit, below = Unit.parse(done.tree.record["unit"]), done.tree.children ** (done.tree.levels - 1)
+    files: dict[str, NDArray[np.int64]] = {}
+    folders: dict[str, NDArray[np.int64]] = {}
+    for folder, splits in done.leaves.items():
+        corpus = Corpus.open(folder)
+        first = splits["train"] // below
+        folders[folder.name] = np.bincount(first, minlength=done.tree.children)
+        documents = corpus.units("train", unit).documents
+        source = source_of_documents(corpus.manifest)["train"][documents]
+        for number, record in enumerate(corpus.manifest.sources):
+            file = Path(record.path).name.split(".")[0]
+            name = f"{folder.name}/{file}" if len(done.leaves) > 1 else file
+            found = np.bincount(first[source == number], minlength=done.tree.children)
+            files[name] = files.get(name, 0) + found
+    return files if len(files) <= _MOST_SOURCES else folders
+
+
+def _sources(done: Addressed) -> Any:
+    """None where there is one source."""
+    from rich.table import Table
+
+    counts = source_counts(done)
+    if len(counts) < 2:
+        return None
+    found = np.stack([clusters / max(clusters.sum(), 1) for clusters in counts.values()]).max(axis=0).sum()
+    table = Table(
+        title="sources of the training units, and in which cluster of level 1 these are, in %",
+        caption=f"were all sources of one size, its cluster would tell a unit's source in {found / len(counts):.0%} of "
+        f"cases; {1 / len(counts):.0%} if clusters were blind to sources",
+        min_width=100,
+    )
+    table.add_column("source", no_wrap=True, min_width=min(max(map(len, counts)), 24))
+    table.add_column("units", justify="right")
+    columns = done.tree.children <= _MOST_COLUMNS
+    for name in map(str, range(done.tree.children)) if columns else ("largest",):
+        table.add_column(name, justify="right")
+    for name, clusters in counts.items():
+        shares = [f"{100 * share:.0f}" if share else "" for share in clusters / max(clusters.sum(), 1)]
+        if not columns:
+            largest = [int(cluster) for cluster in np.argsort(-clusters, kind="stable")[:8] if clusters[cluster]]
+            shares = ["  ".join(f"{cluster}: {shares[cluster]}" for cluster in largest)]
+        table.add_row(name, f"{clusters.sum():,}", *shares)
+    return table
+
+
+def _data(done: Addressed) -> Any:
+    from rich.table import Table
+
+    unit = Unit.parse(done.tree.record["unit"])
+    table = Table(title="addresses; and the padding of an epoch, were sequences to keep to one leaf")
+    table.add_column("data")
+    for name in ("training units", "held out", "leaves in use", *(f"T={length:,}" for length in SEQUENCE_LENGTHS)):
+        table.add_column(name, justify="right")
+    for folder, splits in done.leaves.items():
+        padding = [padding_share(folder, unit, splits["train"], length) for length in SEQUENCE_LENGTHS]
+        table.add_row(
+            folder.name,
+            f"{len(splits['train']):,}",
+            f"{len(splits['validation']):,}",
+            f"{len(np.unique(splits['train'])):,} of {done.tree.leaves:,}",
+            *(f"{share:.1%}" for share in padding),
+        )
+    return table

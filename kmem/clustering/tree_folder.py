@@ -1,0 +1,90 @@
+"""Writing a tree's folder."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import kmem
+from kmem.data.safetensors_file import write_tensors
+from kmem.model.bank_embedder import read_embedder_record
+from kmem.model.bank_tree import (
+    CENTROIDS_FILE,
+    EMBEDDER_FOLDER,
+    TREE_FILE,
+    TREE_FORMAT,
+    TREE_VERSION,
+    file_digest,
+    record_fingerprint,
+)
+
+
+def write_tree(
+    folder: Path,
+    centroids: list[NDArray[np.float32]],
+    leaf_sizes: NDArray[np.int64],
+    embedder_folder: Path,
+    described: Mapping[str, Any],
+) -> None:
+    """Write it; tree.json comes last.
+
+    Args:
+        centroids: of every level.
+        leaf_sizes: [k^p] training units of each leaf.
+        described: children, levels, unit, tokenizer, and whatever else tree.json shall say.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(embedder_folder, folder / EMBEDDER_FOLDER)
+    tensors = {f"level{level}": torch.from_numpy(np.array(rows)) for level, rows in enumerate(centroids, 1)}
+    write_tensors(folder / CENTROIDS_FILE, {**tensors, "leaf_sizes": torch.from_numpy(leaf_sizes)})
+    embedder = read_embedder_record(embedder_folder)
+    files = {path.name: file_digest(path) for path in sorted(embedder_folder.iterdir())}
+    children, levels = described["children"], described["levels"]
+    record = {
+        "format": TREE_FORMAT,
+        "version": TREE_VERSION,
+        "kmem_version": kmem.__version__,
+        **described,
+        "embedder": {
+            "name": embedder["name"],
+            **({"encoder": embedder["encoder"]} if "encoder" in embedder else {}),
+            "dim": embedder["dim"],
+            "fingerprint": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
+            "files": files,
+        },
+        "units": int(leaf_sizes.sum()),
+        "sizes": [level_sizes(leaf_sizes, children ** (levels - level)) for level in range(1, levels + 1)],
+        "files": {CENTROIDS_FILE: file_digest(folder / CENTROIDS_FILE)},
+    }
+    record["fingerprint"] = record_fingerprint(record)
+    building = folder / (TREE_FILE + ".building")
+    building.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(building, folder / TREE_FILE)
+
+
+def level_sizes(leaf_sizes: NDArray[np.int64], leaves_per_cluster: int) -> dict[str, Any]:
+    """How many clusters a level has, the units of the smallest, median and largest, and how uneven they are."""
+    sizes = leaf_sizes.reshape(-1, leaves_per_cluster).sum(axis=1)
+    return {
+        "clusters": len(sizes),
+        "smallest": int(sizes.min()),
+        "median": float(np.median(sizes)),
+        "largest": int(sizes.max()),
+        "gini": round(gini(sizes), 4),
+    }
+
+
+def gini(sizes: NDArray[np.int64]) -> float:
+    """Gini coefficient: 0 where all are equal, near 1 where one has everything."""
+    ordered = np.sort(sizes).astype(np.float64)
+    count = len(ordered)
+    if ordered.sum() == 0:
+        return 0.0
+    return float((2 * np.arange(1, count + 1) - count - 1) @ ordered / (count * ordered.sum()))

@@ -1,0 +1,59 @@
+"""A few words that say what the clusters of the first level are about."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kmem.clustering.corpus import Corpus, read_units
+from kmem.data.indexed import IndexedTokens
+from kmem.data.order import permutation
+from kmem.data.tokenizer import load_tokenizer
+from kmem.data.units import Unit, UnitMap
+
+_UNITS_PER_CLUSTER, _TOKENS_PER_UNIT = 1024, 4096
+WORDS = 8
+
+
+def typical_words(
+    corpora: list[Corpus], unit: Unit, clusters: NDArray[np.int32], children: int, seed: int
+) -> list[list[str]]:
+    """For each cluster of the first level, words by falling weight.
+
+    The weight of a token is its share of the cluster's tokens, times the logarithm of that over the mean of all
+    clusters, times the logarithm of one over the share of units that it occurs in; counted in a sample of units from
+    each cluster. Words are tokens of four letters or more that begin one, by the tokenizer.
+
+    Args:
+        clusters: [training units of all corpora] their clusters, numbered below `children`.
+    """
+    counts = np.zeros((children, corpora[0].manifest.tokenizer.size), dtype=np.int64)
+    occurs, seen = np.zeros(counts.shape[1], dtype=np.int64), 0
+    before = 0
+    for number, corpus in enumerate(corpora):
+        indexed = IndexedTokens(corpus.folder / "train")
+        units = UnitMap(indexed.starts, indexed.lengths, unit)
+        mine = clusters[before : before + len(units)]
+        before += len(units)
+        shuffled = permutation(seed, f"words/{number}", 0, "units", len(units))
+        for cluster in range(children):
+            chosen = shuffled[mine[shuffled] == cluster][:_UNITS_PER_CLUSTER]
+            for ids in read_units(indexed, units, chosen):
+                counted = np.bincount(ids[:_TOKENS_PER_UNIT].numpy(), minlength=counts.shape[1])
+                counts[cluster] += counted
+                occurs += counted > 0
+                seen += 1
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    above = np.log(np.divide(share, share.mean(axis=0), out=np.ones_like(share), where=share > 0))
+    weight = share * above * np.log((1 + seen) / (1 + occurs))
+    tokenizer = load_tokenizer(corpora[0].folder / "tokenizer")
+    found = []
+    for row in weight:
+        words: list[str] = []
+        for token in np.argsort(-row, kind="stable"):
+            if row[token] <= 0 or len(words) == WORDS:
+                break
+            text = tokenizer.decode([int(token)])
+            word = text.strip()
+            if text[:1].isspace() and len(word) > 3 and word.isalpha() and word.lower() not in words:
+                words.append(word.lower())
+        found.append(words)
+    return found

@@ -1,0 +1,143 @@
+"""Memory banks: blocks of weights, one per cluster of documents, that are fetched for a context and added to layers."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from kmem.config.section import Section
+from kmem.model.shape import Shape  # plain Python: where a bank has blocks is decided once, for runs and exports
+from kmem.wording import counted
+
+if TYPE_CHECKING:
+    from kmem.config.model import ModelConfig
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+LARGEST_ADDRESS = 2**31 - 1
+"""Addresses of a dataset are stored as 32-bit integers."""
+
+
+class GenericBlocks(Section):
+    """A block of the fetched size that belongs to no cluster, trained beside the bank: the control for 'more
+    parameters and more tokens'."""
+
+    probability: Probability = 0.0
+    """How often it takes the place of the fetched blocks in training (the paper: 1/17). 0: there is none; 1: it is all
+    that is trained."""
+    per: Literal["sequence", "batch"] = "sequence"
+    """Whether each sequence is drawn for itself, or all sequences of an optimizer step together."""
+
+
+class BankConfig(Section):
+    """Hierarchical memory bank (arXiv 2510.02375): a tree of clusters of documents, and for every cluster a block of
+    weights in each of the chosen layers. A context uses the blocks on the path from the root to its leaf.
+
+    Every kind starts as an exact no-op.
+    """
+
+    children: Annotated[int, Field(ge=2)] = 16
+    """Children of a node of the tree."""
+    levels: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+    """Rank of the blocks of each level, from the root's children to the leaves; 0 leaves a level without blocks."""
+    kind: Literal["ffn", "lora_ffn", "lora_qk", "lora_ov", "kv"] = "ffn"
+    """What a block is. ffn: hidden units that widen the SwiGLU. lora_*: low-rank updates of the three matrices of the
+    feed-forward, of the query and key or of the output and value projections. kv: keys and values that the queries
+    attend to."""
+    placement: Literal["uniform", "first", "middle", "last", "listed"] = "uniform"
+    """Layers that have blocks: all, the first, middle or last `placed_layers` of them, or those it lists."""
+    placed_layers: PositiveInt | Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
+    """first, middle, last: how many layers. listed: which ones, ascending, counted from 0. uniform: nothing."""
+    alpha: PositiveFloat = 2.0
+    """lora_*: an update of rank r is multiplied by alpha / r."""
+    anchor: Literal["train", "frozen"] = "train"
+    """Whether the rest of the model is trained with the bank."""
+    generic: GenericBlocks = GenericBlocks()
+    """Blocks outside the tree, as a control."""
+
+    @property
+    def default_control(self) -> str:
+        """`Shape.bank_control` of a model with this bank."""
+        return Shape({"bank": self.model_dump()}).bank_control
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "BankConfig":
+        if not any(self.levels):
+            raise ValueError(f"levels={list(self.levels)} leaves every level without blocks; give one a rank above 0")
+        if self.children ** len(self.levels) > LARGEST_ADDRESS:
+            raise ValueError(
+                f"levels={list(self.levels)}: a tree of {counted(len(self.levels), 'level')} with "
+                f"children={self.children} has more than {LARGEST_ADDRESS:,} leaves; use fewer levels or children"
+            )
+        placed = self.placed_layers
+        if self.placement == "uniform":
+            if placed is not None:
+                raise ValueError(
+                    f"placed_layers={_shown(placed)} with placement=uniform, which takes all layers; choose first, "
+                    "middle, last or listed, or leave placed_layers out"
+                )
+        elif self.placement == "listed":
+            if not isinstance(placed, tuple):
+                raise ValueError(
+                    f"placed_layers={_shown(placed)} with placement=listed; list the layers, as in [1, 14]"
+                )
+            if list(placed) != sorted(set(placed)):
+                raise ValueError(f"placed_layers={_shown(placed)} must ascend")
+        elif not isinstance(placed, int):
+            raise ValueError(
+                f"placed_layers={_shown(placed)} with placement={self.placement}; give the number of layers"
+            )
+        return self
+
+    def check_model(self, model: "ModelConfig") -> None:
+        """Whether a model can have this bank.
+
+        Raises:
+            ValueError: names the field of the model's section, and the remedy.
+        """
+        placed, layers = self.placed_layers, model.num_layers
+        if isinstance(placed, tuple) and max(placed) >= layers:
+            raise ValueError(
+                f"bank.placed_layers={_shown(placed)} is out of range for num_layers={layers}; layers count from 0"
+            )
+        if isinstance(placed, int) and placed > layers:
+            raise ValueError(f"bank.placed_layers={placed} exceeds num_layers={layers}")
+        attention, moe = model.attention, model.moe
+        if attention.kind == "mla" and self.kind in ("lora_qk", "lora_ov"):
+            raise ValueError(
+                f"bank.kind={self.kind} does not go with attention.kind=mla, whose keys and values are low-rank "
+                "products already; use ffn, lora_ffn or kv"
+            )
+        if self.kind == "lora_ffn" and moe is not None:
+            shape = Shape({**model.model_dump(), "bank": self.model_dump()})
+            routed = [layer for layer in shape.bank_layers if shape.has_experts(layer)]
+            if routed:
+                raise ValueError(
+                    f"bank.kind=lora_ffn updates a dense feed-forward, and layer {routed[0]} has experts; use "
+                    f"kind=ffn, or place the bank below moe.first_dense_layers={moe.first_dense_layers}"
+                )
+        for name, size in self._widths(model).items():
+            if size % 8:
+                raise ValueError(
+                    f"{name}={size} must be a multiple of 8 for a memory bank of kind={self.kind}: grouped products "
+                    "need aligned rows"
+                )
+
+    def _widths(self, model: "ModelConfig") -> dict[str, int]:
+        """Field -> width of what blocks are multiplied with."""
+        widths = {"hidden_size": model.hidden_size}
+        if self.kind == "lora_ffn" and model.intermediate_size is not None:
+            widths["intermediate_size"] = model.intermediate_size
+        if self.kind in ("lora_qk", "lora_ov", "kv"):
+            attention = model.attention
+            if attention.kind == "gqa":
+                widths["attention.head_dim"] = attention.head_dim or model.hidden_size // attention.num_heads
+            else:
+                query = attention.qk_nope_head_dim + attention.qk_rope_head_dim
+                widths["attention.qk_nope_head_dim + qk_rope_head_dim"] = query
+                widths["attention.v_head_dim"] = attention.v_head_dim
+        return widths
+
+
+def _shown(placed: int | tuple[int, ...] | None) -> str:
+    return "null" if placed is None else str(list(placed) if isinstance(placed, tuple) else placed)

@@ -1,0 +1,143 @@
+"""How lookup tables are kept and trained."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from kmem.config.section import Section
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class RowOptimizerConfig(Section):
+    """The optimizer of table rows. Under all forms but the dense one, rows outside a step's working set never move."""
+
+    name: Literal["lazy_adam", "adam_catchup", "rowwise_adagrad", "sinkhorn_momentum"] = "lazy_adam"
+    """lazy_adam: Adam on the rows a step touches. adam_catchup: the same, moments first decayed by the steps a row has
+    missed. rowwise_adagrad: one number of state per row. sinkhorn_momentum: balanced momentum (DeepSeek-V4.1)."""
+    lr_multiplier: PositiveFloat = 5.0
+    """Factor on the learning rate of the step (5 in the paper)."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Adam: decay rates of the first and second moments."""
+    eps: PositiveFloat = 1e-8
+    """Adam and Adagrad: added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled decay, of adam_catchup, which knows how many steps a row has missed. The blocks of a memory bank may
+    have it with lazy_adam, too: they decay in the steps that fetch them."""
+    clip_norm: PositiveFloat | None = None
+    """Largest 2-norm of a table's gradient in a step, over all ranks. The backbone's norm does not contain rows. Of a
+    memory bank, a table holds the blocks of a level in all layers."""
+    stochastic_rounding: bool = False
+    """Round bf16 rows up or down at random, in proportion, so that small updates are not lost."""
+    dense: bool = True
+    """sinkhorn_momentum: move every row that has momentum, as published, or only the working set."""
+    momentum: Beta = 0.95
+    """sinkhorn_momentum: decay rate of the momentum."""
+    gamma: PositiveFloat = 0.18
+    """sinkhorn_momentum: factor on the learning rate."""
+    passes: PositiveInt = 11
+    """sinkhorn_momentum: normalisation passes, alternating, by rows first and last."""
+    threshold: NonNegativeFloat = 1e-3
+    """sinkhorn_momentum: rows whose norm is at most this share of the mean row norm do not move."""
+
+    @model_validator(mode="after")
+    def _meaning(self) -> "RowOptimizerConfig":
+        if self.weight_decay and self.name != "adam_catchup":
+            raise ValueError(
+                f"weight_decay={self.weight_decay} with {self.name}: rows outside a step would miss their decay; "
+                "set it to 0 or use adam_catchup"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _passes(self) -> "RowOptimizerConfig":
+        if self.name == "sinkhorn_momentum" and self.passes % 2 == 0:
+            raise ValueError(f"passes={self.passes}: passes start and end with rows, so the number must be odd")
+        return self
+
+    @property
+    def is_dense(self) -> bool:
+        """True when a step moves rows outside its working set."""
+        return self.name == "sinkhorn_momentum" and self.dense
+
+    @property
+    def counts_updates(self) -> bool:
+        """True when the bias correction of a row's moments counts the updates of this row, not those of the table."""
+        return False
+
+
+class TableConfig(Section):
+    """Tables of the model's memory layers: where rows live, how far ahead they are fetched, how they are trained."""
+
+    store: Literal["device", "host", "mmap"] = "host"
+    """Where a rank keeps its rows and their optimizer state: device memory, host memory, or a mapped file."""
+    folder: str | None = None
+    """mmap: a folder local to the machine. Default: `engram` in the run folder."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of the rows; optimizer state is fp32."""
+    prefetch_depth: Annotated[int, Field(ge=0, le=64)] = 1
+    """Steps whose rows are fetched ahead of the running one. Results do not depend on it while staleness is 0."""
+    staleness: NonNegativeInt = 0
+    """Earlier steps whose updates a fetched row may lack; at most prefetch_depth. 0 is exact. Above 0 a resumed run is
+    not bit-identical to an uninterrupted one."""
+    threads: PositiveInt = 1
+    """Host threads of a rank that share the rows of a gather or an update."""
+    optimizer: RowOptimizerConfig = RowOptimizerConfig()
+    """The optimizer of the rows."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "TableConfig":
+        if self.staleness > self.prefetch_depth:
+            raise ValueError(f"staleness={self.staleness} exceeds prefetch_depth={self.prefetch_depth}")
+        if self.optimizer.is_dense and self.store == "mmap":
+            raise ValueError(
+                "optimizer.name=sinkhorn_momentum with optimizer.dense=true passes over every row several times per "
+                "step, which a mapped file cannot serve; set optimizer.dense=false, or store=host"
+            )
+        if self.optimizer.stochastic_rounding and self.dtype != "bf16":
+            raise ValueError("optimizer.stochastic_rounding=true is for dtype=bf16")
+        return self
+
+
+class BlockOptimizerConfig(RowOptimizerConfig):
+    """The optimizer of a memory bank's blocks, lazy_adam or adam_catchup. Blocks outside a step's working set never
+    move. With lazy_adam each block counts its own steps, as a parameter of its own; adam_catchup keeps the moments of
+    dense Adam and its count, that of all steps."""
+
+    lr_multiplier: PositiveFloat = 1.0
+    """Factor on the learning rate of the step."""
+
+    @model_validator(mode="after")
+    def _meaning(self) -> "BlockOptimizerConfig":
+        if self.name not in ("lazy_adam", "adam_catchup"):
+            raise ValueError(
+                f"name={self.name} has numbers that all values of a row share, and a row holds a cluster's blocks of "
+                "the layers of one pipeline stage: results would depend on parallel.pipeline; use lazy_adam or "
+                "adam_catchup"
+            )
+        if self.stochastic_rounding:
+            raise ValueError(
+                "stochastic_rounding=true draws by a value's place in its row, and a row holds a cluster's blocks of "
+                "the layers of one pipeline stage: results would depend on parallel.pipeline; set it to false"
+            )
+        return self
+
+    @property
+    def counts_updates(self) -> bool:
+        """A block that text reaches late begins as a parameter of its own would. Caught-up moments are those of dense
+        Adam, whose correction counts all steps."""
+        return self.name == "lazy_adam"
+
+
+class BankTableConfig(TableConfig):
+    """Tables of the model's memory bank: where blocks live, how far ahead they are fetched, how they are trained."""
+
+    folder: str | None = None
+    """mmap: a folder local to the machine. Default: `bank` in the run folder."""
+    hold: Literal["all", "subtrees"] = "all"
+    """all: the tables hold all blocks of the bank. subtrees: they, and checkpoints, hold those that text of
+    data.addresses.subtrees uses, in their clusters, below and above these, for jobs that kmem bank merge joins."""
+    optimizer: BlockOptimizerConfig = BlockOptimizerConfig()
+    """The optimizer of the blocks."""

@@ -1,0 +1,1 @@
+"""Where text comes from: packages that carry English text, and generators."""

@@ -1,0 +1,225 @@
+"""Memory addresses of a prepared folder: the leaf of a cluster tree that each document, or window, belongs to.
+
+They stand beside the tokens: `train.addresses.npy` and `validation.addresses.npy` (int32, a leaf per unit in document
+order) and `addresses.json`, written last, which says of which tree and which data they are.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kmem.config import UserError
+from kmem.data.manifest import Manifest
+from kmem.data.units import Unit, UnitMap
+from kmem.model.bank_tree import cluster_of, file_digest, parse_path, read_tree_record
+from kmem.wording import counted
+
+RECORD_FILE = "addresses.json"
+FORMAT, VERSION = "kmem-addresses", 1
+
+Batching = Literal["packed", "leaf"]
+
+
+@dataclass(frozen=True)
+class Addressing:
+    """Which addresses sequences carry, and how they are put together."""
+
+    tree: Path
+    """Folder of the tree; the prepared folders must have addresses of it."""
+    batching: Batching = "packed"
+    """packed: sequences are those of a run without addresses, and each position has the address of its document or
+    window. leaf: a sequence holds units of one leaf only (kmem.data.leaf_order)."""
+    subtrees: tuple[str, ...] = ()
+    """With leaf: paths of the clusters whose sequences are read, and all below them. None: all."""
+
+    def __post_init__(self) -> None:
+        assert self.batching == "leaf" or not self.subtrees, "packed sequences hold text of all clusters"
+
+
+@dataclass(frozen=True)
+class SplitAddresses:
+    """The addresses of a split."""
+
+    leaves: NDArray[np.int32]
+    """[units] memory-mapped."""
+    units: UnitMap
+    continued: NDArray[np.bool_] | None
+    """[units] whether a unit's document goes on after it; None where units are documents."""
+    digest: str
+    """Identity of the addresses."""
+
+
+def addresses_file(split: str) -> str:
+    """Name of the file with a split's leaves."""
+    return f"{split}.addresses.npy"
+
+
+def data_fingerprint(manifest: Manifest) -> str:
+    """Identity of a prepared folder's tokens and documents, both splits."""
+    content = {name: file.sha256 for name, file in manifest.files.items()}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def tree_record(tree: Path) -> dict[str, Any]:
+    """Contents of a tree's tree.json.
+
+    Raises:
+        UserError: there is no such tree, or it is damaged.
+    """
+    try:
+        return read_tree_record(tree)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def write_addresses(
+    folder: Path, manifest: Manifest, tree: Mapping[str, Any], leaves: Mapping[str, NDArray[np.int32]]
+) -> None:
+    """Store the addresses of both splits beside a prepared folder's tokens; an old set is replaced.
+
+    A process killed in between leaves a folder without addresses.
+    """
+    (folder / RECORD_FILE).unlink(missing_ok=True)
+    splits = {}
+    for split, values in leaves.items():
+        path = folder / addresses_file(split)
+        assert values.dtype == np.int32
+        building = path.with_suffix(".building")
+        with open(building, "wb") as file:
+            np.save(file, values, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(building, path)
+        splits[split] = {"units": len(values), "sha256": file_digest(path)}
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "tree": tree["fingerprint"],
+        "data": data_fingerprint(manifest),
+        "unit": tree["unit"],
+        "children": tree["children"],
+        "levels": tree["levels"],
+        "splits": splits,
+    }
+    building = folder / (RECORD_FILE + ".building")
+    with open(building, "w", encoding="utf-8") as text:
+        text.write(json.dumps(record, indent=2) + "\n")
+        text.flush()
+        os.fsync(text.fileno())
+    os.replace(building, folder / RECORD_FILE)
+
+
+def stored_tree(folder: Path) -> str | None:
+    """Fingerprint of the tree whose addresses a prepared folder holds; None where it holds none that can be read."""
+    try:
+        return str(json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["tree"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def stored_leaves(folder: Path, manifest: Manifest, tree: Mapping[str, Any]) -> dict[str, NDArray[np.int32]] | None:
+    """The addresses of both splits, if a prepared folder has those of this tree and of its data, undamaged."""
+    try:
+        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        if (record["format"], record["version"]) != (FORMAT, VERSION) or record["tree"] != tree["fingerprint"]:
+            return None
+        leaves = {}
+        for split, described in record["splits"].items():
+            path = folder / addresses_file(split)
+            if record["data"] != data_fingerprint(manifest) or file_digest(path) != described["sha256"]:
+                return None
+            leaves[split] = np.load(path, allow_pickle=False)
+        return leaves
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def read_addresses(
+    folder: Path, manifest: Manifest, split: str, starts: NDArray[np.int64], lengths: NDArray[np.int64], tree: Path
+) -> SplitAddresses:
+    """The addresses of a split.
+
+    Args:
+        starts, lengths: [documents] of the split, from its indexed dataset.
+        tree: folder of the tree that the addresses must be of.
+
+    Raises:
+        UserError: no addresses, damaged ones, or those of another tree or of other data.
+    """
+    record, remedy = tree_record(tree), f"run kmem data cluster --data {folder} --tree {tree}"
+    path = folder / RECORD_FILE
+    if not path.is_file():
+        raise UserError(f"{path}: missing, so the documents have no memory addresses; {remedy}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        known = (found["format"], found["version"]) == (FORMAT, VERSION)
+        of_tree, of_data, described = found["tree"], found["data"], found["splits"][split]
+        expected, digest = int(described["units"]), str(described["sha256"])
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise UserError(f"{path}: damaged, or not of format {FORMAT} {VERSION}; {remedy} --force")
+    if of_tree != record["fingerprint"]:
+        raise UserError(
+            f"{path}: addresses of another tree ({of_tree[:12]}) than {tree} ({record['fingerprint'][:12]}); name that "
+            f"one, or {remedy} --force"
+        )
+    if of_data != data_fingerprint(manifest):
+        raise UserError(f"{path}: addresses of other data than the folder holds; {remedy} --force")
+    unit = Unit.parse(record["unit"])
+    units = UnitMap(starts, lengths, unit)
+    file = folder / addresses_file(split)
+    try:
+        leaves = np.load(file, mmap_mode="r", allow_pickle=False)
+        fits = leaves.dtype == np.int32 and leaves.shape == (len(units),) == (expected,)
+        fits = fits and file_digest(file) == digest
+    except (OSError, ValueError, EOFError):
+        fits = False
+    if not fits or (len(leaves) and not 0 <= int(leaves.min()) <= int(leaves.max()) < leaf_count(record)):
+        raise UserError(
+            f"{file}: missing, damaged, or not the leaves of {counted(len(units), 'unit')} that were written; "
+            f"{remedy} --force"
+        )
+    continued = None if unit.window is None else units.continued()
+    return SplitAddresses(leaves, units, continued, f"{record['fingerprint']}/{digest}")
+
+
+def leaf_count(tree: Mapping[str, Any]) -> int:
+    """k^p."""
+    return int(tree["children"] ** tree["levels"])
+
+
+def leaves_below(tree: Mapping[str, Any], paths: Sequence[str]) -> dict[str, range]:
+    """Path of a cluster -> its leaves.
+
+    Raises:
+        UserError: the tree has no such cluster.
+    """
+    children, levels, found = tree["children"], tree["levels"], {}
+    for path in paths:
+        try:
+            level, number = cluster_of(parse_path(path), children, levels)
+        except ValueError as error:
+            raise UserError(f"data.addresses.subtrees: {error}") from None
+        below = children ** (levels - level)
+        found[path] = range(number * below, (number + 1) * below)
+    return found
+
+
+def chosen_leaves(tree: Mapping[str, Any], paths: Sequence[str]) -> NDArray[np.bool_]:
+    """[leaves] whether a leaf is below one of the clusters.
+
+    Raises:
+        UserError: as `leaves_below`.
+    """
+    chosen = np.zeros(leaf_count(tree), np.bool_)
+    for leaves in leaves_below(tree, paths).values():
+        chosen[leaves.start : leaves.stop] = True
+    return chosen

@@ -1,0 +1,36 @@
+"""Which table rows a model's tokens address with a given tokenizer."""
+
+from pathlib import Path
+
+from kmem.config import ConfigError, ModelConfig
+from kmem.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from kmem.model.engram_reader import EngramAddresses
+from kmem.model.shape import Shape
+
+
+def model_addresses(model: ModelConfig, tokenizer: Path) -> EngramAddresses | None:
+    """The addresses of a model's n-gram memory, None for a model without.
+
+    Args:
+        tokenizer: a tokenizer folder, as prepared data and runs hold one.
+
+    Raises:
+        ConfigError: the tokenizer and the model's choices do not go together; names the field.
+    """
+    if model.engram is None:
+        return None
+    loaded = load_tokenizer(tokenizer)
+    if loaded.eos_token_id is None:
+        raise ConfigError(f"model.engram: the tokenizer {tokenizer} names no end of text, which pads n-grams")
+    pad = model.engram.pad_token_id
+    if model.engram.boundary == "eos" and pad not in (None, loaded.eos_token_id):
+        raise ConfigError(
+            f"model.engram.pad_token_id: {pad} with boundary=eos, which pads with the end of text; the tokenizer's is "
+            f"{loaded.eos_token_id}: leave the field out"
+        )
+    try:
+        return EngramAddresses.build(
+            Shape(model.model_dump()), loaded.eos_token_id, loaded, tokenizer_fingerprint(tokenizer)
+        )
+    except ValueError as error:
+        raise ConfigError(f"model.engram: {error}") from error

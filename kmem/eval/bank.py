@@ -1,0 +1,127 @@
+"""The memory bank of a checkpoint that is evaluated, and its controls: does a bank know what its clusters' text says,
+or is it more parameters?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kmem.checkpoint.bank.layout import bank_layout, checkpoint_router, checkpoint_tree, mapped_bank
+from kmem.checkpoint.bank.options import set_controls
+from kmem.checkpoint.reader import CheckpointReader
+from kmem.clustering.applying import leaves_around
+from kmem.config import ConfigError
+from kmem.data.bank_addresses import Addressing
+from kmem.data.batch import SequenceBatch
+from kmem.data.reader import SequenceReader
+from kmem.data.workers import available_cores
+from kmem.model.bank_blocks import BankInput
+from kmem.model.bank_inference import InferenceBank
+from kmem.model.bank_router import ContextRouter
+from kmem.model.bank_tree import ClusterPath, ClusterTree
+
+
+@dataclass(frozen=True)
+class BankChoice:
+    """How a bank is evaluated."""
+
+    control: str = "fetched"
+    """One of `kmem.checkpoint.bank.options.BANK`."""
+    levels: tuple[int, ...] | None = None
+    """Levels that are on; None: all."""
+    tree: Path | None = None
+    """Folder of the tree; None: that of the run."""
+    blocked: tuple[ClusterPath, ...] = ()
+    """Clusters that contexts may not use, whatever the control; the next nearest take their place."""
+
+
+class EvaluatedBank:
+    """The bank of a checkpoint, whose rows stay in the checkpoint's files.
+
+    Raises:
+        UserError: a control that this bank does not have, a level, or a cluster to block; or nothing is left open.
+        CheckpointError: no tree, or another one.
+    """
+
+    def __init__(self, reader: CheckpointReader, choice: BankChoice) -> None:
+        layout = bank_layout(reader.config)
+        assert layout is not None
+        self._reader, self._choice = reader, choice
+        self._blocked = choice.control == "blocked"
+        self._bank = InferenceBank(layout)
+        set_controls(self._bank, "fetched" if self._blocked else choice.control, choice.levels)
+        self._bank.sources = mapped_bank(reader, layout)
+        self._tree: ClusterTree | None = None
+        self._router: ContextRouter | None = None
+        try:
+            if choice.blocked:
+                own = range(self._loaded_tree().children) if self._blocked else ()  # of some context, each
+                for paths in (choice.blocked, *([(cluster,), *choice.blocked] for cluster in own)):
+                    self._loaded_tree().check_blocked(paths)
+        except ValueError as error:
+            raise ConfigError(f"--blocked: {error}") from None
+
+    @property
+    def addressing(self) -> Addressing | None:
+        """What evaluated data must have addresses of, with the sequences of the run; None where neither the control nor
+        the sequences need any."""
+        trained_on = self._reader.config.data.addresses
+        batching = "packed" if trained_on is None else trained_on.batching
+        if self._bank.control != "fetched" and batching == "packed":
+            return None
+        return Addressing(checkpoint_tree(self._reader, self._choice.tree), batching)
+
+    def around(self, held_out: SequenceReader, folder: Path, samples: Sequence[int]) -> SequenceReader:
+        """Held-out sequences whose addresses go around what is blocked: documents, or windows, that may not have their
+        leaf get the one that their own embedding descends to. All others keep the stored one.
+
+        Args:
+            held_out: of the prepared folder alone, opened with `addressing`.
+            samples: what will be read; units of other sequences are not embedded.
+
+        Raises:
+            UserError: the tree's embedder is missing or damaged.
+        """
+        paths = self._choice.blocked
+        if self._bank.control != "fetched" or not (self._blocked or paths):
+            return held_out
+        leaves, units = held_out.leaves, held_out.units(samples)
+        if not self._blocked:
+            units = units[self._loaded_tree().blocked_leaves(paths).numpy()[leaves[units]]]
+        own = leaves[units] if self._blocked else None
+        tree = checkpoint_tree(self._reader, self._choice.tree)
+        leaves[units] = leaves_around(folder, "validation", units, tree, paths, own, available_cores())
+        return held_out.with_leaves(leaves)
+
+    def of_batch(self, batch: SequenceBatch, like: Tensor) -> dict[int, BankInput]:
+        """What each layer's bank holds for sequences of data, read from what `around` gives."""
+        leaves = None
+        if self._bank.control == "fetched":
+            assert batch.addresses is not None, "data is opened with the addressing that this names"
+            leaves = batch.addresses
+        return self._inputs(leaves, batch.input_ids, like)
+
+    def of_prompts(self, prompts: Sequence[Sequence[int]], ids: Tensor, like: Tensor) -> dict[int, BankInput]:
+        """What it holds for token ids [B, T] whose contexts are these prompts."""
+        leaves = None
+        if self._bank.control == "fetched":
+            router = self._loaded_router()
+            contexts = [torch.tensor(prompt) for prompt in prompts]
+            leaves = (router.other_leaves if self._blocked else router.leaves)(contexts, self._choice.blocked)
+        return self._inputs(leaves, ids, like)
+
+    def _inputs(self, leaves: Tensor | None, ids: Tensor, like: Tensor) -> dict[int, BankInput]:
+        batch, tokens = ids.shape
+        return self._bank.inputs(leaves, batch, tokens, like)
+
+    def _loaded_tree(self) -> ClusterTree:
+        if self._tree is None:
+            self._tree = ClusterTree.load(checkpoint_tree(self._reader, self._choice.tree))
+        return self._tree
+
+    def _loaded_router(self) -> ContextRouter:
+        if self._router is None:
+            self._router = checkpoint_router(self._reader, self._choice.tree)
+        return self._router

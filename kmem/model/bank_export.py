@@ -1,0 +1,95 @@
+"""The memory bank of a Hugging Face folder: what its config.json says of it, and where its rows and its tree lie."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .bank_layout import BankLayout, bank_table_name, bank_table_part_name
+from .bank_router import ContextRouter, embedder_files
+from .bank_tree import CENTROIDS_FILE, EMBEDDER_FOLDER, TREE_FILE, ClusterTree, read_tree_record
+from .export_tables import ExportedTable, read_parts
+from .shape import Shape
+
+BANK_TABLES = r"^bank\.level\d+\.parts\."
+"""ResumePoint of the names of the tensors that hold rows, as a pattern."""
+TREE_FOLDER = "tree"
+
+
+@dataclass(frozen=True)
+class BankDescription:
+    """Tables and tree of a model."""
+
+    layout: BankLayout
+    parts: Mapping[int, list[int]]
+    """Level -> rows of each tensor of its table, in the order of the rows."""
+    tree: str | None
+    """Fingerprint of the tree."""
+
+    @classmethod
+    def read(cls, shape: Shape, parts: Mapping[str, list[int]], tree: str | None) -> "BankDescription":
+        """The description of a model with a bank; what config.json holds.
+
+        Raises:
+            ValueError: the parts contradict `model`.
+        """
+        layout = BankLayout.of(shape)
+        cut = {
+            level: read_parts(parts.get(str(level)), layout.rows(level), "bank_parts", f"level {level}")
+            for level in layout.levels
+        }
+        return cls(layout, cut, tree)
+
+    def tables(self) -> dict[int, ExportedTable]:
+        """Level -> its table in the folder."""
+        return {
+            level: ExportedTable.cut(
+                bank_table_name(level), self.layout.row_values(level), parts, partial(bank_table_part_name, level)
+            )
+            for level, parts in self.parts.items()
+        }
+
+    def check_tree(self, tree: ClusterTree | Mapping[str, Any], where: str | Path) -> None:
+        """Refuse a tree whose leaves are not those that the rows were trained with.
+
+        Raises:
+            ValueError: names the tree and what differs.
+        """
+        record = tree.record if isinstance(tree, ClusterTree) else tree
+        self.layout.check_tree(record, where)
+        if self.tree is not None and record["fingerprint"] != self.tree:
+            raise ValueError(
+                f"{where}: this is not the tree that the bank was trained with ({str(record['fingerprint'])[:12]} "
+                f"instead of {self.tree[:12]}): its leaves, or its embedder, are others; bring the tree of the "
+                "training data"
+            )
+
+    def find_tree(self, find: Callable[[str], str | None]) -> Path:
+        """The folder of the tree, all files of which have been fetched.
+
+        Raises:
+            ValueError: names the file that is missing.
+        """
+
+        def path(file: str) -> Path:
+            found = find(f"{TREE_FOLDER}/{file}")
+            if found is None:
+                raise ValueError(f"{TREE_FOLDER}/{file}: missing beside the weights; fetch or export the folder again")
+            return Path(found)
+
+        folder = path(TREE_FILE).parent
+        record = read_tree_record(folder)
+        for file in (CENTROIDS_FILE, *(f"{EMBEDDER_FOLDER}/{name}" for name in embedder_files(record, folder))):
+            path(file)
+        return folder
+
+    def router(self, folder: Path, tokenizer: Any) -> ContextRouter:
+        """The tree and the embedder of a folder.
+
+        Raises:
+            ValueError: damaged, or not those of this bank.
+        """
+        router = ContextRouter.load(folder, tokenizer)
+        self.check_tree(router.tree, folder)
+        return router

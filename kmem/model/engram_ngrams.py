@@ -1,0 +1,352 @@
+"""Which table rows the n-grams ending at a token address (Engram, arXiv 2601.07372; V4.1, arXiv 2609.19969; Qwen).
+
+An n-gram is hashed by multiplying each of its token ids with an odd number of its look-back position and XORing the
+products; every head takes the hash modulo a prime of its own. The products of ids and multipliers stay below 2^63, so
+numpy, torch and Triton compute the same rows with plain signed arithmetic.
+
+Token ids here are those of the addressed vocabulary: compressed ids where a model compresses its vocabulary
+(`token_compression`). An id below 0 is a missing token: padding, a masked token, or the time before a sequence.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .engram_hash import INT64_MAX, pcg64_multipliers, prime_sizes, splitmix64_multipliers
+
+Boundary = Literal["none", "document", "eos"]
+Hash = Literal["pcg64", "splitmix64"]
+
+MISSING = -1
+"""Id of a missing token, and the row ids of a token that is missing itself."""
+
+
+@dataclass(frozen=True)
+class NgramAddressing:
+    """The addressing of all tables of a model, in numbers that do not depend on any library's random stream.
+
+    Tables are counted in the order of `layers`. A head is one (order, head of that order), orders outermost.
+    """
+
+    variant: str
+    """Name of the published variant the choices came from, or of the caller's own."""
+    hash: Hash
+    """How the multipliers were drawn."""
+    boundary: Boundary
+    """Where look-back ends. none: nowhere in a row. document: before a document's first token and after a missing one.
+    eos: after an end-of-sequence token, which itself belongs to the sequence it ends."""
+    orders: tuple[int, ...]
+    """Lengths of the n-grams, ascending."""
+    heads: int
+    """Heads per order."""
+    pad_id: int
+    """Id that stands for context that is missing or out of bounds; with the boundary `eos` the end-of-sequence id."""
+    raw_vocab_size: int
+    """Ids of the tokenizer or model, before compression."""
+    compressed_vocab_size: int | None
+    """Ids after compression; None where raw ids are addressed."""
+    seed: int
+    layers: tuple[int, ...]
+    """Decoder layer of each table, counted from 0."""
+    seeding_ids: tuple[int, ...]
+    """The number of each table that went into its seed; the variants count layers differently."""
+    multipliers: tuple[tuple[int, ...], ...]
+    """[tables][largest order]; entry i multiplies the id i tokens back."""
+    sizes: tuple[tuple[int, ...], ...]
+    """[tables][heads in all]: the primes, rows of each head."""
+    row_multiple: int = 1
+    """A table's rows are padded up to a multiple of this."""
+    compression_digest: str | None = None
+    tokenizer_fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        tables, heads = len(self.layers), len(self.orders) * self.heads
+        if self.boundary not in get_args(Boundary) or self.hash not in get_args(Hash):
+            raise ValueError(f"unknown boundary rule {self.boundary!r} or hash {self.hash!r}")
+        if not self.orders or self.orders[0] < 2 or list(self.orders) != sorted(set(self.orders)):
+            raise ValueError(f"n-gram orders must ascend from 2 or more: {list(self.orders)}")
+        if not len(self.seeding_ids) == len(self.multipliers) == len(self.sizes) == tables or tables == 0:
+            raise ValueError("layers, seeding_ids, multipliers and sizes must have one entry for each table")
+        if len(set(self.layers)) < tables:
+            raise ValueError(f"layers holds one twice: {list(self.layers)}")
+        if any(len(sizes) != heads or min(sizes) < 1 for sizes in self.sizes):
+            raise ValueError(f"sizes must hold {heads} positive numbers of rows for each table")
+        bound = INT64_MAX // self.vocab_size
+        if any(len(row) != self.context + 1 or min(row) < 1 or max(row) > bound for row in self.multipliers):
+            raise ValueError(f"multipliers must hold {self.context + 1} numbers from 1 to {bound} for each table")
+        if not 0 <= self.pad_id < self.vocab_size:
+            raise ValueError(f"pad_id {self.pad_id} is not an id of the addressed vocabulary of {self.vocab_size}")
+        if any(self.rows(table) > INT64_MAX for table in range(tables)):
+            raise ValueError("a table has more rows than 64-bit row ids can number; use fewer rows per head")
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        variant: str,
+        layers: Sequence[int],
+        raw_vocab_size: int,
+        compressed_vocab_size: int | None,
+        orders: Sequence[int],
+        heads: int,
+        rows_per_head: int | Sequence[int],
+        boundary: Boundary,
+        pad_id: int,
+        hash: Hash,
+        seed: int,
+        seeding_ids: Sequence[int] | None = None,
+        row_multiple: int = 1,
+        compression_digest: str | None = None,
+        tokenizer_fingerprint: str | None = None,
+    ) -> "NgramAddressing":
+        """Choose primes and multipliers.
+
+        `rows_per_head` (one number, or one for each order) is where the search for primes begins: a table has a few
+        rows more than it says. `pad_id` is an id of the addressed vocabulary. `seeding_ids` defaults to the layers for
+        `pcg64` (counted from 0, as V4.1 does) and to 0, 1, .. for `splitmix64`.
+        """
+        bases = [rows_per_head] * len(orders) if isinstance(rows_per_head, int) else list(rows_per_head)
+        if len(bases) != len(orders):
+            raise ValueError(f"rows_per_head has {len(bases)} entries for {len(orders)} n-gram orders")
+        if min(bases, default=1) < 1 or max(bases, default=1) > INT64_MAX // (2 * max(1, len(orders) * heads)):
+            raise ValueError(f"rows_per_head must be positive, and the ids of all heads fit in 64 bits: {bases}")
+        if seeding_ids is None:
+            seeding_ids = layers if hash == "pcg64" else range(len(layers))
+        vocab_size = raw_vocab_size if compressed_vocab_size is None else compressed_vocab_size
+        if vocab_size < 1:
+            raise ValueError(f"the addressed vocabulary must have ids: {vocab_size}")
+        draw = pcg64_multipliers if hash == "pcg64" else splitmix64_multipliers
+        return cls(
+            variant=variant,
+            hash=hash,
+            boundary=boundary,
+            orders=tuple(orders),
+            heads=heads,
+            pad_id=pad_id,
+            raw_vocab_size=raw_vocab_size,
+            compressed_vocab_size=compressed_vocab_size,
+            seed=seed,
+            layers=tuple(layers),
+            seeding_ids=tuple(seeding_ids),
+            multipliers=tuple(draw(seed, number, max(orders), vocab_size) for number in seeding_ids),
+            sizes=prime_sizes(len(layers), bases, heads),
+            row_multiple=row_multiple,
+            compression_digest=compression_digest,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of the addressed vocabulary."""
+        return self.raw_vocab_size if self.compressed_vocab_size is None else self.compressed_vocab_size
+
+    @property
+    def context(self) -> int:
+        """Tokens of look-back: the largest order less one."""
+        return self.orders[-1] - 1
+
+    @property
+    def total_heads(self) -> int:
+        """Rows that one token addresses in one table."""
+        return len(self.orders) * self.heads
+
+    def offsets(self, table: int) -> tuple[int, ...]:
+        """First row of each head in the table."""
+        sizes = self.sizes[table]
+        return tuple(sum(sizes[:head]) for head in range(len(sizes)))
+
+    def rows(self, table: int) -> int:
+        """Rows that heads address."""
+        return sum(self.sizes[table])
+
+    def padded_rows(self, table: int) -> int:
+        """Rows of the table as it is stored."""
+        return -(-self.rows(table) // self.row_multiple) * self.row_multiple
+
+    def row_ids(
+        self, table: int, ids: Tensor, document_ids: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        """Rows of one table for every token: int64 [B, T, total_heads], all MISSING where the token is missing.
+
+        Args:
+            ids: int64 [B, T], ids of the addressed vocabulary, below 0 where a token is missing.
+            document_ids: int64 [B, T], for the boundary `document`. Default: a row is one document.
+            context: int64 [B, N-1], the state that `next_context` returned for the tokens before; it belongs to the
+                document of a row's first token. Default: a row begins its sequence.
+        """
+        history, documents = self._history(ids, document_ids, context)
+        constants = (self.orders, self.multipliers[table], self.sizes[table], self.offsets(table))
+        if ids.is_cuda and _ngram_ids is not None:
+            return _ngram_ids(history, documents, *constants, self.boundary, self.pad_id)
+        return _row_ids(history, documents, *constants, self.boundary, self.pad_id)
+
+    def row_ids_numpy(
+        self,
+        table: int,
+        ids: "np.ndarray[Any, Any]",
+        document_ids: "np.ndarray[Any, Any] | None" = None,
+        context: "np.ndarray[Any, Any] | None" = None,
+    ) -> "np.ndarray[Any, Any]":
+        """`row_ids` for numpy arrays."""
+        batch, tokens = ids.shape
+        grams = self._grams(ids, document_ids, context)
+        products = grams * np.array(self.multipliers[table], dtype=np.int64)
+        mixes = np.bitwise_xor.accumulate(products, axis=-1)[..., [order - 1 for order in self.orders]]
+        shape = (len(self.orders), self.heads)
+        sizes = np.array(self.sizes[table], dtype=np.int64).reshape(shape)
+        offsets = np.array(self.offsets(table), dtype=np.int64).reshape(shape)
+        rows = (mixes[..., None] % sizes + offsets).reshape(batch, tokens, self.total_heads)
+        rows[ids < 0] = MISSING
+        return rows
+
+    def distinct_grams(
+        self, ids: "np.ndarray[Any, Any]", document_ids: "np.ndarray[Any, Any] | None" = None
+    ) -> list[int]:
+        """How many different n-grams end at these tokens [B, T], none missing, for each order."""
+        grams = self._grams(ids, document_ids, None).reshape(-1, self.context + 1)
+        number, counts = grams[:, 0], []
+        for back in range(1, self.context + 1):
+            # Numbering the shorter n-grams first keeps the product with the vocabulary within 64 bits.
+            distinct, number = np.unique(number * self.vocab_size + grams[:, back], return_inverse=True)
+            if back + 1 in self.orders:
+                counts.append(len(distinct))
+        return counts
+
+    def _grams(
+        self,
+        ids: "np.ndarray[Any, Any]",
+        document_ids: "np.ndarray[Any, Any] | None",
+        context: "np.ndarray[Any, Any] | None",
+    ) -> "np.ndarray[Any, Any]":
+        """[B, T, N]: a token and those before it, nearest first; pad_id where they are missing or out of bounds."""
+        batch, tokens = ids.shape
+        before = np.full((batch, self.context), MISSING, dtype=np.int64) if context is None else context
+        history = np.concatenate((before, ids.astype(np.int64)), axis=1)
+        if document_ids is None:
+            document_ids = np.zeros((batch, tokens), dtype=np.int64)
+        documents = np.concatenate((np.repeat(document_ids[:, :1], self.context, axis=1), document_ids), axis=1)
+        # [B, T, N], the token itself first.
+        grams = np.lib.stride_tricks.sliding_window_view(history, self.context + 1, axis=1)[..., ::-1]
+        homes = np.lib.stride_tricks.sliding_window_view(documents, self.context + 1, axis=1)[..., ::-1]
+        present = grams >= 0
+        if self.boundary == "document":
+            present = present & (homes == homes[..., :1])
+        elif self.boundary == "eos":
+            present = present & (grams != self.pad_id)
+        present = present.copy()
+        present[..., 0] = True
+        if self.boundary != "none":
+            present = np.logical_and.accumulate(present, axis=-1)
+        return np.where(present, grams, self.pad_id)
+
+    def start(self, batch: int, device: torch.device | str | None = None) -> Tensor:
+        """The state before a sequence's first token, int64 [B, N-1]."""
+        return torch.full((batch, self.context), MISSING, dtype=torch.int64, device=device)
+
+    def next_context(self, ids: Tensor, document_ids: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """The state after these tokens, int64 [B, N-1]: the last N-1 ids, MISSING where a token of another document
+        than the last one stood. Arguments as for `row_ids`."""
+        history, documents = self._history(ids, document_ids, context)
+        last = history[:, history.shape[1] - self.context :]
+        if self.boundary == "document" and documents is not None:
+            homes = documents[:, documents.shape[1] - self.context :]
+            last = last.masked_fill(homes != homes[:, -1:], MISSING)
+        return last.clone()
+
+    def _history(
+        self, ids: Tensor, document_ids: Tensor | None, context: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Ids, and documents where they matter, with N-1 tokens of look-back before them: [B, N-1+T]."""
+        assert ids.dtype == torch.int64, f"token ids are int64, not {ids.dtype}"
+        before = self.start(len(ids), ids.device) if context is None else context
+        assert before.shape == (len(ids), self.context), f"context has shape {tuple(before.shape)}"
+        history = torch.cat((before, ids), dim=1)
+        if self.boundary != "document" or document_ids is None:
+            return history, None
+        return history, torch.cat((document_ids[:, :1].expand(-1, self.context), document_ids), dim=1)
+
+    def to_manifest(self) -> dict[str, Any]:
+        """Plain data for JSON or YAML."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any]) -> "NgramAddressing":
+        """The addressing of `to_manifest`. Raises ValueError for missing, unknown or inconsistent fields."""
+        names = {field.name for field in fields(cls)}
+        if wrong := sorted(names ^ set(manifest)):
+            raise ValueError(f"the addressing manifest has missing or unknown fields: {', '.join(wrong)}")
+        try:
+            return cls(**{name: _frozen(value) for name, value in manifest.items()})
+        except (TypeError, IndexError) as error:
+            raise ValueError(f"the addressing manifest cannot be read: {error}") from error
+
+
+def differences(one: "NgramAddressing | Mapping[str, Any]", other: "NgramAddressing | Mapping[str, Any]") -> list[str]:
+    """Names of the fields in which two addressings, or their manifests, differ; empty if tables may be exchanged."""
+    first, second = (item.to_manifest() if isinstance(item, NgramAddressing) else item for item in (one, other))
+    absent = object()
+    names = [*first, *(name for name in second if name not in first)]
+    return [name for name in names if _plain(first.get(name, absent)) != _plain(second.get(name, absent))]
+
+
+def _row_ids(
+    history: Tensor,
+    documents: Tensor | None,
+    orders: Sequence[int],
+    multipliers: Sequence[int],
+    sizes: Sequence[int],
+    offsets: Sequence[int],
+    boundary: str,
+    pad_id: int,
+) -> Tensor:
+    """history int64 [B, N-1+T] -> rows [B, T, heads]."""
+    context = len(multipliers) - 1
+    tokens = history.shape[1] - context
+    heads = len(sizes) // len(orders)
+    size_table = torch.tensor(sizes, device=history.device).view(len(orders), heads)
+    offset_table = torch.tensor(offsets, device=history.device).view(len(orders), heads)
+
+    current = history[:, context:]
+    mix = current.clamp_min(0) * multipliers[0]
+    within: Tensor | None = None  # whether look-back has not met a boundary yet
+    rows = history.new_empty(len(history), tokens, len(sizes))
+    for back in range(1, context + 1):
+        start = context - back
+        past = history[:, start : start + tokens]
+        present = past >= 0
+        if boundary == "eos":
+            present &= past != pad_id
+        elif documents is not None:
+            present &= documents[:, start : start + tokens] == documents[:, context:]
+        if boundary != "none":
+            within = present if within is None else within & present
+            present = within
+        mix = mix ^ (torch.where(present, past, pad_id) * multipliers[back])
+        if back + 1 in orders:
+            order = orders.index(back + 1)
+            part = rows[..., order * heads : (order + 1) * heads]
+            torch.remainder(mix[..., None], size_table[order], out=part).add_(offset_table[order])
+    return rows.masked_fill_((current < 0)[..., None], MISSING)
+
+
+def _kernel() -> Any:
+    try:
+        from kmem_kernels.ngram_ids.op import ngram_ids
+    except ImportError:  # an exported model brings this file alone; the rows are the same bits
+        return None
+    return ngram_ids
+
+
+_ngram_ids = _kernel()
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, tuple | list) else value

@@ -1,0 +1,241 @@
+"""The n-gram memory of a whole model in one process: token ids to the rows of every layer that has one.
+
+Training reads rows from sharded tables instead (`kmem.tables`); both go through the same `EngramAddresses`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .engram import ConvolutionState, Engram, EngramInput
+from .engram_compression import TokenCompression, compress_vocabulary
+from .engram_hash import prime_sizes
+from .engram_ngrams import MISSING, NgramAddressing
+from .shape import Shape
+
+# Shape letters: B sequences, T tokens, K rows per token and layer, R rows of a table, D values of a row, N largest
+# n-gram order.
+
+RowSource = Callable[[Tensor], Tensor]
+"""Row ids int64 [B, T, K] -> rows [B, T, K, D] on the device of the ids."""
+
+
+def table_name(layer: int) -> str:
+    """Canonical name of a layer's table, [R, D]."""
+    return f"layers.{layer}.engram.table"
+
+
+def table_part_name(layer: int, part: int) -> str:
+    """Name of one of the row ranges in which an export holds a layer's table, [R_i, D]; `RowTable` has them."""
+    return f"{table_name(layer)}.parts.{part}"
+
+
+def table_rows(shape: Shape) -> dict[int, int]:
+    """Rows of every layer's table, padding included; they do not depend on the tokenizer."""
+    engram = shape.engram
+    if engram is None:
+        return {}
+    sizes = prime_sizes(len(engram.layers), _bases(engram), engram.heads)
+    multiple = engram.row_multiple
+    return {layer: -(-sum(row) // multiple) * multiple for layer, row in zip(engram.layers, sizes, strict=True)}
+
+
+@dataclass(frozen=True)
+class EngramAddresses:
+    """From token ids to row ids: a vocabulary's compression, where the model has one, and the hashes."""
+
+    addressing: NgramAddressing
+    compression: TokenCompression | None = None
+
+    def __post_init__(self) -> None:
+        stated = self.addressing.compression_digest
+        found = None if self.compression is None else self.compression.digest
+        if stated != found:
+            raise ValueError(f"compression_digest: the addressing was made for {stated}, this vocabulary gives {found}")
+
+    @classmethod
+    def build(
+        cls, shape: Shape, eos_token_id: int, tokenizer: Any = None, tokenizer_fingerprint: str | None = None
+    ) -> "EngramAddresses":
+        """The addresses of a model.
+
+        Args:
+            eos_token_id: the tokenizer's end of text.
+            tokenizer: from Transformers or tokenizers; needed where the model compresses its vocabulary.
+            tokenizer_fingerprint: identity that the manifest records.
+        """
+        engram = shape.engram
+        compression = None
+        if engram.compression:
+            assert tokenizer is not None, "compressing a vocabulary needs its tokenizer"
+            compression = compress_vocabulary(tokenizer, shape.vocab_size)
+        pad = eos_token_id if engram.pad_token_id is None else engram.pad_token_id
+        addressing = NgramAddressing.build(
+            variant=engram.preset,
+            layers=engram.layers,
+            raw_vocab_size=shape.vocab_size,
+            compressed_vocab_size=None if compression is None else compression.vocab_size,
+            orders=engram.orders,
+            heads=engram.heads,
+            rows_per_head=_bases(engram),
+            boundary=engram.boundary,
+            pad_id=pad if compression is None else int(compression.lookup[pad]),
+            hash=engram.hash,
+            seed=engram.seed,
+            seeding_ids=engram.seeding_ids,
+            row_multiple=engram.row_multiple,
+            compression_digest=None if compression is None else compression.digest,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+        )
+        return cls(addressing, compression)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that have a table, in the order of the tables."""
+        return self.addressing.layers
+
+    def addressed(self, input_ids: Tensor, present: Tensor | None = None) -> Tensor:
+        """Ids of the addressed vocabulary for token ids int64 [B, T]; MISSING where bool `present` [B, T] is False."""
+        ids = input_ids if present is None else input_ids.masked_fill(~present, MISSING)
+        return ids if self.compression is None else self.compression(ids)
+
+    def row_ids(self, layer: int, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """Rows of a layer's table for whole sequences of token ids int64 [B, T], none missing: int64 [B, T, K]."""
+        return self.addressing.row_ids(self.layers.index(layer), self.addressed(input_ids), document_ids)
+
+
+class EngramState:
+    """What a memory keeps of a batch of sequences in generation: the last N-1 addressed ids, and the convolutions'
+    inputs of the layers that have one."""
+
+    def __init__(self, context: Tensor, convolutions: dict[int, ConvolutionState]) -> None:
+        self.context = context
+        """int64 [B, N-1], MISSING before a sequence's first token."""
+        self.convolutions = convolutions
+        self._recorded: Tensor | None = None  # int64 [B, N-1 + tokens since recording began or the last crop]
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return len(self.context)
+
+    def record(self, on: bool) -> None:
+        """Whether to keep what `crop` needs to take back the tokens that follow."""
+        if on != (self._recorded is not None):
+            self._recorded = self.context if on else None
+        for state in self.convolutions.values():
+            state.recording = on
+
+    def advance(self, ids: Tensor, context: Tensor) -> None:
+        """Addressed ids int64 [B, T] were read; the next ones have this context [B, N-1]."""
+        self.context = context
+        if self._recorded is not None:
+            self._recorded = torch.cat((self._recorded, ids), dim=1)
+
+    def crop(self, tokens: int) -> None:
+        """Take back the last `tokens` tokens, and begin recording anew.
+
+        Raises:
+            ValueError: fewer were recorded.
+        """
+        length = self.context.shape[1]
+        recorded = 0 if self._recorded is None else self._recorded.shape[1] - length
+        if tokens > recorded:
+            raise ValueError(
+                f"{tokens} tokens are to be taken back and the n-gram memory has recorded {recorded}: call "
+                "activate_past_recording() of the cache before they are read"
+            )
+        if self._recorded is None:
+            return
+        self._recorded = self._recorded[:, recorded - tokens : recorded - tokens + length]
+        self.context = self._recorded
+        for state in self.convolutions.values():
+            state.crop(tokens)
+
+    def reorder(self, order: Tensor) -> None:
+        """Keep the sequences `order` int64 [B'], as beam search asks; one may be taken several times."""
+        order = order.to(self.context.device)
+        self.context = self.context.index_select(0, order)
+        if self._recorded is not None:
+            self._recorded = self._recorded.index_select(0, order)
+        for state in self.convolutions.values():
+            state.reorder(order)
+
+
+class EngramReader:
+    """Addresses and row sources of a whole model.
+
+    Args:
+        addresses: of the model.
+        sources: where each layer's rows are read.
+        modules: the layers' Engram modules, asked for the state of their convolutions.
+    """
+
+    def __init__(
+        self, addresses: EngramAddresses, sources: Mapping[int, RowSource], modules: Mapping[int, Engram]
+    ) -> None:
+        self.addresses = addresses
+        self.sources = dict(sources)
+        self._modules = dict(modules)
+
+    def start(self, batch: int, device: torch.device | str | None = None) -> EngramState:
+        """The state before the first tokens of `batch` sequences."""
+        states = {layer: module.start(batch) for layer, module in self._modules.items()}
+        convolutions = {layer: state for layer, state in states.items() if state is not None}
+        return EngramState(self.addresses.addressing.start(batch, device), convolutions)
+
+    def read(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor | None = None,
+        present: Tensor | None = None,
+        state: EngramState | None = None,
+    ) -> dict[int, EngramInput]:
+        """What every layer's memory holds for token ids int64 [B, T].
+
+        Args:
+            document_ids: int64 [B, T]; default: a row is one document.
+            present: bool [B, T], False where a token is padding.
+            state: of the tokens before; advanced in place.
+        """
+        addressing = self.addresses.addressing
+        ids = self.addresses.addressed(input_ids, present)
+        context = None if state is None else state.context
+        found = {}
+        for table, layer in enumerate(addressing.layers):
+            rows = addressing.row_ids(table, ids, document_ids, context)
+            # A missing token reads row 0, and its update is masked.
+            values = self.sources[layer](rows if present is None else rows.clamp_min(0))
+            convolution = None if state is None else state.convolutions.get(layer)
+            found[layer] = EngramInput(values.flatten(-2), present, document_ids, convolution)
+        if state is not None:
+            state.advance(ids, addressing.next_context(ids, document_ids, context))
+        return found
+
+
+class RowTable(nn.Module):
+    """A table in device memory, in one or several consecutive parts [R_i, D]."""
+
+    def __init__(self, parts: list[int], dim: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList(nn.Parameter(torch.empty(rows, dim, dtype=dtype)) for rows in parts)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Row ids int64 [..] -> rows [.., D]."""
+        if len(self.parts) == 1:
+            return self.parts[0][rows]
+        flat = rows.flatten()
+        out, start = self.parts[0].new_empty(len(flat), self.parts[0].shape[1]), 0
+        for part in self.parts:
+            here = ((flat >= start) & (flat < start + len(part))).nonzero().squeeze(1)
+            out.index_copy_(0, here, part[flat[here] - start])
+            start += len(part)
+        return out.view(*rows.shape, -1)
+
+
+def _bases(engram: Any) -> list[int]:
+    bases = engram.rows_per_head
+    return [bases] * len(engram.orders) if isinstance(bases, int) else list(bases)

@@ -1,0 +1,233 @@
+"""The tables of a stage through a step: begun ahead, looked up, committed or skipped.
+
+Every rank of a stage owns a range of each table's rows. The ids of a step follow from its batches, which every stage
+reads for itself, so rows are fetched while earlier steps are computed.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kmem.checkpoint.pieces import Pieces
+from kmem.config import Config, RowOptimizerConfig, TableConfig, UserError
+from kmem.data.batch import SequenceBatch
+from kmem.parallel.mesh import Mesh, any_rank, run_on_all_ranks
+from kmem.tables.exchange import Exchange, join_groups
+from kmem.tables.stores import StoreError, available_host_memory, gib
+from kmem.tables.table import Table, Ticket
+from kmem.tables.table_spec import TableSpec, row_bytes
+from kmem.tables.worker import TableWorker
+from kmem.tables.working_set import WorkingSet
+
+
+class StageTable(Protocol):
+    """A table of this stage: what it is, and which of its rows a step reads."""
+
+    section: str
+    """Name of its section of the configuration."""
+    settings: TableConfig
+    """How it is kept."""
+    optimizer: RowOptimizerConfig | None
+    """Of its rows; None where they are frozen."""
+    norm_group: dist.ProcessGroup | None
+    """Ranks over which the norm of a gradient that is clipped is summed; None: those of the stage."""
+
+    def spec(self, config: Config) -> TableSpec:
+        """The table."""
+
+    def ids(self, batches: Sequence[SequenceBatch]) -> Tensor:
+        """Row ids int64 [M, B, T, K] of micro-batches, on the host; called by the memory's worker."""
+
+    def pieces(self, table: Table) -> dict[str, dict[str, Pieces]]:
+        """Canonical name -> array (`rows`, its optimizer's state, `step`) -> this rank's part of it."""
+
+
+@dataclass
+class BegunStep:
+    """The micro-batches of a step on this rank, whose rows are on their way."""
+
+    micro_batches: list[SequenceBatch]
+    tickets: dict[str, Ticket] = field(default_factory=dict)
+    """By name, of this stage's tables."""
+
+
+class StageTables:
+    """The tables of this stage, one worker thread for all of them. Every rank of the world builds one.
+
+    Args:
+        stage_tables: of this stage, in the same order on all of its ranks; may be none.
+        initialise: draw the first rows; False where a checkpoint will be loaded.
+
+    Raises:
+        UserError: a table does not fit its store; on every rank alike, with the numbers.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        stage_tables: Sequence[StageTable],
+        device: torch.device,
+        initialise: bool = True,
+    ) -> None:
+        self._scale = 1.0 / mesh.data
+        self.tables: dict[str, Table] = {}
+        """By name."""
+        self._of: dict[str, StageTable] = {}
+        self._ahead: list[BegunStep] = []
+        """Steps that are begun and not yet active, some of whose tables may not be fetched so far ahead."""
+        self._worker: TableWorker | None = None
+        seconds = config.parallel.timeout_seconds
+        stages = [range(stage * mesh.data, (stage + 1) * mesh.data) for stage in range(mesh.pipeline)]
+        group = join_groups(stages, seconds)  # by every rank, also of stages without a memory
+        if stage_tables:
+            # A lost rank shows in the group first, with a better message than a job that never ends.
+            self._worker = TableWorker(Exchange(group), seconds + 60.0)
+        try:
+            self._build(config, stage_tables, device)
+            if initialise:
+                self.initialise()
+        except BaseException as error:
+            self.close(error)
+            raise
+
+    def _build(self, config: Config, stage_tables: Sequence[StageTable], device: torch.device) -> None:
+        """Allocate all tables of the world, or none."""
+        planned = [(table.spec(config), table) for table in stage_tables]
+        run_on_all_ranks(lambda: _check_host_memory(planned, self._scale))
+        worker = self._worker
+
+        def build() -> None:
+            for spec, table in planned:
+                assert worker is not None
+                if spec.folder is not None:
+                    try:
+                        spec.folder.mkdir(parents=True, exist_ok=True)
+                    except OSError as error:
+                        problem = f"{table.section}.folder: {spec.folder} cannot be made ({error.strerror})"
+                        raise UserError(problem) from error
+                settings = table.settings
+                self._of[spec.name] = table
+                self.tables[spec.name] = Table(
+                    spec, table.optimizer, worker, device, settings.staleness, settings.prefetch_depth,
+                    settings.threads, initialise=False, norm_group=table.norm_group,
+                )  # fmt: skip
+
+        run_on_all_ranks(build)
+
+    def initialise(self, kind: type | None = None) -> None:
+        """Draw the first rows of all tables, or of those of one kind, however long that takes: ranks that are through
+        with theirs, or have none, wait in short collectives, none of which meets its timeout."""
+        tables = [table for name, table in self.tables.items() if kind is None or isinstance(self._of[name], kind)]
+        jobs = [self._worker.submit(table.initialise) for table in tables if self._worker is not None]
+        waiting = True
+        while waiting:
+            done, _ = wait(jobs, timeout=1.0)
+            (waiting,) = any_rank([len(done) < len(jobs)])
+        for job in jobs:
+            job.result()
+
+    def count_updates(self) -> None:
+        """Of rows that count theirs, after a load from a checkpoint without counts; see `Table.count_updates`."""
+        for name, table in self.tables.items():
+            optimizer = self._of[name].optimizer
+            if optimizer is not None and optimizer.counts_updates:
+                table.count_updates()
+
+    def begin(self, micro_batches: Sequence[SequenceBatch]) -> BegunStep:
+        """Start fetching the rows of a step; all ranks of the stage begin the same steps in the same order. A table
+        whose own depth is less than the number of steps begun starts later."""
+        step = BegunStep(list(micro_batches))
+        self._ahead.append(step)
+        self._fetch_ahead()
+        return step
+
+    def _fetch_ahead(self) -> None:
+        for name, table in self.tables.items():
+            for step in self._ahead:
+                if name not in step.tickets and table.in_flight <= table.depth:
+                    step.tickets[name] = table.begin(self._ids(name, step.micro_batches))
+
+    def activate(self, step: BegunStep) -> dict[str, WorkingSet]:
+        """Wait for a step's rows, by table; the step before must have been committed or skipped."""
+        self._fetch_ahead()
+        assert self._ahead[0] is step, "steps are trained in the order in which they are begun"
+        del self._ahead[0]
+        return {name: ticket.result() for name, ticket in step.tickets.items()}
+
+    def commit(self, step: BegunStep, learning_rate: float) -> None:
+        """Queue the update of a step's rows, those of frozen tables excepted. `learning_rate` is the backbone's."""
+        for name, ticket in step.tickets.items():
+            optimizer = self._of[name].optimizer
+            rate = 0.0 if optimizer is None else learning_rate * optimizer.lr_multiplier
+            ticket.commit(self._scale, rate, skip=optimizer is None)
+
+    def evaluate(self, micro_batches: Sequence[SequenceBatch]) -> dict[str, WorkingSet]:
+        """Read-only rows as the last commit left them; steps in flight do not notice."""
+        return {name: table.evaluate(self._ids(name, micro_batches)()) for name, table in self.tables.items()}
+
+    def pieces(self) -> dict[str, dict[str, Pieces]]:
+        """Canonical name -> array (`rows`, its optimizer's state, `step`) -> this rank's part of it."""
+        found: dict[str, dict[str, Pieces]] = {}
+        for name, table in self.tables.items():
+            found |= self._of[name].pieces(table)
+        return found
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Skip what is in flight and give back the memory. After an error that other ranks may not share, nothing is
+        exchanged any more."""
+        if self._worker is None:
+            return
+        if error is not None:
+            self._worker.fail(error)
+        for table in self.tables.values():
+            table.close()
+        self._worker.close()
+        self._worker = None
+
+    def _ids(self, name: str, batches: Sequence[SequenceBatch]) -> Callable[[], Tensor]:
+        """Row ids, computed where the function is called: by the worker, beside the running step."""
+        return lambda: self._of[name].ids(batches)
+
+
+def _check_host_memory(planned: Sequence[tuple[TableSpec, StageTable]], share: float) -> None:
+    """Refuse tables that the ranks of a machine together have no memory for: each alone might fit.
+
+    Args:
+        share: of a table's rows that a rank holds.
+    """
+    bytes_of_rank = sum(
+        int(spec.rows * share) * row_bytes(spec, table.optimizer) for spec, table in planned if spec.store == "host"
+    )
+    sections = sorted({table.section for _, table in planned})
+    everyone: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
+    dist.all_gather_object(everyone, (socket.gethostname(), bytes_of_rank))
+    needed = sum(size for host, size in everyone if host == socket.gethostname())
+    available = available_host_memory()
+    if needed > available:
+        raise StoreError(
+            f"{' and '.join(f'{name}.store' for name in sections)}: the tables of this machine's ranks need "
+            f"{gib(needed)} of host memory for rows and their optimizer state, and {gib(int(available))} are available "
+            f"on {socket.gethostname()}; use more machines, fewer rows, dtype=bf16 or store=mmap"
+        )
+
+
+def mapped_folder(config: Config, settings: TableConfig, section: str) -> Path:
+    """Where the mapped tables of a section of the configuration lie; local to the machine."""
+    if settings.folder is None:
+        return Path(config.folder) / config.name / section
+    return Path(os.path.expanduser(settings.folder)) / config.name
+
+
+def finite(working_sets: Mapping[str, WorkingSet]) -> bool:
+    """Whether no row gradient of this rank is infinite or NaN."""
+    flags = [working_set.finite() for working_set in working_sets.values()]
+    return bool(torch.stack(flags).all()) if flags else True

@@ -1,0 +1,201 @@
+"""Sinkhorn-balanced momentum (DeepSeek-V4.1 report, arXiv 2609.19969), streamed: no matrix beside the momentum itself.
+
+The balanced matrix is diag(r) H diag(c), and after a row pass r is determined by c: r_i = 1 / ||H_i * c||. So a column
+pass with the row pass before it is one sweep over H that needs the vector c alone, and adds up one vector of column
+squares, which the ranks of the table sum.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kmem.config import RowOptimizerConfig
+from kmem.tables.row_optimizers import kernels
+from kmem.tables.row_optimizers.reference import missed_steps_decay
+from kmem.tables.row_optimizers.update import RowUpdate, host_columns, take_missed_steps, write_rows
+from kmem.tables.stores import Store, chunk_ranges
+
+_EPS = 1e-20
+
+
+class Sweep(Protocol):
+    """Passes over H = beta * M + (1 - beta) * G in fp64, computed again in every pass from the momentum M [rows, D]."""
+
+    dim: int
+
+    def first(self) -> np.ndarray:
+        """Update the momentum, M <- beta * M + (1 - beta) * G: fp64 [sum of the norms of H's rows, their number]."""
+        ...
+
+    def column_squares(self, scales: np.ndarray, least: float) -> np.ndarray:
+        """fp64 [D]: of H with its columns scaled and every row divided by its norm; rows whose own norm is at most
+        `least` are 0."""
+        ...
+
+    def move(self, scales: np.ndarray, least: float, factor: float) -> None:
+        """Add that matrix times `factor` to the rows; those that do not move keep their bits."""
+        ...
+
+
+def sinkhorn_step(settings: RowOptimizerConfig, sweep: Sweep, rate: float, sum_over_ranks: Callable) -> None:
+    """One step: of all rows (`dense`) or of the update's rows, whose momentum is decayed for the steps they missed.
+
+    Collective: (passes - 1) / 2 sums of D numbers and one of two over the ranks of the table.
+
+    Args:
+        rate: the learning rate.
+        sum_over_ranks: adds up a small fp64 array over all ranks that share the table, in place.
+    """
+    rho = sweep.first()
+    sum_over_ranks(rho)
+    least = settings.threshold * float(rho[0]) / max(float(rho[1]), 1.0)
+    scales = np.ones(sweep.dim)
+    for _ in range(settings.passes // 2):
+        squares = sweep.column_squares(scales, least)
+        sum_over_ranks(squares)
+        # The columns of U are (H_ij r_i) c_j and are divided by their norms.
+        scales = scales / (np.sqrt(squares) + _EPS)
+    sweep.move(scales, least, -settings.gamma * rate * sweep.dim**0.5)
+
+
+class HostSweep:
+    """Compiled loops, one row at a time.
+
+    Args:
+        rounding: of bf16 rows: the table's number of the store's row 0, the random stream, and whether it is used.
+    """
+
+    def __init__(
+        self, settings: RowOptimizerConfig, store: Store, update: RowUpdate, rounding: tuple[int, np.uint64, bool]
+    ) -> None:
+        self._settings, self._store, self._update = settings, store, update
+        self._rounding = rounding
+        self._momentum = host_columns(store, "momentum")
+        self.dim = store["momentum"].shape[1]
+        self._scalars = np.float32(update.scale), np.float32(settings.momentum), np.float32(1 - settings.momentum)
+
+    def first(self) -> np.ndarray:
+        sums = np.zeros(2)
+        if not self._settings.dense:
+            missed = take_missed_steps(self._store, self._update)
+            decays = missed_steps_decay(self._settings.momentum, missed + 1).reshape(-1)
+        for part, rows, sources in self._chunks():
+            if self._settings.dense:
+                decay = np.full(len(rows), self._settings.momentum, np.float32)
+            else:
+                decay = decays[part]
+            sums[0] += kernels.sinkhorn_first(
+                *self._momentum, rows, sources, self._update.gradients, decay, *self._scalars
+            )
+            sums[1] += len(rows)
+        return sums
+
+    def column_squares(self, scales: np.ndarray, least: float) -> np.ndarray:
+        squares = np.zeros(self.dim)
+        for _, rows, sources in self._chunks():
+            kernels.sinkhorn_columns(
+                squares, *self._momentum, rows, sources, self._update.gradients, *self._scalars, scales, least, _EPS
+            )
+        return squares
+
+    def move(self, scales: np.ndarray, least: float, factor: float) -> None:
+        table = host_columns(self._store, "rows")
+        in_bf16 = self._store["rows"].dtype == torch.bfloat16
+        move, rounding = (kernels.sinkhorn_move_bf16, self._rounding) if in_bf16 else (kernels.sinkhorn_move_fp32, ())
+        for _, rows, sources in self._chunks():
+            move(
+                *table, *self._momentum, rows, sources, self._update.gradients, *self._scalars, scales, least, _EPS,
+                factor, *rounding,
+            )  # fmt: skip
+
+    def _chunks(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """Places, local rows and the places of their gradients, -1 for rows without one."""
+        count = self._store.rows if self._settings.dense else len(self._update.rows)
+        for start, stop in chunk_ranges(count, 8 * self.dim):
+            if not self._settings.dense:
+                yield slice(start, stop), self._update.rows[start:stop], np.arange(start, stop)
+                continue
+            a, b = np.searchsorted(self._update.rows, [start, stop])
+            sources = np.full(stop - start, -1)
+            sources[self._update.rows[a:b] - start] = np.arange(a, b)
+            yield slice(start, stop), np.arange(start, stop), sources
+
+
+class DeviceSweep:
+    """Torch operations, a chunk at a time.
+
+    Args:
+        noise: local rows -> [U, D] uint16 random bits, or None to round to nearest.
+    """
+
+    def __init__(
+        self,
+        settings: RowOptimizerConfig,
+        store: Store,
+        update: RowUpdate,
+        noise: Callable[[np.ndarray], np.ndarray | None],
+    ) -> None:
+        self._settings, self._store, self._update, self._noise = settings, store, update, noise
+        self._momentum = store["momentum"]
+        self.dim, self._device = self._momentum.shape[1], self._momentum.device
+        self._count = store.rows if settings.dense else len(update.rows)
+
+    def first(self) -> np.ndarray:
+        beta, sums = self._settings.momentum, np.zeros(2)
+        if not self._settings.dense:
+            decay = missed_steps_decay(beta, take_missed_steps(self._store, self._update) + 1)
+        for start, stop in chunk_ranges(self._count, 8 * self.dim):
+            if self._settings.dense:
+                self._momentum[start:stop] *= beta
+            else:
+                rows = torch.from_numpy(self._update.rows[start:stop]).to(self._device)
+                self._momentum[rows] *= torch.from_numpy(decay[start:stop]).to(self._device)
+            touched, gradients = self._gradients(start, stop)
+            self._momentum[touched] += gradients * (1 - beta)
+            norms = (self._chunk(start, stop)[0] ** 2).sum(1).sqrt()
+            sums += [float(norms.sum()), len(norms)]
+        return sums
+
+    def column_squares(self, scales: np.ndarray, least: float) -> np.ndarray:
+        squares = torch.zeros(self.dim, dtype=torch.float64, device=self._device)
+        for start, stop in chunk_ranges(self._count, 8 * self.dim):
+            balanced = self._by_rows(self._chunk(start, stop)[0], scales, least)
+            squares += (balanced * balanced).sum(0)
+        return squares.cpu().numpy()
+
+    def move(self, scales: np.ndarray, least: float, factor: float) -> None:
+        table = self._store["rows"]
+        for start, stop in chunk_ranges(self._count, 8 * self.dim):
+            h, rows = self._chunk(start, stop)
+            change = self._by_rows(h, scales, least) * factor
+            moving = change.any(1)
+            rows = rows[moving.cpu().numpy()]
+            where = torch.from_numpy(rows).to(self._device)
+            write_rows(table, where, table[where].float() + change[moving].float(), self._noise(rows))
+
+    def _by_rows(self, h: Tensor, scales: np.ndarray, least: float) -> Tensor:
+        live = (h * h).sum(1).sqrt() > least
+        scaled = h * torch.from_numpy(scales).to(self._device)
+        return scaled * (live / ((scaled * scaled).sum(1).sqrt() + _EPS))[:, None]
+
+    def _gradients(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Local rows with a gradient in a chunk, and that gradient."""
+        a, b = start, stop
+        if self._settings.dense:
+            a, b = np.searchsorted(self._update.rows, [start, stop])
+        rows = torch.from_numpy(self._update.rows[a:b]).to(self._device)
+        return rows, torch.as_tensor(self._update.gradients[a:b]).to(self._device) * self._update.scale
+
+    def _chunk(self, start: int, stop: int) -> tuple[Tensor, np.ndarray]:
+        touched, gradients = self._gradients(start, stop)
+        if self._settings.dense:
+            rows = np.arange(start, stop)
+            h = self._momentum[start:stop] * self._settings.momentum
+            h[touched - start] += gradients * (1 - self._settings.momentum)
+        else:
+            rows = self._update.rows[start:stop]
+            h = self._momentum[touched] * self._settings.momentum + gradients * (1 - self._settings.momentum)
+        return h.double(), rows

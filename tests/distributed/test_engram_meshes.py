@@ -1,0 +1,199 @@
+"""N-gram memory in the pipeline: the loss curve of plain PyTorch on every mesh, whatever is fetched ahead."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kmem.config import parse_config
+from kmem.model.decoder import Decoder
+from kmem.model.engram_reader import EngramReader, table_name, table_rows
+from kmem.model.init import initialise_
+from kmem.model.mask import document_mask
+from kmem.model.shape import Shape
+from kmem.tables import counter_random
+from tests.distributed.training_case import small_config, synthetic_addresses, synthetic_sequences, train_case
+
+STEPS = 8
+EXPERTS = {"num_experts": 4, "top_k": 2, "intermediate_size": 32, "first_dense_layers": 1}
+
+
+def engram_config(**changes):
+    """Two tables, on the middle of the model, with everything that a boundary or a branch could break."""
+    engram = {
+        "layers": [1, 2],
+        "orders": [2, 3],
+        "heads": 2,
+        "rows_per_head": 40,
+        "row_dim": 8,
+        "boundary": "document",
+        "init_std": 0.3,
+    }
+    defaults = {
+        "model__moe": EXPERTS,
+        "model__engram": engram,
+        "model__hyper_connections": {"branches": 2},
+        "engram__optimizer__betas": [0.9, 0.99],
+        # Two things multiply rounding: Adam makes a full step of a gradient that is 0 but for rounding, and the gate's
+        # square root has a slope of 40 at a score of 1e-5, of which fp32 knows two digits. So a larger eps, and a seed
+        # under which no token's score comes so near to 0 in these steps.
+        "engram__optimizer__eps": 1e-5,
+        "train__init_seed": 1,
+        "train__optimizer__lr": 0.003,
+    }
+    return small_config(**{**defaults, **changes})
+
+
+MESHES = {
+    "one": (1, {}),
+    "pipeline": (2, {"parallel__pipeline": 2}),
+    "data": (2, {}),
+    "expert": (2, {"parallel__expert": 2}),
+    "pipeline-expert-data": (4, {"parallel__pipeline": 2, "parallel__expert": 2}),
+    "four-stages": (4, {"parallel__pipeline": 4}),
+}
+VARIANTS = {
+    "plain": {},
+    "recompute": {"train__activation_checkpointing": True},
+    "micro-batch-1": {"train__micro_batch_size": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return plain_training(engram_config())
+
+
+CASES = [
+    # The variants of a mesh that others contain are long cases.
+    pytest.param(mesh, variant, marks=() if variant == "plain" or mesh == "pipeline-expert-data" else pytest.mark.full)
+    for mesh in MESHES
+    for variant in VARIANTS
+]
+
+
+@pytest.mark.parametrize(("mesh", "variant"), CASES)
+def test_loss_curve_and_tables_equal_plain_pytorch(ranks, plain, mesh, variant):
+    world, changes = MESHES[mesh]
+    results = ranks.run(world, train_case, engram_config(**changes, **VARIANTS[variant]), STEPS)
+    losses, norms, tables = plain
+    assert results[0]["losses"] == pytest.approx(losses, abs=1e-6)
+    assert results[0]["norms"] == pytest.approx(norms, rel=1e-4)
+    for name, table in merged(results).items():
+        torch.testing.assert_close(table, tables[name], rtol=0, atol=1e-5)
+
+
+def test_pipeline_depth_prefetch_and_recomputation_are_bitwise(ranks):
+    """At equal data parallelism nothing but the place and the time of the work changes."""
+    for data in (1, 2):
+        reference = None
+        for pipeline, depth, again in [(1, 0, False), (1, 1, False), (1, 3, True), (2, 0, True), (2, 2, False)]:
+            changes = {
+                "engram__prefetch_depth": depth,
+                "train__activation_checkpointing": again,
+                # Stages add up the norm's squares in another order, and ZeRO-1 cuts partitions elsewhere, where
+                # the fused AdamW's vectors end and its last elements round otherwise.
+                "train__optimizer__clip_norm": None,
+                "parallel__zero_stage": 0,
+                "train__init_seed": 0,
+                "train__optimizer__lr": 0.01,
+            }
+            tree = engram_config(parallel__pipeline=pipeline, **changes)
+            results = ranks.run(pipeline * data, train_case, tree, STEPS)
+            found = results[0]["losses"], merged(results)
+            reference = reference or found
+            assert found[0] == reference[0]
+            assert all(torch.equal(found[1][name], table) for name, table in reference[1].items())
+
+
+def test_evaluation_in_between_changes_nothing(ranks):
+    tree = engram_config(engram__prefetch_depth=2)
+    (without,) = ranks.run(1, train_case, tree, STEPS)
+    (between,) = ranks.run(1, train_case, tree, STEPS, 2)
+    assert between["losses"] == without["losses"]
+    assert torch.equal(between["rows"][table_name(1)][1], without["rows"][table_name(1)][1])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__engram__preset": "qwen", "model__engram__boundary": "eos"},
+        {"model__engram__preset": "deepseek-v4.1", "model__hyper_connections": None},
+        {"model__tie_embeddings": True, "engram__store": "mmap"},
+        {"engram__optimizer__name": "adam_catchup", "engram__optimizer__clip_norm": 0.05, "train__init_seed": 2},
+        {"engram__optimizer__name": "sinkhorn_momentum"},
+        {"model__engram__layers": [0, 3], "engram__optimizer__name": "rowwise_adagrad"},
+    ],
+    ids=["qwen", "v4.1", "tied-mapped", "catchup-clipped", "sinkhorn", "first-and-last-layer"],
+)
+@pytest.mark.full
+def test_other_models_on_the_widest_mesh(ranks, tmp_path, changes):
+    changes = {**changes, "engram__folder": str(tmp_path)}
+    one = ranks.run(1, train_case, engram_config(**changes), 5)
+    four = ranks.run(4, train_case, engram_config(parallel__pipeline=2, parallel__expert=2, **changes), 5)
+    assert four[0]["losses"] == pytest.approx(one[0]["losses"], abs=1e-5)
+    for name, table in merged(one).items():
+        torch.testing.assert_close(merged(four)[name], table, rtol=0, atol=1e-4)
+
+
+@pytest.mark.full
+def test_bf16_trains_close_to_fp32(ranks):
+    (fp32,) = ranks.run(1, train_case, engram_config(), STEPS)
+    changes = {"train__precision": "bf16", "engram__dtype": "bf16", "engram__optimizer__stochastic_rounding": True}
+    for world, mesh in ((1, {}), (4, {"parallel__pipeline": 2, "parallel__expert": 2})):
+        result = ranks.run(world, train_case, engram_config(**changes, **mesh), STEPS)[0]
+        assert result["losses"] == pytest.approx(fp32["losses"], abs=0.1)
+
+
+def merged(results):
+    """Whole tables of the ranks' parts, by name."""
+    parts = {}
+    for result in results:
+        for name, (start, rows) in result["rows"].items():
+            parts.setdefault(name, {})[start] = rows
+    return {name: torch.cat([rows for _, rows in sorted(by_start.items())]) for name, by_start in parts.items()}
+
+
+def plain_training(tree):
+    """Autograd, AdamW and SparseAdam on the whole model and the whole batch, written out."""
+    config = parse_config(tree)
+    shape = Shape(config.model.model_dump())
+    model = Decoder(shape)
+    initialise_(model, shape, config.train.init_seed)
+    tables = {}
+    for layer, rows in table_rows(shape).items():
+        stream = counter_random.key(config.train.init_seed, table_name(layer))
+        values = counter_random.normal_rows(0, rows, shape.engram.row_dim, stream, shape.engram.init_std)
+        tables[layer] = torch.nn.Parameter(torch.from_numpy(values))
+    memory = EngramReader(
+        synthetic_addresses(config),
+        {layer: lambda ids, weight=weight: F.embedding(ids, weight, sparse=True) for layer, weight in tables.items()},
+        {layer: model.layers[layer].engram for layer in tables},
+    )
+    optimizer, row_optimizer = config.train.optimizer, config.engram.optimizer
+    named = dict(model.named_parameters())
+    matrices = [p for name, p in named.items() if p.ndim >= 2 and not name.endswith("_norm.weight")]
+    rest = [p for name, p in named.items() if p.ndim < 2 or name.endswith("_norm.weight")]
+    adam = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": optimizer.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps,
+    )  # fmt: skip
+    rate = optimizer.lr * row_optimizer.lr_multiplier
+    sparse = torch.optim.SparseAdam(list(tables.values()), lr=rate, betas=row_optimizer.betas, eps=row_optimizer.eps)
+    batch = config.train.global_batch_size
+    losses, norms = [], []
+    for step in range(STEPS):
+        sequences = synthetic_sequences(list(range(step * batch, (step + 1) * batch)))
+        rows = memory.read(sequences.input_ids, sequences.document_ids)
+        mask = document_mask(sequences.document_ids)
+        logits = model.logits(model(sequences.input_ids, sequences.position_ids, mask, engram=rows))
+        loss = F.cross_entropy(logits.flatten(0, 1), sequences.labels.flatten())
+        for parameter in itertools.chain(model.parameters(), tables.values()):
+            parameter.grad = None
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_norm).item())
+        adam.step()
+        sparse.step()
+        losses.append(loss.item())
+    return losses, norms, {table_name(layer): table.detach() for layer, table in tables.items()}
