@@ -13,9 +13,8 @@ from kmem.config import Config, ConfigError, load_config
 from kmem.config.load import config_folders
 from kmem.config.section import Section
 from kmem.data.questions import QUESTIONS_SUFFIX
-from kmem.model.bank_layout import BankLayout
-from kmem.model.shape import Shape
-from kmem.parallel.parameter_counts import count_parameters
+from kmem.model.memory_kinds import kinds_of
+from kmem.model.parameter_counts import count_parameters
 from kmem.wording import counted
 
 COMPARISON_FILE = "compare.yaml"
@@ -79,11 +78,9 @@ class Comparison(Section):
     equal: Annotated[dict[Quantity, Tolerance], Field(min_length=1)]
     """What must agree with the baseline's, and up to which share of it. Parameters are counted from the modules;
     expert_calls are those of a token in all layers, shared experts included; tokens are those of the whole run."""
-    controls: tuple[Literal["off", "shuffled", "single-row"], ...] = ()
-    """Further evaluations of contestants with memory: `kmem eval --memory`."""
-    bank_controls: tuple[Literal["generic", "none", "blocked"], ...] = ()
-    """Further evaluations of contestants with a memory bank: `kmem eval --bank`. One that is trained on generic blocks
-    only is evaluated with them, and has no other control than none."""
+    controls: tuple[Annotated[str, Field(pattern=r"^[a-z_]+=[a-z-]+$")], ...] = ()
+    """Further evaluations of contestants that have the memory: `kmem eval --control`. A bank that is trained on generic
+    blocks only is evaluated with them, and has no other control than none."""
     questions: bool = False
     """Also ask the questions of the corpus: `kmem eval --questions`."""
     horizons: tuple[PositiveInt, ...] = ()
@@ -220,7 +217,7 @@ def plan(
 
 def measure(config: Config) -> Size:
     """Count a contestant."""
-    counts, model = count_parameters(config.model), config.model
+    counts, model = count_parameters(config.model.shape), config.model
     calls = 0
     if model.moe is not None:
         moe, chain = model.moe, model.moe.chain
@@ -229,14 +226,9 @@ def measure(config: Config) -> Size:
         layers = model.num_layers - moe.first_dense_layers
         calls = layers * (passes * moe.top_k + shared_passes * moe.num_shared_experts)
     read = 0
-    if model.engram is not None:
-        engram = model.engram
-        assert engram.orders is not None
-        assert engram.heads is not None
-        assert engram.row_dim is not None
-        read += len(engram.layers) * len(engram.orders) * engram.heads * engram.row_dim
-    if model.bank is not None:
-        read += BankLayout.of(Shape(model.model_dump())).fetched_values
+    for kind in kinds_of(model.shape):
+        in_layers = sum(kind.row_values(model.shape, layer) for layer in kind.layers(model.shape))
+        read += kind.fetched_values(model.shape) or in_layers
     return Size(
         total=counts.total,
         active=counts.active,

@@ -57,8 +57,8 @@ def collect(
     }
     for run in runs:
         print(f"evaluating {run.label}, seed {run.seed}", flush=True)
-        memory = evaluate(run, comparison, BATCH)
-        figures = {"bits_per_byte": _as_trained(memory)["bits_per_byte"], "memory": memory, **curve(run)}
+        states = evaluate(run, comparison, BATCH)
+        figures = {"bits_per_byte": _as_trained(states)["bits_per_byte"], "states": states, **curve(run)}
         contestants[run.label]["runs"][str(run.seed)] = figures
     seeds = list(dict.fromkeys(str(run.seed) for run in runs))
     base = contestants[comparison.baseline]["runs"]
@@ -100,12 +100,12 @@ def result_tables(comparison: Comparison, results: dict[str, Any]) -> list[Table
     sizes = Table(
         "What each contestant is (parameters without embeddings)",
         (
-            "contestant", "total", "active", "in memory", "memory read at a time", "expert calls per token",
+            "contestant", "total", "active", "in tables", "table values read at a time", "expert calls per token",
             "embedding and head", "tokens",
         ),
         [
             (label, *(f"{found['size'][quantity]:,}" for quantity in (
-                "non_embedding", "active_non_embedding", "memory", "table_read", "expert_calls", "embedding", "tokens"
+                "non_embedding", "active_non_embedding", "tables", "table_read", "expert_calls", "embedding", "tokens"
             )))
             for label, found in contestants.items()
         ],
@@ -167,15 +167,15 @@ def _pair_table(comparison: Comparison, results: dict[str, Any]) -> list[Table]:
     return [Table("Further differences in held-out bits per byte, paired", columns, rows)]
 
 
-def _as_trained(memory: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Of a run's figures by what memory gave, those of the model as it was trained, which come first."""
-    return next(iter(memory.values()))
+def _as_trained(states: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Of a run's figures by what the memories gave, those of the model as it was trained, which come first."""
+    return next(iter(states.values()))
 
 
 def _states(results: dict[str, Any]) -> dict[str, list[str]]:
     """How each contestant was evaluated, first as it was trained."""
     return {
-        label: list(next(iter(found["runs"].values()))["memory"]) for label, found in results["contestants"].items()
+        label: list(next(iter(found["runs"].values()))["states"]) for label, found in results["contestants"].items()
     }
 
 
@@ -187,9 +187,9 @@ def _control_table(results: dict[str, Any]) -> list[Table]:
     rows = []
     for label, own in states.items():
         runs = results["contestants"][label]["runs"].values()
-        spreads = {state: _spread([run["memory"][state]["bits_per_byte"] for run in runs]) for state in own}
+        spreads = {state: _spread([run["states"][state]["bits_per_byte"] for run in runs]) for state in own}
         rows.append((label, *(_pm(spreads[state]) if state in spreads else "" for state in columns)))
-    title = "Controls: held-out bits per byte of the same weights, by what memory gives"
+    title = "Controls: held-out bits per byte of the same weights, by what the memories give"
     return [Table(title, ("contestant", *columns), rows)]
 
 
@@ -211,7 +211,7 @@ def _answers(results: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     for label, own in _states(results).items():
         runs = list(results["contestants"][label]["runs"].values())
         for state in own:
-            asked = [run["memory"][state].get("questions") for run in runs]
+            asked = [run["states"][state].get("questions") for run in runs]
             if all(asked):
                 name = label if len(own) == 1 else f"{label}, {state}"
                 found[name] = {
@@ -261,14 +261,14 @@ def plot(comparison: Comparison, results: dict[str, Any], path: Path) -> None:
 def _source_table(results: dict[str, Any]) -> list[Table]:
     """Held-out figures of each source, where there are several."""
     runs = {label: list(found["runs"].values()) for label, found in results["contestants"].items()}
-    sources = list(_as_trained(next(iter(runs.values()))[0]["memory"]).get("sources", ()))
+    sources = list(_as_trained(next(iter(runs.values()))[0]["states"]).get("sources", ()))
     if not sources:
         return []
     rows = [
         (
             label,
             *(
-                _pm(_spread([_as_trained(run["memory"])["sources"][source]["bits_per_byte"] for run in own]))
+                _pm(_spread([_as_trained(run["states"])["sources"][source]["bits_per_byte"] for run in own]))
                 for source in sources
             ),
         )

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from kmem.bench.compare import Comparison, Run
+from kmem.checkpoint.controls import Choices, parse_controls
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import UserError
-from kmem.eval.bank import BankChoice
+from kmem.model.memory_kinds import kinds_of
 from kmem.parallel.local_launch import launch_local
 
 HELD_OUT = "held_out.json"
-"""In a run's folder: its checkpoint's held-out figures on the whole split, by what memory gave."""
+"""In a run's folder: its checkpoint's held-out figures on the whole split, by what the memories gave."""
 
 
 def is_finished(run: Run) -> bool:
@@ -49,39 +50,31 @@ def evaluate(run: Run, comparison: Comparison, batch: int) -> dict[str, dict[str
     known: dict[str, Any] = {}
     if path.is_file():
         stored = json.loads(path.read_text(encoding="utf-8"))
-        known = stored["memory"] if stored["step"] == run.config.train.steps else {}
+        known = stored["states"] if stored["step"] == run.config.train.steps else {}
     reader = CheckpointReader(run.folder)
     folders = [source.path for source in run.config.data.sources]
     found = {}
-    for state, (memory, bank) in states(run, comparison).items():
+    for state, controls in states(run, comparison).items():
         figures = found[state] = known.setdefault(state, {})
         if not figures:
-            figures |= _whole(held_out_figures(reader, folders, memory, batch=batch, bank=bank))
+            figures |= _whole(held_out_figures(reader, folders, Choices(controls), batch=batch))
         if comparison.questions_file is not None and "questions" not in figures:
-            answers = answered(reader, comparison.questions_file, memory, 4 * batch, bank)
+            answers = answered(reader, comparison.questions_file, Choices(controls), 4 * batch)
             figures["questions"] = [asdict(group) for group in answers]
-        _write(path, {"step": reader.step, "memory": known})
+        _write(path, {"step": reader.step, "states": known})
     return found
 
 
-def states(run: Run, comparison: Comparison) -> dict[str, tuple[str, BankChoice | None]]:
-    """How a run is evaluated, first as it was trained and then its controls, each with what n-gram memory and memory
-    bank give. The names are those of `kmem eval --memory`, or for a model with a bank of `--bank`."""
-    model = run.config.model
-    bank = model.bank
-    found: dict[str, tuple[str, BankChoice | None]] = {}
-    if bank is None:
-        found["on"] = ("on", None)
-    else:
-        trained = bank.default_control
-        only_generic = trained == "generic"
-        found[trained] = ("on", BankChoice(trained))
-        for control in comparison.bank_controls:
-            if control == "none" or not (only_generic or (control == "generic" and not bank.generic.probability)):
-                found[control] = ("on", BankChoice(control))
-    if model.engram is not None:
-        (_, blocks), *_ = found.values()
-        found |= {control: (control, blocks) for control in comparison.controls}
+def states(run: Run, comparison: Comparison) -> dict[str, dict[str, str]]:
+    """How a run is evaluated: "trained", then its controls, as `kmem eval --control` names them."""
+    shape = run.config.model.shape
+    own = {kind.name: kind for kind in kinds_of(shape)}
+    found: dict[str, dict[str, str]] = {"trained": {}}
+    for control in comparison.controls:
+        controls = parse_controls([control], "controls")
+        for name, choice in controls.items():
+            if name in own and choice in own[name].telling_controls(shape):
+                found[control] = controls
     return found
 
 

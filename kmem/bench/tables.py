@@ -80,13 +80,13 @@ def table_runner(tree: dict[str, Any], kind: TokenKind) -> Runner:
 
     config = parse_config(tree)
     addresses = EngramAddresses.build(Shape(config.model.model_dump()), eos_token_id=0)
-    pipeline = Pipeline(config, join_mesh(config), addresses)
+    pipeline = Pipeline(config, join_mesh(config), {"engram": addresses})
     assert pipeline.stage_tables is not None
     own = pipeline.stage_tables.tables
     for table in own.values():
         write_all(table)
     moved = {  # out of the store, and back
-        table.layer: table.row_bytes + own[table_name(table.layer)].spec.dim * torch.float32.itemsize
+        table.number: table.row_bytes + own[table_name(table.number)].spec.dim * torch.float32.itemsize
         for table in tables(config)
     }
     batches = step_batches(config, kind)
@@ -102,15 +102,15 @@ def table_runner(tree: dict[str, Any], kind: TokenKind) -> Runner:
         for table in own.values():
             table.drain()
         seconds = time.perf_counter() - began
-        engram = [result.engram or {} for result in results]
+        engram = [result.memories["engram"] for result in results]
         return {
             "seconds": seconds,
             "losses": [result.loss for result in results],
             **{
-                name: [sum(getattr(figures, name) for figures in step.values()) for step in engram]
+                name: [sum(figures[name] for figures in step.values()) for step in engram]
                 for name in ("stall_ms", "fetch_ms", "owner_ms", "unique_rows")
             },
-            "bytes": [sum(step[layer].unique_rows * size for layer, size in moved.items()) for step in engram],
+            "bytes": [sum(step[str(layer)]["unique_rows"] * size for layer, size in moved.items()) for step in engram],
         }
 
     return run

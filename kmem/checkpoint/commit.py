@@ -66,10 +66,8 @@ class Progress:
     positions: dict[str, int] = field(default_factory=dict)
     """How many sequences were read of each selection of the text (`PreparedData.selection`) since the weights were
     new, or those of `bank_start`; each has an order of its own."""
-    bank_seed: int | None = None
-    """What the first values of a memory bank's blocks were drawn from; None without a bank."""
-    bank_start: str | None = None
-    """The checkpoint whose blocks, and no state of theirs, the run began with; None where the bank was new."""
+    memories: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Kind of memory -> where its rows come from (`MemoryKind.origin`)."""
 
     @property
     def sequences_read(self) -> dict[str, int]:
@@ -88,12 +86,9 @@ class Commit:
     """Canonical name -> shape of every model tensor."""
     tensors: dict[str, StoredTensor]
     files: dict[str, StoredFile]
-    addressing: dict[str, Any] | None = None
-    """Manifest of the n-gram addressing (`NgramAddressing.to_manifest`): without it rows mean nothing. None for a model
-    without tables."""
-    tree: dict[str, Any] | None = None
-    """Description of the cluster tree whose leaves address the memory bank (its tree.json). None for a model without,
-    or where the tree is not known."""
+    manifests: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Kind of memory -> what decides which text reads which row, where that is known: of engram
+    `NgramAddressing.to_manifest`, of a bank the tree.json of its tree. Without it rows mean nothing."""
 
     def write(self, folder: Path) -> None:
         """Write the commit file into a folder whose other files are complete and durable."""
@@ -139,8 +134,7 @@ class Commit:
                 for name, entry in body["tensors"].items()
             },
             files={name: StoredFile(**entry) for name, entry in body["files"].items()},
-            addressing=body.get("addressing"),
-            tree=body.get("tree"),
+            manifests=body["manifests"],
         )
         for name, file in commit.files.items():
             try:

@@ -31,7 +31,7 @@ class Addressed(Protocol):
 
 
 def checkpoint_addresses(reader: Addressed) -> EngramAddresses | None:
-    """The addresses its tables were trained with, None for a model without.
+    """The addresses that its tables were trained with; None for a model without engram.
 
     Raises:
         CheckpointError: it holds no addressing, or its tokenizer now gives another one.
@@ -43,6 +43,7 @@ def checkpoint_addresses(reader: Addressed) -> EngramAddresses | None:
     if not reader.tokenizer_path.is_dir():
         raise CheckpointError(f"{reader.tokenizer_path}: no tokenizer here, which addresses rows; copy the data's")
     addresses = model_addresses(reader.config.model, reader.tokenizer_path)
+    assert addresses is not None
     check_addressing(reader.folder, reader.addressing, addresses)
     return addresses
 
@@ -52,15 +53,14 @@ def mapped_tables(reader: CheckpointReader, addresses: EngramAddresses) -> dict[
     return {layer: reader.map_rows(table_name(layer)) for layer in addresses.layers}
 
 
-def checkpoint_engram(reader: CheckpointReader, decoder: Decoder) -> EngramReader | None:
-    """The memory of a checkpoint's model, given its layers; None for a model without.
+def checkpoint_engram(reader: CheckpointReader, decoder: Decoder) -> EngramReader:
+    """The engram of a checkpoint's model that has one, given its layers.
 
     Raises:
         CheckpointError: as `checkpoint_addresses`, or a file is missing or damaged.
     """
     addresses = checkpoint_addresses(reader)
-    if addresses is None:
-        return None
-    modules = {index: layer.get_submodule("engram") for index, layer in enumerate(decoder.layers) if layer.engram}
-    engrams = {index: module for index, module in modules.items() if isinstance(module, Engram)}
+    assert addresses is not None
+    modules = {layer: decoder.layers[layer].get_submodule("engram") for layer in addresses.layers}
+    engrams = {layer: module for layer, module in modules.items() if isinstance(module, Engram)}
     return EngramReader(addresses, mapped_tables(reader, addresses), engrams)

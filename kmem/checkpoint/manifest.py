@@ -19,23 +19,15 @@ ANOTHER_RUN = "start a run of another name"
 """What can always be done about a checkpoint that a run found in its own folder."""
 
 
-def check_addressing(
-    folder: Path, stored: Mapping[str, Any] | None, used: EngramAddresses | None, otherwise: str = ANOTHER_RUN
-) -> None:
+def check_addressing(folder: Path, stored: Mapping[str, Any], used: EngramAddresses, hint: str = ANOTHER_RUN) -> None:
     """Refuse rows that would be read by other addresses than they were trained with.
 
-    A checkpoint without tables fits every model: memory may be added to it.
-
     Args:
-        otherwise: what to do where the model is meant to be another one.
+        hint: what to do where another model is meant.
 
     Raises:
         CheckpointError: names every field that differs, and why it matters.
     """
-    if stored is None:
-        return
-    if used is None:
-        raise CheckpointError(f"{folder} holds memory tables, and model.engram is null; a run keeps its memory")
     here = used.addressing.to_manifest()
     fields = differences(stored, here)
     if fields:
@@ -43,7 +35,7 @@ def check_addressing(
         reasons = [reason for name, reason in REASONS.items() if name in fields] or ["Correct model.engram"]
         raise CheckpointError(
             f"model.engram: addresses differ from those of {folder}: {'; '.join(shown)}. {'. '.join(reasons)}; or "
-            + otherwise
+            + hint
         )
 
 
@@ -58,7 +50,7 @@ TREE_REASONS = {
 
 
 def check_tree(
-    folder: Path, stored: Mapping[str, Any] | None, used: Mapping[str, Any] | None, otherwise: str = ANOTHER_RUN
+    folder: Path, stored: Mapping[str, Any] | None, used: Mapping[str, Any] | None, hint: str = ANOTHER_RUN
 ) -> None:
     """Refuse blocks that would be fetched by the leaves of another tree than they were trained with.
 
@@ -66,7 +58,7 @@ def check_tree(
 
     Args:
         stored, used: contents of tree.json.
-        otherwise: what to do where the tree is meant to be another one.
+        hint: what to do where another tree is meant.
 
     Raises:
         CheckpointError: names every field that differs, and why it matters.
@@ -85,7 +77,7 @@ def check_tree(
         f"data.addresses.tree: not the tree that {folder} was trained with ({used['fingerprint'][:12]} here, "
         f"{stored['fingerprint'][:12]} there): {'; '.join(shown)}. "
         + "".join(f"{reason}. " for reason in reasons)
-        + f"Name that tree, of which {folder.parent.parent / 'tree'} is a copy, or {otherwise}"
+        + f"Name that tree, of which {folder.parent.parent / 'tree'} is a copy, or {hint}"
     )
 
 

@@ -70,12 +70,13 @@ class CheckpointReader:
     @property
     def addressing(self) -> dict[str, Any] | None:
         """Manifest of the n-gram addressing its tables were trained with; None without tables."""
-        return self.commit.addressing
+        return self.commit.manifests.get("engram")
 
     @property
     def tree(self) -> str | None:
         """Fingerprint of the cluster tree its memory bank was trained with; None where that is not known."""
-        return None if self.commit.tree is None else str(self.commit.tree["fingerprint"])
+        tree = self.commit.manifests.get("bank")
+        return None if tree is None else str(tree["fingerprint"])
 
     def verify(self) -> None:
         """Compare all files with their digests."""

@@ -4,8 +4,9 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -47,15 +48,13 @@ class CheckpointStore:
         config: dict,
         shapes: dict[str, list[int]],
         asynchronous: bool = False,
-        addressing: dict | None = None,
-        tree: dict | None = None,
+        manifests: Mapping[str, dict[str, Any]] | None = None,
         partial: Collection[str] = (),
     ) -> Path:
         """Save the state after `progress.step` steps; returns the folder it has once committed.
 
-        `addressing` is the manifest of n-gram tables, `tree` that of a memory bank; `partial` are the names of what is
-        held in part, such as layers.0.bank.level1. With `asynchronous` the state is
-        copied to host memory and written in the background, one save at a time.
+        `manifests` are those of `Commit`. `partial` names tensors of which the ranks hold a part only. With
+        `asynchronous` the state is copied to host memory and written in the background, one save at a time.
 
         Raises:
             CheckpointError: on every rank alike; earlier checkpoints stay as they are.
@@ -76,7 +75,7 @@ class CheckpointStore:
 
         def write(state: dict[str, Pieces]) -> None:
             def commit(tensors, files) -> None:
-                Commit(progress, config, shapes, tensors, files, addressing, tree).write(unfinished)
+                Commit(progress, config, shapes, tensors, files, dict(manifests or {})).write(unfinished)
                 os.rename(unfinished, final)
                 sync_folder(self.root)
 

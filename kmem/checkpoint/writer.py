@@ -30,8 +30,7 @@ def write_weights(
     config: Config,
     shapes: Mapping[str, Sequence[int]],
     parts: Callable[[str], Iterable[Tensor]],
-    addressing: Mapping[str, Any] | None = None,
-    tree: Mapping[str, Any] | None = None,
+    manifests: Mapping[str, dict[str, Any]] | None = None,
 ) -> Path:
     """Write a checkpoint without optimizer moments, under a temporary name, committed last.
 
@@ -41,8 +40,7 @@ def write_weights(
         config: the run's configuration.
         shapes: canonical name -> shape of every model tensor, as fp32 masters.
         parts: for a name, consecutive fp32 parts of the tensor in row-major order, of any sizes.
-        addressing: manifest of a model with n-gram memory.
-        tree: description of the cluster tree of a model with a memory bank.
+        manifests: `Commit.manifests`.
 
     Raises:
         CheckpointError: there is such a checkpoint already, or the folder cannot be written.
@@ -76,8 +74,9 @@ def write_weights(
                     [(start, length, file) for start, length in chunks[name]],
                 )
         model_shapes = {name: list(shape) for name, shape in shapes.items()}
-        manifests = [None if found is None else dict(found) for found in (addressing, tree)]
-        Commit(progress, config.model_dump(mode="json"), model_shapes, tensors, files, *manifests).write(partial)
+        Commit(progress, config.model_dump(mode="json"), model_shapes, tensors, files, dict(manifests or {})).write(
+            partial
+        )
         os.rename(partial, final)
         sync_folder(root)
     except BaseException as error:

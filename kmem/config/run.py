@@ -67,9 +67,9 @@ class EvaluationConfig(Section):
     """Held-out sequences per evaluation, the same ones each time; null takes the whole split."""
     at_start: bool = True
     """Evaluate before the first step too."""
-    controls: tuple[Literal["generic", "none"], ...] = ()
-    """Of a memory bank: evaluate the same sequences also with generic blocks, or with none, in place of those that are
-    fetched, as in [generic, none]; each costs another evaluation."""
+    controls: tuple[Annotated[str, Field(pattern=r"^[a-z_]+=[a-z-]+$")], ...] = ()
+    """Evaluate the same sequences also with these controls, each KIND=CHOICE as in `kmem eval --control`, such as
+    [engram=off, bank=generic]; each costs another evaluation."""
 
 
 class TrackingConfig(Section):
@@ -137,15 +137,11 @@ class Config(Section):
                 "kmem data cluster has written, as in data.addresses.tree=data/tree"
             )
         for control in self.evaluation.controls:
-            if self.model.bank is None:
+            kind = control.partition("=")[0]
+            if getattr(self.model, kind, None) is None:
                 raise ValueError(
-                    f"evaluation.controls={list(self.evaluation.controls)} needs a memory bank "
-                    "(model.bank); leave it out"
-                )
-            if control == "generic" and not self.model.bank.generic.probability:
-                raise ValueError(
-                    "evaluation.controls=generic needs generic blocks; set model.bank.generic.probability "
-                    "above 0, or leave generic out"
+                    f"evaluation.controls={list(self.evaluation.controls)}: the model has no {kind} (model.{kind}); "
+                    "leave the control out"
                 )
         addresses = self.data.addresses
         if self.bank.hold == "subtrees" and (addresses is None or addresses.subtrees is None):

@@ -2,7 +2,6 @@
 or is it more parameters?"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from kmem.checkpoint.bank.layout import bank_layout, checkpoint_router, checkpoint_tree, mapped_bank
 from kmem.checkpoint.bank.options import set_controls
+from kmem.checkpoint.controls import Choices
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.clustering.applying import leaves_around
 from kmem.config import ConfigError
@@ -20,21 +20,7 @@ from kmem.data.workers import available_cores
 from kmem.model.bank_blocks import BankInput
 from kmem.model.bank_inference import InferenceBank
 from kmem.model.bank_router import ContextRouter
-from kmem.model.bank_tree import ClusterPath, ClusterTree
-
-
-@dataclass(frozen=True)
-class BankChoice:
-    """How a bank is evaluated."""
-
-    control: str = "fetched"
-    """One of `kmem.checkpoint.bank.options.BANK`."""
-    levels: tuple[int, ...] | None = None
-    """Levels that are on; None: all."""
-    tree: Path | None = None
-    """Folder of the tree; None: that of the run."""
-    blocked: tuple[ClusterPath, ...] = ()
-    """Clusters that contexts may not use, whatever the control; the next nearest take their place."""
+from kmem.model.bank_tree import ClusterTree
 
 
 class EvaluatedBank:
@@ -45,13 +31,16 @@ class EvaluatedBank:
         CheckpointError: no tree, or another one.
     """
 
-    def __init__(self, reader: CheckpointReader, choice: BankChoice) -> None:
+    def __init__(self, reader: CheckpointReader, choices: Choices) -> None:
         layout = bank_layout(reader.config)
         assert layout is not None
-        self._reader, self._choice = reader, choice
-        self._blocked = choice.control == "blocked"
+        self._reader, self._choice = reader, choices.bank
+        choice = choices.bank
+        trained = "fetched" if choice.blocked else reader.config.model.shape.bank_control
+        control = choices.controls.get("bank", trained)
+        self._blocked = control == "blocked"
         self._bank = InferenceBank(layout)
-        set_controls(self._bank, "fetched" if self._blocked else choice.control, choice.levels)
+        set_controls(self._bank, "fetched" if self._blocked else control, choice.levels)
         self._bank.sources = mapped_bank(reader, layout)
         self._tree: ClusterTree | None = None
         self._router: ContextRouter | None = None

@@ -2,20 +2,27 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kmem.checkpoint.bank.options import BANK, add_bank_arguments, blocked_clusters, chosen_levels
+from kmem.checkpoint.bank.options import add_bank_arguments, bank_options
+from kmem.checkpoint.controls import (
+    Choices,
+    add_control_arguments,
+    all_controls,
+    check_controls,
+    control_name,
+    parse_controls,
+)
 from kmem.config import ConfigError
 
 if TYPE_CHECKING:
     from kmem.checkpoint.reader import CheckpointReader
-    from kmem.eval.bank import BankChoice
 
-MEMORY = ("on", "off", "shuffled", "single-row")
-"""What a model's n-gram memory gives it; all but `on` are controls: does memory act as memory?"""
+Figures = dict[str, dict[str, float]]
+"""Prepared folder -> figures."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,12 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sequences", type=int, metavar="N", help="at most N sequences per folder (default: all)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="sequences per forward pass (default: 8)")
+    add_control_arguments(parser)
     parser.add_argument(
-        "--memory", choices=MEMORY, default="on",
-        help="n-gram memory on (default); off: layers go without; shuffled: every n-gram reads another one's row; "
-        "single-row: all read the first row of a head",
-    )  # fmt: skip
-    add_bank_arguments(parser, BANK)
+        "--controls", choices=("all",), help="evaluate as trained, then with every control that the model has"
+    )
+    add_bank_arguments(parser)
     parser.add_argument(
         "--questions", type=Path, metavar="FILE",
         help="instead of the held-out loss: how often the model continues a prompt by the answer, by how often its "
@@ -48,66 +54,53 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--batch and --sequences: at least 1")
     if arguments.questions_limit is not None and arguments.questions is None:
         raise ConfigError("--questions-limit: goes with --questions; --sequences is for the held-out loss")
+    if arguments.controls and (arguments.control or arguments.questions):
+        raise ConfigError("--controls: goes without --control and --questions")
+    controls = parse_controls(arguments.control, "--control")
     from kmem.checkpoint.reader import CheckpointReader  # torch and all that evaluates: not for `--help`
     from kmem.eval.checkpoint import held_out_figures
 
     reader = CheckpointReader(arguments.checkpoint)
     reader.verify()
-    trained_on = reader.config.data
-    if arguments.memory != "on" and reader.config.model.engram is None:
-        raise ConfigError(f"--memory {arguments.memory}: the model has no n-gram memory (model.engram)")
-    bank = _bank_choice(reader, arguments)
+    shape, trained_on = reader.config.model.shape, reader.config.data
+    check_controls(controls, shape, "--control")
+    bank = bank_options(arguments.bank_levels, arguments.blocked, arguments.tree, controls.get("bank"))
+    if bank != type(bank)() and reader.config.model.bank is None:
+        raise ConfigError("--bank-levels, --blocked and --tree: the model has no memory bank (model.bank)")
+    choices = Choices(controls, bank)
     if arguments.questions is not None:
         if arguments.data or arguments.sequences:
             raise ConfigError("--questions: goes without --data and --sequences, which are for the held-out loss")
-        return _ask(reader, arguments, bank)
+        return _ask(reader, arguments, choices)
     folders = arguments.data or [source.path for source in trained_on.sources]
-    figures = held_out_figures(reader, folders, arguments.memory, arguments.sequences, arguments.batch, bank)
-    control = _controls(reader, arguments.memory, bank)
+    given = choices.given(shape)
+
+    def figures_of(chosen: Mapping[str, str]) -> Figures:
+        return held_out_figures(reader, folders, Choices(chosen, bank), arguments.sequences, arguments.batch)
+
+    held_out = figures_of(controls)
+    controlled = {
+        control_name(control): figures_of(control) for control in (all_controls(shape) if arguments.controls else ())
+    }
     if arguments.json:
-        print(json.dumps({"checkpoint": str(reader.folder), "step": reader.step, **control, "held_out": figures}))
+        found = {"checkpoint": str(reader.folder), "step": reader.step, "memories": given, **bank.chosen()}
+        print(json.dumps(found | {"held_out": held_out} | ({"controls": controlled} if arguments.controls else {})))
     else:
-        _print_table(reader, figures, control)
+        _print_figures(reader, held_out, given | bank.chosen())
+        if arguments.controls:
+            _print_controls(held_out, controlled)
     return 0
 
 
-def _bank_choice(reader: "CheckpointReader", arguments: argparse.Namespace) -> "BankChoice | None":
-    """How the model's memory bank is evaluated, None for a model without."""
-    from kmem.eval.bank import BankChoice
-
-    levels, blocked = chosen_levels(arguments.bank_levels), blocked_clusters(arguments.blocked, arguments.bank)
-    if reader.config.model.bank is not None:
-        default = "fetched" if blocked else reader.config.model.bank.default_control
-        chosen = arguments.bank or default
-        return BankChoice(chosen, levels, arguments.tree, blocked)
-    if (arguments.bank, levels, arguments.tree, blocked) != (None, None, None, ()):
-        raise ConfigError("--bank, --bank-levels, --blocked and --tree: the model has no memory bank (model.bank)")
-    return None
-
-
-def _controls(reader: "CheckpointReader", memory: str, bank: "BankChoice | None") -> dict[str, Any]:
-    """What the model's memories give it."""
-    from kmem.model.bank_tree import format_path
-
-    found: dict[str, Any] = {} if reader.config.model.engram is None else {"memory": memory}
-    if bank is not None:
-        found["bank"] = bank.control
-        if bank.levels is not None:
-            found["bank_levels"] = list(bank.levels)
-        if bank.blocked:
-            found["blocked"] = [format_path(path) for path in bank.blocked]
-    return found
-
-
-def _ask(reader: "CheckpointReader", arguments: argparse.Namespace, choice: "BankChoice | None") -> int:
+def _ask(reader: "CheckpointReader", arguments: argparse.Namespace, choices: Choices) -> int:
     """Print how the model answers a file of questions."""
     from kmem.eval.checkpoint import answered
 
     limit = arguments.questions_limit
-    answers = answered(reader, arguments.questions, arguments.memory, arguments.batch, choice, limit)
-    control = _controls(reader, arguments.memory, choice)
+    answers = answered(reader, arguments.questions, choices, arguments.batch, limit)
+    given, bank = choices.given(reader.config.model.shape), choices.bank.chosen()
     if arguments.json:
-        tree = {"checkpoint": str(reader.folder), "step": reader.step, **control}
+        tree = {"checkpoint": str(reader.folder), "step": reader.step, "memories": given, **bank}
         print(json.dumps({**tree, "questions": [asdict(group) for group in answers]}))
         return 0
     sampled = answers[-1].questions < answers[-1].of
@@ -122,7 +115,7 @@ def _ask(reader: "CheckpointReader", arguments: argparse.Namespace, choice: "Ban
     ]
     _print(
         f"{arguments.questions.name}, answered by {reader.folder}",
-        control,
+        given | bank,
         ("exposures", "questions", "right", "bits per answer"),
         rows,
     )
@@ -131,7 +124,7 @@ def _ask(reader: "CheckpointReader", arguments: argparse.Namespace, choice: "Ban
     return 0
 
 
-def _print_table(reader: "CheckpointReader", figures: dict[str, dict[str, float]], control: dict[str, Any]) -> None:
+def _print_figures(reader: "CheckpointReader", figures: Figures, given: Mapping[str, Any]) -> None:
     rows = [
         (
             folder,
@@ -143,24 +136,39 @@ def _print_table(reader: "CheckpointReader", figures: dict[str, dict[str, float]
         for folder, row in figures.items()
     ]
     columns = ("data", "bits per byte", "loss", "perplexity", "tokens")
-    _print(f"held-out loss of {reader.folder}", control, columns, rows)
+    _print(f"held-out loss of {reader.folder}", given, columns, rows)
 
 
-def _print(subject: str, control: dict[str, Any], columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _print_controls(trained: Figures, controlled: Mapping[str, Figures]) -> None:
+    """Bits per byte of every control, and how much worse they are than those of the model as it was trained."""
+    rows = []
+    for control, figures in controlled.items():
+        for folder, row in figures.items():
+            worse = row["bits_per_byte"] - trained[folder]["bits_per_byte"]
+            rows.append((control, folder, f"{row['bits_per_byte']:.4f}", f"{worse:+.4f}"))
+    if not rows:
+        print("controls: the model has no memory")
+        return
+    _print("controls", {}, ("control", "data", "bits per byte", "minus as trained"), rows)
+
+
+def _print(subject: str, given: Mapping[str, Any], columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table below its subject, whose long paths a title would break into lines of the table's width."""
     from rich.console import Console
     from rich.table import Table
 
-    def text(value: Any) -> str:
-        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
     print(subject)
-    if control:
-        print("; ".join(f"{name.replace('_', ' ')} {text(value)}" for name, value in control.items()))
+    if given:
+        words = {
+            name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in given.items()
+        }
+        print("; ".join(f"{name.replace('_', ' ')} {value}" for name, value in words.items()))
     table = Table(*columns)
-    table.columns[0].overflow = "fold"  # a path is folded, the numbers stay whole
-    for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
+    for column in table.columns:
+        if column.header == "data":
+            column.overflow = "fold"  # a path is folded, the numbers stay whole
+        elif column is not table.columns[0]:
+            column.justify, column.no_wrap = "right", True
     for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from kmem.checkpoint.bank.options import blocked_clusters, chosen_levels
+from kmem.checkpoint.bank.options import bank_options
+from kmem.checkpoint.controls import parse_controls
 from kmem.config import UserError
 from kmem.eval.request_contexts import fetches, preceding, score_by_leaf
 from kmem.hf.loading import load
@@ -41,8 +42,8 @@ class KmemLM(HFLM):
 
     Args:
         checkpoint: as in `kmem generate`.
-        tree, bank, bank_levels, blocked: as its options; several levels or clusters are joined by `;`, since commas
-            part the arguments.
+        control: as `--control`, several joined by `;`, since commas part the arguments: `control=bank=generic`.
+        tree, bank_levels, blocked: as its options; several levels or clusters are joined by `;`.
         device: default: a GPU if there is one.
         dtype: of the weights, such as bfloat16; default: as stored.
         options: of the harness's `HFLM`, such as batch_size and max_length.
@@ -52,16 +53,21 @@ class KmemLM(HFLM):
         self,
         checkpoint: str,
         tree: str | None = None,
-        bank: str | None = None,
+        control: str | None = None,
         bank_levels: str | int | None = None,
         blocked: str | int | None = None,
         device: str | None = None,
         dtype: str | None = None,
         **options: Any,
     ) -> None:
-        levels = chosen_levels(_joined("bank_levels", bank_levels))
-        paths = blocked_clusters(_joined("blocked", blocked), bank)
-        model, tokenizer = load(Path(checkpoint), None if tree is None else Path(tree), bank, levels, paths)
+        controls = parse_controls([] if control is None else control.split(";"), "control")
+        options_of_bank = bank_options(
+            _joined("bank_levels", bank_levels),
+            _joined("blocked", blocked),
+            None if tree is None else Path(tree),
+            controls.get("bank"),
+        )
+        model, tokenizer = load(Path(checkpoint), controls, options_of_bank)
         if dtype not in (None, "auto"):
             model = model.to(getattr(torch, str(dtype)))
         if not torch.cuda.is_available() and (device or "cuda").startswith("cuda"):

@@ -1,17 +1,18 @@
 """Held-out loss on a fixed set of sequences."""
 
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from kmem.data.batch import IGNORED_LABEL, SequenceBatch
 from kmem.data.reader import PreparedData
-from kmem.model.bank_layout import GENERIC, MISSING
+from kmem.parallel.memory_kinds import kinds_of
 from kmem.parallel.pipeline import Pipeline, split_samples
 
-CONTROLS = {"generic": GENERIC, "none": MISSING}
-"""What all text has in place of its address."""
+NO_CONTROLS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -28,24 +29,26 @@ class EvaluationRecord:
     """Scored tokens."""
     seconds: float
     controls: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By `evaluation.controls`: `loss` and `bits_per_byte` of the same sequences with other blocks."""
+    """By `evaluation.controls`: `loss` and `bits_per_byte` of the same sequences."""
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "evaluation", **asdict(self)}
 
 
 def held_out_loss(
-    pipeline: Pipeline, data: PreparedData, sequences: int | None, memory: str | None = None
+    pipeline: Pipeline, data: PreparedData, sequences: int | None, controls: Mapping[str, str] = NO_CONTROLS
 ) -> tuple[float, int]:
     """(mean loss in nats, scored tokens) on the same sequences on every mesh; collective.
 
     Args:
         sequences: number of validation sequences, spread over the whole split; None takes all.
-        memory: what text has of a memory bank: `fetched`, `generic`, `none`; default: what it is trained with.
+        controls: kind of memory -> what it gives the model; others give what they were trained with.
     """
-    bank = pipeline.config.model.bank
-    if memory is None and bank is not None:
-        memory = bank.default_control
+    given = {}
+    for kind in kinds_of(pipeline.shape):
+        control = controls.get(kind.name, kind.model.trained_control(pipeline.shape))
+        if control != kind.model.controls[0]:
+            given[kind.name] = control
     samples = data.validation.spread(sequences)
     micro_batch, ranks = pipeline.config.train.micro_batch_size, pipeline.mesh.data
     unit = micro_batch * ranks
@@ -56,16 +59,9 @@ def held_out_loss(
         padded = -(-len(block) // unit) * unit
         plan = split_samples(0, padded, micro_batch, pipeline.mesh)
         batches = [_padded(data, [block[i] for i in places if i < len(block)], micro_batch) for places in plan]
-        if memory in CONTROLS:
-            batches = [_addressed(batch, CONTROLS[memory]) for batch in batches]
-        summed, count = pipeline.evaluate(batches)
+        summed, count = pipeline.evaluate(batches, given)
         total, tokens = total + summed, tokens + count
     return total / max(tokens, 1), tokens
-
-
-def _addressed(batch: SequenceBatch, address: int) -> SequenceBatch:
-    assert batch.addresses is not None
-    return replace(batch, addresses=torch.full_like(batch.addresses, address))
 
 
 def _padded(data: PreparedData, samples: list[int], rows: int) -> SequenceBatch:

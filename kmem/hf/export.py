@@ -28,7 +28,7 @@ from kmem.model.bank_tree import CENTROIDS_FILE, EMBEDDER_FOLDER, TREE_FILE
 from kmem.model.engram_export import COMPRESSION
 from kmem.model.engram_reader import EngramAddresses
 from kmem.model.export_tables import INDEX_FILE, WEIGHTS_FILE
-from kmem.parallel.parameter_counts import tensor_shapes
+from kmem.model.parameter_counts import tensor_shapes
 from kmem.wording import counted
 
 SLICE_BYTES = 32 << 20  # rows of a large tensor travel in parts of this size
@@ -85,7 +85,7 @@ def export(
     choice = choose(model, custom_code)
     say(f"architecture: {choice.architecture.name} ({choice.architecture.class_name}): {choice.reason}")
 
-    tensors = tensor_shapes(model)
+    tensors = tensor_shapes(model.shape)
     check_tensor_sets(
         "checkpoint",
         expected=tensors,

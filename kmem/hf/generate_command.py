@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kmem.checkpoint.bank.options import add_bank_arguments, blocked_clusters, chosen_levels
+from kmem.checkpoint.bank.options import add_bank_arguments, bank_options
+from kmem.checkpoint.controls import add_control_arguments, parse_controls
 from kmem.config import UserError
 from kmem.wording import counted
 
@@ -18,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     parser.add_argument("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    add_bank_arguments(parser, ("fetched", "generic", "none"))
+    add_control_arguments(parser)
+    add_bank_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -30,8 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--top-p {arguments.top_p}: above 0 and at most 1")
     from kmem.hf.loading import load
 
-    levels, blocked = chosen_levels(arguments.bank_levels), blocked_clusters(arguments.blocked, arguments.bank)
-    model, tokenizer = load(arguments.checkpoint, arguments.tree, arguments.bank, levels, blocked)
+    controls = parse_controls(arguments.control, "--control")
+    bank = bank_options(arguments.bank_levels, arguments.blocked, arguments.tree, controls.get("bank"))
+    model, tokenizer = load(arguments.checkpoint, controls, bank)
     print(
         continue_text(
             model,

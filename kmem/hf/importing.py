@@ -31,8 +31,8 @@ from kmem.hf.native import DEEPSEEK_V3, Architecture
 from kmem.hf.retrofit import ChainedParts, chained
 from kmem.model.bank_export import TREE_FOLDER, BankDescription
 from kmem.model.engram_export import COMPRESSION, EngramDescription
+from kmem.model.parameter_counts import tensor_shapes
 from kmem.model.shape import Shape
-from kmem.parallel.parameter_counts import tensor_shapes
 
 SLICE_BYTES = 32 << 20  # rows of a large tensor travel in parts of this size
 TRAINABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -109,7 +109,7 @@ def import_folder(
     _check_dtypes({name: tensor for name, tensor in kept.items() if name != COMPRESSION})
 
     interleaved = architecture is DEEPSEEK_V3 and bool(config.rope_interleave)
-    shapes = tensor_shapes(target)
+    shapes = tensor_shapes(target.shape)
     elements = sum(map(prod, shapes.values()))
     facts = {"imported_from": folder.path.resolve().name, "imported_as": architecture.name, "kmem": kmem.__version__}
     partial = out.with_name(f".{out.name}.partial")
@@ -119,7 +119,9 @@ def import_folder(
         tokenizer = _bring_tokenizer(folder.path, partial / "tokenizer", say)
         if engram is not None:
             _check_addresses(folder.path, engram, target, partial / "tokenizer")
-        tree = None if bank is None else _bring_tree(folder.path, bank, partial)
+        manifests = {} if engram is None else {"engram": engram.addressing.to_manifest()}
+        if bank is not None:
+            manifests["bank"] = _bring_tree(folder.path, bank, partial)
         with Progress(f"importing {elements * 4 / 1e6:,.1f} MB", elements) as bar:
             parts = _Parts(folder, model, pieces, interleaved, bar)
             checkpoint = write_weights(
@@ -128,8 +130,7 @@ def import_folder(
                 config=run,
                 shapes=shapes,
                 parts=parts if chain_iterations is None else ChainedParts(parts, target),
-                addressing=None if engram is None else engram.addressing.to_manifest(),
-                tree=tree,
+                manifests=manifests,
             )
         (partial / "config.yaml").write_text(dump_config(run), encoding="utf-8")
         section = OmegaConf.to_yaml(OmegaConf.create({"model": target.model_dump(mode="json")}))
@@ -225,7 +226,9 @@ def _check_addresses(source: Path, engram: EngramDescription, model: ModelConfig
     """The run's tokenizer reads the rows that the folder's did."""
     if not tokenizer.is_dir():
         raise UserError(f"{source}: has no tokenizer, which addresses the rows of its n-gram memory; add its files")
-    check_addressing(source, engram.addressing.to_manifest(), model_addresses(model, tokenizer))
+    addresses = model_addresses(model, tokenizer)
+    assert addresses is not None
+    check_addressing(source, engram.addressing.to_manifest(), addresses)
 
 
 class _Parts:

@@ -17,8 +17,8 @@ from kmem.hf.native import DEEPSEEK_V3, Architecture
 from kmem.model.bank_layout import BankLayout, bank_table_part_name, layer_bank_name
 from kmem.model.engram_export import COMPRESSION
 from kmem.model.engram_reader import table_name, table_part_name, table_rows
+from kmem.model.parameter_counts import tensor_shapes
 from kmem.model.shape import Shape
-from kmem.parallel.parameter_counts import tensor_shapes
 from kmem.wording import counted
 
 LISTED = 20  # differences named in an error
@@ -119,7 +119,7 @@ def folder_pieces(
         table_parts: layer -> rows of each tensor that holds a range of its table's rows; default: one tensor.
         bank_parts: level -> the same of the level's table.
     """
-    tensors, whole = tensor_shapes(model), Shape(model.model_dump())
+    tensors, whole = tensor_shapes(model.shape), Shape(model.model_dump())
     tables = {table_name(layer): layer for layer in table_rows(whole)}
     layout = None if whole.bank is None else BankLayout.of(whole)
     blocks = set() if layout is None else {name for level in layout.levels for name in _columns(layout, level)}

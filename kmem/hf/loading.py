@@ -1,6 +1,6 @@
 """A model and its tokenizer to run, from a run's checkpoint or from a Hugging Face folder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from kmem.checkpoint.bank.layout import bank_layout, bank_tensors, checkpoint_router, mapped_bank
-from kmem.checkpoint.bank.options import set_controls
+from kmem.checkpoint.bank.options import BankOptions, set_controls
+from kmem.checkpoint.controls import check_controls
 from kmem.checkpoint.engram import checkpoint_addresses, mapped_tables
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import UserError
@@ -18,50 +19,54 @@ from kmem.hf.custom_code import register
 from kmem.hf.folder import ModelFolder
 from kmem.hf.key_map import check_tensor_sets
 from kmem.model.bank_embedder import without_progress_bars
-from kmem.model.bank_tree import ClusterPath, format_path
+from kmem.model.bank_tree import format_path
 from kmem.model.engram_export import COMPRESSION
 from kmem.model.engram_reader import EngramAddresses, table_name
-from kmem.parallel.parameter_counts import tensor_shapes
+from kmem.model.parameter_counts import tensor_shapes
+from kmem.model.shape import Shape
 
 
-def load(
-    path: Path,
-    tree: Path | None = None,
-    bank_control: str | None = None,
-    bank_levels: Sequence[int] | None = None,
-    bank_blocked: Sequence[ClusterPath] = (),
-) -> tuple[Any, Any]:
+def load(path: Path, controls: Mapping[str, str] | None = None, bank: BankOptions | None = None) -> tuple[Any, Any]:
     """(Transformers causal language model in evaluation mode, tokenizer), on the CPU; tables stay in mapped files.
 
     Args:
         path: a run folder, the folder of one step, or a Hugging Face folder with safetensors weights. No code from the
             folder is run: kmem's own architecture is taken from the installed kmem.
-        tree: of a checkpoint's memory bank; default: that of the run. A Hugging Face folder has its own.
-        bank_control: what a memory bank gives contexts, "fetched", "generic" or "none"; default: what it was trained
-            with.
-        bank_levels: levels of a memory bank that are on; default: all.
-        bank_blocked: clusters of a memory bank that contexts may not use.
+        controls: kind of memory -> what it gives the model in place of what it reads.
+        bank: how a memory bank is used.
 
     Raises:
-        UserError: neither of these, damaged, or no tokenizer.
+        UserError: neither of these, damaged, or no tokenizer; or an option that the model has no memory for.
     """
+    controls, bank = controls or {}, bank or BankOptions()
     if (path / "config.json").is_file():
-        if tree is not None:
-            raise UserError(f"--tree {tree}: a Hugging Face folder has its own; leave it out")
+        if bank.tree is not None:
+            raise UserError(f"--tree {bank.tree}: a Hugging Face folder has its own; leave it out")
         model, tokenizer = _load_folder(path)
     else:
         reader = CheckpointReader(path)
-        model, tokenizer = _load_checkpoint(reader, tree), load_tokenizer(reader.tokenizer_path)
-    bank = getattr(model, "contexts", None)
-    if bank is None and (bank_control, bank_levels, tree, bank_blocked) != (None, None, None, ()):
-        raise UserError("--bank, --bank-levels, --blocked and --tree are for models with a memory bank (model.bank)")
-    if bank is not None:
-        set_controls(bank, bank_control or ("fetched" if bank_blocked else bank.control), bank_levels)
-        try:
-            bank.block(bank_blocked)
-        except ValueError as error:
-            raise UserError(f"--blocked {','.join(map(format_path, bank_blocked))}: {error}") from None
+        model, tokenizer = _load_checkpoint(reader, bank.tree), load_tokenizer(reader.tokenizer_path)
+    _set_controls(model, controls, bank)
     return model, tokenizer
+
+
+def _set_controls(model: Any, controls: Mapping[str, str], options: BankOptions) -> None:
+    shape = getattr(model, "shape", Shape({}))  # native architectures have no memory
+    check_controls(controls, shape, "--control")
+    if "engram" in controls:
+        model.engram_control = controls["engram"]
+    bank = getattr(model, "contexts", None)
+    if bank is None:
+        if options != BankOptions():
+            raise UserError("--bank-levels, --blocked and --tree are for models with a memory bank (model.bank)")
+        return
+    if controls.get("bank") == "blocked":
+        raise UserError("--control bank=blocked: is for kmem eval; name clusters with --blocked")
+    set_controls(bank, controls.get("bank", "fetched" if options.blocked else bank.control), options.levels)
+    try:
+        bank.block(options.blocked)
+    except ValueError as error:
+        raise UserError(f"--blocked {','.join(map(format_path, options.blocked))}: {error}") from None
 
 
 def _load_folder(path: Path) -> tuple[Any, Any]:
@@ -89,7 +94,7 @@ def _load_checkpoint(reader: CheckpointReader, tree: Path | None) -> Any:
     model_section = reader.config.model
     check_tensor_sets(
         str(reader.folder),
-        expected=tensor_shapes(model_section),
+        expected=tensor_shapes(model_section.shape),
         found={name: tuple(info.shape) for name, info in reader.tensors.items()},
         remedy="it was not saved by a run of its own model section",
     )

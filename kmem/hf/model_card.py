@@ -10,7 +10,7 @@ from kmem.config import Config, dump_config
 from kmem.hf.architectures import KMEM, Choice
 from kmem.model.bank_export import TREE_FOLDER
 from kmem.model.bank_tree import EMBEDDER_FOLDER, read_tree_record
-from kmem.parallel.parameter_counts import ParameterCounts, count_parameters
+from kmem.model.parameter_counts import ParameterCounts, count_parameters
 
 
 def model_card(
@@ -21,7 +21,7 @@ def model_card(
     Args:
         tree: folder of the cluster tree of a memory bank.
     """
-    counts = count_parameters(config.model)
+    counts = count_parameters(config.model.shape)
     own = choice.architecture is KMEM
     tags = ["kmem", *(["moe"] if config.model.moe else []), *(["custom_code"] if own else [])]
     rows = {
@@ -94,8 +94,8 @@ def _bank(counts: ParameterCounts, tree: Path) -> str:
     beside = (path.name for path in (tree / EMBEDDER_FOLDER).iterdir())
     licences = [f"`{name}`" for name in sorted(beside) if name.upper().startswith(LICENCES)]
     return (
-        f"\nOf its parameters {counts.anchor:,} are the anchor, the model without memory, and {counts.bank:,} a memory "
-        "bank, the blocks of clusters of contexts"
+        f"\nOf its parameters {counts.anchor:,} are the anchor, the model without memory, and "
+        f"{counts.components['bank']:,} a memory bank, the blocks of clusters of contexts"
         + (f"; {generic:,} more are generic blocks, of no cluster" if generic else "")
         + f". A context fetches {counts.fetched:,} of the bank: `generate` those of its prompts, "
         "`model.fetch(context)` those of contexts that you name. They stay in the weight files until they are fetched. "

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from kmem.config import ChainOfExperts, ModelConfig, UserError
-from kmem.parallel.parameter_counts import tensor_shapes
+from kmem.model.parameter_counts import tensor_shapes
 
 _ROUTER = re.compile(r"(layers\.\d+\.feed_forward\.)routers\.\d+\.")
 _NORM = re.compile(r"(layers\.\d+\.)feed_forward\.norms\.\d+\.")
@@ -60,7 +60,7 @@ class ChainedParts:
 
     def __init__(self, parts: Callable[[str], Iterable[torch.Tensor]], model: ModelConfig) -> None:
         self._parts = parts
-        self._shapes = tensor_shapes(model)
+        self._shapes = tensor_shapes(model.shape)
 
     def __call__(self, tensor: str) -> Iterator[torch.Tensor]:
         if ".retrofit_scale." in tensor:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bank_blocks import BankInput
 from .matmul import HAS_AMX, Linear
+from .memory_kind import NO_MEMORIES, LayerMemories
 from .norm import RMSNorm
 from .rope import Rotation, rotate
 from .shape import Shape
@@ -51,24 +51,21 @@ class GroupedQueryAttention(nn.Module):
         rotation: Rotation,
         mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
-        bank: BankInput | None = None,
+        memories: LayerMemories = NO_MEMORIES,
     ) -> Tensor:
-        """hidden [B, T, H] -> [B, T, H]; `mask` and `bank` as in `DecoderLayer`."""
+        """hidden [B, T, H] -> [B, T, H]; `mask` as in `DecoderLayer`."""
         query, key, value = self.q_proj(hidden_BTH), self.k_proj(hidden_BTH), self.v_proj(hidden_BTH)
-        if bank is not None:
-            query = bank.adapt("q_proj", hidden_BTH, query)
-            key = bank.adapt("k_proj", hidden_BTH, key)
-            value = bank.adapt("v_proj", hidden_BTH, value)
+        query = memories.project("q_proj", hidden_BTH, query)
+        key = memories.project("k_proj", hidden_BTH, key)
+        value = memories.project("v_proj", hidden_BTH, value)
         if self.norm_all_heads:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in (query, key, value))
         if not self.norm_all_heads:
             query, key = self.q_norm(query), self.k_norm(key)
-        found = None if bank is None else bank.attend(query)
-        query, key = rotate(query, rotation), rotate(key, rotation)
-        out = _attend(query, key, value, mask, cache, self.index)
-        out = out if found is None else out + found
-        return self.o_proj(out) if bank is None else bank.adapt("o_proj", out, self.o_proj(out))
+        rotated, key = rotate(query, rotation), rotate(key, rotation)
+        out = memories.attend(query, _attend(rotated, key, value, mask, cache, self.index))
+        return memories.project("o_proj", out, self.o_proj(out))
 
 
 class LatentAttention(nn.Module):
@@ -107,25 +104,24 @@ class LatentAttention(nn.Module):
         rotation: Rotation,
         mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
-        bank: BankInput | None = None,
+        memories: LayerMemories = NO_MEMORIES,
     ) -> Tensor:
-        """hidden [B, T, H] -> [B, T, H]; `mask` and `bank` as in `DecoderLayer`. The cache holds expanded keys and
+        """hidden [B, T, H] -> [B, T, H]; `mask` as in `DecoderLayer`. The cache holds expanded keys and
         values."""
         if self.compressed_query:
             query = self.q_b_proj(self.q_a_norm(self.q_a_proj(hidden_BTH)))
         else:
             query = self.q_proj(hidden_BTH)
         query = query.unflatten(-1, (-1, self.nope + self.rope))
-        found = None if bank is None else bank.attend(query)
         query_nope, query_rope = query.split((self.nope, self.rope), dim=-1)
         compressed, key_rope = self.kv_a_proj(hidden_BTH).split((self.kv_rank, self.rope), dim=-1)
         key_value = self.kv_b_proj(self.kv_a_norm(compressed)).unflatten(-1, (-1, self.nope + self.value))
         key_nope, value = key_value.split((self.nope, self.value), dim=-1)
         key_rope = rotate(key_rope.unsqueeze(2), rotation).expand(-1, -1, key_nope.shape[2], -1)
-        query = torch.cat((query_nope, rotate(query_rope, rotation)), dim=-1)
+        rotated = torch.cat((query_nope, rotate(query_rope, rotation)), dim=-1)
         key = torch.cat((key_nope, key_rope), dim=-1)
-        out = _attend(query, key, value, mask, cache, self.index)
-        return self.o_proj(out if found is None else out + found)
+        out = memories.attend(query, _attend(rotated, key, value, mask, cache, self.index))
+        return self.o_proj(out)
 
 
 def _attend(

@@ -1,21 +1,25 @@
 """The decoder-only language model: embedding, pre-norm layers, final norm and head."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor, nn
 
 from .attention import KeyValueCache, build_attention
-from .bank_blocks import BankInput
 from .chain_of_experts import ChainOfExperts
-from .engram import Engram, EngramInput
 from .feed_forward import FeedForward
 from .hyper_connections import HyperConnection, collapse_branches, expand_branches
 from .loss import linear_cross_entropy
 from .matmul import Linear, linear
+from .memory_kind import LayerMemories, MemoryModule
+from .memory_kinds import layer_kinds
 from .moe import MoE
 from .norm import RMSNorm
 from .rope import Rotation, rotation
 from .shape import Shape
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Embedding(nn.Embedding):
@@ -26,19 +30,18 @@ class Embedding(nn.Embedding):
 
 
 class DecoderLayer(nn.Module):
-    """x + memory(x), where the layer has one, x + attention(norm(x)), then x + feed_forward(norm(x)); the feed-forward
-    is dense, a MoE or a chain of experts, which contains its residual connection.
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), with memories at the places that `memory_kind` names. The
+    feed-forward is dense, a MoE or a chain of experts, which contains its residual connection.
 
-    With hyper-connections x has M branches: attention and feed-forward read a mixture of them, and the memory updates
-    each. Blocks of a memory bank belong to the attention or the feed-forward, and read what that reads.
+    With hyper-connections x has M branches: attention and feed-forward read a mixture of them.
     `local_experts` are the global numbers of the experts held here (default: all).
     """
 
     def __init__(self, shape: Shape, index: int, local_experts: range | None = None) -> None:
         super().__init__()
         self.shape = shape
-        self.engram = build_engram(shape) if shape.has_engram(index) else None
-        self.has_bank = index in shape.bank_layers
+        for kind in layer_kinds(shape, index):
+            self.add_module(kind.name, kind.module(shape, index))
         self.attention_connection = build_connection(shape)
         self.attention_norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.attention = build_attention(shape, index)
@@ -53,55 +56,41 @@ class DecoderLayer(nn.Module):
         mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
         rotary: Rotation | None = None,
-        engram: EngramInput | None = None,
-        bank: BankInput | None = None,
+        memories: Mapping[str, Any] = _NOTHING,
     ) -> Tensor:
         """hidden [B, T, H] or [B, T, M, H], position_ids int64 [B, T] -> the same shape.
 
         mask: bool [B, 1, T, S], True where a query may attend; None is plain causal attention. `rotary` is
-        `rotation(shape, position_ids)` where the caller computes it once for all layers. `engram` holds the rows of a
-        layer that has a memory, `bank` the blocks of one that has some of a memory bank.
+        `rotation(shape, position_ids)` where the caller computes it once for all layers. `memories` has what each kind
+        of memory of this layer reads, by the name of the kind.
         """
         rotated = rotation(self.shape, position_ids) if rotary is None else rotary
-        if self.engram is not None:
-            assert engram is not None, "a layer with a memory needs its rows"
-            hidden = hidden + self.engram(hidden, engram)
-        assert self.has_bank == (bank is not None), "layers with a memory bank, and no others, need their blocks"
-
-        def attend(x: Tensor) -> Tensor:
-            return self.attention(self.attention_norm(x), rotated, mask, cache, bank)
-
-        hidden = self.attention_connection(hidden, attend)
+        read = LayerMemories(self.memories, memories)
+        hidden = read.enter(hidden)
+        hidden = self.attention_connection(
+            hidden, lambda x: self.attention(self.attention_norm(x), rotated, mask, cache, read)
+        )
         if isinstance(self.feed_forward, ChainOfExperts):
-            return self._feed_forward(hidden, bank)
-        return self.feed_forward_connection(hidden, lambda x: self._feed_forward(x, bank))
+            hidden = self._feed_forward(hidden, read)
+        else:
+            hidden = self.feed_forward_connection(hidden, lambda x: self._feed_forward(x, read))
+        return read.leave(hidden)
 
-    def _feed_forward(self, x: Tensor, bank: BankInput | None) -> Tensor:
+    @property
+    def memories(self) -> dict[str, MemoryModule]:
+        """The modules of this layer's memories by their kind, in the order in which they are called."""
+        return {name: module for name, module in self.named_children() if isinstance(module, MemoryModule)}
+
+    def _feed_forward(self, x: Tensor, memories: LayerMemories) -> Tensor:
         """Norm and feed-forward [B, T, H]; a chain of experts adds x itself."""
         normed, feed_forward = self.feed_forward_norm(x), self.feed_forward
         if isinstance(feed_forward, ChainOfExperts):
             out = feed_forward(x, normed)
         elif isinstance(feed_forward, FeedForward):
-            out = feed_forward(normed, bank)
+            out = feed_forward(normed, memories)
         else:
             out = feed_forward(normed)
-        return out if bank is None else bank.widen(normed, out)
-
-
-def build_engram(shape: Shape) -> Engram:
-    """The memory of a layer, without its table."""
-    engram = shape.engram
-    return Engram(
-        shape.hidden_size,
-        len(engram.orders) * engram.heads * engram.row_dim,
-        shape.branches,
-        norm_eps=shape.norm_eps,
-        conv_dilation=engram.conv_dilation or engram.orders[-1],
-        bias=engram.bias,
-        zero_centered_norm=engram.zero_centered_norm,
-        conv_kernel=engram.conv_kernel,
-        conv_within_documents=engram.conv_within_documents,
-    )
+        return memories.feed(normed, out)
 
 
 def build_connection(shape: Shape) -> HyperConnection:
@@ -167,15 +156,13 @@ class Decoder(Head):
         position_ids: Tensor,
         mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
-        engram: Mapping[int, EngramInput] | None = None,
-        bank: Mapping[int, BankInput] | None = None,
+        memories: Mapping[str, Mapping[int, Any]] = _NOTHING,
     ) -> Tensor:
         """Token ids and positions [B, T] -> the last layer's hidden [B, T, H] or, with M branches, [B, T, M, H], for
-        `logits` or `loss`. By layer, `engram` is what `EngramReader.read` has for these tokens, and `bank` what
-        `FetchedBlocks.inputs` has."""
+        `logits` or `loss`. `memories` has what each kind of memory reads for these tokens, by kind and layer."""
         hidden = expand_branches(self.embedding(input_ids), self.branches)
         rotary = rotation(self.shape, position_ids)
         for index, layer in enumerate(self.layers):
-            rows, blocks = (engram or {}).get(index), (bank or {}).get(index)
-            hidden = layer(hidden, position_ids, mask, cache, rotary, rows, blocks)
+            read = {kind: by_layer[index] for kind, by_layer in memories.items() if index in by_layer}
+            hidden = layer(hidden, position_ids, mask, cache, rotary, read)
         return hidden

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .matmul import Linear
+from .memory_kind import MemoryModule
 from .recomputation import recomputing
 
 # Shape letters: B sequences, T tokens, N = B * T, M residual branches, D hidden size, E width of the rows of a token,
@@ -49,7 +50,7 @@ class GateStatistics:
     """fp32 scalar, mean over tokens of the value's RMS before the gate."""
 
 
-class Engram(nn.Module):
+class Engram(MemoryModule):
     """Rows of each token [B, T, E] -> what is added to the residual stream.
 
     With one branch the stream is [B, T, D], with more [B, T, M, D]; the update has the stream's shape and dtype.
@@ -92,6 +93,9 @@ class Engram(nn.Module):
             self.conv = ShortConvolution(branches * hidden_size, conv_kernel, conv_dilation)
         self.on_gate: Callable[[GateStatistics], None] | None = None
         """Called in forward, when set, but not in a recomputation."""
+
+    def enter(self, hidden: Tensor, read: EngramInput) -> Tensor:
+        return hidden + self(hidden, read)
 
     def forward(self, hidden: Tensor, looked_up: EngramInput) -> Tensor:
         """The update of `hidden` [B, T, D] or [B, T, M, D]; a missing token gets none and gives none to later ones."""

@@ -3,6 +3,7 @@
 Training reads rows from sharded tables instead (`kmem.tables`); both go through the same `EngramAddresses`.
 """
 
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,13 @@ from .engram import ConvolutionState, Engram, EngramInput
 from .engram_compression import TokenCompression, compress_vocabulary
 from .engram_hash import prime_sizes
 from .engram_ngrams import MISSING, NgramAddressing
+from .memory_kind import OFF
 from .shape import Shape
 
 # Shape letters: B sequences, T tokens, K rows per token and layer, R rows of a table, D values of a row, N largest
 # n-gram order.
+
+SHUFFLE_SEED = 0
 
 RowSource = Callable[[Tensor], Tensor]
 """Row ids int64 [B, T, K] -> rows [B, T, K, D] on the device of the ids."""
@@ -107,6 +111,24 @@ class EngramAddresses:
         return self.addressing.row_ids(self.layers.index(layer), self.addressed(input_ids), document_ids)
 
 
+def other_rows(addressing: NgramAddressing, table: int, control: str) -> Callable[[Tensor], Tensor]:
+    """Rows of a table -> rows that their n-grams do not own, as a control.
+
+    Args:
+        control: single-row: the first row of each head. shuffled: the rows a fixed random distance on in their head, so
+            that each row is read by exactly one other address.
+    """
+    draw = random.Random(f"{SHUFFLE_SEED} {table}")
+    distances = [draw.randrange(1, size) for size in addressing.sizes[table]]
+
+    def other(rows: Tensor) -> Tensor:
+        numbers = (addressing.sizes[table], addressing.offsets(table), distances)
+        sizes, first, distance = (torch.tensor(values, device=rows.device) for values in numbers)
+        return first.expand_as(rows) if control == "single-row" else (rows - first + distance) % sizes + first
+
+    return other
+
+
 class EngramState:
     """What a memory keeps of a batch of sequences in generation: the last N-1 addressed ids, and the convolutions'
     inputs of the layers that have one."""
@@ -178,6 +200,8 @@ class EngramReader:
         self, addresses: EngramAddresses, sources: Mapping[int, RowSource], modules: Mapping[int, Engram]
     ) -> None:
         self.addresses = addresses
+        self.control = "on"
+        """One of `EngramKind.controls`; can be set."""
         self.sources = dict(sources)
         self._modules = dict(modules)
 
@@ -193,8 +217,8 @@ class EngramReader:
         document_ids: Tensor | None = None,
         present: Tensor | None = None,
         state: EngramState | None = None,
-    ) -> dict[int, EngramInput]:
-        """What every layer's memory holds for token ids int64 [B, T].
+    ) -> dict[int, Any]:
+        """What every engram layer reads for token ids int64 [B, T]: an `EngramInput`, or OFF as a control.
 
         Args:
             document_ids: int64 [B, T]; default: a row is one document.
@@ -204,9 +228,14 @@ class EngramReader:
         addressing = self.addresses.addressing
         ids = self.addresses.addressed(input_ids, present)
         context = None if state is None else state.context
-        found = {}
+        found: dict[int, Any] = {}
         for table, layer in enumerate(addressing.layers):
+            if self.control == "off":
+                found[layer] = OFF
+                continue
             rows = addressing.row_ids(table, ids, document_ids, context)
+            if self.control != "on":
+                rows = torch.where(rows >= 0, other_rows(addressing, table, self.control)(rows), rows)
             # A missing token reads row 0, and its update is masked.
             values = self.sources[layer](rows if present is None else rows.clamp_min(0))
             convolution = None if state is None else state.convolutions.get(layer)

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from .bank_blocks import BankInput
 from .matmul import Linear
+from .memory_kind import NO_MEMORIES, LayerMemories
 from .swiglu import silu_times
 
 
@@ -16,10 +16,8 @@ class FeedForward(nn.Module):
         self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
-    def forward(self, hidden: Tensor, bank: BankInput | None = None) -> Tensor:
-        """hidden [.., H] -> [.., H]; with a memory bank [B, T, H]."""
-        if bank is None:
-            return self.down_proj(silu_times(self.gate_proj(hidden), self.up_proj(hidden)))
-        gate = bank.adapt("gate_proj", hidden, self.gate_proj(hidden))
-        units = silu_times(gate, bank.adapt("up_proj", hidden, self.up_proj(hidden)))
-        return bank.adapt("down_proj", units, self.down_proj(units))
+    def forward(self, hidden: Tensor, memories: LayerMemories = NO_MEMORIES) -> Tensor:
+        """hidden [.., H] -> [.., H]; with memories [B, T, H]."""
+        gate = memories.project("gate_proj", hidden, self.gate_proj(hidden))
+        units = silu_times(gate, memories.project("up_proj", hidden, self.up_proj(hidden)))
+        return memories.project("down_proj", units, self.down_proj(units))

@@ -18,7 +18,7 @@ from .bank_modeling import BankContexts
 from .carried_cache import bank_cache_layer, engram_cache_layer
 from .configuration_kmem import KmemConfig
 from .decoder import Decoder
-from .engram import Engram, EngramInput
+from .engram import Engram
 from .engram_compression import TokenCompression
 from .engram_export import COMPRESSION, TABLES, EngramDescription
 from .engram_reader import EngramAddresses, EngramReader, RowSource, RowTable
@@ -26,6 +26,7 @@ from .export_tables import map_tables
 from .hyper_connections import collapse_branches, expand_branches
 from .init import initialise_
 from .mask import padded_positions, padding_mask
+from .memory_kinds import KINDS
 from .pretrained_folder import PretrainedFolder
 from .rope import rotation
 from .shape import Shape
@@ -74,6 +75,7 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         self.norm = decoder.norm
         self.head: nn.Module | None = decoder.head
         self.engram_description: EngramDescription | None = None
+        self._engram_control = "on"
         self._rows: dict[int, RowSource] = {}
         self._reading: EngramReader | None = None
         if self.shape.engram is not None:
@@ -142,6 +144,16 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.head = new_embeddings
+
+    @property
+    def engram_control(self) -> str:
+        """What engram layers read: "on", or as controls "off", "shuffled" or "single-row"; can be set."""
+        return self._engram_control
+
+    @engram_control.setter
+    def engram_control(self, value: str) -> None:
+        KINDS["engram"].check_control(self.shape, value)
+        self._engram_control = value
 
     def use_rows(self, sources: Mapping[int, RowSource]) -> None:
         """Read each layer's rows there, with tables="mmap"."""
@@ -219,14 +231,17 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         mask = _mask(attention_mask, queries, cached)
         if token_mask is None and attention_mask is not None and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -queries:]
-        engram = self._read(input_ids, token_mask, past_key_values)
-        bank = self._fetched(hidden, input_ids, token_mask, addresses, past_key_values)
+        read = {
+            "engram": self._read(input_ids, token_mask, past_key_values),
+            "bank": self._fetched(hidden, input_ids, token_mask, addresses, past_key_values),
+        }
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [hidden]
         branches = self.shape.branches
         hidden = expand_branches(hidden, branches)
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, position_ids, mask, past_key_values, rotary, engram.get(index), bank.get(index))
+            memories = {name: found[index] for name, found in read.items() if index in found}
+            hidden = layer(hidden, position_ids, mask, past_key_values, rotary, memories)
             if wanted:
                 states.append(collapse_branches(hidden, branches))
         hidden = self.norm(collapse_branches(hidden, branches))
@@ -299,11 +314,12 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
             bank_cache_layer(cache, self.shape.num_layers)
 
     @torch.compiler.disable  # rows come from numpy where tables are mapped, and the state is no tensor
-    def _read(self, input_ids: Tensor | None, token_mask: Tensor | None, cache: Any) -> dict[int, EngramInput]:
-        """What the memory of each layer holds for the tokens [B, T]; nothing for a model without."""
+    def _read(self, input_ids: Tensor | None, token_mask: Tensor | None, cache: Any) -> dict[int, Any]:
+        """What the engram of each layer reads for the tokens [B, T]; nothing for a model without."""
         if self.engram_description is None or input_ids is None:
             return {}
         reader, state = self.engram_reader(), None
+        reader.control = self._engram_control
         if cache is not None:
             layer = engram_cache_layer(cache, self.shape.num_layers)
             state = layer.begun(reader, len(input_ids), input_ids.device)

@@ -62,10 +62,6 @@ class Shape(Mapping[str, Any]):
         """The section of the n-gram memory, or None."""
         return self.get("engram")  # models saved before memories lack the field
 
-    def has_engram(self, layer: int) -> bool:
-        """Whether this layer has an n-gram memory."""
-        return self.engram is not None and layer in self.engram.layers
-
     @property
     def bank_control(self) -> str:
         """What contexts have of the memory bank when the model is used as it was trained: `generic` blocks where these

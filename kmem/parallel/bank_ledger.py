@@ -1,6 +1,7 @@
 """What the tables of a memory bank did in a step, over all ranks: two small all-reduces, and in sampled steps two more,
 of a number for each leaf and two for each row."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,9 @@ import torch.distributed as dist
 
 from kmem.checkpoint.bank.hits import hit_figures
 from kmem.model.bank_layout import BankLayout
-from kmem.parallel.bank_table import stage_table_name
 from kmem.parallel.bank_usage import BankUsage, written_columns
+from kmem.parallel.memory_kind import BegunStep
 from kmem.parallel.mesh import Mesh, local_device
-from kmem.parallel.stage_tables import BegunStep, StageTables
 from kmem.tables.table import Table
 
 _COUNTS = ("unique_rows", "conflict_rows", "owned_rows")
@@ -58,17 +58,15 @@ class BankLedger:
     """Collects what the tables of all stages do. Every rank of the world builds one.
 
     Args:
+        tables: of this stage, by level; none where its layers have no blocks.
         whole: layout of the model.
-        stage: of this stage's layers; None where they have no blocks.
+        stage: layout of this stage's layers.
     """
 
-    def __init__(self, tables: StageTables, whole: BankLayout, stage: BankLayout | None, mesh: Mesh) -> None:
-        self.layout, self.stage = whole, stage
-        self.tables: dict[int, Table] = {}
-        if stage is not None:
-            self.tables = {level: tables.tables[stage_table_name(stage, level)] for level in stage.levels}
+    def __init__(self, tables: Mapping[int, Table], whole: BankLayout, stage: BankLayout, mesh: Mesh) -> None:
+        self.tables, self.layout, self.stage = dict(tables), whole, stage
         # Every stage uses the same clusters: one of them counts.
-        self.counted = stage is not None and stage.layers[0] == whole.layers[0]
+        self.counted = bool(stage.layers) and stage.layers[0] == whole.layers[0]
         self.usage = BankUsage(whole, self.tables if self.counted else {}, self.counted and mesh.data_rank == 0)
 
     def close_step(self, step: BegunStep, sampled: bool) -> dict[int, LevelBank]:
@@ -120,7 +118,6 @@ class BankLedger:
         levels = self.layout.levels
         squares = {level: torch.zeros(2, self.layout.rows(level), dtype=torch.float64) for level in levels}
         for level, table in self.tables.items():
-            assert self.stage is not None
             mine = step.tickets[table.spec.name].owned_rows
             rows = mine + table.local.start
             squares[level][0, rows] = table.squares(mine, written_columns(self.stage, level))

@@ -5,8 +5,8 @@ some of these rows. All of it follows from the addresses, is the same for all la
 host: grouping on a device waits for results.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,20 +15,17 @@ from kmem.data.batch import SequenceBatch
 from kmem.model.bank_blocks import TokenGroups, group_tokens
 from kmem.model.bank_fetched import distinct_rows
 from kmem.model.bank_layout import GENERIC, MISSING, BankLayout
+from kmem.tables.working_set import StepPlan
 
 
-@dataclass(frozen=True)
-class MicroBatchBlocks:
-    """The blocks of a micro-batch."""
+class BlockGroups(NamedTuple):
+    """The tokens of a micro-batch by the blocks that they use."""
 
-    rows: Mapping[int, Tensor]
-    """Level -> int64 [u], which of the step's rows it uses, ascending."""
     groups: tuple[TokenGroups, ...]
-    """Its tokens by the blocks that they use, which are numbered as in `rows`; empty where no token has any."""
+    """Blocks are numbered as in the index of the step's plan; empty where no token has any."""
 
-    def to(self, device: torch.device) -> "MicroBatchBlocks":
-        rows = {level: places.to(device) for level, places in self.rows.items()}
-        return MicroBatchBlocks(rows, tuple(group.to(device) for group in self.groups))
+    def to(self, device: torch.device) -> "BlockGroups":
+        return BlockGroups(tuple(group.to(device) for group in self.groups))
 
 
 def addresses_of(batch: SequenceBatch) -> Tensor:
@@ -44,23 +41,20 @@ def rows_of(layout: BankLayout, addresses: Tensor, level: int) -> Tensor:
     return layout.row_ids(addresses.masked_fill(generic, MISSING), generic, levels=[level])[level]
 
 
-def step_rows(layout: BankLayout, level: int, batches: Sequence[SequenceBatch]) -> Tensor:
-    """The distinct rows of a level's table that micro-batches use, int64 [U], ascending."""
-    # Neighbours mostly have the same address: sorting starts from the few places where it changes.
-    changes = [torch.unique_consecutive(addresses_of(batch).flatten()) for batch in batches]
-    rows, _ = distinct_rows(rows_of(layout, torch.cat(changes), level))
-    return rows
+def plan_blocks(layout: BankLayout, batches: Sequence[SequenceBatch]) -> tuple[dict[int, StepPlan], list[BlockGroups]]:
+    """What the micro-batches of a step look up.
 
-
-def step_blocks(layout: BankLayout, batches: Sequence[SequenceBatch]) -> list[MicroBatchBlocks]:
-    """The blocks of each micro-batch of a step."""
-    whole = {level: step_rows(layout, level, batches) for level in layout.levels}
-    blocks = []
+    Returns:
+        Level -> the distinct rows of the level's table, and which of them each micro-batch uses, ascending; and for
+        each micro-batch its tokens by their blocks.
+    """
+    used: list[dict[int, Tensor]] = []
+    groups = []
     for batch in batches:
         addresses = addresses_of(batch)
         distinct = {level: distinct_rows(rows_of(layout, addresses, level)) for level in layout.levels}
-        rows = {level: torch.searchsorted(whole[level], used) for level, (used, _) in distinct.items()}
-        counts = {level: len(used) for level, (used, _) in distinct.items()}
+        used.append({level: rows for level, (rows, _) in distinct.items()})
+        counts = {level: len(rows) for level, (rows, _) in distinct.items()}
         places = {level: places for level, (_, places) in distinct.items()}
-        blocks.append(MicroBatchBlocks(rows, group_tokens(places, counts, batch.input_ids.shape[1])))
-    return blocks
+        groups.append(BlockGroups(group_tokens(places, counts, batch.input_ids.shape[1])))
+    return {level: StepPlan.of([rows[level] for rows in used]) for level in layout.levels}, groups

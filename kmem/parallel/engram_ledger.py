@@ -11,9 +11,10 @@ from kmem.data.batch import SequenceBatch
 from kmem.model.engram import HISTOGRAM_BINS, Engram, GateStatistics
 from kmem.model.engram_reader import EngramAddresses, table_name
 from kmem.model.shape import Shape
+from kmem.parallel.memory_kind import BegunStep
 from kmem.parallel.mesh import Mesh, local_device
-from kmem.parallel.stage_tables import BegunStep, StageTables
 from kmem.parallel.step_context import StepContext
+from kmem.tables.table import Table
 
 _COUNTS = ("addresses", "unique_rows", "conflict_rows", "owned_rows")
 _TIMES = ("stall_ms", "fetch_ms")
@@ -69,7 +70,7 @@ class EngramLedger:
 
     def __init__(
         self,
-        tables: StageTables,
+        tables: Mapping[str, Table],
         addresses: EngramAddresses,
         modules: Mapping[int, Engram],
         shape: Shape,
@@ -80,7 +81,7 @@ class EngramLedger:
         self.mesh = mesh
         self.context = context
         self.layers = addresses.layers
-        self.tables = {layer: tables.tables[table_name(layer)] for layer in modules}
+        self.tables = {layer: tables[table_name(layer)] for layer in modules}
         self.branches = shape.branches
         # On the device: reading a gate on the host would wait for every layer of every micro-batch.
         self._gates = torch.zeros(

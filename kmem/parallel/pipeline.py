@@ -5,8 +5,9 @@ import importlib
 import io
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import deepspeed
@@ -19,30 +20,25 @@ from torch import Tensor, nn
 
 from kmem.config import Config, OptimizerConfig
 from kmem.data.batch import SequenceBatch
-from kmem.model.bank_layout import BankLayout
-from kmem.model.engram import Engram
-from kmem.model.engram_reader import EngramAddresses
+from kmem.model.decoder import DecoderLayer
 from kmem.model.expert_backends import find_backend, problem
 from kmem.model.init import initialise_
+from kmem.model.memory_kind import MemoryModule
 from kmem.model.moe import ExpertLayer
 from kmem.model.shape import Shape
-from kmem.parallel.bank_ledger import BankLedger, LevelBank
-from kmem.parallel.bank_step import step_blocks
-from kmem.parallel.bank_table import BankTable
 from kmem.parallel.engine import StepEngine, UnclippedBF16Optimizer
-from kmem.parallel.engram_ledger import EngramLedger, LayerEngram
-from kmem.parallel.engram_table import EngramTable
 from kmem.parallel.expert_dispatch import AllToAllDispatcher
 from kmem.parallel.gradients import GradientNorm
+from kmem.parallel.memory_kind import BegunStep, StageMemory, StageParts
+from kmem.parallel.memory_kinds import kinds_of
 from kmem.parallel.mesh import Mesh, expert_group, limit_waiting, local_device, raise_on_all_ranks
 from kmem.parallel.routing_ledger import RoutingLedger, StepRouting
 from kmem.parallel.stage_layers import EmbeddingLayer, LossLayer, NormLayer, StageLayer, TransformerLayer, tied_loss
-from kmem.parallel.stage_tables import BegunStep, StageTable, StageTables
+from kmem.parallel.stage_tables import LookedUp, StageTables
 from kmem.parallel.stages import stage_bounds
 from kmem.parallel.step_context import MicroBatch, StepContext
-from kmem.tables.exchange import join_groups
-from kmem.tables.working_set import WorkingSet
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _REDUCE_BUCKET = 1 << 24
 """Elements per gradient bucket: 64 MiB in fp32, large enough to be bound by bandwidth."""
 
@@ -58,10 +54,8 @@ class StepResult:
     grad_norm: float
     """Global 2-norm of the gradients before clipping; rows of memory tables are not in it. 0 where only they train."""
     routing: StepRouting | None
-    engram: dict[int, LayerEngram] | None = None
-    """By layer."""
-    bank: dict[int, LevelBank] | None = None
-    """By level."""
+    memories: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """Kind of memory -> layer or level -> its figures, as plain data."""
 
 
 class Pipeline:
@@ -70,7 +64,7 @@ class Pipeline:
     Canonical parameter names are the same on every mesh; see `named_parameters`. `close` gives back what tables hold.
 
     Args:
-        addresses: of a model with memory, which follow from its tokenizer.
+        prepared: kind of memory -> what its `MemoryKind.prepare` gave.
         initialise_rows: draw the first rows of tables; False where a checkpoint will be loaded.
 
     Raises:
@@ -79,14 +73,18 @@ class Pipeline:
     """
 
     def __init__(
-        self, config: Config, mesh: Mesh, addresses: EngramAddresses | None = None, initialise_rows: bool = True
+        self,
+        config: Config,
+        mesh: Mesh,
+        prepared: Mapping[str, Any] = _NOTHING,
+        initialise_rows: bool = True,
     ):
-        assert (addresses is None) == (config.model.engram is None), "a model with memory, and no other, has addresses"
         self.config = config
         self.mesh = mesh
+        self.prepared = prepared
         self.device = local_device()
         self.context = StepContext()
-        self.shape = shape = Shape(config.model.model_dump())
+        self.shape = shape = config.model.shape
         self.frozen = config.model.frozen_anchor
         raise_on_all_ranks(expert_problem(config))
         with _quiet():
@@ -100,21 +98,10 @@ class Pipeline:
         self.ledger = None
         if config.model.moe is not None:
             self.ledger = RoutingLedger(self.moe_layers, shape, mesh, self.context)
-        self.addresses = addresses
+        self.context.memories = memories = self._stage_memories(prepared)
         self.stage_tables: StageTables | None = None
-        self.engram_ledger: EngramLedger | None = None
-        self.bank_ledger: BankLedger | None = None
-        tables: list[StageTable] = list(self._bank_tables())
-        modules = self._engram_layers()
-        if addresses is not None:
-            tables += [EngramTable(config, addresses, layer) for layer in sorted(modules)]
-        if addresses is not None or shape.bank is not None:
-            self.stage_tables = StageTables(config, mesh, tables, self.device, initialise_rows)
-            if shape.bank is not None:
-                self.bank_ledger = BankLedger(self.stage_tables, BankLayout.of(shape), self.context.bank_layout, mesh)
-        if addresses is not None:
-            assert self.stage_tables is not None
-            self.engram_ledger = EngramLedger(self.stage_tables, addresses, modules, shape, mesh, self.context)
+        if memories:
+            self.stage_tables = StageTables(config, mesh, memories, self.device, initialise_rows)
 
     @property
     def micro_batches(self) -> int:
@@ -158,8 +145,8 @@ class Pipeline:
             NonFiniteStepError: on all ranks, before any weight has changed.
         """
         begun = step if isinstance(step, BegunStep) else self.begin_step(step)
-        working_sets = {} if self.stage_tables is None else self.stage_tables.activate(begun)
-        tokens = self._load(begun.micro_batches, working_sets)
+        looked_up = LookedUp() if self.stage_tables is None else self.stage_tables.activate(begun)
+        tokens = self._load(begun.micro_batches, looked_up)
         # DeepSpeed averages over micro-batches and data-parallel ranks; the loss is a mean over the step's tokens.
         self.context.loss_factor = self.micro_batches * self.mesh.data / max(tokens, 1)
         for group in self.engine.optimizer.param_groups:
@@ -180,14 +167,19 @@ class Pipeline:
             routing = self.ledger.close_step(self.micro_batches)
             if not self.frozen:
                 self.ledger.update_biases(routing, self.config.model.moe.bias_update_rate)
-        figures = None if self.engram_ledger is None else self.engram_ledger.close_step(begun, sampled)
-        bank = None if self.bank_ledger is None else self.bank_ledger.close_step(begun, sampled)
-        return StepResult(loss, tokens, self.engine.grad_norm, routing, figures, bank)
+        figures = {memory.kind: memory.close_step(begun, sampled) for memory in self.context.memories}
+        return StepResult(loss, tokens, self.engine.grad_norm, routing, figures)
 
-    def evaluate(self, micro_batches: Sequence[SequenceBatch]) -> tuple[float, int]:
-        """(sum of cross entropy in nats, tokens) of all ranks' micro-batches; every rank passes equally many."""
-        working_sets = {} if self.stage_tables is None else self.stage_tables.evaluate(micro_batches)
-        tokens = self._load(micro_batches, working_sets)
+    def evaluate(
+        self, micro_batches: Sequence[SequenceBatch], controls: Mapping[str, str] = _NOTHING
+    ) -> tuple[float, int]:
+        """(sum of cross entropy in nats, tokens) of all ranks' micro-batches; every rank passes equally many.
+
+        Args:
+            controls: kind of memory -> what layers read in place of what training reads; one of `ModelKind.controls`.
+        """
+        looked_up = LookedUp() if self.stage_tables is None else self.stage_tables.evaluate(micro_batches, controls)
+        tokens = self._load(micro_batches, looked_up)
         self.context.loss_factor = 1.0
         mean = self.engine.eval_batch(self._inputs(), num_micro_batches=len(micro_batches))
         self.context.unload()
@@ -199,15 +191,13 @@ class Pipeline:
         if self.stage_tables is not None:
             self.stage_tables.close(error)
 
-    def _load(self, micro_batches: Sequence[SequenceBatch], working_sets: dict[str, WorkingSet]) -> int:
+    def _load(self, micro_batches: Sequence[SequenceBatch], looked_up: LookedUp) -> int:
         """Make these the running micro-batches; returns the trained tokens over all data-parallel ranks."""
-        layout = self.context.bank_layout
-        blocks = [None] * len(micro_batches) if layout is None else step_blocks(layout, micro_batches)
-        on_device = [
-            MicroBatch.on_device(batch, self.shape, self.device, used)
-            for batch, used in zip(micro_batches, blocks, strict=True)
-        ]
-        self.context.load(on_device, working_sets)
+        on_device = []
+        for number, batch in enumerate(micro_batches):
+            beside = {kind: found[number] for kind, found in looked_up.beside.items() if found}
+            on_device.append(MicroBatch.on_device(batch, self.shape, self.device, beside))
+        self.context.load(on_device, looked_up)
         count = torch.stack([(micro.sequences.labels >= 0).sum() for micro in self.context.micro_batches]).sum()
         dist.all_reduce(count, group=self.engine.grid.get_data_parallel_group())
         return int(count)
@@ -217,35 +207,16 @@ class Pipeline:
         no_labels = torch.empty(0)
         return ((micro.sequences.input_ids, no_labels) for micro in self.context.micro_batches)
 
-    def _engram_layers(self) -> dict[int, Engram]:
-        """The memory modules of this stage by layer."""
-        found = {}
+    def _stage_memories(self, prepared: Mapping[str, Any]) -> list[StageMemory]:
+        """The memories of the model on this stage; collective over the world."""
+        modules: dict[str, dict[int, MemoryModule]] = {}
         for layer in self.layers():
-            if isinstance(layer, TransformerLayer) and isinstance(layer.module.engram, Engram):
-                found[layer.index] = layer.module.engram
-        return found
-
-    def _bank_tables(self) -> list[BankTable]:
-        """The tables of this stage's layers of the memory bank, by level; tells the context of them. Collective over
-        the world where gradients are clipped."""
-        config, mesh = self.config, self.mesh
-        if self.shape.bank is None:
-            return []
-        whole, bounds = BankLayout.of(self.shape), stage_bounds(config)
-        stages = [
-            stage
-            for stage in range(mesh.pipeline)
-            if any(bounds[stage] <= layer + 1 < bounds[stage + 1] for layer in whole.layers)
-        ]
-        group = None
-        if config.bank.optimizer.clip_norm is not None and len(stages) > 1:
-            ranks = [stage * mesh.data + rank for stage in stages for rank in range(mesh.data)]
-            group = join_groups([ranks], config.parallel.timeout_seconds)
-        layout = whole.of_layers([layer.index for layer in self.layers() if isinstance(layer, TransformerLayer)])
-        if not layout.layers:
-            return []
-        self.context.bank_layout = layout
-        return [BankTable(config, layout, level, group) for level in layout.levels]
+            if isinstance(layer, TransformerLayer):
+                assert isinstance(layer.module, DecoderLayer)
+                for kind, module in layer.module.memories.items():
+                    modules.setdefault(kind, {})[layer.index] = module
+        parts = StageParts(self.config, self.shape, self.mesh, self.context, modules)
+        return [kind.stage(parts, prepared.get(kind.name)) for kind in kinds_of(self.shape)]
 
     def _connect_experts(self) -> dict[int, ExpertLayer]:
         found = {}

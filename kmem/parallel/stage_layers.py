@@ -51,9 +51,9 @@ class TransformerLayer(StageLayer):
 
     def forward(self, hidden: Tensor) -> Tensor:
         micro = self.context.micro_batch()
-        engram, bank = self.context.engram(self.index), self.context.bank(self.index)
+        memories = self.context.read(self.index)
         return self.module(
-            hidden, micro.sequences.position_ids, self.context.mask(), rotary=micro.rotary, engram=engram, bank=bank
+            hidden, micro.sequences.position_ids, self.context.mask(), rotary=micro.rotary, memories=memories
         )
 
 

@@ -6,64 +6,45 @@ reads for itself, so rows are fetched while earlier steps are computed.
 
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from kmem.checkpoint.pieces import Pieces
-from kmem.config import Config, RowOptimizerConfig, TableConfig, UserError
+from kmem.config import Config, TableConfig, UserError
 from kmem.data.batch import SequenceBatch
+from kmem.parallel.memory_kind import BegunStep, PlanOnce, StageMemory, StageTable
 from kmem.parallel.mesh import Mesh, any_rank, run_on_all_ranks
 from kmem.tables.exchange import Exchange, join_groups
 from kmem.tables.stores import StoreError, available_host_memory, gib
-from kmem.tables.table import Table, Ticket
+from kmem.tables.table import Table
 from kmem.tables.table_spec import TableSpec, row_bytes
 from kmem.tables.worker import TableWorker
-from kmem.tables.working_set import WorkingSet
-
-
-class StageTable(Protocol):
-    """A table of this stage: what it is, and which of its rows a step reads."""
-
-    section: str
-    """Name of its section of the configuration."""
-    settings: TableConfig
-    """How it is kept."""
-    optimizer: RowOptimizerConfig | None
-    """Of its rows; None where they are frozen."""
-    norm_group: dist.ProcessGroup | None
-    """Ranks over which the norm of a gradient that is clipped is summed; None: those of the stage."""
-
-    def spec(self, config: Config) -> TableSpec:
-        """The table."""
-
-    def ids(self, batches: Sequence[SequenceBatch]) -> Tensor:
-        """Row ids int64 [M, B, T, K] of micro-batches, on the host; called by the memory's worker."""
-
-    def pieces(self, table: Table) -> dict[str, dict[str, Pieces]]:
-        """Canonical name -> array (`rows`, its optimizer's state, `step`) -> this rank's part of it."""
+from kmem.tables.working_set import StepPlan, WorkingSet
 
 
 @dataclass
-class BegunStep:
-    """The micro-batches of a step on this rank, whose rows are on their way."""
+class LookedUp:
+    """What the memories of a stage have looked up for the micro-batches of a step."""
 
-    micro_batches: list[SequenceBatch]
-    tickets: dict[str, Ticket] = field(default_factory=dict)
-    """By name, of this stage's tables."""
+    working_sets: Mapping[str, WorkingSet] = field(default_factory=dict)
+    """By table."""
+    beside: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Kind -> what layers need besides rows, by micro-batch, on the host."""
+    off: Collection[str] = ()
+    """Kinds that layers go without."""
 
 
 class StageTables:
     """The tables of this stage, one worker thread for all of them. Every rank of the world builds one.
 
     Args:
-        stage_tables: of this stage, in the same order on all of its ranks; may be none.
+        memories: of this stage, in the same order on all of its ranks; they may have no tables.
         initialise: draw the first rows; False where a checkpoint will be loaded.
 
     Raises:
@@ -74,39 +55,42 @@ class StageTables:
         self,
         config: Config,
         mesh: Mesh,
-        stage_tables: Sequence[StageTable],
+        memories: Sequence[StageMemory],
         device: torch.device,
         initialise: bool = True,
     ) -> None:
         self._scale = 1.0 / mesh.data
+        self.memories = list(memories)
         self.tables: dict[str, Table] = {}
         """By name."""
-        self._of: dict[str, StageTable] = {}
+        self._of: dict[str, tuple[StageMemory, StageTable]] = {}
         self._ahead: list[BegunStep] = []
         """Steps that are begun and not yet active, some of whose tables may not be fetched so far ahead."""
         self._worker: TableWorker | None = None
         seconds = config.parallel.timeout_seconds
         stages = [range(stage * mesh.data, (stage + 1) * mesh.data) for stage in range(mesh.pipeline)]
-        group = join_groups(stages, seconds)  # by every rank, also of stages without a memory
-        if stage_tables:
+        group = join_groups(stages, seconds)  # by every rank, also of stages without tables
+        if any(memory.tables for memory in memories):
             # A lost rank shows in the group first, with a better message than a job that never ends.
             self._worker = TableWorker(Exchange(group), seconds + 60.0)
         try:
-            self._build(config, stage_tables, device)
+            self._build(config, device)
+            for memory in memories:
+                memory.start(self.tables)
             if initialise:
                 self.initialise()
         except BaseException as error:
             self.close(error)
             raise
 
-    def _build(self, config: Config, stage_tables: Sequence[StageTable], device: torch.device) -> None:
+    def _build(self, config: Config, device: torch.device) -> None:
         """Allocate all tables of the world, or none."""
-        planned = [(table.spec(config), table) for table in stage_tables]
-        run_on_all_ranks(lambda: _check_host_memory(planned, self._scale))
+        planned = [(table.spec(config), memory, table) for memory in self.memories for table in memory.tables]
+        run_on_all_ranks(lambda: _check_host_memory([(spec, table) for spec, _, table in planned], self._scale))
         worker = self._worker
 
         def build() -> None:
-            for spec, table in planned:
+            for spec, memory, table in planned:
                 assert worker is not None
                 if spec.folder is not None:
                     try:
@@ -115,7 +99,7 @@ class StageTables:
                         problem = f"{table.section}.folder: {spec.folder} cannot be made ({error.strerror})"
                         raise UserError(problem) from error
                 settings = table.settings
-                self._of[spec.name] = table
+                self._of[spec.name] = memory, table
                 self.tables[spec.name] = Table(
                     spec, table.optimizer, worker, device, settings.staleness, settings.prefetch_depth,
                     settings.threads, initialise=False, norm_group=table.norm_group,
@@ -123,10 +107,10 @@ class StageTables:
 
         run_on_all_ranks(build)
 
-    def initialise(self, kind: type | None = None) -> None:
-        """Draw the first rows of all tables, or of those of one kind, however long that takes: ranks that are through
+    def initialise(self, kinds: Collection[str] | None = None) -> None:
+        """Draw the first rows of all tables, or of those of some kinds, however long that takes: ranks that are through
         with theirs, or have none, wait in short collectives, none of which meets its timeout."""
-        tables = [table for name, table in self.tables.items() if kind is None or isinstance(self._of[name], kind)]
+        tables = [table for name, table in self.tables.items() if kinds is None or self._of[name][0].kind in kinds]
         jobs = [self._worker.submit(table.initialise) for table in tables if self._worker is not None]
         waiting = True
         while waiting:
@@ -138,7 +122,7 @@ class StageTables:
     def count_updates(self) -> None:
         """Of rows that count theirs, after a load from a checkpoint without counts; see `Table.count_updates`."""
         for name, table in self.tables.items():
-            optimizer = self._of[name].optimizer
+            optimizer = self._of[name][1].optimizer
             if optimizer is not None and optimizer.counts_updates:
                 table.count_updates()
 
@@ -146,6 +130,7 @@ class StageTables:
         """Start fetching the rows of a step; all ranks of the stage begin the same steps in the same order. A table
         whose own depth is less than the number of steps begun starts later."""
         step = BegunStep(list(micro_batches))
+        step.plans = {memory.kind: PlanOnce(memory, step.micro_batches) for memory in self.memories}
         self._ahead.append(step)
         self._fetch_ahead()
         return step
@@ -154,31 +139,59 @@ class StageTables:
         for name, table in self.tables.items():
             for step in self._ahead:
                 if name not in step.tickets and table.in_flight <= table.depth:
-                    step.tickets[name] = table.begin(self._ids(name, step.micro_batches))
+                    step.tickets[name] = table.begin(self._plan(name, step.plans))
 
-    def activate(self, step: BegunStep) -> dict[str, WorkingSet]:
-        """Wait for a step's rows, by table; the step before must have been committed or skipped."""
+    def activate(self, step: BegunStep) -> LookedUp:
+        """Wait for a step's rows; the step before must have been committed or skipped."""
         self._fetch_ahead()
         assert self._ahead[0] is step, "steps are trained in the order in which they are begun"
         del self._ahead[0]
-        return {name: ticket.result() for name, ticket in step.tickets.items()}
+        working_sets = {name: ticket.result() for name, ticket in step.tickets.items()}
+        return LookedUp(working_sets, self._beside(step.plans))
 
     def commit(self, step: BegunStep, learning_rate: float) -> None:
         """Queue the update of a step's rows, those of frozen tables excepted. `learning_rate` is the backbone's."""
         for name, ticket in step.tickets.items():
-            optimizer = self._of[name].optimizer
+            optimizer = self._of[name][1].optimizer
             rate = 0.0 if optimizer is None else learning_rate * optimizer.lr_multiplier
             ticket.commit(self._scale, rate, skip=optimizer is None)
 
-    def evaluate(self, micro_batches: Sequence[SequenceBatch]) -> dict[str, WorkingSet]:
-        """Read-only rows as the last commit left them; steps in flight do not notice."""
-        return {name: table.evaluate(self._ids(name, micro_batches)()) for name, table in self.tables.items()}
+    def evaluate(self, micro_batches: Sequence[SequenceBatch], controls: Mapping[str, str]) -> LookedUp:
+        """Read-only rows as the last commit left them; steps in flight do not notice.
+
+        Args:
+            controls: kind -> what its layers read in place of what training reads.
+        """
+        off = {kind for kind, control in controls.items() if control == "off"}
+        plans = {
+            memory.kind: PlanOnce(memory, micro_batches, controls.get(memory.kind))
+            for memory in self.memories
+            if memory.kind not in off
+        }
+        working_sets = {
+            name: table.evaluate(self._plan(name, plans))
+            for name, table in self.tables.items()
+            if self._of[name][0].kind in plans
+        }
+        return LookedUp(working_sets, self._beside(plans), off)
+
+    def _plan(self, name: str, plans: Mapping[str, PlanOnce]) -> Callable[[], StepPlan]:
+        """The plan of a table, for the worker to ask for beside the running step."""
+        return lambda: plans[self._of[name][0].kind]().tables[name]
+
+    def _beside(self, plans: Mapping[str, PlanOnce]) -> dict[str, Sequence[Any]]:
+        """Kind -> what layers need besides rows, by micro-batch."""
+        return {
+            memory.kind: plans[memory.kind]().beside
+            for memory in self.memories
+            if memory.tables and memory.kind in plans
+        }
 
     def pieces(self) -> dict[str, dict[str, Pieces]]:
         """Canonical name -> array (`rows`, its optimizer's state, `step`) -> this rank's part of it."""
         found: dict[str, dict[str, Pieces]] = {}
         for name, table in self.tables.items():
-            found |= self._of[name].pieces(table)
+            found |= self._of[name][1].pieces(table)
         return found
 
     def close(self, error: BaseException | None = None) -> None:
@@ -192,10 +205,6 @@ class StageTables:
             table.close()
         self._worker.close()
         self._worker = None
-
-    def _ids(self, name: str, batches: Sequence[SequenceBatch]) -> Callable[[], Tensor]:
-        """Row ids, computed where the function is called: by the worker, beside the running step."""
-        return lambda: self._of[name].ids(batches)
 
 
 def _check_host_memory(planned: Sequence[tuple[TableSpec, StageTable]], share: float) -> None:

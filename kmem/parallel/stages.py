@@ -1,7 +1,7 @@
 """How layers are divided over pipeline stages."""
 
 from kmem.config import Config
-from kmem.parallel.parameter_counts import count_parameters
+from kmem.model.parameter_counts import count_parameters
 
 
 def stage_bounds(config: Config) -> list[int]:
@@ -11,7 +11,7 @@ def stage_bounds(config: Config) -> list[int]:
     its own before the head. The largest stage is made as small as it can be, weighed by the elements a token is
     multiplied with.
     """
-    counts = count_parameters(config.model)
+    counts = count_parameters(config.model.shape)
     head = [0, counts.head] if config.model.tie_embeddings else [counts.head]
     weights = [0, *counts.layers, *head]  # the embedding is a lookup
     stages = config.parallel.pipeline

@@ -4,21 +4,20 @@ Nothing but the hidden tensor crosses a stage boundary: every stage reads the st
 engine says which micro-batch a layer is working on, in the forward pass and in its recomputation.
 """
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kmem.data.batch import SequenceBatch
-from kmem.model.bank_blocks import BankInput
-from kmem.model.bank_layout import BankLayout
-from kmem.model.engram import EngramInput
-from kmem.model.engram_reader import table_name
 from kmem.model.mask import packed_mask, several_documents
+from kmem.model.memory_kind import OFF
 from kmem.model.rope import Rotation, rotation
 from kmem.model.shape import Shape
-from kmem.parallel.bank_step import MicroBatchBlocks
-from kmem.parallel.bank_table import stage_table_name
+from kmem.parallel.memory_kind import StageMemory
+from kmem.parallel.stage_tables import LookedUp
 from kmem.tables.working_set import WorkingSet
 
 
@@ -31,18 +30,19 @@ class MicroBatch:
     """Whether attention needs a mask of document boundaries."""
     rotary: Rotation
     """The rotary table of these positions, shared by all layers."""
-    blocks: MicroBatchBlocks | None = None
-    """What the memory bank has for these sequences, in all layers of the stage."""
+    beside: dict[str, Any] = field(default_factory=dict)
+    """Kind of memory -> what its layers need besides rows."""
 
     @classmethod
     def on_device(
-        cls, sequences: SequenceBatch, shape: Shape, device: torch.device, blocks: MicroBatchBlocks | None = None
+        cls, sequences: SequenceBatch, shape: Shape, device: torch.device, beside: Mapping[str, Any]
     ) -> "MicroBatch":
         packed = several_documents(sequences.document_ids)  # on the host, where looking costs no wait
-        # Addresses stay there: `blocks` is what they mean.
+        # Addresses stay there: `beside` is what they mean.
         present = {name: value for name, value in vars(sequences).items() if value is not None and name != "addresses"}
         moved = SequenceBatch(**{name: value.to(device) for name, value in present.items()})
-        return cls(moved, packed, rotation(shape, moved.position_ids), None if blocks is None else blocks.to(device))
+        there = {kind: value.to(device) for kind, value in beside.items()}
+        return cls(moved, packed, rotation(shape, moved.position_ids), there)
 
 
 @dataclass
@@ -58,17 +58,24 @@ class StepContext:
     """True while training, False in evaluation, whose statistics do not count."""
     loss_factor: float = 1.0
     """Factor on the summed cross entropy of a micro-batch."""
-    working_sets: dict[str, WorkingSet] = field(default_factory=dict)
+    working_sets: Mapping[str, WorkingSet] = field(default_factory=dict)
     """By table: the rows that the step's micro-batches look up."""
     frozen: bool = False
     """Only the memory bank is trained: gradients of hidden states are needed, none of weights."""
-    bank_layout: BankLayout | None = None
-    """Of the memory bank's blocks in this stage's layers; None where they have none."""
+    memories: Sequence[StageMemory] = ()
+    """Of this stage."""
+    off: Collection[str] = ()
+    """Kinds of memory that layers go without, as a control."""
     _mask: tuple[int, Tensor] | None = None
 
-    def micro_batch(self) -> MicroBatch:
+    @property
+    def running(self) -> int:
+        """The number of the running micro-batch."""
         assert self.current is not None, "a layer ran outside the schedule of the engine"
-        return self.micro_batches[self.current]
+        return self.current
+
+    def micro_batch(self) -> MicroBatch:
+        return self.micro_batches[self.running]
 
     def mask(self) -> Tensor | None:
         """Attention mask of the running micro-batch, [B, 1, T, T] bool, True where attention is allowed; None when
@@ -85,33 +92,22 @@ class StepContext:
         """[B, T] bool, True where the running micro-batch holds no token; None where it holds one everywhere."""
         return self.micro_batch().sequences.padding
 
-    def engram(self, layer: int) -> EngramInput | None:
-        """What a layer's memory holds for the running micro-batch; None where the layer has none."""
-        working_set = self.working_sets.get(table_name(layer))
-        if working_set is None:
-            return None
-        assert self.current is not None
-        rows = working_set.lookup(self.current).flatten(-2)
-        return EngramInput(rows, document_ids=self.micro_batch().sequences.document_ids)
+    def read(self, layer: int) -> dict[str, Any]:
+        """What the memories of a layer read for the running micro-batch, by kind."""
+        return {
+            memory.kind: OFF if memory.kind in self.off else memory.read(layer, self)
+            for memory in self.memories
+            if layer in memory.layers
+        }
 
-    def bank(self, layer: int) -> BankInput | None:
-        """The blocks of a layer for the running micro-batch; None where the layer has none."""
-        layout = self.bank_layout
-        if layout is None or layer not in layout.layers:
-            return None
-        used = self.micro_batch().blocks
-        assert used is not None
-        blocks = {}
-        for level in {level for group in used.groups for level in group.counts}:
-            width = layout.block_values(level)
-            start = layout.layers.index(layer) * width
-            working_set = self.working_sets[stage_table_name(layout, level)]
-            blocks[level] = working_set.columns(used.rows[level], start, start + width)
-        return BankInput(layout, used.groups, blocks)
+    def beside(self, kind: str) -> Any:
+        """What layers with this kind of memory need besides rows for the running micro-batch."""
+        return self.micro_batch().beside[kind]
 
-    def load(self, micro_batches: list[MicroBatch], working_sets: dict[str, WorkingSet]) -> None:
-        """Make these the micro-batches of the running step, and these the rows they look up."""
-        self.micro_batches, self.working_sets, self._mask = micro_batches, working_sets, None
+    def load(self, micro_batches: list[MicroBatch], looked_up: LookedUp) -> None:
+        """Make these the micro-batches of the running step, and this what their layers look up."""
+        self.micro_batches, self._mask = micro_batches, None
+        self.working_sets, self.off = looked_up.working_sets, looked_up.off
 
     def unload(self) -> None:
         """Let go of the rows of a step that is done."""

@@ -3,15 +3,15 @@
     weight/NAME       fp32 master weights, and persistent buffers such as selection biases
     exp_avg/NAME      first moments
     exp_avg_sq/NAME   second moments
-    hits/bank, ..     of a memory bank: how often its clusters have been used (`kmem.parallel.bank_usage`)
-    ARRAY/NAME        of a memory table: the state of its row optimizer, such as first_moment, and its `step`; of a
-                      memory bank, whose tables are those of a stage, NAME is that of a layer's blocks
+    ARRAY/NAME        of a table: the state of its row optimizer, such as first_moment, and its `step`; of a bank,
+                      whose tables are those of a stage, NAME is that of a layer's blocks
+    hits/bank, ..     what a kind of memory keeps besides (`StageMemory.state`)
 
 NAME is canonical. bf16 weights are not stored: they are the cast of the masters. Adam's step counter is one number,
 since every parameter is updated in every step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from deepspeed.moe.utils import is_moe_param
 from torch import Tensor
 
-from kmem.checkpoint.pieces import CheckpointError, Pieces
+from kmem.checkpoint.pieces import Pieces
 from kmem.checkpoint.reader import WEIGHT
 from kmem.parallel.gradients import is_tied_copy
 from kmem.parallel.pipeline import Pipeline
@@ -62,8 +62,9 @@ def model_state(pipeline: Pipeline, *, saving: bool, moments: bool, row_state: b
         state[WEIGHT + name] = arrays.pop("rows")
         if row_state:
             state |= {f"{array}/{name}": pieces for array, pieces in arrays.items()}
-    if saving and pipeline.bank_ledger is not None:
-        state |= pipeline.bank_ledger.usage.state(saving=True)
+    if saving:
+        for memory in pipeline.context.memories:
+            state |= memory.state(saving=True)
     return state
 
 
@@ -83,18 +84,6 @@ def finish_load(pipeline: Pipeline, steps: int) -> None:
     update = getattr(pipeline.engine.optimizer, "update_lp_params", None)
     if update is not None:
         update()
-
-
-def check_names(pipeline: Pipeline, shapes: dict[str, list[int]], new: Sequence[str]) -> None:
-    """Every tensor of this stage, but for those whose names contain one of `new`, is in a checkpoint's list of shapes.
-
-    Raises:
-        CheckpointError: names a tensor that is not.
-    """
-    tables = () if pipeline.stage_tables is None else pipeline.stage_tables.pieces()
-    for name in (*(name for name, _ in (*pipeline.named_parameters(), *pipeline.named_buffers())), *tables):
-        if name not in shapes and not any(part in name for part in new):
-            raise CheckpointError(f"{name} is not in the checkpoint")
 
 
 def _adam(pipeline: Pipeline) -> torch.optim.Optimizer:

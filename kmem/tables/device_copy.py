@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kmem.tables.pinned import PinnedBuffer, PinnedRing
-from kmem.tables.working_set import WorkingSet
+from kmem.tables.working_set import StepPlan, WorkingSet
 
 _ALIGNMENT = 256
 """Arrays in a pinned buffer begin where any type and any wide copy may."""
@@ -65,13 +65,14 @@ class DeviceCopy:
         with self._streamed():
             return torch.zeros(rows, dim, device=self.device)
 
-    def working_set(self, rows: np.ndarray | Tensor, inverse: Tensor, trainable: bool) -> tuple[WorkingSet, object]:
+    def working_set(self, rows: np.ndarray | Tensor, plan: StepPlan, trainable: bool) -> tuple[WorkingSet, object]:
         """Rows of the host (fp32, or bf16 bits) or of the stream, as fp32 on the device, and an event after which they
         are there."""
+        places = [some.numpy() for some in plan.index]
         if isinstance(rows, Tensor):
-            (index,) = self.upload(inverse.numpy())
+            index = self.upload(*places)
         else:
-            rows, index = self.upload(rows, inverse.numpy())
+            rows, *index = self.upload(rows, *places)
         with self._streamed():
             working_set = WorkingSet(rows.float(), index, trainable)
         return working_set, None if self._stream is None else self._event()
@@ -128,7 +129,8 @@ class DeviceCopy:
             stream.wait_event(arrived)
             # Allocated on the worker's stream: the memory may not be reused before this stream is through with it.
             working_set.rows.record_stream(stream)
-            working_set.inverse.record_stream(stream)
+            for index in working_set.index:
+                index.record_stream(stream)
         return working_set
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """A trainable lookup table: rows sharded over ranks, fetched per step, updated where they are stored.
 
-    next_ticket = table.begin(ids)              # at any time, also while an earlier step is computed
+    next_ticket = table.begin(plan)             # at any time, also while an earlier step is computed
     working_set = ticket.result()               # waits for the rows
     ... forward and backward passes through working_set.lookup(micro_batch) ...
     ticket.commit(scale=1 / data_ranks, learning_rate=rate)
@@ -37,7 +37,11 @@ from kmem.tables.sharding import RowSelection, row_range
 from kmem.tables.stores import CHUNK_BYTES, ArrayLayout, Store
 from kmem.tables.table_spec import DTYPES, StepMetrics, TableSpec
 from kmem.tables.worker import TableWorker
-from kmem.tables.working_set import WorkingSet, deduplicate
+from kmem.tables.working_set import StepPlan, WorkingSet
+
+Planned = Tensor | Callable[[], StepPlan]
+"""What a step reads: row ids int64 [M, ..] in host memory, of M micro-batches, unchanged until the rows are there; or a
+function that the worker calls for the plan."""
 
 
 class _Step:
@@ -47,7 +51,7 @@ class _Step:
         self.number, self.ready = number, ready
         self.metrics = StepMetrics()
         self.ended = False
-        self.inverse: Tensor
+        self.plan: StepPlan
         self.request: Request
         self.owned: Segments
         """Local rows that any rank asked for, and whose gradients belong to each, in the order of the ranks."""
@@ -196,21 +200,20 @@ class Table:
         elif spec.init_std:
             self.store.fill("rows", values)
 
-    def begin(self, ids: Tensor | Callable[[], Tensor]) -> Ticket:
-        """Start fetching a step's rows. ids [M, B, T, K] int64 in host memory, unchanged until the rows are there, or a
-        function that the worker calls for them."""
+    def begin(self, plan: Planned) -> Ticket:
+        """Start fetching a step's rows."""
         assert len(self._open) <= self.depth, f"{len(self._open)} steps are begun, prefetch depth is {self.depth}"
         step = _Step(self._begun, self._worker.promise())
         self._begun += 1
         self._open.append(step)
         written = self._written(step.number)
-        self._worker.submit(lambda: self._fetch(step, ids() if callable(ids) else ids, written))
+        self._worker.submit(lambda: self._fetch(step, self._made(plan), written))
         return Ticket(self, step)
 
-    def evaluate(self, ids: Tensor) -> WorkingSet:
+    def evaluate(self, plan: Planned) -> WorkingSet:
         """Rows as the last queued commit leaves them, read only; steps in flight do not notice."""
         written = self._written(self._begun)
-        working_set, arrived = self._worker.call(lambda: self._fetch_unchanging(ids, written))
+        working_set, arrived = self._worker.call(lambda: self._fetch_unchanging(self._made(plan), written))
         return self._copy.hand_over(working_set, arrived)
 
     @property
@@ -365,10 +368,10 @@ class Table:
 
     # Worker thread.
 
-    def _fetch(self, step: _Step, ids: Tensor, written: object) -> None:
+    def _fetch(self, step: _Step, plan: StepPlan, written: object) -> None:
         began, sent = time.perf_counter(), self._exchange.bytes
         self._copy.follow(written)
-        unique, step.inverse = self._unique(ids)
+        step.plan, unique = plan, plan.rows
         step.request = request = self._exchange.request(unique, self.spec.rows)
         step.owned = (Segments.distinct if self._exchange.ranks == 1 else Segments.of)(request.wanted)
         self.store.fetch_ahead(step.owned.unique)  # before the busy counts, which lie in the same pages
@@ -378,7 +381,7 @@ class Table:
         self._serving.serve(request, step.fresh_wanted, step.fresh_asked, step.rows)
         step.metrics = replace(
             step.metrics,
-            addresses=ids.numel(),
+            addresses=plan.look_ups,
             unique_rows=len(unique),
             conflict_rows=len(unique) - int(step.fresh_asked.sum()),
             owned_rows=len(step.owned.unique),
@@ -432,24 +435,25 @@ class Table:
             self._hand_out(other)
 
     def _hand_out(self, step: _Step) -> None:
-        step.ready.set_result(self._copy.working_set(step.rows, step.inverse, self.trained))
+        step.ready.set_result(self._copy.working_set(step.rows, step.plan, self.trained))
 
-    def _fetch_unchanging(self, ids: Tensor, written: object) -> tuple[WorkingSet, object]:
+    def _fetch_unchanging(self, plan: StepPlan, written: object) -> tuple[WorkingSet, object]:
         self._copy.follow(written)
-        unique, inverse = self._unique(ids)
+        unique = plan.rows
         request = self._exchange.request(unique, self.spec.rows)
         self.store.fetch_ahead(request.wanted, writing=False)
         rows: Any = self._serving.empty(len(unique))
         self._serving.serve(request, np.ones(len(request.wanted), bool), np.ones(len(unique), bool), rows)
-        return self._copy.working_set(rows, inverse, trainable=False)
+        return self._copy.working_set(rows, plan, trainable=False)
 
-    def _unique(self, ids: Tensor) -> tuple[np.ndarray, Tensor]:
-        unique, inverse = deduplicate(ids)
-        if len(unique) and not 0 <= unique[0] <= unique[-1] < self.spec.rows:
+    def _made(self, planned: Planned) -> StepPlan:
+        plan = StepPlan.of(planned) if isinstance(planned, Tensor) else planned()
+        rows = plan.rows
+        if len(rows) and not 0 <= rows[0] <= rows[-1] < self.spec.rows:
             raise UserError(
-                f"table {self.spec.name} has {self.spec.rows} rows and was asked for rows {unique[0]} to {unique[-1]}"
+                f"table {self.spec.name} has {self.spec.rows} rows and was asked for rows {rows[0]} to {rows[-1]}"
             )
-        return unique, inverse
+        return plan
 
     def _interval(self, name: str, columns: slice) -> Pieces:
         def fetch(first: int, last: int) -> None:

@@ -1,8 +1,10 @@
 """The rows of one step on the compute device: unique rows once, an index per micro-batch, one gradient buffer.
 
-M micro-batches of B sequences of T tokens, K rows per token; U unique rows of D values.
+M micro-batches; U unique rows of D values.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,17 +16,39 @@ from kmem.tables.row_optimizers import kernels
 from kmem.tables.segments import Segments
 
 
-def deduplicate(ids: Tensor) -> tuple[np.ndarray, Tensor]:
-    """int64 ids [M, B, T, K] -> (ascending unique ids [U], index [M, B, T, K] into them).
+@dataclass(frozen=True)
+class StepPlan:
+    """The rows of a table that a step reads on this rank.
 
-    Raises:
-        UserError: an id is negative.
+    Args:
+        rows: [U] int64, ascending and distinct.
+        index: for each micro-batch, int64 of any shape: the place of every look-up among `rows`. On the host.
     """
-    flat = ids.cpu().numpy().reshape(-1)
-    if len(flat) and flat.min() < 0:
-        raise UserError(f"row ids start at 0, and {flat.min()} was looked up")
-    segments = Segments.of(flat)
-    return segments.unique, torch.from_numpy(segments.inverse()).view(ids.shape)
+
+    rows: np.ndarray
+    index: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, ids: Sequence[Tensor] | Tensor) -> "StepPlan":
+        """The plan for row ids, int64 on the host: for each micro-batch a tensor of any shape, or all of them [M, ..].
+
+        Raises:
+            UserError: an id is negative.
+        """
+        if isinstance(ids, Tensor):
+            flat = ids.numpy().reshape(-1)
+        else:
+            flat = torch.cat([some.flatten() for some in ids]).numpy()
+        if len(flat) and flat.min() < 0:
+            raise UserError(f"row ids start at 0, and {flat.min()} was looked up")
+        segments = Segments.of(flat)
+        inverse = torch.from_numpy(segments.inverse()).split([some.numel() for some in ids])
+        return cls(segments.unique, [part.view(some.shape) for part, some in zip(inverse, ids, strict=True)])
+
+    @property
+    def look_ups(self) -> int:
+        """Of all micro-batches."""
+        return sum(some.numel() for some in self.index)
 
 
 class WorkingSet:
@@ -35,25 +59,25 @@ class WorkingSet:
 
     Args:
         rows: [U, D] fp32, on the compute device.
-        inverse: [M, B, T, K] int64, on the compute device.
+        index: that of the step's plan, on the compute device.
         trainable: False for evaluation: lookups are then recorded nowhere.
     """
 
-    def __init__(self, rows: Tensor, inverse: Tensor, trainable: bool = True) -> None:
+    def __init__(self, rows: Tensor, index: Sequence[Tensor], trainable: bool = True) -> None:
         self.rows = rows.requires_grad_(trainable)
-        self.inverse = inverse
+        self.index = index
         self.gradient: Tensor | None = None
         """[U, D] fp32; None until a backward pass has reached a lookup."""
 
     def lookup(self, micro_batch: int) -> Tensor:
-        """[B, T, K, D] fp32: the rows of a micro-batch, in the order of its ids. Cast after, not before: gradients of
-        all micro-batches are then summed in fp32."""
-        return _Lookup.apply(self.rows, self, self.inverse[micro_batch])
+        """[.., D] fp32: the rows of a micro-batch, in the shape of its index. Cast after, not before: gradients of all
+        micro-batches are then summed in fp32."""
+        return _Lookup.apply(self.rows, self, self.index[micro_batch])
 
-    def columns(self, rows: Tensor, start: int, stop: int) -> Tensor:
-        """[u, stop - start] fp32: a part of some of the rows, int64 [u], no two of them the same, on the compute
-        device. For rows whose parts belong to several layers."""
-        return _Columns.apply(self.rows, self, rows, start, stop)
+    def columns(self, micro_batch: int, start: int, stop: int) -> Tensor:
+        """[u, stop - start] fp32: columns of the rows of a micro-batch whose index is [u] without repetition. For rows
+        whose columns belong to several layers."""
+        return _Columns.apply(self.rows, self, self.index[micro_batch], start, stop)
 
     def finite(self) -> Tensor:
         """bool scalar on the device: no gradient is infinite or NaN. (inf and NaN survive the sum.)"""

@@ -74,10 +74,11 @@ def _checked_data(config: Config, ranks: int) -> "PreparedData":
     one error, before ranks start and before DeepSpeed is imported, which takes seconds."""
     config.data_parallel_size(ranks)
     from kmem.data.reader import open_data
-    from kmem.train.bank_addresses import bank_tree
+    from kmem.parallel.memory_kinds import kinds_of
 
     data = open_data(config.data, config.model.vocab_size)
-    bank_tree(config)
+    for kind in kinds_of(config.model.shape):
+        kind.prepare(config, data.tokenizer_path)
     return data
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from kmem.config import Config, GroupedQueryAttention
+from kmem.model.parameter_counts import ParameterCounts
 from kmem.parallel.mesh import local_device
-from kmem.parallel.parameter_counts import ParameterCounts
 from kmem.parallel.routing_ledger import StepRouting
 
 BALANCE_LOSSES = ("aux_loss", "sequence_aux_loss", "z_loss")
@@ -65,11 +65,9 @@ class StepRecord:
     """Of a chain of experts, in steps that a held-out evaluation follows: "layer/iteration" -> [expert of the pass
     before][expert of this pass], tokens that chose both."""
 
-    engram: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Per layer with an n-gram memory: the fields of `kmem.parallel.engram_ledger.LayerEngram`, and dedup_ratio."""
-
-    bank: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Per level of a memory bank: the fields of `kmem.parallel.bank_ledger.LevelBank`."""
+    memories: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """Kind of memory -> layer or level -> figures: of engram the fields of `kmem.parallel.engram_ledger.LayerEngram`
+    and dedup_ratio, of a bank those of `kmem.parallel.bank_ledger.LevelBank`."""
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "step", **asdict(self)}

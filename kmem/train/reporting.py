@@ -82,7 +82,7 @@ class ProgressReport(Callback):
         """The norm of the weights' gradient; of a frozen anchor, which has none, how many blocks the step trained. A
         norm of their gradients is not to be had here: without clipping nothing needs the sum over ranks."""
         if self._bank_alone:
-            return f"blocks {sum(level['touched_blocks'] for level in record.bank.values()):,}"
+            return f"blocks {sum(level['touched_blocks'] for level in record.memories['bank'].values()):,}"
         return f"grad {record.grad_norm:.2f}"
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
@@ -92,8 +92,7 @@ class ProgressReport(Callback):
         )
         for control, figures in record.controls.items():
             worse = figures["bits_per_byte"] - record.bits_per_byte
-            blocks = {"generic": "with generic blocks", "none": "without blocks"}[control]
-            self._say(f"  {blocks}: {figures['bits_per_byte']:.4f} bits per byte ({worse:+.4f})")
+            self._say(f"  {control}: {figures['bits_per_byte']:.4f} bits per byte ({worse:+.4f})")
 
     def on_checkpoint(self, folder: Path, complete: bool) -> None:
         if self._bar is None:

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kmem.checkpoint.commit import Commit
-from kmem.checkpoint.manifest import ANOTHER_RUN, check_tree
+from kmem.checkpoint.manifest import ANOTHER_RUN
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import find_checkpoint
 from kmem.checkpoint.store import CheckpointStore
-from kmem.config import CheckpointConfig, UserError
+from kmem.config import CheckpointConfig, Config, UserError
 from kmem.data.reader import PreparedData
 from kmem.parallel.mesh import run_on_all_ranks
+from kmem.train.load_plan import check_manifests
 
 
 @dataclass(frozen=True)
@@ -25,20 +26,12 @@ class ResumePoint:
     """own: the run's own. resumed: that of another run, whose history goes on. weights: nothing of it but these."""
 
     @property
-    def otherwise(self) -> str:
+    def hint(self) -> str:
         """What a user can do who wants another model than the checkpoint's."""
         field = {"resumed": "checkpoint.resume", "weights": "checkpoint.start"}.get(self.kind)
         return ANOTHER_RUN if field is None else f"leave {field} out"
 
-    @property
-    def bank_seed(self) -> int | None:
-        """What the first blocks of its bank were drawn from; None: it has no bank."""
-        if self.commit.config["model"].get("bank") is None:
-            return None
-        known = self.commit.progress.bank_seed
-        return int(self.commit.config["train"]["init_seed"]) if known is None else known
-
-    def check(self, data: PreparedData, tree: Mapping[str, Any] | None) -> None:
+    def check(self, data: PreparedData, config: Config, prepared: Mapping[str, Any]) -> None:
         """Refuse text that the checkpoint cannot go on with.
 
         A selection of subtrees is no part of what must be the same: each has its own place in the text. Sequences
@@ -47,12 +40,12 @@ class ResumePoint:
         Raises:
             CheckpointError: names the field and the remedy.
         """
-        check_tree(self.folder, self.commit.tree, tree, self.otherwise)
+        check_manifests(self.folder, self.commit, config, prepared, self.hint)
         stored, run = self.commit.progress.data, self.folder.parent.parent
         if stored.get("tokenizer", data.tokenizer_fingerprint) != data.tokenizer_fingerprint:
             raise CheckpointError(
                 f"data.sources: their tokenizer differs from the one {self.folder} was trained with; prepare the text "
-                f"with --tokenizer {run / 'tokenizer'}, or {self.otherwise}"
+                f"with --tokenizer {run / 'tokenizer'}, or {self.hint}"
             )
         known = (data.fingerprint, data.sequences_fingerprint)
         if self.kind != "weights" and stored.get("fingerprint", data.fingerprint) not in known:

@@ -8,13 +8,11 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from kmem.config import Config, dump_config
-from kmem.model.bank_export import TREE_FOLDER
-from kmem.model.bank_router import tree_with_embedder
-from kmem.model.bank_tree import read_tree_record
 
 METRICS, LOCK = "metrics.jsonl", "lock"
 SECONDS_TO_LEAVE = 20.0
@@ -77,20 +75,24 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def prepare(self, config: Config, tokenizer: Path, tree: Path | None = None) -> str | None:
-        """Create the folder, write the resolved configuration, keep a copy of the tokenizer, and of the cluster tree of
-        a memory bank, for exports; returns what stands in the way, if anything."""
+    def prepare(self, config: Config, tokenizer: Path, folders: Mapping[str, Path]) -> str | None:
+        """Create the folder, write the resolved configuration and keep copies, for exports; returns what stands in the
+        way, if anything.
+
+        Args:
+            folders: name of the copy -> a folder besides the tokenizer.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "config.yaml").write_text(dump_config(config))
             shutil.copytree(tokenizer, self.path / "tokenizer", dirs_exist_ok=True)
-            if tree is not None and not _whole_copy(self.path / TREE_FOLDER, tree):
-                # Whole in place of what is there: exports would carry the files of an earlier tree's embedder.
-                copy = self.path / f"{TREE_FOLDER}.copying"
+            for name, source in folders.items():
+                # Whole in place of what is there: exports would carry files of an earlier source.
+                copy = self.path / f"{name}.copying"
                 shutil.rmtree(copy, ignore_errors=True)
-                shutil.copytree(tree, copy, copy_function=shutil.copyfile)  # with the modes of the umask
-                shutil.rmtree(self.path / TREE_FOLDER, ignore_errors=True)
-                copy.rename(self.path / TREE_FOLDER)
+                shutil.copytree(source, copy, copy_function=shutil.copyfile)  # with the modes of the umask
+                shutil.rmtree(self.path / name, ignore_errors=True)
+                copy.rename(self.path / name)
         except OSError as error:
             return f"folder: {self.path} cannot be written: {error}"
         return None
@@ -107,16 +109,6 @@ class RunFolder:
         """Add one line to metrics.jsonl."""
         with open(self.metrics, "a") as file:
             file.write(json.dumps(record) + "\n")
-
-
-def _whole_copy(copy: Path, tree: Path) -> bool:
-    """Whether a folder is a tree, or has all that it has."""
-    if copy.resolve() == tree.resolve():
-        return True
-    try:
-        return tree_with_embedder(copy).fingerprint == read_tree_record(tree)["fingerprint"]
-    except ValueError:
-        return False
 
 
 def _step_of(line: str) -> float:

@@ -59,10 +59,8 @@ class WandbTracking(Callback):
             del figures["coactivation"]  # matrices; they are in metrics.jsonl
             figures |= {f"phase/{name}": seconds for name, seconds in phases.items()}
             figures |= {f"experts/{layer}/{name}": v for layer, load in experts.items() for name, v in load.items()}
-            for level, bank in figures.pop("bank").items():
-                figures |= _flat(f"bank/{level}", bank)
-            for layer, engram in figures.pop("engram").items():
-                figures |= _flat(f"engram/{layer}", engram)
+            for kind, places in figures.pop("memories").items():
+                figures |= _flat(kind, places)
             self._run.log(figures, step=record.step)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:

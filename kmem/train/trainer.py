@@ -5,27 +5,29 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import kmem
 from kmem.checkpoint.commit import Progress
+from kmem.checkpoint.controls import check_controls, parse_controls
 from kmem.checkpoint.store import CheckpointStore
 from kmem.config import Config, ConfigError, UserError
-from kmem.data.engram_addresses import model_addresses
 from kmem.data.reader import PreparedData
 from kmem.eval.held_out import EvaluationRecord, held_out_loss
+from kmem.model.parameter_counts import count_parameters
 from kmem.parallel.engine import NonFiniteStepError
+from kmem.parallel.memory_kind import BegunStep
+from kmem.parallel.memory_kinds import kinds_of
 from kmem.parallel.mesh import Mesh, any_rank, lost_peer, raise_on_all_ranks, run_on_all_ranks
-from kmem.parallel.parameter_counts import count_parameters
 from kmem.parallel.pipeline import Pipeline, StepResult, split_samples
-from kmem.parallel.stage_tables import BegunStep
 from kmem.parallel.training_state import optimizer_steps
 from kmem.tables.exchange import ExchangeError
-from kmem.train.bank_addresses import bank_tree, tree_folder, with_generic_blocks
 from kmem.train.callback import Callback
 from kmem.train.interruption import Interruption
+from kmem.train.load_plan import LoadPlan, plan_load
 from kmem.train.metrics import (
     BALANCE_LOSSES,
     StepRecord,
@@ -69,31 +71,33 @@ class Trainer:
         self.tokens = 0
         self.tracking: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
-        self._counts = count_parameters(config.model)
+        self._counts = count_parameters(config.model.shape)
         self._flops = flops_per_token(config, self._counts)
         raise_on_all_ranks(self.folder.claim() if mesh.rank == 0 else None, TrainingError)
         self.store = CheckpointStore(self.folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every)
         found = find_resume_point(config.checkpoint, self.store)
-        addresses, self.tree = run_on_all_ranks(
-            lambda: (model_addresses(config.model, data.tokenizer_path), bank_tree(config))
+        self.kinds = kinds_of(config.model.shape)
+        self._check_controls()
+        self.prepared = run_on_all_ranks(
+            lambda: {kind.name: kind.prepare(config, data.tokenizer_path) for kind in self.kinds}
         )
+        plan = None
         if found is not None:
-            run_on_all_ranks(lambda: found.check(data, self.tree))
+            plan = run_on_all_ranks(lambda: self._load_plan(found))
         elif config.model.frozen_anchor:
             raise ConfigError(
                 "model.bank.anchor: frozen, and the run begins with nothing, so the anchor would stay random: "
                 "name a run with a trained one in checkpoint.start, or train it (anchor: train)"
             )
-        self.pipeline = Pipeline(config, mesh, addresses, initialise_rows=found is None)
+        self.pipeline = Pipeline(config, mesh, self.prepared, initialise_rows=found is None)
         self._begun: deque[BegunStep] = deque()
         """Steps whose rows are being fetched, the next one first."""
         self._saved_at = -1
         self._callback_problem: str | None = None
-        self.bank_seed: int | None = None if config.model.bank is None else config.train.init_seed
-        self.bank_start: str | None = None
+        self.origins = self._origins(found)
         try:
-            if found is not None:
-                self._begin_with(found)
+            if found is not None and plan is not None:
+                self._begin_with(found, plan)
         except BaseException as error:
             self.pipeline.close(error)
             raise
@@ -147,7 +151,10 @@ class Trainer:
     def _prepare_folder(self, finished: bool) -> None:
         problem = None
         if self.mesh.rank == 0 and not finished:
-            problem = self.folder.prepare(self.config, self.data.tokenizer_path, tree_folder(self.config))
+            copied: dict[str, Path] = {}
+            for kind in self.kinds:
+                copied |= kind.copied_folders(self.config, self.folder.path)
+            problem = self.folder.prepare(self.config, self.data.tokenizer_path, copied)
         raise_on_all_ranks(problem, TrainingError)
 
     def _asked_to_stop(self, interruption: Interruption) -> bool:
@@ -212,10 +219,13 @@ class Trainer:
         train = self.config.train
         first = self.positions[self.data.selection] + (step - self.step) * train.global_batch_size
         plan = split_samples(first, train.global_batch_size, train.micro_batch_size, self.mesh)
-        read = ((self.data.training.read(samples), samples) for samples in plan)
-        return self.pipeline.begin_step(
-            [with_generic_blocks(self.config, batch, samples, step) for batch, samples in read]
-        )
+        batches = []
+        for samples in plan:
+            batch = self.data.training.read(samples)
+            for kind in self.kinds:
+                batch = kind.training_batch(self.config, batch, samples, step)
+            batches.append(batch)
+        return self.pipeline.begin_step(batches)
 
     def _record(self, result: StepResult, lr: float, seconds: float) -> StepRecord:
         train = self.config.train
@@ -243,12 +253,7 @@ class Trainer:
             )
             record.experts = expert_figures(result.routing, positions * moe.top_k, chained=moe.chain is not None)
             record.coactivation = coactivation(result.routing)
-        if result.engram is not None:
-            record.engram = {
-                str(layer): {**asdict(figures), "dedup_ratio": figures.dedup_ratio}
-                for layer, figures in result.engram.items()
-            }
-        record.bank = {str(level): asdict(figures) for level, figures in (result.bank or {}).items()}
+        record.memories = result.memories
         return record
 
     def _evaluation_due(self, step: int) -> bool:
@@ -261,7 +266,8 @@ class Trainer:
         loss, tokens = held_out_loss(self.pipeline, self.data, settings.sequences)
         controls: dict[str, dict[str, float]] = {}
         for control in settings.controls:
-            other, _ = held_out_loss(self.pipeline, self.data, settings.sequences, control)
+            given = parse_controls([control], "evaluation.controls")
+            other, _ = held_out_loss(self.pipeline, self.data, settings.sequences, given)
             controls[control] = {"loss": other, "bits_per_byte": self.data.bits_per_byte(other)}
         record = EvaluationRecord(
             step=self.step,
@@ -298,28 +304,57 @@ class Trainer:
                 "torch": torch.__version__,
             },
             positions=dict(self.positions),
-            bank_seed=self.bank_seed,
-            bank_start=self.bank_start,
+            memories=self.origins,
         )
-        folder = save_training(self.store, self.pipeline, progress, self.config.checkpoint.asynchronous, self.tree)
+        folder = save_training(self.store, self.pipeline, progress, self.config.checkpoint.asynchronous)
         self._saved_at = self.step
         self._notify("on_checkpoint", folder, not self.config.checkpoint.asynchronous)
 
-    def _begin_with(self, found: ResumePoint) -> None:
+    def _check_controls(self) -> None:
+        """Every control of `evaluation.controls` is one that can be given while training."""
+        shape, option = self.config.model.shape, "evaluation.controls"
+        for control in self.config.evaluation.controls:
+            controls = parse_controls([control], option)
+            check_controls(controls, shape, option)
+            for kind in self.kinds:
+                if controls.get(kind.name, kind.training_controls[0]) not in kind.training_controls:
+                    raise ConfigError(
+                        f"{option}: {control} is for kmem eval; while training: {', '.join(kind.training_controls)}"
+                    )
+
+    def _load_plan(self, found: ResumePoint) -> LoadPlan:
+        """What the run takes over; refuses text or a model that the checkpoint cannot go on with.
+
+        Raises:
+            CheckpointError: names the field and the remedy.
+        """
+        found.check(self.data, self.config, self.prepared)
+        return plan_load(
+            found.folder,
+            found.commit,
+            self.config,
+            self.prepared,
+            weights_only=found.kind == "weights",
+            hint=found.hint,
+            own_run=found.kind == "own",
+        )
+
+    def _origins(self, found: ResumePoint | None) -> dict[str, dict[str, Any]]:
+        """Kind of memory -> where its rows come from."""
+        stored, folder, weights_only = None, None, False
+        if found is not None:
+            stored, folder, weights_only = found.commit, found.folder, found.kind == "weights"
+        origins = {kind.name: kind.origin(self.config, stored, folder, weights_only) for kind in self.kinds}
+        return {name: origin for name, origin in origins.items() if origin}
+
+    def _begin_with(self, found: ResumePoint, plan: LoadPlan) -> None:
         """Fill the pipeline, and go on where the checkpoint stands, or begin with its weights.
 
         Raises:
-            CheckpointError: it is of another model.
+            CheckpointError: a tensor is missing or has another size or dtype.
         """
-        weights_only = found.kind == "weights"
-        progress = load_training(
-            self.store, found.folder, found.commit, self.pipeline, self.tree, weights_only, found.otherwise,
-            going_on=found.kind == "own",
-        )  # fmt: skip
-        if found.bank_seed is not None:
-            self.bank_seed = found.bank_seed
-            self.bank_start = str(found.folder.resolve()) if weights_only else progress.bank_start
-        if weights_only:
+        progress = load_training(self.store, found.folder, found.commit, self.pipeline, plan)
+        if plan.weights_only:
             return
         self.step, self.consumed_samples, self.tokens = progress.step, progress.consumed_samples, progress.tokens
         self.positions |= progress.sequences_read
@@ -331,8 +366,7 @@ class Trainer:
 
     def _data_fingerprints(self) -> dict[str, str]:
         """What a checkpoint says of the data it was trained on."""
-        found = {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer_fingerprint}
-        return found if self.tree is None else {**found, "tree": self.tree["fingerprint"]}
+        return {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer_fingerprint}
 
     def _explain(self, error: NonFiniteStepError) -> str:
         step, position = self.step + 1, self.positions[self.data.selection]

@@ -58,7 +58,7 @@ def comparison(prepared, tmp_path):
             "baseline": "moe",
             "pairs": {"engram": "moe"},
             "equal": {"non_embedding": 0.05, "active_non_embedding": 0.05, "tokens": 0},
-            "controls": ["off", "shuffled", "single-row"],
+            "controls": ["engram=off", "engram=shuffled", "engram=single-row"],
             "horizons": [2],
         }
         (folder / "compare.yaml").write_text(yaml.safe_dump(tree | changes, sort_keys=False))
@@ -103,8 +103,8 @@ def test_a_comparison_is_trained_evaluated_and_reported_once(comparison, tmp_pat
     assert engram["difference_to"]["moe"]["whole"] == engram["difference"]
     early = engram["runs"]["1"]["held_out"]["2"] - moe["runs"]["1"]["held_out"]["2"]
     assert engram["difference_to"]["moe"]["2"]["mean"] == early
-    assert set(engram["runs"]["1"]["memory"]) == {"on", "off", "shuffled", "single-row"}
-    assert set(moe["runs"]["1"]["memory"]) == {"on"}
+    assert set(engram["runs"]["1"]["states"]) == {"trained", "engram=off", "engram=shuffled", "engram=single-row"}
+    assert set(moe["runs"]["1"]["states"]) == {"trained"}
     assert (out / "report.png").stat().st_size > 10_000
     text = (out / "report.md").read_text()
     assert "**A quick look, not the comparison: 1 of 2 seeds.**" in text
@@ -129,7 +129,7 @@ def test_banks_are_evaluated_by_what_contexts_fetch_and_asked_questions(comparis
             "tree": {"children": 2, "levels": 2},
         },
         contestants={"moe": "moe.yaml", "bank": "bank.yaml", "generic": "generic.yaml"},
-        equal={"tokens": 0}, pairs={}, controls=[], bank_controls=["generic", "blocked", "none"],
+        equal={"tokens": 0}, pairs={}, controls=["bank=generic", "bank=blocked", "bank=none"],
     )  # fmt: skip
     for name, changes in (
         ("moe", {"include": "plain.yaml", "data": {"sources": [{"path": str(data)}]}}),
@@ -143,15 +143,15 @@ def test_banks_are_evaluated_by_what_contexts_fetch_and_asked_questions(comparis
     command = ["bench", "compare", str(folder), "--out", str(out), "--seeds", "1"]
     assert main(command) == 0
     results = json.loads((out / "report.json").read_text())
-    found = {label: contestant["runs"]["1"]["memory"] for label, contestant in results["contestants"].items()}
+    found = {label: contestant["runs"]["1"]["states"] for label, contestant in results["contestants"].items()}
     assert {label: list(own) for label, own in found.items()} == {
         "moe": ["on"],
-        "bank": ["fetched", "generic", "blocked", "none"],
-        "generic": ["generic", "none"],
+        "bank": ["trained", "bank=generic", "bank=blocked", "bank=none"],
+        "generic": ["trained", "bank=none"],
     }
     assert len({figures["loss"] for figures in found["bank"].values()}) == 4, "the blocks are not the same"
-    assert results["contestants"]["generic"]["bits_per_byte"]["mean"] == found["generic"]["generic"]["bits_per_byte"]
-    assert "| contestant | fetched | generic | blocked | none |" in (out / "report.md").read_text()
+    assert results["contestants"]["generic"]["bits_per_byte"]["mean"] == found["generic"]["trained"]["bits_per_byte"]
+    assert "| contestant | trained | bank=generic | bank=blocked | bank=none |" in (out / "report.md").read_text()
 
     # Questions that are asked later are answered by the evaluated runs.
     told = yaml.safe_load((folder / "compare.yaml").read_text())
@@ -161,13 +161,13 @@ def test_banks_are_evaluated_by_what_contexts_fetch_and_asked_questions(comparis
     known = {"prompt": "the state of", "answer": " a", "exposures": 3}
     (data / "none.questions").write_text("\n".join(json.dumps(known | {"exposures": n}) for n in (1, 3, 90)))
     assert main(command) == 0
-    again = json.loads((out / "report.json").read_text())["contestants"]["bank"]["runs"]["1"]["memory"]
+    again = json.loads((out / "report.json").read_text())["contestants"]["bank"]["runs"]["1"]["states"]
     asked = {state: figures.pop("questions") for state, figures in again.items()}
     assert again == found["bank"]
     assert all([group["group"] for group in groups] == ["1", "2-3", "64+", "all"] for groups in asked.values())
     text = (out / "report.md").read_text()
     assert "| contestant | 1 | 2-3 | 64+ | all |" in text
-    assert all(f"| {name} |" in text for name in ("moe", "bank, fetched", "bank, blocked", "generic, generic"))
+    assert all(f"| {name} |" in text for name in ("moe", "bank, trained", "bank, bank=blocked", "generic, trained"))
 
 
 def test_an_interrupted_run_goes_on(comparison, tmp_path, monkeypatch, capsys):

@@ -3,7 +3,7 @@
 import pytest
 
 from kmem.config import ConfigError, parse_config
-from kmem.parallel.parameter_counts import count_parameters
+from kmem.model.parameter_counts import count_parameters
 from tests.distributed.training_case import small_config
 
 
@@ -66,8 +66,8 @@ MATRICES = 3 * 32 * 32
 )
 def test_counts(section, visited, multiplied, extra):
     """Active: each element once. Stage balancing and arithmetic: each use."""
-    plain = count_parameters(parse_config(small_config()).model)
-    counts = count_parameters(chain(section).model)
+    plain = count_parameters(parse_config(small_config()).model.shape)
+    counts = count_parameters(chain(section).model.shape)
     assert counts.total == plain.total + 3 * extra == sum(counts.components.values())
     assert counts.active == plain.active + 3 * (extra + (visited - 2) * MATRICES)
     reads = 4 * 32 if section.get("gates") == "shared" else 0  # one router, asked twice

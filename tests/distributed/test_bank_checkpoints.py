@@ -14,9 +14,8 @@ from kmem.checkpoint.store import CheckpointStore, step_folder
 from kmem.config import parse_config
 from kmem.model.bank_layout import BankLayout, layer_bank_name
 from kmem.model.shape import Shape
-from kmem.train.saving import load_training
 from tests.distributed.bank_case import EXPERTS, bank_config
-from tests.distributed.training_case import build, checkpoint_case
+from tests.distributed.training_case import build, checkpoint_case, load_checkpoint
 
 SAVE, LAST = 2, 4
 CATCHUP = {"bank__optimizer__name": "adam_catchup"}
@@ -68,7 +67,7 @@ def test_reader_sees_whole_blocks(wide_run):
     whole = reader.read(name)
     assert whole.shape == (layout.rows(2), layout.block_values(2))
     assert torch.equal(reader.read_rows(name, 3, 7), whole[3:7])
-    assert reader.commit.tree == TREE
+    assert reader.commit.manifests == {"bank": TREE}
 
 
 def test_blocks_of_a_checkpoint_without_counts_have_counted_all_steps(ranks, tmp_path):
@@ -87,9 +86,8 @@ def test_blocks_of_a_checkpoint_without_counts_have_counted_all_steps(ranks, tmp
 
 def counts_case(tree, root):
     """Updates of the blocks of each level, and which have moments, after loading step SAVE."""
-    pipeline, store = build(tree), CheckpointStore(Path(root))
-    folder = step_folder(Path(root), SAVE)
-    load_training(store, folder, store.open(folder), pipeline, TREE)
+    pipeline, store = build(tree, TREE), CheckpointStore(Path(root))
+    load_checkpoint(store, step_folder(Path(root), SAVE), pipeline)
     tables = [table.store for table in pipeline.stage_tables.tables.values()]
     found = [(rows["updates"].clone(), (rows["first_moment"] != 0).any(dim=1, keepdim=True)) for rows in tables]
     pipeline.close()
@@ -101,7 +99,7 @@ REFUSED = [
     ({"model__bank__levels": [5, 2, 0, 2]}, TREE, "model.bank.levels: .* in the configuration"),
     ({"model__bank__kind": "kv"}, TREE, "model.bank.kind: 'kv' in the configuration, 'ffn' in"),
     ({"model__bank__generic": {}}, TREE, "model.bank.generic.probability: 0 in the configuration"),
-    ({"model__bank": None}, TREE, "holds a memory bank, and model.bank is null"),
+    ({"model__bank": None}, TREE, "model.bank, which is null here"),
     ({"bank__optimizer__name": "lazy_adam"}, TREE, "bank.optimizer.name: 'lazy_adam' in the configuration, 'adam_ca"),
     ({"bank__dtype": "bf16"}, TREE, "bank.dtype: 'bf16' in the configuration, 'fp32' in"),
     ({}, OTHER_TREE, "data.addresses.tree: not the tree .* embedder is {'name': 'minilm'} here and .* embedded otherw"),
@@ -124,10 +122,9 @@ def refusals(cases, root):
 
 
 def _refusal(config, tree, root):
-    pipeline, store = build(config), CheckpointStore(root)
-    folder = step_folder(root, SAVE)
+    pipeline, store = build(config, tree), CheckpointStore(root)
     try:
-        load_training(store, folder, store.open(folder), pipeline, tree)
+        load_checkpoint(store, step_folder(root, SAVE), pipeline)
     except CheckpointError as error:
         return str(error)
     finally:

@@ -282,7 +282,9 @@ def plain_training(tree):
         leaves = sequences.addresses.masked_fill(generic, MISSING)
         fetched = bank(leaves, generic)
         mask = document_mask(sequences.document_ids)
-        hidden = model(sequences.input_ids, sequences.position_ids, mask, bank=fetched.inputs(leaves.shape[1]))
+        hidden = model(
+            sequences.input_ids, sequences.position_ids, mask, memories={"bank": fetched.inputs(leaves.shape[1])}
+        )
         loss = F.cross_entropy(model.logits(hidden).flatten(0, 1), sequences.labels.flatten())
         for parameter in (*model.parameters(), *bank.parameters()):
             parameter.grad = None

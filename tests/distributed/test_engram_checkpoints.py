@@ -10,9 +10,8 @@ from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.checkpoint.store import CheckpointStore, step_folder
 from kmem.model.engram_reader import table_name
-from kmem.train.saving import load_training
 from tests.distributed.test_engram_meshes import engram_config
-from tests.distributed.training_case import build, checkpoint_case
+from tests.distributed.training_case import build, checkpoint_case, load_checkpoint
 
 SAVE, LAST = 3, 6
 CATCHUP = {"engram__optimizer__name": "adam_catchup"}
@@ -56,9 +55,9 @@ def test_other_mesh_continues(ranks, wide_run, mesh):
 def test_reader_sees_whole_tables(wide_run):
     root, _ = wide_run
     reader = CheckpointReader(step_folder(root, SAVE))
-    assert reader.commit.addressing["layers"] == [1, 2]
+    assert reader.addressing["layers"] == [1, 2]
     whole = reader.read(table_name(1))
-    assert whole.shape == (sum(reader.commit.addressing["sizes"][0]), 8)
+    assert whole.shape == (sum(reader.addressing["sizes"][0]), 8)
     assert torch.equal(reader.read_rows(table_name(1), 50, 90), whole[50:90])
 
 
@@ -68,7 +67,7 @@ REFUSED = [
     ({"model__engram__boundary": "none"}, "boundary is none here and document there"),
     ({"model__engram__compression": False}, "compression_digest is None here"),
     ({"model__engram__pad_token_id": 7}, "pad_id is 3 here and 0 there"),
-    ({"model__engram": None}, "holds memory tables, and model.engram is null"),
+    ({"model__engram": None}, "model.engram, which is null here"),
     ({"model__engram__conv_kernel": 0}, "model.engram.conv_kernel: 0 in the configuration, 4 in"),
     ({"engram__optimizer__name": "lazy_adam"}, "engram.optimizer.name: 'lazy_adam' in the configuration, 'adam_c"),
     ({"engram__dtype": "bf16"}, "engram.dtype: 'bf16' in the configuration, 'fp32' in"),
@@ -92,9 +91,8 @@ def refusals(trees, root):
 
 def _refusal(tree, root):
     pipeline, store = build(tree), CheckpointStore(root)
-    folder = step_folder(root, SAVE)
     try:
-        load_training(store, folder, store.open(folder), pipeline)
+        load_checkpoint(store, step_folder(root, SAVE), pipeline)
     except CheckpointError as error:
         return str(error)
     finally:

@@ -187,7 +187,7 @@ def plain_training(tree):
         sequences = synthetic_sequences(list(range(step * batch, (step + 1) * batch)))
         rows = memory.read(sequences.input_ids, sequences.document_ids)
         mask = document_mask(sequences.document_ids)
-        logits = model.logits(model(sequences.input_ids, sequences.position_ids, mask, engram=rows))
+        logits = model.logits(model(sequences.input_ids, sequences.position_ids, mask, memories={"engram": rows}))
         loss = F.cross_entropy(logits.flatten(0, 1), sequences.labels.flatten())
         for parameter in itertools.chain(model.parameters(), tables.values()):
             parameter.grad = None

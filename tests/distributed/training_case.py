@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from kmem.config import parse_config
 from kmem.data.batch import SequenceBatch
 
 if TYPE_CHECKING:
+    from kmem.checkpoint.store import CheckpointStore
     from kmem.config import Config
     from kmem.model.engram_reader import EngramAddresses
     from kmem.parallel.pipeline import Pipeline, StepResult
@@ -86,7 +88,7 @@ def train_case(tree: dict[str, Any], steps: int, evaluate_every: int = 0) -> dic
     for step in range(steps):
         while len(begun) <= pipeline.config.prefetch_depth and step + len(begun) < steps:
             begun.append(pipeline.begin_step(step_batches(pipeline, step + len(begun))))
-        sampled = pipeline.bank_ledger is not None and step == steps - 1
+        sampled = pipeline.config.model.bank is not None and step == steps - 1
         results.append(pipeline.train_step(begun.popleft(), pipeline.config.train.optimizer.lr, sampled))
         if evaluate_every and step % evaluate_every == 0:
             pipeline.evaluate(step_batches(pipeline, 1000 + step))
@@ -100,22 +102,29 @@ def train_case(tree: dict[str, Any], steps: int, evaluate_every: int = 0) -> dic
         "counts": [result.routing.counts.tolist() if result.routing else None for result in results],
         "rows": rows,
         "blocks": blocks,
-        "engram": results[-1].engram,
-        "bank": [result.bank for result in results],
+        "engram": by_number(results[-1].memories.get("engram")),
+        "bank": [by_number(result.memories.get("bank")) for result in results],
     }
+
+
+def by_number(figures: dict[str, dict[str, Any]] | None) -> dict[int, SimpleNamespace]:
+    """A memory's figures by layer or level."""
+    return {int(number): SimpleNamespace(**found) for number, found in (figures or {}).items()}
 
 
 def bank_blocks(pipeline: Pipeline) -> dict[str, tuple[int, torch.Tensor]]:
     """Name of the blocks of a layer and level -> this rank's first row, and its rows."""
-    from kmem.model.bank_layout import layer_bank_name
-    from kmem.parallel.bank_table import stage_table_name
 
-    layout, found = pipeline.context.bank_layout, {}
-    for level in () if layout is None else layout.levels:
-        table = pipeline.stage_tables.tables[stage_table_name(layout, level)]
-        rows = table.read_rows(table.local.start, table.local.stop)
-        for layer, blocks in layout.by_layer(rows, level).items():
-            found[layer_bank_name(layer, level)] = table.local.start, blocks.clone()
+    from kmem.model.bank_layout import layer_bank_name
+    from kmem.parallel.bank_kind import StageBank
+
+    found = {}
+    for memory in pipeline.context.memories:
+        for stage_table in memory.tables if isinstance(memory, StageBank) else ():
+            table = pipeline.stage_tables.tables[stage_table.spec(pipeline.config).name]
+            rows = table.read_rows(table.local.start, table.local.stop)
+            for layer, blocks in memory.layout.by_layer(rows, stage_table.level).items():
+                found[layer_bank_name(layer, stage_table.level)] = table.local.start, blocks.clone()
     return found
 
 
@@ -133,14 +142,13 @@ def checkpoint_case(
     from kmem.checkpoint.commit import Progress, step_folder
     from kmem.checkpoint.store import CheckpointStore
     from kmem.parallel.training_state import model_state, optimizer_steps
-    from kmem.train.saving import load_training, save_training
+    from kmem.train.saving import save_training
 
-    pipeline = build(tree)
+    pipeline = build(tree, tree_record)
     store = CheckpointStore(Path(root))
     step = 0
     if load is not None:
-        folder = step_folder(Path(root), load)
-        step = load_training(store, folder, store.open(folder), pipeline, tree_record).step
+        step = load_checkpoint(store, step_folder(Path(root), load), pipeline)
         assert step == load
         if forget_moments:
             for pieces in (v for k, v in model_state(pipeline, saving=False, moments=True).items() if "exp_avg" in k):
@@ -153,7 +161,7 @@ def checkpoint_case(
             checksums = state_checksums(pipeline)
         if step == save:
             progress = Progress(step, 0, 0, optimizer_steps(pipeline))
-            save_training(store, pipeline, progress, asynchronous, tree_record)
+            save_training(store, pipeline, progress, asynchronous)
         if step == last:
             break
         losses[step] = train_step(pipeline, step).loss
@@ -163,13 +171,34 @@ def checkpoint_case(
     return {"losses": losses, "checksums": checksums}
 
 
-def build(tree: dict[str, Any]) -> Pipeline:
-    """Join the mesh and build this rank's pipeline."""
+def load_checkpoint(store: CheckpointStore, folder: Path, pipeline: Pipeline) -> int:
+    """Fill a pipeline from a checkpoint of its own run; the step it was saved after."""
+    from kmem.train.load_plan import plan_load
+    from kmem.train.saving import load_training
+
+    commit = store.open(folder)
+    plan = plan_load(folder, commit, pipeline.config, pipeline.prepared)
+    return load_training(store, folder, commit, pipeline, plan).step
+
+
+def build(tree: dict[str, Any], tree_record: dict[str, Any] | None = None) -> Pipeline:
+    """Join the mesh and build this rank's pipeline.
+
+    Args:
+        tree_record: description of the cluster tree of a bank.
+    """
     from kmem.parallel.mesh import join_mesh
     from kmem.parallel.pipeline import Pipeline
 
     config = parse_config(tree)
-    return Pipeline(config, join_mesh(config), synthetic_addresses(config))
+    return Pipeline(config, join_mesh(config), prepared(config, tree_record))
+
+
+def prepared(config: Config, tree_record: dict[str, Any] | None) -> dict[str, Any]:
+    """What the memories of the synthetic model need beyond its configuration."""
+    addresses = synthetic_addresses(config)
+    found: dict[str, Any] = {} if addresses is None else {"engram": addresses}
+    return found if config.model.bank is None else found | {"bank": tree_record}
 
 
 def synthetic_addresses(config: Config) -> EngramAddresses | None:

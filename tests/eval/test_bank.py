@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from kmem.checkpoint.bank.options import BankOptions
+from kmem.checkpoint.controls import Choices
 from kmem.cli import main
 from kmem.data.bank_addresses import Addressing
 from kmem.data.batch import IGNORED_LABEL
@@ -16,7 +18,7 @@ from kmem.data.prepare import Preparation, prepare
 from kmem.data.reader import open_data
 from kmem.data.tokenizer import load_tokenizer
 from kmem.eval import bank as evaluated_bank
-from kmem.eval.bank import BankChoice, EvaluatedBank
+from kmem.eval.bank import EvaluatedBank
 from kmem.model.bank_fetched import FetchedBlocks, without_blocks
 from kmem.model.bank_router import descend_elsewhere
 from kmem.model.bank_tree import ClusterTree
@@ -107,15 +109,17 @@ def test_the_loss_of_each_control(prepared, run, capsys):
     }
     losses = {}
     for options, arguments in ways.items():
-        printed, losses[options] = evaluate(capsys, reader, folder, "--bank", *options, "--batch", "3")
-        assert printed["bank"] == options[0]
+        control, *others = options
+        words = ("--control", f"bank={control}", *others, "--batch", "3")
+        printed, losses[options] = evaluate(capsys, reader, folder, *words)
+        assert printed["memories"] == {"bank": control}
         assert printed.get("blocked") == (options[2].split(",") if "--blocked" in options else None)
         assert losses[options] == pytest.approx(expected_loss(decoder, reader, folder, *arguments), abs=1e-5)
     assert len({round(loss, 4) for loss in losses.values()}) == len(losses)
     assert evaluate(capsys, reader, folder, "--batch", "3")[1] == losses[("fetched",)]
     # What needs no addresses is told without them.
-    assert evaluate(capsys, reader, bare, "--bank", "none", "--batch", "3")[1] == losses[("none",)]
-    assert evaluate(capsys, reader, bare, "--bank", "generic", "--batch", "3")[1] == losses[("generic",)]
+    assert evaluate(capsys, reader, bare, "--control", "bank=none", "--batch", "3")[1] == losses[("none",)]
+    assert evaluate(capsys, reader, bare, "--control", "bank=generic", "--batch", "3")[1] == losses[("generic",)]
 
 
 @pytest.mark.parametrize("batching", ["packed", "leaf"])
@@ -132,14 +136,17 @@ def test_only_units_that_are_read_and_may_not_stay_are_embedded(prepared, run, b
     )
     samples = held_out.spread(3)
     read, stored = held_out.units(samples), held_out.leaves
-    assert EvaluatedBank(reader, BankChoice()).around(held_out, folder, samples) is held_out
-    assert EvaluatedBank(reader, BankChoice("generic")).around(held_out, folder, samples) is held_out
+    assert EvaluatedBank(reader, Choices()).around(held_out, folder, samples) is held_out
+    assert EvaluatedBank(reader, Choices({"bank": "generic"})).around(held_out, folder, samples) is held_out
     assert not embedded
     indexed = IndexedTokens(folder / "validation")
     texts = [indexed.take(np.arange(at, at + n)) for at, n in zip(indexed.starts, indexed.lengths, strict=True)]
     for choice, change in (
-        (BankChoice(blocked=((0,), (2, 1))), lambda place: around(texts[place], int(stored[place]), (0,), (2, 1))),
-        (BankChoice("blocked"), lambda place: elsewhere(texts[place], int(stored[place]))),
+        (
+            Choices(bank=BankOptions(blocked=((0,), (2, 1)))),
+            lambda place: around(texts[place], int(stored[place]), (0,), (2, 1)),
+        ),
+        (Choices({"bank": "blocked"}), lambda place: elsewhere(texts[place], int(stored[place]))),
     ):
         moved = EvaluatedBank(reader, choice).around(held_out, folder, samples)
         expected = [change(place) for place in read]
@@ -158,7 +165,9 @@ def test_generic_blocks_are_taken_whatever_addresses_the_sequences_have(prepared
     config = reader.config.data.model_copy(update={"sources": (source,)})
     batch = open_data(config, reader.config.model.vocab_size, Addressing(tree(), "leaf")).validation.read(range(4))
     like = decoder.projection_weight
-    generic, fetched = (EvaluatedBank(reader, BankChoice(way)).of_batch(batch, like) for way in ("generic", "fetched"))
+    generic, fetched = (
+        EvaluatedBank(reader, Choices({"bank": way})).of_batch(batch, like) for way in ("generic", "fetched")
+    )
     ids = decoder.layout.row_ids(torch.zeros(4, dtype=torch.long), True)
     for layer, blocks in generic.items():
         for level, found in blocks.blocks.items():
@@ -220,12 +229,14 @@ def test_questions_fetch_for_their_prompts(run, tmp_path, capsys):
             leaves = None if route is None else route([encode(prompt)])
             logits = decoder.bank_logits(ids, leaves, generic)[0, first - 1 : -1].log_softmax(-1)
             bits.append(-float(logits.gather(1, ids[0, first:, None]).sum()) / 0.6931471805599453)
-        command = ["eval", "--checkpoint", str(reader.folder), "--questions", str(path), "--json", "--bank"]
-        assert main([*command, *control.split()]) == 0
+        command = ["eval", "--checkpoint", str(reader.folder), "--questions", str(path), "--json", "--control"]
+        assert main([*command, *f"bank={control}".split()]) == 0
         printed = json.loads(capsys.readouterr().out)
-        assert printed["bank"] == control.split()[0]
+        assert printed["memories"]["bank"] == control.split()[0]
         assert printed["questions"][-1]["bits"] == pytest.approx(sum(bits) / len(bits), abs=1e-4)
-    assert main(["eval", "--checkpoint", str(reader.folder), "--questions", str(path), "--bank", "blocked"]) == 0
+    assert (
+        main(["eval", "--checkpoint", str(reader.folder), "--questions", str(path), "--control", "bank=blocked"]) == 0
+    )
     assert "bank blocked" in " ".join(capsys.readouterr().out.split())
 
 
@@ -243,21 +254,24 @@ def test_bad_input(prepared, run, tmp_path, capsys):
     assert "a path of this tree has 1 to 2 parts" in fails("--blocked", "0.1.2")
     assert "write a path as numbers" in fails("--blocked", "0,,1")
     assert "every cluster of the tree is blocked" in fails("--blocked", "0,1,2.0,2.1,2.2")
-    assert "every cluster of the tree is blocked" in fails("--bank", "blocked", "--blocked", "0,1")
-    assert "--bank generic looks up no clusters" in fails("--bank", "generic", "--blocked", "0")
+    assert "every cluster of the tree is blocked" in fails("--control", "bank=blocked", "--blocked", "0,1")
+    assert "--blocked 0: --control bank=generic" in fails("--control", "bank=generic", "--blocked", "0")
     broken = shutil.copytree(tree(), tmp_path / "broken")
     (broken / "embedder" / "tfidf.safetensors").unlink()
-    for options in (("--bank", "blocked"), ("--blocked", "0")):
+    for options in (("--control", "bank=blocked"), ("--blocked", "0")):
         complaint = fails(*options, "--tree", str(broken))
         assert "embedder/tfidf.safetensors: missing" in complaint
         assert "copy the tree again, with its embedder" in complaint
     assert "not the tree that" in fails("--tree", str(make_tree(tmp_path / "other", seed=1)))
     assert "model.bank.children: 3, but the tree has 2" in fails("--tree", str(make_tree(tmp_path / "deep", 2, 3)))
     plain = write_run(tmp_path / "plain", model({"kind": "gqa", "num_heads": 2}, None))
-    assert "no memory bank" in fails("--bank", "none", checkpoint=plain)
-    assert "no memory bank" in fails("--blocked", "0", checkpoint=plain)
+    assert "--control bank=none: the model has no bank (model.bank)" in fails(
+        "--control", "bank=none", checkpoint=plain
+    )
+    assert "--blocked and --tree: the model has no memory bank" in fails("--blocked", "0", checkpoint=plain)
     without = write_bank_run(tmp_path / "run", bank(generic={"probability": 0}))
-    assert "error: --bank generic: this bank has no generic blocks" in fails("--bank", "generic", checkpoint=without)
+    complaint = fails("--control", "bank=generic", checkpoint=without)
+    assert "--control bank=generic: this bank has fetched, none, blocked" in complaint
 
 
 @pytest.mark.parametrize("batching", ["packed", "leaf"])

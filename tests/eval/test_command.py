@@ -8,8 +8,7 @@ import torch
 
 from kmem.cli import main
 from kmem.config import ModelConfig
-from kmem.eval.checkpoint import _otherwise
-from kmem.model.engram_reader import EngramAddresses
+from kmem.model.engram_reader import EngramAddresses, other_rows
 from kmem.model.shape import Shape
 from tests.train.test_trainer import metrics
 from tests.train.trainer_case import trainer_case
@@ -42,23 +41,36 @@ def test_eval_equals_the_evaluation_of_the_run(ranks, run_config, capsys, corpus
 ENGRAM = {"layers": [1], "heads": 2, "rows_per_head": 101, "row_dim": 8, "boundary": "document"}
 
 
-def test_controls_of_a_memory(ranks, run_config, capsys, corpus):
+CONTROLS = ("off", "shuffled", "single-row")
+
+
+def test_controls_of_engram(ranks, run_config, capsys, corpus):
     """With memory on the loss is that of the run; without, or with the rows of others, it is worse once rows count."""
     memory = {"optimizer": {"lr_multiplier": 20.0}}
-    tree, _ = run_config(train__steps=4, evaluation={"sequences": None}, model__engram=ENGRAM, engram=memory)
+    evaluation = {"sequences": None, "controls": [f"engram={control}" for control in CONTROLS]}
+    tree, _ = run_config(train__steps=4, evaluation=evaluation, model__engram=ENGRAM, engram=memory)
     assert ranks.run(2, trainer_case, tree)[0]["error"] is None
     run = str(Path(tree["folder"]) / tree["name"])
     losses = {}
     for control in ("on", "off", "shuffled", "single-row"):
-        assert main(["eval", "--checkpoint", run, "--json", "--memory", control]) == 0
+        assert main(["eval", "--checkpoint", run, "--json", "--control", f"engram={control}"]) == 0
         printed = json.loads(capsys.readouterr().out)
-        assert printed["memory"] == control
+        assert printed["memories"] == {"engram": control}
         losses[control] = printed["held_out"][str(corpus)]["loss"]
-    assert losses["on"] == pytest.approx(metrics(tree, "evaluation")[-1]["loss"], abs=1e-5)
+    trained = metrics(tree, "evaluation")[-1]
+    assert losses["on"] == pytest.approx(trained["loss"], abs=1e-5)
+    for control in CONTROLS:
+        assert losses[control] == pytest.approx(trained["controls"][f"engram={control}"]["loss"], abs=1e-5)
     assert losses["on"] < min(losses["off"], losses["shuffled"], losses["single-row"]) - 0.05
     assert len(set(losses.values())) == 4
-    assert main(["eval", "--checkpoint", run, "--memory", "shuffled", "--sequences", "2"]) == 0
-    assert "memory shuffled" in " ".join(capsys.readouterr().out.split())
+    assert main(["eval", "--checkpoint", run, "--control", "engram=shuffled", "--sequences", "2"]) == 0
+    assert "engram shuffled" in " ".join(capsys.readouterr().out.split())
+    assert main(["eval", "--checkpoint", run, "--json", "--controls", "all"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    found = {name: figures[str(corpus)]["loss"] for name, figures in printed["controls"].items()}
+    assert found == {f"engram={control}": losses[control] for control in CONTROLS}
+    assert main(["eval", "--checkpoint", run, "--controls", "all", "--sequences", "2"]) == 0
+    assert all(f"engram={control}" in capsys.readouterr().out for control in CONTROLS[:1])
 
 
 def test_shuffled_rows_are_other_rows_of_the_same_head():
@@ -66,7 +78,7 @@ def test_shuffled_rows_are_other_rows_of_the_same_head():
     rows = torch.arange(addressing.rows(0)).view(1, -1, 1).expand(-1, -1, addressing.total_heads)
     sizes, offsets = torch.tensor(addressing.sizes[0]), torch.tensor(addressing.offsets(0))
     rows = (rows % sizes + offsets).contiguous()
-    shuffled, single = (_otherwise(lambda ids: ids, addressing, 0, way)(rows) for way in ("shuffled", "single-row"))
+    shuffled, single = (other_rows(addressing, 0, way)(rows) for way in ("shuffled", "single-row"))
     assert torch.equal(single, offsets.expand_as(rows))
     for head, (size, offset) in enumerate(zip(addressing.sizes[0], addressing.offsets(0), strict=True)):
         pairs = set(zip(rows[0, :, head].tolist(), shuffled[0, :, head].tolist(), strict=True))
@@ -88,8 +100,9 @@ def test_a_model_without_memory_has_no_controls(ranks, run_config, capsys):
     tree, _ = run_config(train__steps=1)
     ranks.run(1, trainer_case, tree)
     run = str(Path(tree["folder"]) / tree["name"])
-    assert main(["eval", "--checkpoint", run, "--memory", "off"]) == 2
-    assert "the model has no n-gram memory" in capsys.readouterr().err
+    for control in ("engram=off", "bank=none", "engrams=off", "engram"):
+        assert main(["eval", "--checkpoint", run, "--control", control]) == 2
+        assert f"--control {control}" in capsys.readouterr().err
 
 
 def test_eval_names_what_is_missing(capsys, tmp_path):

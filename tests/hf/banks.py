@@ -92,7 +92,8 @@ class Banked(Remembering):
             ids = self.layout.row_ids(leaves, generic, levels)
             sources = {level: rows.__getitem__ for level, rows in self.rows.items()}
             blocks = FetchedBlocks.read(self.layout, ids, sources).inputs(input_ids.shape[1])
-        return self.logits(Decoder.forward(self, input_ids, positions, engram=self.read(input_ids), bank=blocks))
+        memories = self.read(input_ids) | {"bank": blocks}
+        return self.logits(Decoder.forward(self, input_ids, positions, memories=memories))
 
 
 def random_bank(config: ModelConfig, seed: int = 0) -> Banked:
@@ -175,8 +176,8 @@ def write_bank_run(
         start,
         {name: tuple(tensor.shape) for name, tensor in weights.items()},
         lambda name: [weights[name]],
-        None if addresses is None else addresses.addressing.to_manifest(),
-        read_tree_record(own or tree()),
+        ({} if addresses is None else {"engram": addresses.addressing.to_manifest()})
+        | {"bank": read_tree_record(own or tree())},
     )
     shutil.copytree(tokenizer(), run / "tokenizer")
     shutil.copytree(own or tree(), run / "tree")

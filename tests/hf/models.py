@@ -126,14 +126,14 @@ class Remembering(Decoder):
         """What a checkpoint holds."""
         return {**self.state_dict(), **{table_name(layer): table for layer, table in self.tables.items()}}
 
-    def read(self, input_ids: torch.Tensor) -> dict[int, EngramInput] | None:
-        """The rows of whole sequences."""
+    def read(self, input_ids: torch.Tensor) -> dict[str, dict[int, EngramInput]]:
+        """What the memories of whole sequences read."""
         if not self.tables:
-            return None
+            return {}
         addresses = model_addresses(ModelConfig.model_validate(self.shape.as_dict()), tokenizer())
         modules = {layer: self.layers[layer].engram for layer in self.tables}
         sources = {layer: table.__getitem__ for layer, table in self.tables.items()}
-        return EngramReader(addresses, sources, modules).read(input_ids)
+        return {"engram": EngramReader(addresses, sources, modules).read(input_ids)}
 
 
 @functools.cache
@@ -170,7 +170,7 @@ def write_run(run: Path, config: ModelConfig, decoder: Remembering | None = None
         starting_config(run, config),
         shapes,
         lambda name: [weights[name]],
-        None if addresses is None else addresses.addressing.to_manifest(),
+        {} if addresses is None else {"engram": addresses.addressing.to_manifest()},
     )
     shutil.copytree(tokenizer(), run / "tokenizer")
     return CheckpointReader(run)
@@ -180,5 +180,5 @@ def logits(decoder: Decoder, input_ids: torch.Tensor, positions: torch.Tensor | 
     """kmem's own logits [B, T, V] of sequences without padding."""
     if positions is None:
         positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-    rows = decoder.read(input_ids) if isinstance(decoder, Remembering) else None
-    return decoder.logits(decoder(input_ids, positions, engram=rows))
+    memories = decoder.read(input_ids) if isinstance(decoder, Remembering) else {}
+    return decoder.logits(decoder(input_ids, positions, memories=memories))

@@ -16,8 +16,8 @@ from kmem.hf.importing import starting_config
 from kmem.model.bank_layout import BankLayout
 from kmem.model.bank_tree import read_tree_record
 from kmem.model.engram_reader import table_name
+from kmem.model.parameter_counts import tensor_shapes
 from kmem.model.shape import Shape
-from kmem.parallel.parameter_counts import tensor_shapes
 from tests.hf.banks import BANKS, make_tree, write_bank_run
 from tests.hf.models import EXPERTS, GQA, memory, model, tokenizer, write_run
 
@@ -86,7 +86,7 @@ def measure(folder):
 
 def write_large(folder, config, **manifests):
     """The run `large` of random numbers, with the tokenizer of the run `small`; returns the shapes of its tensors."""
-    shapes, block = tensor_shapes(config), torch.randn(1 << 22)
+    shapes, block = tensor_shapes(config.shape), torch.randn(1 << 22)
 
     def parts(name):
         left = torch.Size(shapes[name]).numel()

@@ -8,8 +8,8 @@ from kmem.hf.architectures import KMEM, Choice
 from kmem.hf.importing import starting_config
 from kmem.hf.model_card import model_card
 from kmem.model.engram_reader import table_rows
+from kmem.model.parameter_counts import tensor_shapes
 from kmem.model.shape import Shape
-from kmem.parallel.parameter_counts import tensor_shapes
 from tests.hf.banks import BANKS, make_sentence_tree, make_tree, random_bank
 
 
@@ -25,7 +25,7 @@ def test_parts_of_a_model_with_a_bank_add_up(name, tmp_path):
     engram = BANKS[name].engram
     rows = 0 if engram is None else sum(table_rows(Shape(model)).values()) * engram.row_dim
     generic = layout.fetched_values if layout.generic else 0
-    total = sum(math.prod(shape) for shape in tensor_shapes(BANKS[name]).values())
+    total = sum(math.prod(shape) for shape in tensor_shapes(BANKS[name].shape).values())
     anchor = total - layout.bank_values - generic - rows
     assert f"| Parameters | {total:,} |" in text
     assert (

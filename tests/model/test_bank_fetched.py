@@ -45,24 +45,24 @@ def test_every_kind_starts_as_a_no_op(kind, changes, dtype):
     ids, positions = tiny.tokens(6, 8)
     expected = plain.to(dtype)(ids, positions)
     for leaves in (LEAVES, BY_TOKEN.repeat(3, 1)):
-        assert torch.equal(decoder(ids, positions, bank=bank(leaves).inputs(8)), expected)
-    assert torch.equal(decoder(ids, positions, bank=bank(LEAVES, generic=True).inputs(8)), expected)
+        assert torch.equal(decoder(ids, positions, memories={"bank": bank(leaves).inputs(8)}), expected)
+    assert torch.equal(decoder(ids, positions, memories={"bank": bank(LEAVES, generic=True).inputs(8)}), expected)
     decoder.double()
     random = random_bank(view)
-    difference = decoder(ids, positions, bank=random(LEAVES).inputs(8)) - plain.double()(ids, positions)
+    difference = decoder(ids, positions, memories={"bank": random(LEAVES).inputs(8)}) - plain.double()(ids, positions)
     changed = difference.flatten(1).abs().amax(1) > 1e-6
     assert changed.tolist() == (LEAVES != MISSING).tolist()
-    none = decoder(ids, positions, bank=without_blocks(random.layout))
+    none = decoder(ids, positions, memories={"bank": without_blocks(random.layout)})
     assert torch.equal(none, plain(ids, positions))
 
 
 def test_a_layer_with_a_bank_asks_for_its_blocks():
     view = shape(placement="last", placed_layers=1)
     ids, positions = tiny.tokens()
-    with pytest.raises(AssertionError, match="need their blocks"):
+    with pytest.raises(AssertionError, match="memories"):
         Decoder(view)(ids, positions)
-    with pytest.raises(AssertionError, match="need their blocks"):
-        Decoder(without_bank(view))(ids, positions, bank=without_blocks(BankLayout.of(view)))
+    with pytest.raises(AssertionError, match="memories"):
+        Decoder(without_bank(view))(ids, positions, memories={"bank": without_blocks(BankLayout.of(view))})
 
 
 # Addresses
@@ -240,7 +240,7 @@ def test_products_of_many_blocks_are_cut(kind, monkeypatch):
         for module in ("matmul", "bank_blocks"):
             monkeypatch.setattr(f"kmem.model.{module}.MOST_GROUPS", most)
         bank.zero_grad()
-        hidden = decoder(ids, positions, bank=bank(addressed(LEAVES)).inputs(8))
+        hidden = decoder(ids, positions, memories={"bank": bank(addressed(LEAVES)).inputs(8)})
         hidden.square().sum().backward()
         found.append([hidden, *(parameter.grad for parameter in bank.parameters())])
         assert max(taken) <= most
@@ -256,10 +256,10 @@ def test_forms_of_an_address_agree(kind):
     layout, bank = BankLayout.of(view), random_bank(view)
     decoder = tiny.decoder(view).double()
     ids, positions = tiny.tokens(6, 8)
-    whole = decoder(ids, positions, bank=bank(LEAVES).inputs(8))
-    packed = decoder(ids, positions, bank=bank(addressed(LEAVES)).inputs(8))
+    whole = decoder(ids, positions, memories={"bank": bank(LEAVES).inputs(8)})
+    packed = decoder(ids, positions, memories={"bank": bank(addressed(LEAVES)).inputs(8)})
     torch.testing.assert_close(packed, whole, rtol=0, atol=1e-12)
-    alone = [decoder(ids[i, None], positions[:1], bank=bank(LEAVES[i, None]).inputs(8)) for i in range(6)]
+    alone = [decoder(ids[i, None], positions[:1], memories={"bank": bank(LEAVES[i, None]).inputs(8)}) for i in range(6)]
     torch.testing.assert_close(torch.cat(alone), whole, rtol=0, atol=1e-12)
     split = BankParameters(layout, {1: [2, 2], 3: [27, 1]}).double()
     for level in layout.levels:
@@ -267,7 +267,7 @@ def test_forms_of_an_address_agree(kind):
         for part in split.table(level).parts:
             part.data.copy_(bank.table(level).parts[0][start : start + len(part)])
             start += len(part)
-    assert torch.equal(decoder(ids, positions, bank=split(LEAVES).inputs(8)), whole)
+    assert torch.equal(decoder(ids, positions, memories={"bank": split(LEAVES).inputs(8)}), whole)
 
 
 def test_levels_are_the_units_of_one_wider_feed_forward():
@@ -290,7 +290,7 @@ def test_levels_are_the_units_of_one_wider_feed_forward():
             state[name] = torch.cat((state[name], parts["down"][0].T), dim=1)
     widened.load_state_dict(state)
     ids, positions = tiny.tokens(2, 8)
-    added = decoder(ids, positions, bank=bank(torch.tensor([leaf, leaf])).inputs(8))
+    added = decoder(ids, positions, memories={"bank": bank(torch.tensor([leaf, leaf])).inputs(8)})
     torch.testing.assert_close(added, widened(ids, positions), rtol=0, atol=1e-12)
 
 
@@ -324,8 +324,10 @@ def test_generic_blocks_are_a_row_of_their_own(kind):
     bank, decoder = random_bank(view), tiny.decoder(view).double()
     ids, positions = tiny.tokens(6, 8)
     drawn = torch.tensor([False, True, False, True, False, False])
-    mixed = decoder(ids, positions, bank=bank(LEAVES, generic=drawn).inputs(8))
-    fetched, generic = (decoder(ids, positions, bank=bank(LEAVES, generic=on).inputs(8)) for on in (False, True))
+    mixed = decoder(ids, positions, memories={"bank": bank(LEAVES, generic=drawn).inputs(8)})
+    fetched, generic = (
+        decoder(ids, positions, memories={"bank": bank(LEAVES, generic=on).inputs(8)}) for on in (False, True)
+    )
     torch.testing.assert_close(mixed, torch.where(drawn[:, None, None], generic, fetched), rtol=0, atol=1e-12)
 
 
@@ -335,11 +337,11 @@ def test_generation_with_a_cache(kind):
     view = shape(kind)
     decoder, fetched = tiny.decoder(view).double(), random_bank(view)(LEAVES)
     ids, positions = tiny.tokens(6, 8)
-    whole = decoder(ids, positions, bank=fetched.inputs(8))
+    whole = decoder(ids, positions, memories={"bank": fetched.inputs(8)})
     cache, steps = DynamicCache(), []
     for part in (slice(0, 5), slice(5, 6), slice(6, 8)):
         bank = fetched.inputs(part.stop - part.start)
-        steps.append(decoder(ids[:, part], positions[:, part], cache=cache, bank=bank))
+        steps.append(decoder(ids[:, part], positions[:, part], cache=cache, memories={"bank": bank}))
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=0, atol=1e-9)
 
 
@@ -381,7 +383,7 @@ def test_only_fetched_rows_have_gradients(kind, changes, dtype):
     decoder = tiny.decoder(view).to(dtype)
     bank = random_bank(view, torch.float32)
     ids, positions = tiny.tokens(6, 8)
-    hidden = decoder(ids, positions, bank=bank(LEAVES, generic=torch.arange(6) == 1).inputs(8))
+    hidden = decoder(ids, positions, memories={"bank": bank(LEAVES, generic=torch.arange(6) == 1).inputs(8)})
     decoder.loss(hidden, ids).backward()
     for level in bank.layout.levels:
         touched = bank.table(level).parts[0].grad.abs().amax(1).nonzero().flatten().tolist()
@@ -395,7 +397,7 @@ def test_only_what_writes_has_a_gradient_at_first():
     bank = BankParameters(BankLayout.of(view))
     bank.initialise_(0)
     decoder, (ids, positions) = tiny.decoder(view), tiny.tokens(6, 8)
-    decoder.loss(decoder(ids, positions, bank=bank(LEAVES).inputs(8)), ids).backward()
+    decoder.loss(decoder(ids, positions, memories={"bank": bank(LEAVES).inputs(8)}), ids).backward()
     gradient = bank.table(1).parts[0].grad[:1]
     parts = bank.layout.by_part(bank.layout.by_layer(gradient, 1)[0])
     assert {name: bool(part.any()) for name, part in parts.items()} == {"gate": False, "up": False, "down": True}
@@ -408,8 +410,8 @@ def test_fp32_groups_of_many_tokens_agree_with_fp64():
     ids, positions = tiny.tokens(6, 70)
     leaves = LEAVES[:, None].expand(-1, 70).clone()
     leaves[2, 33:] = 14
-    expected = decoder(ids, positions, bank=bank(leaves).inputs(70))
-    found = decoder.float()(ids, positions, bank=bank.float()(leaves).inputs(70))
+    expected = decoder(ids, positions, memories={"bank": bank(leaves).inputs(70)})
+    found = decoder.float()(ids, positions, memories={"bank": bank.float()(leaves).inputs(70)})
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 

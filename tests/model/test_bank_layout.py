@@ -85,7 +85,7 @@ def test_placement(placement, layers):
     view = shape(model={"num_layers": 7}, **placement)
     layout = BankLayout.of(view)
     assert layout.layers == tuple(layers)
-    assert [layer.has_bank for layer in Decoder(view).layers] == [layer in layers for layer in range(7)]
+    assert ["bank" in layer.memories for layer in Decoder(view).layers] == [layer in layers for layer in range(7)]
     assert layout.of_layers(range(4)).layers == tuple(layer for layer in layers if layer < 4)
 
 

@@ -15,7 +15,7 @@ from kmem.config import UserError, load_config, parse_config
 from kmem.data.batch import SequenceBatch
 from kmem.hf.loading import load
 from kmem.model.bank_layout import GENERIC
-from kmem.train.bank_addresses import bank_tree, with_generic_blocks
+from kmem.parallel.bank_kind import KIND as BANK_KIND
 from tests.clustering.cluster_case import give_addresses, write_tree
 from tests.distributed.bank_case import bank_config
 from tests.train.trainer_case import trainer_case
@@ -58,10 +58,10 @@ def test_a_run_trains_evaluates_and_resumes(ranks, bank_run, addressed, tmp_path
     one, other = (CheckpointReader(tmp_path / "runs" / name) for name in ("whole", "half"))
     assert one.tensors.keys() == other.tensors.keys()
     assert all(torch.equal(one.read(name), other.read(name)) for name in one.tensors)
-    assert one.commit.tree == bank_tree(parse_config(whole))
+    assert one.commit.manifests["bank"] == BANK_KIND.prepare(parse_config(whole), one.tokenizer_path)
     assert (one.run_folder / "tree" / "tree.json").is_file()
     records = [json.loads(line) for line in (one.run_folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [record["bank"] for record in records if record["kind"] == "step"]
+    steps = [record["memories"]["bank"] for record in records if record["kind"] == "step"]
     assert [list(figures) for figures in steps] == [["1", "2"]] * 4
     assert all(0 < figures["2"]["touched_blocks"] <= 5 for figures in steps)
     assert main(["bank", "list", "--checkpoint", str(one.run_folder), "0", "--json"]) == 0
@@ -107,7 +107,7 @@ def test_evaluations_have_controls(ranks, bank_run, tmp_path, capsys, batching):
 def test_a_run_on_generic_blocks_alone_is_evaluated_with_them(ranks, bank_run, tmp_path, capsys):
     """While it trains, by `kmem eval` and in its export, where nothing else is said: no fetched block has learned."""
     changes = {"model__bank__generic__probability": 1.0, "train__steps": 3}
-    tree, _ = bank_run(name="only", evaluation={"sequences": None, "controls": ["none"]}, **changes)
+    tree, _ = bank_run(name="only", evaluation={"sequences": None, "controls": ["bank=none"]}, **changes)
     (answer,) = ranks.run(1, trainer_case, tree)
     assert answer["error"] is None
     run = tmp_path / "runs" / "only"
@@ -118,27 +118,31 @@ def test_a_run_on_generic_blocks_alone_is_evaluated_with_them(ranks, bank_run, t
         assert main(["eval", "--checkpoint", str(run), "--json", *words]) == 0
         stated = json.loads(capsys.readouterr().out)
         (figures,) = stated["held_out"].values()
-        return stated["bank"], figures["loss"]
+        return stated["memories"]["bank"], figures["loss"]
 
     assert held_out() == ("generic", pytest.approx(last["loss"], rel=1e-6))
-    assert held_out("--bank", "none")[1] == pytest.approx(last["controls"]["none"]["loss"], rel=1e-6)
-    assert held_out("--bank", "fetched")[1] == held_out("--bank", "none")[1] != last["loss"]
+    assert held_out("--control", "bank=none")[1] == pytest.approx(last["controls"]["bank=none"]["loss"], rel=1e-6)
+    assert held_out("--control", "bank=fetched")[1] == held_out("--control", "bank=none")[1] != last["loss"]
     model, _ = load(run)
     assert model.bank_control == "generic"
-    model, _ = load(run, bank_control="fetched")
+    model, _ = load(run, {"bank": "fetched"})
     assert model.bank_control == "fetched"
 
 
+def test_controls_of_a_memory_that_the_model_does_not_have(bank_run):
+    tree = bank_run(evaluation__controls=["bank=generic"], model__bank=None, data__addresses=None)[0]
+    with pytest.raises(UserError, match="evaluation.controls.*model.bank"):
+        parse_config(tree)
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model__bank": None, "data__addresses": None}, "needs a memory bank"),
-        ({"model__bank__generic__probability": 0.0}, "needs generic blocks"),
-    ],
+    ("control", "changes"),
+    [("bank=generic", {"model__bank__generic__probability": 0.0}), ("bank=blocked", {}), ("bank=off", {})],
 )
-def test_controls_that_a_bank_does_not_have(bank_run, changes, message):
-    with pytest.raises(UserError, match=message):
-        parse_config(bank_run(evaluation__bank_controls=["generic"], **changes)[0])
+def test_controls_that_a_bank_does_not_have(ranks, bank_run, control, changes):
+    error = ranks.run(1, trainer_case, bank_run(evaluation__controls=[control], **changes)[0])[0]["error"]
+    assert "evaluation.controls" in error
+    assert control in error
 
 
 def test_a_bank_is_added_to_a_run(ranks, bank_run, tmp_path):
@@ -282,7 +286,7 @@ def draws(samples, step=0, **changes):
     config = parse_config(bank_config(**changes))
     blank = torch.zeros(len(samples), 4, dtype=torch.int64)
     batch = SequenceBatch(blank, blank, blank, blank, addresses=blank + 5)
-    return with_generic_blocks(config, batch, samples, step).addresses
+    return BANK_KIND.training_batch(config, batch, samples, step).addresses
 
 
 def test_sequences_draw_generic_blocks_by_their_number():
@@ -318,7 +322,7 @@ def test_blocks_keep_the_seed_that_they_were_drawn_with(ranks, bank_run, tmp_pat
         second, _ = bank_run(name=name, train__steps=2, train__init_seed=4, **{begin: f"{runs}/first"})
         assert ranks.run(1, trainer_case, second)[0]["error"] is None
         reader = CheckpointReader(f"{runs}/{name}")
-        assert reader.commit.progress.bank_seed == 3
+        assert reader.commit.progress.memories["bank"]["seed"] == 3
         erased = f"{runs}/{name}-erased"
         assert main(["bank", "erase", "0", "1", "--subtree", "--checkpoint", f"{runs}/{name}", "--out", erased]) == 0
         layout = bank_layout(reader.config)

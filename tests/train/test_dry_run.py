@@ -6,8 +6,8 @@ import pytest
 
 from kmem.config import parse_config
 from kmem.model.engram_reader import table_name
+from kmem.model.parameter_counts import count_parameters
 from kmem.parallel.mesh import Mesh
-from kmem.parallel.parameter_counts import count_parameters
 from kmem.parallel.stages import stage_bounds
 from kmem.tables.table import Table
 from kmem.tables.table_spec import TableSpec
@@ -27,7 +27,7 @@ def test_stages_cover_the_layers_and_none_is_empty(stages):
 def test_the_heaviest_stage_is_as_light_as_it_can_be():
     """Against all ways to cut the layers in three."""
     config = parse_config(small_config(parallel__pipeline=3))
-    counts = count_parameters(config.model)
+    counts = count_parameters(config.model.shape)
     weights = [0, *counts.layers, counts.head]
     bounds = stage_bounds(config)
 
@@ -63,7 +63,9 @@ def test_parameters_and_tables_per_rank_are_those_of_the_built_pipeline(ranks, c
         first = rank % 2 == 0  # the rank whose rows are planned; the other may have one fewer
         for table in stage.tables:
             prefix = (
-                table_name(table.layer) if table.level is None else f"bank.level{table.level}.layers-{table.layer}-"
+                table_name(table.number)
+                if table.kind == "engram"
+                else f"bank.level{table.number}.layers-{table.number}-"
             )
             (found,) = (count for name, count in rows.items() if name.startswith(prefix))
             assert table.rows - found in ((0,) if first else (0, 1))
@@ -114,11 +116,11 @@ def test_rows_are_divided_over_the_ranks_of_the_stage_that_owns_the_layer():
     bounds = stage_bounds(config)
     whole = rank_bytes(config, Mesh(0, 2, 1, 1))
     for number, (stage, alone) in enumerate(zip(stages, whole, strict=True)):
-        assert all(bounds[number] <= table.layer + 1 < bounds[number + 1] for table in stage.tables)
+        assert all(bounds[number] <= table.number + 1 < bounds[number + 1] for table in stage.tables)
         assert [table.rows for table in stage.tables] == [-(-table.rows // 4) for table in alone.tables]
-    assert [table.layer for stage in stages for table in stage.tables] == [0, 2]
-    assert sum(t.rows for stage in whole for t in stage.tables) * 8 == count_parameters(config.model).tables
-    counts = count_parameters(config.model)
+    assert [table.number for stage in stages for table in stage.tables] == [0, 2]
+    assert sum(t.rows for stage in whole for t in stage.tables) * 8 == count_parameters(config.model.shape).tables
+    counts = count_parameters(config.model.shape)
     assert sum(stage.parameters for stage in whole) == counts.total - counts.tables
 
 
@@ -166,16 +168,16 @@ def test_a_table_beyond_any_machine_is_only_counted(capsys):
 def test_a_bank_is_divided_over_stages_by_columns_and_over_ranks_by_rows():
     config = parse_config(small_config(**BANK, parallel__pipeline=2))
     whole, stages = (rank_bytes(config, Mesh(0, 2, data, 1)) for data in (1, 2))
-    counts = count_parameters(config.model)
+    counts = count_parameters(config.model.shape)
     rows = {1: 3, 3: 27}
-    assert [table.level for stage in whole for table in stage.tables] == [1, 3, 1, 3]
-    assert all(table.rows == rows[table.level] for stage in whole for table in stage.tables)
-    assert all(table.rows == -(-rows[table.level] // 2) for stage in stages for table in stage.tables)
+    assert [table.number for stage in whole for table in stage.tables] == [1, 3, 1, 3]
+    assert all(table.rows == rows[table.number] for stage in whole for table in stage.tables)
+    assert all(table.rows == -(-rows[table.number] // 2) for stage in stages for table in stage.tables)
     values = sum(table.rows * table.row_bytes // 4 for stage in whole for table in stage.tables)
-    assert values == counts.bank == counts.tables == counts.components["bank"]
-    assert counts.total == sum(counts.components.values()) == counts.anchor + counts.bank
+    assert values == counts.components["bank"] == counts.tables == counts.components["bank"]
+    assert counts.total == sum(counts.components.values()) == counts.anchor + counts.components["bank"]
     assert sum(stage.parameters for stage in whole) == counts.anchor
-    plain = count_parameters(parse_config(small_config()).model)
+    plain = count_parameters(parse_config(small_config()).model.shape)
     assert counts.active - plain.active == sum(counts.layers) - sum(plain.layers) == counts.fetched
 
 
@@ -206,15 +208,15 @@ def test_tables_of_both_memories_are_shown(capsys):
 def test_text_of_subtrees_fetches_their_blocks_and_those_above():
     chosen = {"data__addresses__batching": "leaf", "data__addresses__subtrees": ["0", "1.2"]}
     config = parse_config(small_config(**BANK, **chosen, train__global_batch_size=1000))
-    counts = count_parameters(config.model)
+    counts = count_parameters(config.model.shape)
     (stage,) = rank_bytes(config, Mesh(0, 1, 1, 1))
-    rows = {table.level: table.working_set // (2 * table.row_bytes) for table in stage.tables}
+    rows = {table.number: table.working_set // (2 * table.row_bytes) for table in stage.tables}
     assert rows == {1: 2, 3: 9 + 3}
     assert [table.rows for table in stage.tables] == [3, 27]
-    assert sum(table.rows * table.row_bytes // 4 for table in stage.tables) == counts.bank
+    assert sum(table.rows * table.row_bytes // 4 for table in stage.tables) == counts.components["bank"]
     config = parse_config(small_config(**BANK, **chosen, train__global_batch_size=1000, bank__hold="subtrees"))
     (stage,) = rank_bytes(config, Mesh(0, 1, 1, 1))
-    assert {table.level: table.rows for table in stage.tables} == rows
+    assert {table.number: table.rows for table in stage.tables} == rows
 
 
 def shown(capsys, **changes):
@@ -239,4 +241,4 @@ def test_people_are_shown_what_is_there_once(capsys, generic):
     assert ("tables" in bank) == ("generic" in bank) == bool(generic), "the sum is shown where it is one"
     assert bank["total"] == bank["anchor"] + bank["bank"] + bank.get("generic", 0)
     both, _ = shown(capsys, **BANK, model__engram=ENGRAM)
-    assert both["tables"] == both["n-gram rows"] + both["bank"]
+    assert both["tables"] == both["engram_table"] + both["bank"]

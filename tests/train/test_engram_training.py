@@ -76,8 +76,8 @@ def test_what_is_seen_while_training(ranks, engram_run):
     evaluations = records(tree, "evaluation")
     assert evaluations[-1]["bits_per_byte"] < evaluations[0]["bits_per_byte"] - 1
     for record in records(tree):
-        assert set(record["engram"]) == {"1", "3"}
-        for figures in record["engram"].values():
+        assert set(record["memories"]["engram"]) == {"1", "3"}
+        for figures in record["memories"]["engram"].values():
             tokens = 8 * 32
             assert figures["addresses"] == tokens * 4
             assert 0 < figures["touched_rows"] <= figures["unique_rows"] <= figures["addresses"]
@@ -93,7 +93,7 @@ def test_what_is_seen_while_training(ranks, engram_run):
                 assert len(figures["collision_rate"]) == 4
                 assert all(0 < rate < 1 for rate in figures["collision_rate"])
                 assert figures["row_norms"]["p1"] <= figures["row_norms"]["p50"] <= figures["row_norms"]["max"]
-    assert any(figures["engram"]["1"]["owner_ms"] > 0 for figures in records(tree))
+    assert any(figures["memories"]["engram"]["1"]["owner_ms"] > 0 for figures in records(tree))
 
 
 def test_the_figures_of_a_mesh_are_those_of_one_rank(ranks, engram_run):
@@ -104,12 +104,16 @@ def test_the_figures_of_a_mesh_are_those_of_one_rank(ranks, engram_run):
     for one, four in zip(*map(records, trees), strict=True):
         for layer in ("1", "3"):
             for name in ("addresses", "touched_rows", "touch_density"):
-                assert four["engram"][layer][name] == one["engram"][layer][name]
-            assert four["engram"][layer]["unique_rows"] > one["engram"][layer]["unique_rows"]
-            assert four["engram"][layer]["gate_mean"] == pytest.approx(one["engram"][layer]["gate_mean"], abs=1e-4)
-            if one["engram"][layer]["row_norms"]:
-                assert four["engram"][layer]["row_norms"] == pytest.approx(one["engram"][layer]["row_norms"], rel=1e-3)
-    assert sum(record["engram"]["1"]["bytes"] for record in records(trees[1])) > 0
+                assert four["memories"]["engram"][layer][name] == one["memories"]["engram"][layer][name]
+            assert four["memories"]["engram"][layer]["unique_rows"] > one["memories"]["engram"][layer]["unique_rows"]
+            assert four["memories"]["engram"][layer]["gate_mean"] == pytest.approx(
+                one["memories"]["engram"][layer]["gate_mean"], abs=1e-4
+            )
+            if one["memories"]["engram"][layer]["row_norms"]:
+                assert four["memories"]["engram"][layer]["row_norms"] == pytest.approx(
+                    one["memories"]["engram"][layer]["row_norms"], rel=1e-3
+                )
+    assert sum(record["memories"]["engram"]["1"]["bytes"] for record in records(trees[1])) > 0
 
 
 @pytest.mark.parametrize(

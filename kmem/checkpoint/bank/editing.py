@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,13 @@ class Source:
 
 def goes_on_from(progress: Progress, start: CheckpointReader) -> bool:
     """Whether a run that began with a checkpoint's bank has taken all of the checkpoint, or else its weights alone."""
-    return progress.bank_start == start.commit.progress.bank_start
+    return bank_origin(progress)["start"] == bank_origin(start.commit.progress)["start"]
+
+
+def bank_origin(progress: Progress) -> dict[str, Any]:
+    """`seed` of the first blocks of a checkpoint's bank, and the checkpoint whose blocks it began with, `start`; None
+    where not known, and of a bank that began new."""
+    return {"seed": None, "start": None, **progress.memories.get("bank", {})}
 
 
 def the_layout(reader: CheckpointReader) -> BankLayout:
@@ -146,9 +153,10 @@ def merge(sources: Sequence[Source], out: Path, start: CheckpointReader | None =
                 f"{reader.folder}: holds the blocks of its subtrees alone, and went on from a checkpoint that had "
                 "trained others, too; name that with --start"
             )
-        if reader.commit.progress.bank_start is not None:
+        began_with = bank_origin(reader.commit.progress)["start"]
+        if began_with is not None:
             raise CheckpointError(
-                f"{reader.folder}: began with the blocks of {reader.commit.progress.bank_start}; name that checkpoint, "
+                f"{reader.folder}: began with the blocks of {began_with}; name that checkpoint, "
                 "or where it is now, with --start, so that what the run itself has trained is known"
             )
     for other in (*readers[1:], *([] if start is None else [start])):
@@ -282,7 +290,7 @@ def _written(
             figures.append(Changed(level, count, count * layout.row_values(level), float(norms.norm())))
     of_name = {layer_bank_name(layer, level): (layer, level) for level in layout.levels for layer in layout.layers}
     lists = {level: owner.tolist() for level, owner in owners.items()}
-    seed = base.commit.progress.bank_seed
+    seed = bank_origin(base.commit.progress)["seed"]
     seed = base.config.train.init_seed if seed is None else seed
     counted = [None if number == weights_of else source for number, source in enumerate(sources)]
     usage = edited_usage(base, counted, layout, owners)

@@ -1,32 +1,42 @@
-"""Options of the commands that run a checkpoint's memory bank."""
+"""Options of the commands that run a model with a memory bank."""
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kmem.config import UserError
 
 if TYPE_CHECKING:
     from kmem.model.bank_inference import InferenceBank
+    from kmem.model.bank_tree import ClusterPath
 
-BANK = ("fetched", "generic", "none", "blocked")
-"""What a memory bank gives contexts: the blocks of their own clusters; generic blocks; nothing; or the blocks of the
-next nearest clusters, as if all of the bank that their own cluster of level 1 owns were not there."""
-FETCHING = ("fetched", "blocked")
-"""Of `--bank`: what looks up the clusters of contexts."""
+FETCHING = (None, "fetched", "blocked")
+"""Controls of a bank under which contexts look up their clusters."""
 
 
-def add_bank_arguments(parser: argparse.ArgumentParser, controls: Sequence[str]) -> None:
-    """Options of commands that run a model with a memory bank.
+@dataclass(frozen=True)
+class BankOptions:
+    """How a bank is used, whatever its control."""
 
-    Args:
-        controls: what `--bank` can be, the default first.
-    """
-    parser.add_argument(
-        "--bank", choices=controls, help=f"what a memory bank gives contexts: {', '.join(controls)} (default: fetched, "
-        "or generic of a model that was trained with nothing else)",
-    )  # fmt: skip
+    levels: tuple[int, ...] | None = None
+    """Levels that are on; None: all."""
+    blocked: "tuple[ClusterPath, ...]" = ()
+    """Clusters that contexts may not use; the next nearest take their place."""
+    tree: Path | None = None
+    """Folder of the tree; None: that of the run or export."""
+
+    def chosen(self) -> dict[str, list[Any]]:
+        """Those of `bank_levels` and `blocked` that are not the default, as plain data."""
+        from kmem.model.bank_tree import format_path
+
+        levels = {} if self.levels is None else {"bank_levels": list(self.levels)}
+        return levels | ({"blocked": [format_path(path) for path in self.blocked]} if self.blocked else {})
+
+
+def add_bank_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of commands that run a model with a memory bank."""
     parser.add_argument(
         "--bank-levels", metavar="L,L", help="levels of a memory bank that are on, such as 1,2 (default: all)"
     )
@@ -39,21 +49,20 @@ def add_bank_arguments(parser: argparse.ArgumentParser, controls: Sequence[str])
     )
 
 
-def chosen_levels(text: str | None) -> tuple[int, ...] | None:
-    """Levels of `--bank-levels`.
+def bank_options(levels: str | None, blocked: str | None, tree: Path | None, control: str | None) -> BankOptions:
+    """What `--bank-levels`, `--blocked` and `--tree` say; whether the bank has it is for the bank to say.
+
+    Args:
+        control: of the bank, None for what it was trained with.
 
     Raises:
-        UserError: not numbers joined by commas.
+        UserError: names the option.
     """
-    if text is None:
-        return None
-    if not all(part.strip().isdecimal() for part in text.split(",")):
-        raise UserError(f"--bank-levels {text}: write levels joined by commas, such as 1,2")
-    return tuple(int(part) for part in text.split(","))
+    return BankOptions(_levels(levels), _clusters(blocked, control), tree)
 
 
 def set_controls(bank: "InferenceBank", control: str, levels: Sequence[int] | None) -> None:
-    """Give contexts what `--bank` and `--bank-levels` say.
+    """Give contexts what a control and `--bank-levels` say.
 
     Raises:
         UserError: names the option that does not go with this bank.
@@ -61,28 +70,28 @@ def set_controls(bank: "InferenceBank", control: str, levels: Sequence[int] | No
     try:
         bank.choose(control, None)
     except ValueError as error:
-        raise UserError(f"--bank {control}: {error}") from None
+        raise UserError(f"--control bank={control}: {error}") from None
     try:
         bank.choose(control, levels)
     except ValueError as error:
         raise UserError(f"--bank-levels {','.join(map(str, levels or ()))}: {error}") from None
 
 
-def blocked_clusters(text: str | None, control: str | None) -> tuple[tuple[int, ...], ...]:
-    """Paths of `--blocked`; whether the tree has them is for the bank to say.
+def _levels(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise UserError(f"--bank-levels {text}: write levels joined by commas, such as 1,2")
+    return tuple(int(part) for part in text.split(","))
 
-    Args:
-        control: what `--bank` says, None for its default.
 
-    Raises:
-        UserError: not paths joined by commas, or `--bank` fetches nothing that could be blocked.
-    """
+def _clusters(text: str | None, control: str | None) -> "tuple[ClusterPath, ...]":
     if text is None:
         return ()
     from kmem.model.bank_tree import parse_path
 
-    if control not in (None, *FETCHING):
-        raise UserError(f"--blocked {text}: --bank {control} looks up no clusters; leave one of them out")
+    if control not in FETCHING:
+        raise UserError(f"--blocked {text}: --control bank={control} looks up no clusters; leave one of them out")
     try:
         return tuple(parse_path(part) for part in text.split(","))
     except ValueError as error:

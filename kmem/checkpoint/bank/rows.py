@@ -38,12 +38,12 @@ def held_mask(config: Config, layout: BankLayout, level: int) -> Tensor:
     return mask
 
 
-def check_held(folder: Path, stored: Config, config: Config, going_on: bool) -> None:
+def check_held(folder: Path, stored: Config, config: Config, own_run: bool) -> None:
     """Refuse a checkpoint that lacks blocks that a run holds, or has more and would lose them.
 
     Args:
         stored: configuration of the checkpoint, which has the bank of `config`.
-        going_on: the checkpoint is the run's own, which those of the run replace.
+        own_run: whether it is a checkpoint of this run, which later ones replace.
 
     Raises:
         CheckpointError: names the field and the remedy.
@@ -57,7 +57,7 @@ def check_held(folder: Path, stored: Config, config: Config, going_on: bool) -> 
                 f"bank.hold: {folder} holds the blocks of the subtrees {chosen} alone, and this run has others; choose "
                 "these subtrees with bank.hold=subtrees, or join the parts by kmem bank merge and begin with that"
             )
-        if going_on and bool((theirs & ~ours).any()):
+        if own_run and bool((theirs & ~ours).any()):
             raise CheckpointError(
                 f"bank.hold: {folder} holds more blocks than the chosen subtrees have, and the next checkpoints of "
                 "this run would take its place without them; give the run another name and begin with it "

@@ -5,13 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kmem.config import ModelConfig
-from kmem.model.bank_layout import BankLayout, layer_bank_name
-from kmem.model.chain_of_experts import ChainOfExperts
-from kmem.model.decoder import Decoder, DecoderLayer
-from kmem.model.engram_reader import table_name, table_rows
-from kmem.model.moe import ExpertLayer
-from kmem.model.shape import Shape
+from .chain_of_experts import ChainOfExperts
+from .decoder import Decoder, DecoderLayer
+from .memory_kinds import kinds_of
+from .moe import ExpertLayer
+from .shape import Shape
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,7 @@ class ParameterCounts:
     head: int
     """Elements the projection to the vocabulary multiplies with, tied or not."""
     fetched: int = 0
-    """Elements of the blocks that a context fetches from a memory bank, one of each level."""
-    bank: int = 0
-    """Elements of all blocks in the tree of a memory bank; generic blocks are as many as `fetched`."""
+    """Elements of tables that a context fetches once for all of its tokens, such as a bank's block of every level."""
 
     @property
     def anchor(self) -> int:
@@ -52,12 +48,11 @@ class ParameterCounts:
         return self.active - self.embedding
 
 
-def count_parameters(config: ModelConfig) -> ParameterCounts:
+def count_parameters(shape: Shape) -> ParameterCounts:
     """Count a model of this shape."""
     with torch.device("meta"):
-        decoder = Decoder(Shape(config.model_dump()))
-    shape = decoder.shape
-    engram_rows = {layer: rows * shape.engram.row_dim for layer, rows in table_rows(shape).items()}
+        decoder = Decoder(shape)
+    kinds = kinds_of(shape)
     components = {
         "embedding": _size(decoder.embedding),
         "attention": 0,
@@ -66,19 +61,20 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
         "routed_experts": 0,
         "routers": 0,
         "norms": _size(decoder.norm),
-        "head": 0 if config.tie_embeddings else config.vocab_size * config.hidden_size,
+        "head": 0 if shape.tie_embeddings else shape.vocab_size * shape.hidden_size,
     }
-    if config.engram is not None:
-        components |= {"engram": 0, "engram_table": sum(engram_rows.values())}
-    layout = None if shape.bank is None else BankLayout.of(shape)
-    if layout is not None:
-        components |= {"bank": layout.bank_values} | ({"generic": layout.fetched_values} if layout.generic else {})
+    tables = 0
+    for kind in kinds:
+        in_layers = sum(_size(decoder.layers[layer].get_submodule(kind.name)) for layer in kind.layers(shape))
+        of_tables = kind.components(shape)
+        components |= ({kind.name: in_layers} if in_layers else {}) | of_tables
+        tables += sum(of_tables.values())
     if shape.branches > 1:
         components["hyper_connections"] = 0
     active = embedding = components["embedding"] + components["head"]
     active += components["norms"]
     layers = []
-    for layer in decoder.layers:
+    for index, layer in enumerate(decoder.layers):
         assert isinstance(layer, DecoderLayer)
         norms = _size(layer.attention_norm) + _size(layer.feed_forward_norm)
         components["norms"] += norms
@@ -97,24 +93,19 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
         if connections:
             components["hyper_connections"] += connections
             always += connections
-        if layer.engram is not None:
-            components["engram"] += _size(layer.engram)
-            always += _size(layer.engram)
-            active += layer.engram.width  # the rows of a token
-        if layout is not None and layer.has_bank:
-            always += sum(layout.block_values(level) for level in layout.levels)
-        active += always + touched
-        layers.append(always + multiplied)
+        always += sum(_size(module) for module in layer.memories.values())
+        own = [kind for kind in kinds if kind.name in layer.memories]
+        active += always + touched + sum(kind.row_values(shape, index) for kind in own)
+        layers.append(always + multiplied + sum(kind.multiplied_values(shape, index) for kind in own))
     return ParameterCounts(
         total=sum(components.values()),
         active=active,
-        tables=sum(engram_rows.values()) + components.get("bank", 0) + components.get("generic", 0),
+        tables=tables,
         embedding=embedding,
         components=components,
         layers=layers,
-        head=config.vocab_size * config.hidden_size,
-        fetched=0 if layout is None else layout.fetched_values,
-        bank=0 if layout is None else layout.bank_values,
+        head=shape.vocab_size * shape.hidden_size,
+        fetched=sum(kind.fetched_values(shape) for kind in kinds),
     )
 
 
@@ -150,16 +141,11 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def tensor_shapes(config: ModelConfig) -> dict[str, list[int]]:
+def tensor_shapes(shape: Shape) -> dict[str, list[int]]:
     """Canonical name -> unsharded shape of every parameter, persistent buffer and table."""
     with torch.device("meta"):
-        decoder = Decoder(Shape(config.model_dump()))
+        decoder = Decoder(shape)
     shapes = {name: list(tensor.shape) for name, tensor in decoder.state_dict().items()}
-    for layer, rows in table_rows(decoder.shape).items():
-        shapes[table_name(layer)] = [rows, decoder.shape.engram.row_dim]
-    if decoder.shape.bank is not None:
-        layout = BankLayout.of(decoder.shape)
-        for layer in layout.layers:
-            for level in layout.levels:
-                shapes[layer_bank_name(layer, level)] = [layout.rows(level), layout.block_values(level)]
+    for kind in kinds_of(shape):
+        shapes |= {name: [table.rows, table.width] for name, table in kind.tables(shape).items()}
     return shapes

@@ -1,0 +1,46 @@
+"""Engram as a kind of memory: rows of hashed n-grams at the entrance of some layers."""
+
+from .engram import Engram
+from .engram_export import COMPRESSION
+from .engram_reader import table_name, table_rows
+from .memory_kind import ModelKind, TableShape
+from .shape import Shape
+
+
+class EngramKind(ModelKind):
+    """A table per layer, whose rows are addressed by token ids."""
+
+    name = "engram"
+    controls = ("on", "off", "shuffled", "single-row")
+    """off: layers go without. shuffled: every n-gram reads the row of another one. single-row: all read the first row
+    of a head."""
+
+    def layers(self, shape: Shape) -> tuple[int, ...]:
+        return () if shape.engram is None else tuple(sorted(shape.engram.layers))
+
+    def module(self, shape: Shape, layer: int) -> Engram:
+        engram = shape.engram
+        return Engram(
+            shape.hidden_size,
+            self.row_values(shape, layer),
+            shape.branches,
+            norm_eps=shape.norm_eps,
+            conv_dilation=engram.conv_dilation or engram.orders[-1],
+            bias=engram.bias,
+            zero_centered_norm=engram.zero_centered_norm,
+            conv_kernel=engram.conv_kernel,
+            conv_within_documents=engram.conv_within_documents,
+        )
+
+    def tables(self, shape: Shape) -> dict[str, TableShape]:
+        return {
+            table_name(layer): TableShape(layer, rows, shape.engram.row_dim)
+            for layer, rows in table_rows(shape).items()
+        }
+
+    def exported_tensors(self, shape: Shape) -> dict[str, int]:
+        return {COMPRESSION: shape.vocab_size} if shape.engram.compression else {}
+
+    def row_values(self, shape: Shape, layer: int) -> int:
+        engram = shape.engram
+        return len(engram.orders) * engram.heads * engram.row_dim

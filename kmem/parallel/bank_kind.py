@@ -1,0 +1,281 @@
+"""The memory bank in training: a table per level, whose rows hold the blocks of a cluster for all layers of a stage."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kmem.checkpoint.bank.rows import check_held, held_rows
+from kmem.checkpoint.commit import Commit
+from kmem.checkpoint.manifest import check_tree
+from kmem.checkpoint.pieces import Pieces
+from kmem.config import Config, RowOptimizerConfig, TableConfig, UserError, parse_config
+from kmem.data.batch import SequenceBatch
+from kmem.model.bank_blocks import BankInput
+from kmem.model.bank_export import TREE_FOLDER
+from kmem.model.bank_kind import BankKind
+from kmem.model.bank_layout import GENERIC, MISSING, BankLayout, bank_table_name, layer_bank_name
+from kmem.model.bank_router import tree_with_embedder
+from kmem.model.bank_tree import parse_path, read_tree_record
+from kmem.parallel.bank_ledger import BankLedger
+from kmem.parallel.bank_step import plan_blocks
+from kmem.parallel.memory_kind import BegunStep, MemoryKind, MemoryPlan, StageMemory, StageParts
+from kmem.parallel.mesh import Mesh
+from kmem.parallel.stage_tables import mapped_folder
+from kmem.parallel.stages import stage_bounds
+from kmem.parallel.table_bytes import TableBytes
+from kmem.tables import counter_random
+from kmem.tables.exchange import join_groups
+from kmem.tables.sharding import RowSelection
+from kmem.tables.table import Table
+from kmem.tables.table_spec import TableSpec
+from kmem.tables.working_set import StepPlan
+
+if TYPE_CHECKING:
+    from kmem.parallel.step_context import StepContext
+
+
+class BankTraining(MemoryKind):
+    """Blocks, fetched ahead of the step that reads them, by the addresses of its sequences."""
+
+    model = BankKind()
+    draws_added_rows = True
+
+    @property
+    def training_controls(self) -> tuple[str, ...]:
+        """Blocked contexts are embedded anew, which takes a tree's embedder."""
+        return tuple(control for control in self.model.controls if control != "blocked")
+
+    def prepare(self, config: Config, tokenizer: Path) -> dict[str, Any]:
+        """The description of the tree whose leaves address the bank (its tree.json). The tree is whole: training needs
+        its leaves alone, but the run keeps a copy, by which contexts are looked up later."""
+        folder = tree_folder(config)
+        try:
+            BankLayout.of(config.model.shape).check_tree(read_tree_record(folder), folder)
+            return dict(tree_with_embedder(folder).record)
+        except ValueError as error:
+            raise UserError(f"data.addresses.tree: {error}") from None
+
+    def manifest(self, prepared: dict[str, Any] | None) -> dict[str, Any] | None:
+        return prepared
+
+    def copied_folders(self, config: Config, run: Path) -> dict[str, Path]:
+        tree, copy = tree_folder(config), run / TREE_FOLDER
+        if copy.resolve() == tree.resolve():
+            return {}
+        try:
+            whole = tree_with_embedder(copy).fingerprint == read_tree_record(tree)["fingerprint"]
+        except ValueError:
+            whole = False
+        return {} if whole else {TREE_FOLDER: tree}
+
+    def training_batch(self, config: Config, batch: SequenceBatch, samples: Sequence[int], step: int) -> SequenceBatch:
+        """With GENERIC in place of the addresses of some sequences, as `model.bank.generic` says. The draw follows from
+        `data.seed` and the global number of the sequence, or of the step, so it is the same on every mesh."""
+        bank = config.model.bank
+        assert bank is not None
+        if not bank.generic.probability:
+            return batch
+        stream = counter_random.key(config.data.seed, "generic blocks", bank.generic.per)
+        counters = samples if bank.generic.per == "sequence" else [step] * len(samples)
+        bits = [int(counter_random.random_bits(stream, np.uint64(counter))) for counter in counters]
+        drawn = torch.tensor([number / 2**64 < bank.generic.probability for number in bits])
+        assert batch.addresses is not None
+        return replace(batch, addresses=batch.addresses.masked_fill(drawn[:, None], GENERIC))
+
+    def stage(self, parts: StageParts, prepared: Any) -> "StageBank":
+        return StageBank(parts)
+
+    def origin(self, config: Config, stored: Commit | None, folder: Path | None, weights_only: bool) -> dict[str, Any]:
+        """`seed`: what the first blocks were drawn from. `start`: the checkpoint whose blocks, and no state of theirs,
+        the run began with; None where the bank was new."""
+        if stored is None or stored.config["model"].get(self.name) is None:
+            return {"seed": config.train.init_seed, "start": None}
+        known = stored.progress.memories.get(self.name, {})
+        seed = known.get("seed")
+        return {
+            "seed": int(stored.config["train"]["init_seed"]) if seed is None else seed,
+            "start": str(folder.resolve()) if weights_only and folder is not None else known.get("start"),
+        }
+
+    def check_manifest(self, folder: Path, stored: dict[str, Any], prepared: dict[str, Any] | None, hint: str) -> None:
+        check_tree(folder, stored, prepared, hint)
+
+    def check_stored(self, folder: Path, commit: Commit, config: Config, own_run: bool) -> None:
+        check_held(folder, parse_config(commit.config), config, own_run)
+
+    def compared(self, section: dict[str, Any]) -> dict[str, Any]:
+        """Whether there are generic blocks decides about rows; how often they are trained does not."""
+        generic = {**section["generic"], "probability": "above 0" if section["generic"]["probability"] > 0 else 0}
+        return {**section, "generic": generic}
+
+    def partial_tensors(self, config: Config) -> set[str]:
+        if config.bank.hold == "all":
+            return set()
+        layout = BankLayout.of(config.model.shape)
+        return {*self.model.tables(config.model.shape), *map(bank_table_name, layout.levels)}
+
+    def table_bytes(self, config: Config, mesh: Mesh, layers: Sequence[int]) -> list[TableBytes]:
+        layout, addresses = BankLayout.of(config.model.shape).of_layers(layers), config.data.addresses
+        if not layout.layers:
+            return []
+        sequences, by_leaf = config.train.global_batch_size // mesh.data, addresses and addresses.batching == "leaf"
+        look_ups = sequences * (1 if by_leaf else config.data.sequence_length)
+        return [
+            TableBytes.of(
+                self.name, "level", level, config.bank, config.bank.optimizer, mesh,
+                sum(map(len, held_rows(config, layout, level))), layout.row_values(level),
+                min(look_ups, _fetched_rows(config, layout, level)), 0,
+            )
+            for level in layout.levels
+        ]  # fmt: skip
+
+
+class StageBank(StageMemory):
+    """The layers of a stage that have blocks."""
+
+    kind = BankKind.name
+
+    tables: list["BankTable"]
+
+    def __init__(self, parts: StageParts) -> None:
+        config, mesh, self.mesh = parts.config, parts.mesh, parts.mesh
+        self.layers = sorted(parts.modules.get(self.kind, {}))
+        self.whole = BankLayout.of(parts.shape)
+        self.layout = self.whole.of_layers(self.layers)
+        group = None
+        stages = _stages_with(config, mesh, self.whole.layers)
+        if config.bank.optimizer.clip_norm is not None and len(stages) > 1:
+            ranks = [stage * mesh.data + rank for stage in stages for rank in range(mesh.data)]
+            group = join_groups([ranks], config.parallel.timeout_seconds)
+        levels = self.layout.levels if self.layers else ()
+        self.tables = [BankTable(config, self.layout, level, group) for level in levels]
+
+    def start(self, tables: Mapping[str, Table]) -> None:
+        own = {table.level: tables[stage_table_name(self.layout, table.level)] for table in self.tables}
+        self.ledger = BankLedger(own, self.whole, self.layout, self.mesh)
+
+    def plan(self, micro_batches: Sequence[SequenceBatch], control: str | None = None) -> MemoryPlan:
+        if control is not None:
+            address = {"generic": GENERIC, "none": MISSING}[control]
+            micro_batches = [_addressed(batch, address) for batch in micro_batches]
+        rows, groups = plan_blocks(self.layout, micro_batches)
+        plans = {}
+        for table in self.tables:
+            plan = rows[table.level]
+            places = table.selection.places(torch.from_numpy(plan.rows)).numpy()
+            plans[stage_table_name(self.layout, table.level)] = StepPlan(places, plan.index)
+        return MemoryPlan(plans, groups)
+
+    def read(self, layer: int, context: "StepContext") -> BankInput:
+        layout, groups = self.layout, context.beside(self.kind).groups
+        blocks = {}
+        for level in {level for group in groups for level in group.counts}:
+            width = layout.block_values(level)
+            start = layout.layers.index(layer) * width
+            working_set = context.working_sets[stage_table_name(layout, level)]
+            blocks[level] = working_set.columns(context.running, start, start + width)
+        return BankInput(layout, groups, blocks)
+
+    def close_step(self, step: BegunStep, sampled: bool) -> dict[str, dict[str, Any]]:
+        return {str(level): asdict(figures) for level, figures in self.ledger.close_step(step, sampled).items()}
+
+    def state(self, saving: bool) -> dict[str, Pieces]:
+        return self.ledger.usage.state(saving)
+
+
+class BankTable:
+    """The table of a level.
+
+    Args:
+        layout: of this stage's layers, of which at least one has blocks.
+        norm_group: the ranks of all stages that have blocks, over which the norm of a level's gradient is summed; None
+            where these are the stage's own.
+    """
+
+    section = BankKind.name
+
+    def __init__(
+        self, config: Config, layout: BankLayout, level: int, norm_group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.settings: TableConfig = config.bank
+        self.optimizer: RowOptimizerConfig | None = config.bank.optimizer
+        self.layout, self.level, self.norm_group = layout, level, norm_group
+        self.selection = RowSelection(layout.rows(level), tuple(held_rows(config, layout, level)))
+
+    def spec(self, config: Config) -> TableSpec:
+        bank, layout, seed, selection = self.settings, self.layout, config.train.init_seed, self.selection
+
+        def initial_rows(start: int, stop: int) -> Tensor:
+            held = [rows for _, rows in selection.cut(start, stop)]
+            return torch.cat([layout.initial_rows(seed, self.level, rows.start, rows.stop) for rows in held])
+
+        return TableSpec(
+            stage_table_name(layout, self.level),
+            len(selection),
+            layout.row_values(self.level),
+            bank.dtype,
+            bank.store,
+            mapped_folder(config, bank, self.section) if bank.store == "mmap" else None,
+            seed,
+            initial_rows=initial_rows,
+            selection=selection,
+        )
+
+    def pieces(self, table: Table) -> dict[str, dict[str, Pieces]]:
+        """By layer: columns of the rows and of their moments. What a row has one number of is the same for all layers,
+        and stands with each."""
+        width, arrays = self.layout.block_values(self.level), table.arrays()
+        found = {}
+        for place, layer in enumerate(self.layout.layers):
+            columns = {name: slice(place * width, (place + 1) * width) for name, wide in arrays.items() if wide > 1}
+            found[layer_bank_name(layer, self.level)] = table.pieces(columns)
+        return found
+
+
+def stage_table_name(layout: BankLayout, level: int) -> str:
+    """Name of a stage's table of a level, different for all stages.
+
+    Args:
+        layout: of this stage's layers.
+    """
+    return f"{bank_table_name(level)}.layers-{layout.layers[0]}-{layout.layers[-1]}"
+
+
+def tree_folder(config: Config) -> Path:
+    """The tree whose leaves address the bank of a run that has one."""
+    assert config.data.addresses is not None
+    return Path(config.data.addresses.tree).expanduser()
+
+
+def _stages_with(config: Config, mesh: Mesh, layers: Sequence[int]) -> list[int]:
+    """Stages that have any of these layers."""
+    bounds = stage_bounds(config)
+    return [
+        stage
+        for stage in range(mesh.pipeline)
+        if any(bounds[stage] <= layer + 1 < bounds[stage + 1] for layer in layers)
+    ]
+
+
+def _addressed(batch: SequenceBatch, address: int) -> SequenceBatch:
+    """The batch with one address everywhere."""
+    assert batch.addresses is not None
+    return replace(batch, addresses=torch.full_like(batch.addresses, address))
+
+
+def _fetched_rows(config: Config, layout: BankLayout, level: int) -> int:
+    """Rows of a level that text can fetch: all, or those above and below the chosen subtrees, and the generic ones."""
+    addresses = config.data.addresses
+    if addresses is None or addresses.subtrees is None:
+        return layout.rows(level)
+    paths = [parse_path(path) for path in addresses.subtrees]
+    return sum(map(len, layout.subtree_rows(level, paths)))
+
+
+KIND = BankTraining()
