@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, purpose = COMMANDS[command]
     try:
         implementation = importlib.import_module(module)
-        parser = argparse.ArgumentParser(prog=f"kmem {command}", description=purpose)
+        parser = argparse.ArgumentParser(prog=f"kmem {command}", description=purpose, allow_abbrev=False)
         implementation.add_arguments(parser)
         return implementation.run(parser.parse_args(words[1:]))
     except UserError as error:

@@ -91,7 +91,7 @@ def expected_loss(decoder, reader, folder, change, generic=False, levels=None):
         sources = {level: rows.__getitem__ for level, rows in decoder.rows.items()}
         blocks = FetchedBlocks.read(decoder.layout, ids, sources).inputs(batch.input_ids.shape[1])
     mask = document_mask(batch.document_ids)
-    hidden = Decoder.forward(decoder, batch.input_ids, batch.position_ids, mask, bank=blocks)
+    hidden = Decoder.forward(decoder, batch.input_ids, batch.position_ids, mask, memories={"bank": blocks})
     count = int((batch.labels != IGNORED_LABEL).sum())
     return float(decoder.loss(hidden, batch.labels)) / count
 
@@ -292,7 +292,7 @@ def test_eval_equals_the_evaluation_of_the_run(batching, ranks, run_config, corp
     run = Path(settings["folder"]) / settings["name"]
     losses = {}
     for control in ("fetched", "generic", "none", "blocked"):
-        assert main(["eval", "--checkpoint", str(run), "--bank", control, "--json"]) == 0
+        assert main(["eval", "--checkpoint", str(run), "--control", f"bank={control}", "--json"]) == 0
         losses[control] = json.loads(capsys.readouterr().out)["held_out"][str(folder)]["loss"]
     assert losses["fetched"] == pytest.approx(metrics(settings, "evaluation")[-1]["loss"], abs=1e-5)
     assert losses["fetched"] not in (losses["none"], losses["blocked"])

@@ -146,7 +146,7 @@ def test_the_harness_runs_controls_and_models_without_a_bank(run, harness, tmp_p
     plain = random_weights(NATIVE["llama"])
     write_run(tmp_path / "run", NATIVE["llama"], plain)
     for model, found in [
-        (open_model(str(folder), bank="none"), lambda ids: decoder.bank_logits(ids, None)),
+        (open_model(str(folder), control="bank=none"), lambda ids: decoder.bank_logits(ids, None)),
         (open_model(str(tmp_path / "run")), lambda ids: logits(plain, ids)),
     ]:
         encode = model.tok_encode

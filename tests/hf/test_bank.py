@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from kmem.checkpoint.bank.options import BankOptions
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.cli import main
 from kmem.config import UserError
@@ -323,7 +324,12 @@ def test_a_run_and_its_export_generate_the_same_text(folders, capsys):
     _, folder = folders("ffn")
     said = {}
     own = int(router().leaves([AutoTokenizer.from_pretrained(folder)(TEXTS[0])["input_ids"]]))
-    ways = [["--bank", "generic"], ["--bank", "none"], ["--bank-levels", "1"], ["--blocked", f"{own // 3},0.0"]]
+    ways = [
+        ["--control", "bank=generic"],
+        ["--control", "bank=none"],
+        ["--bank-levels", "1"],
+        ["--blocked", f"{own // 3},0.0"],
+    ]
     for options in ([], *ways):
         for path in (folder, folder.parent / "run"):
             command = ["generate", "--checkpoint", str(path), "--prompt", TEXTS[0], "--temperature", "0"]
@@ -334,7 +340,7 @@ def test_a_run_and_its_export_generate_the_same_text(folders, capsys):
     for options, complaint in [
         (["--blocked", "7"], "children are numbered 0 to 2"),
         (["--blocked", "0,1,2"], "every cluster of the tree is blocked"),
-        (["--blocked", "0", "--bank", "none"], "--bank none looks up no clusters"),
+        (["--blocked", "0", "--control", "bank=none"], "--blocked 0: --control bank=none"),
     ]:
         for path in (folder, folder.parent / "run"):
             assert main(["generate", "--checkpoint", str(path), "--prompt", "a", *options]) == 2
@@ -471,7 +477,7 @@ def test_faults_are_named(folders, tmp_path):
         export(run, tmp_path / "out", say=str)
     export(run, tmp_path / "out", tree=tree(), say=str)
     with pytest.raises(UserError, match="has its own; leave it out"):
-        load(tmp_path / "out", tree())
+        load(tmp_path / "out", bank=BankOptions(tree=tree()))
     shutil.rmtree(tmp_path / "out" / "tree")
     with pytest.raises(UserError, match="missing, and it addresses"):
         import_folder(tmp_path / "out", tmp_path / "back", say=str)
@@ -482,5 +488,5 @@ def test_faults_are_named(folders, tmp_path):
     plain = write_run(tmp_path / "plain", NATIVE["llama"])
     with pytest.raises(UserError, match="has no memory bank"):
         export(plain, tmp_path / "plain-out", tree=tree(), say=str)
-    with pytest.raises(UserError, match="for models with a memory bank"):
-        load(tmp_path / "plain", bank_control="none")
+    with pytest.raises(UserError, match="--control bank=none"):
+        load(tmp_path / "plain", {"bank": "none"})

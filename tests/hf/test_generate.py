@@ -58,7 +58,7 @@ def test_options_that_do_not_go_with_a_bank_are_named(tmp_path, capsys):
         for option, value, complaint in [
             ("--blocked", "9", "children are numbered 0 to 2"),
             ("--blocked", "0,1,2", "every cluster of the tree is blocked"),
-            ("--bank", "generic", "no generic blocks: model.bank.generic.probability was 0"),
+            ("--control", "bank=generic", "this bank has fetched, none, blocked"),
             ("--bank-levels", "3", "this bank has blocks on levels 1, 2"),
         ]:
             with pytest.raises(UserError, match=f"^{option} {value}: .*{complaint}"):

@@ -79,7 +79,7 @@ def test_evaluations_have_controls(ranks, bank_run, tmp_path, capsys, batching):
     """The same figures on two stages as `kmem eval` has, and a loss of fetched blocks that is the same with and without
     controls."""
     changes = {"data__addresses__batching": batching, "train__steps": 3, "parallel__pipeline": 2}
-    controls = {"sequences": None, "controls": ["generic", "none"]}
+    controls = {"sequences": None, "controls": ["bank=generic", "bank=none"]}
     for name, evaluation in (("plain", {"sequences": None}), ("with-controls", controls)):
         tree, _ = bank_run(name=name, evaluation=evaluation, **changes)
         answer = ranks.run(2, trainer_case, tree)[0]
@@ -90,18 +90,17 @@ def test_evaluations_have_controls(ranks, bank_run, tmp_path, capsys, batching):
     )
     assert [line["loss"] for line in plain] == [line["loss"] for line in found]
     last = found[-1]
-    assert last["controls"].keys() == {"generic", "none"}
+    assert last["controls"].keys() == {"bank=generic", "bank=none"}
     assert plain[-1]["controls"] == {}
     for control, figures in last["controls"].items():
-        words = ["eval", "--checkpoint", str(tmp_path / "runs" / "with-controls"), "--bank", control, "--json"]
+        words = ["eval", "--checkpoint", str(tmp_path / "runs" / "with-controls"), "--control", control, "--json"]
         capsys.readouterr()
         assert main(words) == 0
         (stated,) = json.loads(capsys.readouterr().out)["held_out"].values()
         assert stated["loss"] == pytest.approx(figures["loss"], rel=1e-6)
         assert figures["loss"] != last["loss"]
         difference = figures["bits_per_byte"] - last["bits_per_byte"]
-        words = {"generic": "with generic blocks", "none": "without blocks"}[control]
-        assert f"{words}: {figures['bits_per_byte']:.4f} bits per byte ({difference:+.4f})" in answer["printed"]
+        assert f"{control}: {figures['bits_per_byte']:.4f} bits per byte ({difference:+.4f})" in answer["printed"]
 
 
 def test_a_run_on_generic_blocks_alone_is_evaluated_with_them(ranks, bank_run, tmp_path, capsys):
@@ -131,7 +130,7 @@ def test_a_run_on_generic_blocks_alone_is_evaluated_with_them(ranks, bank_run, t
 
 def test_controls_of_a_memory_that_the_model_does_not_have(bank_run):
     tree = bank_run(evaluation__controls=["bank=generic"], model__bank=None, data__addresses=None)[0]
-    with pytest.raises(UserError, match="evaluation.controls.*model.bank"):
+    with pytest.raises(UserError, match=r"evaluation\.controls.*model\.bank"):
         parse_config(tree)
 
 
@@ -201,7 +200,8 @@ def test_a_bank_is_added_to_an_imported_model(ranks, bank_run, tmp_path, anchor,
     result = ranks.run(1, trainer_case, added)[0]
     assert (result["error"], result["started_at"], result["steps"]) == (None, 0, 2)
     (line,) = (line for line in result["printed"].splitlines() if line.startswith("step 2/"))
-    trained = [json.loads(text) for text in Path(imported, "metrics.jsonl").read_text().splitlines()][-2]["bank"]
+    records = [json.loads(text) for text in Path(imported, "metrics.jsonl").read_text().splitlines()]
+    trained = records[-2]["memories"]["bank"]
     blocks = sum(level["touched_blocks"] for level in trained.values())
     assert (f"  blocks {blocks}  " in line, "  grad " in line) == (anchor == "frozen", anchor != "frozen")
     kept, after = CheckpointReader(tmp_path / "runs" / "plain"), CheckpointReader(imported)
@@ -310,7 +310,7 @@ def test_steps_draw_generic_blocks_for_all_sequences():
 
 def test_a_missing_tree_is_the_users_error(tmp_path):
     with pytest.raises(UserError, match="holds no finished tree"):
-        bank_tree(parse_config(bank_config(data__addresses__tree=str(Path(tmp_path)))))
+        BANK_KIND.prepare(parse_config(bank_config(data__addresses__tree=str(Path(tmp_path)))), tmp_path)
 
 
 def test_blocks_keep_the_seed_that_they_were_drawn_with(ranks, bank_run, tmp_path):

@@ -62,11 +62,7 @@ def test_parameters_and_tables_per_rank_are_those_of_the_built_pipeline(ranks, c
         assert len(rows) == len(stage.tables)
         first = rank % 2 == 0  # the rank whose rows are planned; the other may have one fewer
         for table in stage.tables:
-            prefix = (
-                table_name(table.number)
-                if table.kind == "engram"
-                else f"bank.level{table.number}.layers-{table.number}-"
-            )
+            prefix = table_name(table.number) if table.kind == "engram" else f"bank.level{table.number}.layers-"
             (found,) = (count for name, count in rows.items() if name.startswith(prefix))
             assert table.rows - found in ((0,) if first else (0, 1))
 
@@ -200,7 +196,7 @@ def test_a_frozen_anchor_needs_weights_only():
 def test_tables_of_both_memories_are_shown(capsys):
     assert print_dry_run(parse_config(small_config(**BANK, model__engram=ENGRAM)), 2, as_json=False) == 0
     printed = capsys.readouterr().out
-    assert "n-gram tables per rank" in printed
+    assert "engram tables per rank" in printed
     assert "bank tables per rank" in printed
     assert "fetched" in printed
 

@@ -103,16 +103,13 @@ def test_the_figures_of_a_mesh_are_those_of_one_rank(ranks, engram_run):
     ranks.run(4, trainer_case, trees[1])
     for one, four in zip(*map(records, trees), strict=True):
         for layer in ("1", "3"):
+            alone, spread = (record["memories"]["engram"][layer] for record in (one, four))
             for name in ("addresses", "touched_rows", "touch_density"):
-                assert four["memories"]["engram"][layer][name] == one["memories"]["engram"][layer][name]
-            assert four["memories"]["engram"][layer]["unique_rows"] > one["memories"]["engram"][layer]["unique_rows"]
-            assert four["memories"]["engram"][layer]["gate_mean"] == pytest.approx(
-                one["memories"]["engram"][layer]["gate_mean"], abs=1e-4
-            )
-            if one["memories"]["engram"][layer]["row_norms"]:
-                assert four["memories"]["engram"][layer]["row_norms"] == pytest.approx(
-                    one["memories"]["engram"][layer]["row_norms"], rel=1e-3
-                )
+                assert spread[name] == alone[name]
+            assert spread["unique_rows"] > alone["unique_rows"]
+            assert spread["gate_mean"] == pytest.approx(alone["gate_mean"], abs=1e-4)
+            if alone["row_norms"]:
+                assert spread["row_norms"] == pytest.approx(alone["row_norms"], rel=1e-3)
     assert sum(record["memories"]["engram"]["1"]["bytes"] for record in records(trees[1])) > 0
 
 
