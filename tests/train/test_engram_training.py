@@ -97,8 +97,9 @@ def test_what_is_seen_while_training(ranks, engram_run):
 
 
 def test_the_figures_of_a_mesh_are_those_of_one_rank(ranks, engram_run):
-    """But for rows that several ranks ask for, and the time it takes."""
-    trees = [engram_run(name="one"), engram_run(name="four", **WIDE)]
+    """But for rows that several ranks ask for, and the time it takes. Four steps: later the curves part by more than
+    rounding, where the gate of a token turns."""
+    trees = [engram_run(name=name, train__steps=4, **mesh) for name, mesh in (("one", {}), ("four", WIDE))]
     ranks.run(1, trainer_case, trees[0])
     ranks.run(4, trainer_case, trees[1])
     for one, four in zip(*map(records, trees), strict=True):
@@ -107,7 +108,7 @@ def test_the_figures_of_a_mesh_are_those_of_one_rank(ranks, engram_run):
             for name in ("addresses", "touched_rows", "touch_density"):
                 assert spread[name] == alone[name]
             assert spread["unique_rows"] > alone["unique_rows"]
-            assert spread["gate_mean"] == pytest.approx(alone["gate_mean"], abs=1e-4)
+            assert spread["gate_mean"] == pytest.approx(alone["gate_mean"], abs=1e-5)
             if alone["row_norms"]:
                 assert spread["row_norms"] == pytest.approx(alone["row_norms"], rel=1e-3)
     assert sum(record["memories"]["engram"]["1"]["bytes"] for record in records(trees[1])) > 0
