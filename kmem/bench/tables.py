@@ -81,7 +81,6 @@ def table_runner(tree: dict[str, Any], kind: TokenKind) -> Runner:
     config = parse_config(tree)
     addresses = EngramAddresses.build(Shape(config.model.model_dump()), eos_token_id=0)
     pipeline = Pipeline(config, join_mesh(config), {"engram": addresses})
-    assert pipeline.stage_tables is not None
     own = pipeline.stage_tables.tables
     for table in own.values():
         write_all(table)

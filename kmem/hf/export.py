@@ -19,7 +19,7 @@ from kmem.data.safetensors_file import SafetensorsWriter, sync_folder
 from kmem.data.tokenizer import load_tokenizer
 from kmem.hf.architectures import KMEM, Choice, choose, to_fields
 from kmem.hf.custom_code import AUTO_MAP, embedder_class, register, write_code
-from kmem.hf.key_map import Piece, bank_parts, check_tensor_sets, folder_pieces, parameters, table_parts
+from kmem.hf.key_map import Piece, TableParts, check_tensor_sets, folder_pieces, parameters, table_parts
 from kmem.hf.model_card import model_card
 from kmem.hf.native import Architecture
 from kmem.model.bank_embedder import read_embedder_record
@@ -99,11 +99,9 @@ def export(
     if embedder:
         embedder_class(embedder["name"])
     parts = table_parts(model, DTYPES[dtype].itemsize, max_shard_bytes)
-    bank = bank_parts(model, DTYPES[dtype].itemsize, max_shard_bytes)
-    pieces = folder_pieces(model, choice.architecture, parts, bank)
+    pieces = folder_pieces(model, choice.architecture, parts)
     config = transformers_config(trained.config, choice.architecture, tokens, DTYPES[dtype], addresses, parts)
     if tree is not None:
-        config.bank_parts = {str(level): list(rows) for level, rows in bank.items()}
         config.bank_tree = tree_record(tree)["fingerprint"]
     check_tensor_sets(
         f"{choice.architecture.class_name} of this version of Transformers",
@@ -144,9 +142,9 @@ def transformers_config(
     tokens: Mapping[str, int],
     dtype: torch.dtype,
     addresses: EngramAddresses | None = None,
-    parts: Mapping[int, Sequence[int]] | None = None,
+    parts: TableParts | None = None,
 ) -> Any:
-    """The Transformers configuration object of an export; `addresses` and `parts` are those of its n-gram memory.
+    """The Transformers configuration object of an export; `addresses` are those of its engram.
 
     Raises:
         UserError: Transformers refuses the values.
@@ -156,7 +154,8 @@ def transformers_config(
     fields = to_fields(config.model, architecture)
     if addresses is not None:
         fields["engram_addressing"] = addresses.addressing.to_manifest()
-        fields["engram_parts"] = {str(layer): list(rows) for layer, rows in (parts or {}).items()}
+    for kind, tables in (parts or {}).items():
+        fields[f"{kind}_parts"] = {str(key): list(rows) for key, rows in tables.items()}
     ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **tokens}
     try:
         if architecture is KMEM:

@@ -93,9 +93,9 @@ def import_folder(
 
     engram = _engram(config, model, described)
     bank = _bank(config, model, described)
-    pieces = folder_pieces(
-        model, architecture, None if engram is None else engram.parts, None if bank is None else bank.parts
-    )
+    memories: dict[str, EngramDescription | BankDescription | None] = {"engram": engram, "bank": bank}
+    table_rows = {kind: memory.parts for kind, memory in memories.items() if memory is not None}
+    pieces = folder_pieces(model, architecture, table_rows)
     left_out = _left_out(folder, model, architecture, drop_mtp)
     if left_out:
         say(f"tensors left out: {len(left_out)} ({', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''})")

@@ -14,11 +14,9 @@ import torch
 from kmem.config import LatentAttention, ModelConfig, UserError
 from kmem.hf.architectures import KMEM
 from kmem.hf.native import DEEPSEEK_V3, Architecture
-from kmem.model.bank_layout import BankLayout, bank_table_part_name, layer_bank_name
-from kmem.model.engram_export import COMPRESSION
-from kmem.model.engram_reader import table_name, table_part_name, table_rows
+from kmem.model.memory_kind import ExportedRows
+from kmem.model.memory_kinds import kinds_of
 from kmem.model.parameter_counts import tensor_shapes
-from kmem.model.shape import Shape
 from kmem.wording import counted
 
 LISTED = 20  # differences named in an error
@@ -107,36 +105,38 @@ class Piece:
         return self.start + self.shape[0]
 
 
-def folder_pieces(
-    model: ModelConfig,
-    architecture: Architecture,
-    table_parts: Mapping[int, Sequence[int]] | None = None,
-    bank_parts: Mapping[int, Sequence[int]] | None = None,
-) -> list[Piece]:
+TableParts = Mapping[str, Mapping[int, Sequence[int]]]
+"""Kind of memory -> key of an exported table (`ModelKind.exported_rows`) -> rows of each tensor that holds a range of
+its rows."""
+
+
+def folder_pieces(model: ModelConfig, architecture: Architecture, parts: TableParts | None = None) -> list[Piece]:
     """The tensors of a folder of this architecture, in kmem's order; together they hold every row once.
 
     Args:
-        table_parts: layer -> rows of each tensor that holds a range of its table's rows; default: one tensor.
-        bank_parts: level -> the same of the level's table.
+        parts: of the tables; those that it lacks are one tensor each.
     """
-    tensors, whole = tensor_shapes(model.shape), Shape(model.model_dump())
-    tables = {table_name(layer): layer for layer in table_rows(whole)}
-    layout = None if whole.bank is None else BankLayout.of(whole)
-    blocks = set() if layout is None else {name for level in layout.levels for name in _columns(layout, level)}
-    found = []
-    for tensor, shape in tensors.items():
-        if tensor in blocks:
-            continue
+    shape, tensors = model.shape, tensor_shapes(model.shape)
+    kinds = kinds_of(shape)
+    tables = {
+        name: (table, (parts or {}).get(kind.name, {}).get(key, [table.rows]))
+        for kind in kinds
+        for key, table in kind.exported_rows(shape).items()
+        for name in table.columns[:1]
+    }
+    beside = {name for kind in kinds for table in kind.exported_rows(shape).values() for name in table.columns[1:]}
+    found: list[Piece] = []
+    apart: list[Piece] = []
+    for tensor, size in tensors.items():
         if tensor in tables:
-            layer = tables[tensor]
-            found += _table(layer, (table_parts or {}).get(layer, [shape[0]]), shape[1])
-        else:
-            found += (_own if architecture is KMEM else _native)(tensor, tuple(shape))
-    if layout is not None:
-        for level in layout.levels:
-            found += _bank(layout, level, (bank_parts or {}).get(level, [layout.rows(level)]))
-    if model.engram is not None and model.engram.compression:
-        found.append(Piece(COMPRESSION, (model.vocab_size,), COMPRESSION, None, dtype=torch.int64))
+            table, rows = tables[tensor]
+            (found if table.name == tensor else apart).extend(_table(table, rows))
+        elif tensor not in beside:
+            found += (_own if architecture is KMEM else _native)(tensor, tuple(size))
+    found += apart
+    for kind in kinds:
+        for name, length in kind.exported_tensors(shape).items():
+            found.append(Piece(name, (length,), name, None, dtype=torch.int64))
     if architecture is DEEPSEEK_V3:
         found += _empty_shared_experts(model)
     assert len({piece.name for piece in found}) == len(found)
@@ -145,24 +145,15 @@ def folder_pieces(
     return found
 
 
-def table_parts(model: ModelConfig, itemsize: int, max_bytes: int) -> dict[int, list[int]]:
-    """Layer -> rows of each tensor of its table, near equal and at most `max_bytes` long with values of `itemsize`."""
-    shape = Shape(model.model_dump())
+def table_parts(model: ModelConfig, itemsize: int, max_bytes: int) -> dict[str, dict[int, list[int]]]:
+    """Rows of the tensors that hold each table: near equal and at most `max_bytes` long with values of `itemsize`, but
+    for single rows, which stay whole."""
     return {
-        layer: _near_equal(rows, shape.engram.row_dim * itemsize, max_bytes)
-        for layer, rows in table_rows(shape).items()
-    }
-
-
-def bank_parts(model: ModelConfig, itemsize: int, max_bytes: int) -> dict[int, list[int]]:
-    """Level -> rows of each tensor of its table, as `table_parts`; one row at least, however long it is."""
-    shape = Shape(model.model_dump())
-    if shape.bank is None:
-        return {}
-    layout = BankLayout.of(shape)
-    return {
-        level: _near_equal(layout.rows(level), layout.row_values(level) * itemsize, max_bytes)
-        for level in layout.levels
+        kind.name: {
+            key: _near_equal(table.rows, table.width * itemsize, max_bytes)
+            for key, table in kind.exported_rows(model.shape).items()
+        }
+        for kind in kinds_of(model.shape)
     }
 
 
@@ -216,27 +207,15 @@ def _own(tensor: str, shape: tuple[int, ...]) -> list[Piece]:
     return [Piece(tensor, shape, tensor, tensor, dtype=_dtype(tensor))]
 
 
-def _table(layer: int, parts: Sequence[int], row_dim: int) -> list[Piece]:
+def _table(table: ExportedRows, parts: Sequence[int]) -> list[Piece]:
     found, start = [], 0
-    for part, rows in enumerate(parts):
-        name = table_part_name(layer, part)
-        found.append(Piece(name, (rows, row_dim), name, table_name(layer), start))
+    tensor = table.columns[0] if len(table.columns) == 1 else None
+    for number, rows in enumerate(parts):
+        name = table.part(number)
+        beside = table.columns if tensor is None else ()
+        found.append(Piece(name, (rows, table.width), name, tensor, start, beside=beside))
         start += rows
     return found
-
-
-def _bank(layout: BankLayout, level: int, parts: Sequence[int]) -> list[Piece]:
-    found, start = [], 0
-    for part, rows in enumerate(parts):
-        name = bank_table_part_name(level, part)
-        shape = (rows, layout.row_values(level))
-        found.append(Piece(name, shape, name, None, start, beside=_columns(layout, level)))
-        start += rows
-    return found
-
-
-def _columns(layout: BankLayout, level: int) -> tuple[str, ...]:
-    return tuple(layer_bank_name(layer, level) for layer in layout.layers)
 
 
 def _dtype(tensor: str) -> torch.dtype | None:

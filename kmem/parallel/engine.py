@@ -7,13 +7,14 @@ replacing its entry there too.
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch.profiler import record_function
 
 from kmem.parallel.gradients import GradientNorm
 from kmem.parallel.stage_tables import finite
@@ -40,13 +41,17 @@ PHASES = {
 assert PHASES.keys() == PipelineEngine._INSTRUCTION_MAP.keys(), "this DeepSpeed has other pipeline instructions"
 
 
+def _nothing() -> None: ...
+
+
 def _timed(phase: str, function: Callable[..., None]) -> Callable[..., None]:
-    """The instruction's function, its host time added to a phase of the engine."""
+    """The instruction's function, its host time added to a phase of the engine, under whose name a profile shows it."""
 
     @functools.wraps(function)
     def run(engine: "StepEngine", *arguments: Any, **keywords: Any) -> None:
         began = time.perf_counter()
-        function(engine, *arguments, **keywords)
+        with record_function(f"kmem: {phase}"):
+            function(engine, *arguments, **keywords)
         engine.phase_seconds[phase] += time.perf_counter() - began
 
     return run
@@ -59,8 +64,6 @@ class StepEngine(PipelineEngine):
     context: StepContext
     gradient_norm: GradientNorm
     clip_norm: float | None
-    before_optimizer_step: Callable[[], None]
-    """Called when all ranks have found a step finite, before any weight changes."""
     grad_norm: float
     """Global 2-norm of the last step's gradients before clipping."""
     phase_seconds: dict[str, float]
@@ -80,10 +83,26 @@ class StepEngine(PipelineEngine):
         engine.context = context
         engine.gradient_norm = gradient_norm
         engine.clip_norm = clip_norm
-        engine.before_optimizer_step = lambda: None
+        engine._before_optimizer_step = _nothing
         engine.grad_norm = 0.0
         engine.phase_seconds = {}
         return engine
+
+    def train_step(self, inputs: Iterator[Any], before_optimizer_step: Callable[[], None]) -> float:
+        """The mean loss of one step.
+
+        Args:
+            inputs: of the first and last stage, a micro-batch at a time.
+            before_optimizer_step: called when all ranks have found the step finite, before any weight changes.
+
+        Raises:
+            NonFiniteStepError: on all ranks.
+        """
+        self._before_optimizer_step = before_optimizer_step
+        try:
+            return float(self.train_batch(inputs))
+        finally:
+            self._before_optimizer_step = _nothing
 
     def _exec_schedule(self, pipe_schedule):
         self._next_forward = 0
@@ -118,7 +137,7 @@ class StepEngine(PipelineEngine):
 
     def _exec_optimizer_step(self, lr_kwargs=None):
         self._guard_and_clip()
-        self.before_optimizer_step()
+        self._before_optimizer_step()
         if self.context.frozen:
             self.global_steps += 1
         else:

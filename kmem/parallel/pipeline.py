@@ -1,4 +1,30 @@
-"""A model as a DeepSpeed pipeline: built, partitioned, and stepped."""
+"""A model as a DeepSpeed pipeline: built, partitioned, and stepped.
+
+A training step on one rank. Each line has the name of its range in a profile (`torch.profiler`); the worker is the
+thread of the rank's tables.
+
+    main thread                            worker                               device
+    -------------------------------------  -----------------------------------  --------------------------------
+    begin_step(t + 1): read the batch      "kmem: fetch" t + 1: plan the rows
+                                           from ids and addresses, ask their
+                                           owners; rows that step t holds wait
+    train_step(t)
+      "kmem: wait for rows" of t           (all of t were handed out before)    rows of t arrive
+      "kmem: forward", "kmem: backward"    rows of t + 1 that t does not hold   layers look rows up and add their
+        micro-batch by micro-batch, 1F1B   arrive                               gradients into one buffer a table
+      "kmem: reduce": gradients of
+        weights over data ranks
+      "kmem: optimizer"
+        guard: one all-reduce; all ranks
+          go on, or raise
+        stage_tables.commit(t)             "kmem: update" t: gradients to the   row optimizer, where rows are on
+                                           owners, who update their rows; then  the device
+                                           the rows of t + 1 that waited go out
+        optimizer of the weights                                                weights of t + 1
+      "kmem: figures of memories"
+
+A row that step t changes is handed out to step t + 1 after that change, and only then: the owner knows both steps.
+"""
 
 import contextlib
 import importlib
@@ -17,6 +43,7 @@ from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from kmem.config import Config, OptimizerConfig
 from kmem.data.batch import SequenceBatch
@@ -99,9 +126,7 @@ class Pipeline:
         if config.model.moe is not None:
             self.ledger = RoutingLedger(self.moe_layers, shape, mesh, self.context)
         self.context.memories = memories = self._stage_memories(prepared)
-        self.stage_tables: StageTables | None = None
-        if memories:
-            self.stage_tables = StageTables(config, mesh, memories, self.device, initialise_rows)
+        self.stage_tables = StageTables(config, mesh, memories, self.device, initialise_rows)
 
     @property
     def micro_batches(self) -> int:
@@ -130,7 +155,7 @@ class Pipeline:
         """Start fetching the rows of a step to come, at most `prefetch_depth` beyond the running one. Steps are
         trained in the order in which they are begun, the same on every rank."""
         assert len(micro_batches) == self.micro_batches
-        return BegunStep(list(micro_batches)) if self.stage_tables is None else self.stage_tables.begin(micro_batches)
+        return self.stage_tables.begin(micro_batches)
 
     def train_step(self, step: BegunStep | Sequence[SequenceBatch], lr: float, sampled: bool = False) -> StepResult:
         """Forward, backward and update on this rank's micro-batches of one step.
@@ -145,7 +170,8 @@ class Pipeline:
             NonFiniteStepError: on all ranks, before any weight has changed.
         """
         begun = step if isinstance(step, BegunStep) else self.begin_step(step)
-        looked_up = LookedUp() if self.stage_tables is None else self.stage_tables.activate(begun)
+        with record_function("kmem: wait for rows"):
+            looked_up = self.stage_tables.activate(begun)
         tokens = self._load(begun.micro_batches, looked_up)
         # DeepSpeed averages over micro-batches and data-parallel ranks; the loss is a mean over the step's tokens.
         self.context.loss_factor = self.micro_batches * self.mesh.data / max(tokens, 1)
@@ -153,13 +179,9 @@ class Pipeline:
             group["lr"] = lr
         if self.ledger is not None:
             self.ledger.begin_step(sampled)
-        tables = self.stage_tables
-        if tables is not None:
-            self.engine.before_optimizer_step = lambda: tables.commit(begun, lr)
         try:
-            loss = float(self.engine.train_batch(self._inputs()))
+            loss = self.engine.train_step(self._inputs(), lambda: self.stage_tables.commit(begun, lr))
         finally:
-            self.engine.before_optimizer_step = lambda: None
             self.context.unload()
         routing = None
         if self.ledger is not None:
@@ -167,7 +189,8 @@ class Pipeline:
             routing = self.ledger.close_step(self.micro_batches)
             if not self.frozen:
                 self.ledger.update_biases(routing, self.config.model.moe.bias_update_rate)
-        figures = {memory.kind: memory.close_step(begun, sampled) for memory in self.context.memories}
+        with record_function("kmem: figures of memories"):
+            figures = {memory.kind: memory.close_step(begun, sampled) for memory in self.context.memories}
         return StepResult(loss, tokens, self.engine.grad_norm, routing, figures)
 
     def evaluate(
@@ -178,7 +201,7 @@ class Pipeline:
         Args:
             controls: kind of memory -> what layers read in place of what training reads; one of `ModelKind.controls`.
         """
-        looked_up = LookedUp() if self.stage_tables is None else self.stage_tables.evaluate(micro_batches, controls)
+        looked_up = self.stage_tables.evaluate(micro_batches, controls)
         tokens = self._load(micro_batches, looked_up)
         self.context.loss_factor = 1.0
         mean = self.engine.eval_batch(self._inputs(), num_micro_batches=len(micro_batches))
@@ -188,8 +211,7 @@ class Pipeline:
     def close(self, error: BaseException | None = None) -> None:
         """Skip the steps that are begun and give back the memory of tables. After an error that other ranks may not
         share, `error` says so, and nothing is exchanged any more."""
-        if self.stage_tables is not None:
-            self.stage_tables.close(error)
+        self.stage_tables.close(error)
 
     def _load(self, micro_batches: Sequence[SequenceBatch], looked_up: LookedUp) -> int:
         """Make these the running micro-batches; returns the trained tokens over all data-parallel ranks."""

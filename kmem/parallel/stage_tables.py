@@ -41,7 +41,8 @@ class LookedUp:
 
 
 class StageTables:
-    """The tables of this stage, one worker thread for all of them. Every rank of the world builds one.
+    """The tables of this stage, one worker thread for all of them. Every rank of the world builds one; that of a model
+    without memories has no tables, and does nothing.
 
     Args:
         memories: of this stage, in the same order on all of its ranks; they may have no tables.
@@ -67,12 +68,13 @@ class StageTables:
         self._ahead: list[BegunStep] = []
         """Steps that are begun and not yet active, some of whose tables may not be fetched so far ahead."""
         self._worker: TableWorker | None = None
-        seconds = config.parallel.timeout_seconds
-        stages = [range(stage * mesh.data, (stage + 1) * mesh.data) for stage in range(mesh.pipeline)]
-        group = join_groups(stages, seconds)  # by every rank, also of stages without tables
-        if any(memory.tables for memory in memories):
-            # A lost rank shows in the group first, with a better message than a job that never ends.
-            self._worker = TableWorker(Exchange(group), seconds + 60.0)
+        if memories:
+            seconds = config.parallel.timeout_seconds
+            stages = [range(stage * mesh.data, (stage + 1) * mesh.data) for stage in range(mesh.pipeline)]
+            group = join_groups(stages, seconds)  # by every rank, also of stages without tables
+            if any(memory.tables for memory in memories):
+                # A lost rank shows in the group first, with a better message than a job that never ends.
+                self._worker = TableWorker(Exchange(group), seconds + 60.0)
         try:
             self._build(config, device)
             for memory in memories:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from kmem.checkpoint.pieces import Pieces
 from kmem.config import RowOptimizerConfig, UserError
@@ -169,7 +170,7 @@ class Table:
         busy = {"busy": ArrayLayout(1, torch.uint8)}
         on_device = spec.store == "device" and torch.device(device).type != "cpu"
         self.store = Store(spec.store, len(self.local), layout | ({} if on_device else busy), device, path, spec.name)
-        self._serving = make_row_transport(self.store, self._exchange, self._threads, self._copy)
+        self._transport = make_row_transport(self.store, self._exchange, self._threads, self._copy)
         self._hazards = Hazards(
             np.zeros(len(self.local), np.uint8) if on_device else host_array(self.store["busy"])[:, 0],
             depth if optimizer is None else staleness,  # nothing need be waited for
@@ -368,6 +369,7 @@ class Table:
 
     # Worker thread.
 
+    @record_function("kmem: fetch")
     def _fetch(self, step: _Step, plan: StepPlan, written: object) -> None:
         began, sent = time.perf_counter(), self._exchange.bytes
         self._copy.follow(written)
@@ -377,8 +379,8 @@ class Table:
         self.store.fetch_ahead(step.owned.unique)  # before the busy counts, which lie in the same pages
         step.fresh_wanted = self._fresh(step)
         step.fresh_asked = self._exchange.to_askers(request, step.fresh_wanted)
-        step.rows = self._serving.empty(len(unique))
-        self._serving.serve(request, step.fresh_wanted, step.fresh_asked, step.rows)
+        step.rows = self._transport.empty(len(unique))
+        self._transport.serve(request, step.fresh_wanted, step.fresh_asked, step.rows)
         step.metrics = replace(
             step.metrics,
             addresses=plan.look_ups,
@@ -401,6 +403,7 @@ class Table:
             fresh[:] = False
         return fresh
 
+    @record_function("kmem: update")
     def _finish(
         self, step: _Step, gradient: Tensor | None, computed: object, scale: float, rate: float, skip: bool
     ) -> None:
@@ -411,7 +414,7 @@ class Table:
             assert optimizer is not None
             if gradient is None:  # a rank whose lookups had no gradient still takes part
                 gradient = self._copy.zeros(len(step.fresh_asked), self.spec.dim)
-            wanted = self._serving.to_owners(step.request, gradient, computed)
+            wanted = self._transport.to_owners(step.request, gradient, computed)
             began = time.perf_counter()
             self._optimizer_step += 1
             update = RowUpdate(step.owned, wanted, scale, int(self._optimizer_step), rate)
@@ -428,7 +431,7 @@ class Table:
             step.ready.cancel()
         for other in [other for other in self._unserved if not self._hazards.waits(other.number)]:
             began, sent = time.perf_counter(), self._exchange.bytes
-            self._serving.serve(other.request, ~other.fresh_wanted, ~other.fresh_asked, other.rows)
+            self._transport.serve(other.request, ~other.fresh_wanted, ~other.fresh_asked, other.rows)
             other.metrics.bytes += self._exchange.bytes - sent
             other.metrics.fetch_ms += 1e3 * (time.perf_counter() - began)
             self._unserved.remove(other)
@@ -442,8 +445,8 @@ class Table:
         unique = plan.rows
         request = self._exchange.request(unique, self.spec.rows)
         self.store.fetch_ahead(request.wanted, writing=False)
-        rows: Any = self._serving.empty(len(unique))
-        self._serving.serve(request, np.ones(len(request.wanted), bool), np.ones(len(unique), bool), rows)
+        rows: Any = self._transport.empty(len(unique))
+        self._transport.serve(request, np.ones(len(request.wanted), bool), np.ones(len(unique), bool), rows)
         return self._copy.working_set(rows, plan, trainable=False)
 
     def _made(self, planned: Planned) -> StepPlan:

@@ -38,12 +38,12 @@ class TableWorker:
         self._lock = threading.Lock()
         self._closed = False
         # A daemon: a thread stuck in a collective must not keep a failed process alive.
-        self._thread = threading.Thread(target=self._serve, name="kmem-memory", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="kmem-tables", daemon=True)
         self._thread.start()
 
     def submit(self, job: Callable[[], Any]) -> Future:
         """Queue a job. Its future fails with an ExchangeError once any job has failed."""
-        assert not self._closed, "the memory worker is closed"
+        assert not self._closed, "the worker is closed"
         future: Future = Future()
         self._jobs.put((future, job))
         return future
@@ -102,7 +102,7 @@ class TableWorker:
                     continue
                 except BaseException as error:
                     # Logged at once, on this rank: its peers only see a closed connection.
-                    log.error("memory tables: %s: %s", type(error).__name__, error)
+                    log.error("tables: %s: %s", type(error).__name__, error)
                     self.fail(error)
             future.set_exception(self._failure())
 
@@ -113,6 +113,6 @@ class TableWorker:
 
     def _message(self) -> str:
         return (
-            f"memory tables: the exchange between ranks stopped ({type(self.error).__name__}: {self.error}); "
+            f"tables: the exchange between ranks stopped ({type(self.error).__name__}: {self.error}); "
             "the log of the rank that failed first names the cause, the last checkpoint is unharmed"
         )

@@ -44,11 +44,9 @@ def load_training(store: CheckpointStore, folder: Path, commit: Commit, pipeline
             own = memory.state(saving=False)
             state |= {name: pieces for name, pieces in own.items() if name in commit.tensors}
     store.load(folder, commit, state, rounding=plan.weights_only)
-    tables = pipeline.stage_tables
-    if tables is not None:
-        if uncounted:
-            tables.count_updates()
-        if plan.drawn:
-            tables.initialise(plan.drawn)
+    if uncounted:
+        pipeline.stage_tables.count_updates()
+    if plan.drawn:
+        pipeline.stage_tables.initialise(plan.drawn)
     finish_load(pipeline, commit.progress.optimizer_steps if plan.moments else 0)
     return commit.progress

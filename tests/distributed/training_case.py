@@ -92,7 +92,7 @@ def train_case(tree: dict[str, Any], steps: int, evaluate_every: int = 0) -> dic
         results.append(pipeline.train_step(begun.popleft(), pipeline.config.train.optimizer.lr, sampled))
         if evaluate_every and step % evaluate_every == 0:
             pipeline.evaluate(step_batches(pipeline, 1000 + step))
-    tables = {} if pipeline.stage_tables is None else pipeline.stage_tables.tables
+    tables = pipeline.stage_tables.tables
     rows = {name: (t.local.start, t.read_rows(t.local.start, t.local.stop)) for name, t in tables.items()}
     blocks = bank_blocks(pipeline)
     pipeline.close()

@@ -26,7 +26,7 @@ def train(device, spec, optimizer, ahead=1, lag=None, staleness=0):
     worker = TableWorker(timeout_seconds=60)
     with Table(spec, optimizer, worker, device, depth=2, staleness=staleness) as table:
         if torch.device(device).type == "cuda":
-            assert isinstance(table._serving, ThroughHost if spec.store == "mmap" else InPlace)
+            assert isinstance(table._transport, ThroughHost if spec.store == "mmap" else InPlace)
         tickets, begun = deque(), 0
         for step in range(STEPS):
             while begun <= min(step + ahead, STEPS - 1):

@@ -190,7 +190,7 @@ def absent_rank(world):
     if worker.exchange.rank == 1:
         time.sleep(6)
         return None
-    with pytest.raises(ExchangeError, match="memory tables: the exchange between ranks stopped") as caught:
+    with pytest.raises(ExchangeError, match="tables: the exchange between ranks stopped") as caught:
         table.begin(rank_ids(1, 0, world)).result()
     table.close()
     worker.close()
@@ -214,7 +214,7 @@ def failing_owner(world):
 @pytest.mark.parametrize("case", [absent_rank, failing_owner])
 def test_a_rank_that_is_gone_stops_the_others_in_time(ranks, case):
     messages = [message for message in ranks.run(2, case, 2) if message]
-    assert all(message.startswith("memory tables: the exchange between ranks stopped") for message in messages)
+    assert all(message.startswith("tables: the exchange between ranks stopped") for message in messages)
     if case is failing_owner:
         assert len(messages) == 2
         assert "has 97 rows" in messages[1]

@@ -186,4 +186,4 @@ def test_pinned_buffers_grow_to_the_largest_size_and_are_freed():
 
 def test_a_mapped_table_never_meets_a_device(worker, tmp_path):
     with Table(mapped(tmp_path), RowOptimizerConfig(), worker) as table:
-        assert isinstance(table._serving, ThroughHost)
+        assert isinstance(table._transport, ThroughHost)

@@ -70,7 +70,7 @@ def test_parameters_and_tables_per_rank_are_those_of_the_built_pipeline(ranks, c
 def built_case(tree):
     """Elements of the parameters this rank holds, and its rows of each table by name."""
     pipeline = build(tree)
-    tables = {} if pipeline.stage_tables is None else pipeline.stage_tables.tables
+    tables = pipeline.stage_tables.tables
     rows = {name: len(table.local) for name, table in tables.items()}
     pipeline.close()
     return sum(parameter.numel() for parameter in pipeline.module.parameters()), rows
