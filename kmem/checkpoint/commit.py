@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kmem.checkpoint.pieces import CheckpointError
+from kmem.config.renamed import saved_config
 from kmem.data.safetensors_file import sync_folder
 
 FORMAT = "kmem-checkpoint"
@@ -83,7 +84,7 @@ class Commit:
 
     progress: Progress
     config: dict[str, Any]
-    """The resolved configuration of the run that saved it."""
+    """The resolved configuration of the run that saved it; read under the names of today."""
     shapes: dict[str, list[int]]
     """Canonical name -> shape of every model tensor."""
     tensors: dict[str, StoredTensor]
@@ -132,7 +133,7 @@ class Commit:
             raise CheckpointError(f"{path}: damaged: its content does not match its own digest")
         commit = cls(
             progress=Progress(**body["progress"]),
-            config=body["config"],
+            config=saved_config(body["config"]),
             shapes=body["shapes"],
             tensors={
                 name: StoredTensor(entry["dtype"], entry["size"], [(a, b, c) for a, b, c in entry["chunks"]])
