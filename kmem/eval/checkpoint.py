@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kmem.checkpoint.bank.layout import bank_layout, bank_tensors
-from kmem.checkpoint.engram import checkpoint_engram
+from kmem.checkpoint.engram.reading import checkpoint_engram
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import ConfigError, DataConfig, Source
 from kmem.data.progress import Progress
