@@ -16,6 +16,7 @@ COMMANDS = {
     "export": ("kmem.hf.export_command", "write a Hugging Face folder"),
     "import": ("kmem.hf.import_command", "make a checkpoint from a Hugging Face folder"),
     "bank": ("kmem.checkpoint.bank.command", "list, erase, replace and merge blocks of a memory bank"),
+    "engram": ("kmem.checkpoint.engram.command", "list, inspect and erase rows of an n-gram memory"),
     "bench": ("kmem.bench.command", "compare speed with other libraries"),
 }
 """Command -> (module with `add_arguments` and `run`, what it does). The module is imported when its command is used."""

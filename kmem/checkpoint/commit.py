@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kmem.checkpoint.pieces import CheckpointError
+from kmem.config.renamed import saved_commit
 from kmem.data.safetensors_file import sync_folder
 
 FORMAT = "kmem-checkpoint"
@@ -81,7 +82,7 @@ class Commit:
 
     progress: Progress
     config: dict[str, Any]
-    """The resolved configuration of the run that saved it."""
+    """The resolved configuration of the run that saved it; read under the names of today."""
     shapes: dict[str, list[int]]
     """Canonical name -> shape of every model tensor."""
     tensors: dict[str, StoredTensor]
@@ -125,6 +126,7 @@ class Commit:
         stated = body.pop("digest", None)
         if stated != _digest(body):
             raise CheckpointError(f"{path}: damaged: its content does not match its own digest")
+        body = saved_commit(body)
         commit = cls(
             progress=Progress(**body["progress"]),
             config=body["config"],

@@ -136,13 +136,24 @@ class CheckpointReader:
             "subtrees (bank.hold=subtrees); join it with the other parts by kmem bank merge, and name the result"
         )
 
-    def map_rows(self, name: str) -> MappedRows:
+    def row_width(self, key: str) -> int | None:
+        """Elements per row of what is stored of a table, such as `weight/NAME` or its optimizer's moments; None for a
+        number of the whole table, such as the optimizer's step."""
+        width, rest = divmod(self.commit.tensors[key].size, self.tensors[key.partition("/")[2]].shape[0])
+        return None if rest else width
+
+    def map_rows(self, name: str, kind: str = WEIGHT) -> MappedRows:
         """A tensor [R, D] to fetch rows of, which stay in the checkpoint's files.
+
+        Args:
+            kind: prefix of what is stored under this name, such as that of moments.
 
         Raises:
             CheckpointError: a file is missing or damaged, or the checkpoint holds a part of the tensor only.
         """
-        key, (_, dim) = WEIGHT + name, self.tensors[name].shape
+        key = kind + name
+        dim = self.row_width(key)
+        assert dim is not None, f"{key} has no rows"
         if not self.commit.tensors[key].whole:
             raise self._in_part(key)
         try:

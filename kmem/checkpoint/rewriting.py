@@ -25,14 +25,20 @@ Edit = Callable[[str, int, Tensor], Tensor]
 
 
 def rewrite_run(
-    source: CheckpointReader, out: Path, progress: Progress, edit: Edit, config: Config | None = None
+    source: CheckpointReader,
+    out: Path,
+    note: str,
+    edit: Edit,
+    progress: Progress | None = None,
+    config: Config | None = None,
 ) -> Path:
     """A new run folder with one checkpoint, a copy of `source` whose values have passed through `edit`; with the
     tokenizer and the tree, and a configuration of its own name. It appears when it is complete.
 
     Args:
         out: a folder that does not exist or is empty.
-        progress: of the new checkpoint.
+        note: what was done, which the facts of the new checkpoint say.
+        progress: of the new checkpoint, but for the note; default: that of `source`.
         config: its configuration, but for name and folder; default: that of `source`.
 
     Returns:
@@ -44,13 +50,17 @@ def rewrite_run(
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"--out {out}: exists and is not an empty folder; name a new one")
+    stands = source.commit.progress if progress is None else progress
+    before = stands.facts.get("edited")
+    facts = {**stands.facts, "edited": note if before is None else f"{before}; {note}"}
+    stands = replace(stands, facts=facts, tracking={})
     config = source.config if config is None else config
     config = parse_config({**config.model_dump(mode="json"), "name": out.name, "folder": str(out.parent)})
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         (partial / "checkpoints").mkdir(parents=True)
-        folder = _write(source, partial / "checkpoints", progress, config, edit)
+        folder = _write(source, partial / "checkpoints", stands, config, edit)
         (partial / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         for name in ("tokenizer", TREE_FOLDER):
             if (source.run_folder / name).is_dir():

@@ -12,7 +12,11 @@ from pydantic import ValidationError
 
 from kmem.config.errors import ConfigError
 from kmem.config.problems import explain
+from kmem.config.renamed import saved_config
 from kmem.config.run import Config
+
+SAVED = ("config.yaml", "model.yaml")
+"""Files that kmem itself writes into a run folder."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -121,6 +125,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Any:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"{path}: expected a mapping of sections")
+    if path.name in SAVED and (path.parent / "checkpoints").is_dir():
+        tree = OmegaConf.create(saved_config(OmegaConf.to_container(tree)))
     base = tree.pop("include", None)
     if base is None:
         return tree

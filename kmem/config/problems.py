@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from kmem.config.renamed import RENAMED
 from kmem.config.section import Section
 from kmem.wording import counted
 
@@ -90,6 +91,10 @@ def _explain(place: _Place, problem: ErrorDetails) -> str:
     if kind == "value_error" and isinstance(given, dict):
         return ".".join([*place.path, message])  # the rule of a section: its message begins with one of its fields
     if kind == "extra_forbidden":
+        new = RENAMED.get(where)
+        if new is not None and new.key in place.siblings:
+            path, value = ".".join([*place.path[:-1], new.key]), new.value(given)
+            return f"{where}: is now called {path}" + ("" if value == given else f"; write {path}={json.dumps(value)}")
         close = difflib.get_close_matches(place.path[-1], place.siblings, n=1)
         return f"{where}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
     if kind == "missing":

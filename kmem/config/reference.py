@@ -31,6 +31,8 @@ packaged config (`configs/`, for example `quickstart`).
 - An unknown key, a wrong type, a value out of range or an impossible combination is one line that begins with the path
   of the field, and exit code 2, before any process group starts.
 - Every run folder holds the resolved configuration as `config.yaml`, every checkpoint too.
+- A key that once had another name is an error that says the new one. Run folders, checkpoints and exports that were
+  written under the old one are read as they are.
 """
 
 

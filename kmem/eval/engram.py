@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kmem.checkpoint.controls import Choices
-from kmem.checkpoint.engram import checkpoint_engram
+from kmem.checkpoint.engram.reading import checkpoint_engram
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.data.batch import SequenceBatch
 from kmem.model.decoder import Decoder

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from kmem.checkpoint.bank.layout import Banked, checkpoint_router, checkpoint_tree
-from kmem.checkpoint.engram import Addressed, checkpoint_addresses
+from kmem.checkpoint.engram.reading import Addressed, checkpoint_addresses
 from kmem.config import Config, UserError
 from kmem.data.bank_addresses import tree_record
 from kmem.data.progress import Progress

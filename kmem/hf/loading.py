@@ -10,7 +10,7 @@ import torch
 from kmem.checkpoint.bank.layout import bank_layout, bank_tensors, checkpoint_router, mapped_bank
 from kmem.checkpoint.bank.options import BankOptions, set_controls
 from kmem.checkpoint.controls import check_controls
-from kmem.checkpoint.engram import checkpoint_addresses, mapped_tables
+from kmem.checkpoint.engram.reading import checkpoint_addresses, mapped_tables
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import UserError
 from kmem.data.tokenizer import load_tokenizer

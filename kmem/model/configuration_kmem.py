@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from .renamed import renamed_keys
+
 # Transformers' name -> where the model section has it
 DERIVED = {
     "vocab_size": ("vocab_size",),
@@ -43,7 +45,7 @@ class KmemConfig(PretrainedConfig):
         bank_tree: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self.model = model or {}
+        self.model = renamed_keys(model or {})
         self.use_cache = use_cache
         if engram_addressing is not None:
             self.engram_addressing = engram_addressing

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kmem.checkpoint.printing import print_table
 from kmem.config import UserError
 from kmem.wording import counted
 
@@ -91,7 +92,7 @@ def _list(arguments: argparse.Namespace) -> int:
         for level in levels
     ]
     columns = ("level", "clusters", "rank", "values each", "MB", "untouched", "mean norm", "largest", "generic", "Gini")
-    _print(f"{layout.kind} blocks of {counted(len(layout.layers), 'layer')}, {reader.folder}", columns, rows)
+    print_table(f"{layout.kind} blocks of {counted(len(layout.layers), 'layer')}, {reader.folder}", columns, rows)
     if reader.config.bank.hold == "subtrees":
         addresses = reader.config.data.addresses
         chosen = ", ".join((addresses and addresses.subtrees) or ())
@@ -106,7 +107,7 @@ def _list(arguments: argparse.Namespace) -> int:
             )
             for found in clusters
         ]
-        _print("clusters", ("path", "level", "norm", "tokens"), shown)
+        print_table("clusters", ("path", "level", "norm", "tokens"), shown)
     print(
         "norm: of what writes, over all layers, untouched blocks apart. Gini: how unevenly tokens fall on the clusters"
     )
@@ -242,15 +243,3 @@ def _norm(found: dict[str, Any]) -> str:
     if found["norm"] is None:
         return "no blocks (rank 0)"
     return "untouched" if found["untouched"] else f"{found['norm']:.4g}"
-
-
-def _print(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, title=title)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(*row)
-    Console(width=max(Console().width, 110)).print(table)

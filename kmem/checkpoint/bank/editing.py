@@ -302,11 +302,9 @@ def _written(
         if name not in of_name:
             return values
         layer, level = of_name[name]
-        rows = layout.rows(level)
-        size = base.commit.tensors[key].size
-        if size % rows:  # a number of the whole table: its optimizer's step
+        width = base.row_width(key)
+        if width is None:
             return values
-        width = size // rows
         values = values.clone()
         for owner, first, last in _runs(lists[level], start // width, -(-(start + len(values)) // width)):
             low, high = max(first * width, start), min(last * width, start + len(values))
@@ -321,11 +319,7 @@ def _written(
                 target.zero_()
         return values
 
-    stands = base.commit.progress if progress is None else progress
-    before = stands.facts.get("edited")
-    facts = {**stands.facts, "edited": note if before is None else f"{before}; {note}"}
-    stands = replace(stands, facts=facts, tracking={})
-    return Edited(rewrite_run(base, out, stands, edit, config), tuple(figures))
+    return Edited(rewrite_run(base, out, note, edit, progress, config), tuple(figures))
 
 
 def _runs(owners: list[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:

@@ -1,0 +1,1 @@
+"""N-gram memory in checkpoints: reading, inspecting and erasing its rows."""

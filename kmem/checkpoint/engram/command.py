@@ -1,0 +1,148 @@
+"""`kmem engram`: what is in the rows of an n-gram memory, which ones a text reads, and erasing these."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kmem.checkpoint.printing import print_table
+from kmem.config import UserError
+from kmem.wording import counted
+
+if TYPE_CHECKING:
+    from kmem.checkpoint.engram.rows import Phrase
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    described = {
+        "list": "sizes of the tables, how much of them was ever updated, and norms of rows",
+        "inspect": "the rows that the n-grams of a text read",
+        "erase": "set the rows to zero that the n-grams of texts read",
+    }
+    listing, inspecting, erasing = (
+        actions.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        for name, summary in described.items()
+    )
+    for action in (listing, inspecting, erasing):
+        action.add_argument(
+            "--checkpoint", required=True, type=Path, metavar="RUN", help="run folder or one of its steps"
+        )
+    for action in (listing, inspecting):
+        action.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    inspecting.add_argument("--text", required=True, help="the beginning of a document")
+    inspecting.add_argument("--layer", type=int, metavar="L", help="this layer only, counted from 0")
+    texts = erasing.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--text", action="append", help="a text; may be given several times")
+    texts.add_argument("--file", type=Path, help="a UTF-8 file with a text on each line")
+    erasing.add_argument("--out", required=True, type=Path, metavar="RUN", help="run folder to make")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    return {"list": _list, "inspect": _inspect, "erase": _erase}[arguments.action](arguments)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from kmem.checkpoint.engram.rows import table_figures, the_addresses
+    from kmem.checkpoint.reader import CheckpointReader
+
+    reader = CheckpointReader(arguments.checkpoint)
+    addressing = the_addresses(reader).addressing
+    figures = dict(zip(addressing.layers, table_figures(reader, addressing.layers), strict=True))
+    orders, heads = addressing.orders, addressing.heads
+    if arguments.json:
+        tables = [
+            {"layer": layer, "orders": orders, "heads": heads, **asdict(found)} for layer, found in figures.items()
+        ]
+        print(json.dumps({"checkpoint": str(reader.folder), "step": reader.step, "tables": tables}))
+        return 0
+    rows = [
+        (
+            str(layer),
+            f"{found.rows:,}",
+            str(found.dim),
+            f"{found.bytes / 1e6:,.1f}",
+            "" if found.updated is None else f"{found.updated / found.rows:.2%}",
+            f"{found.mean_norm:.4g}",
+            f"{found.largest_norm:.4g}",
+        )
+        for layer, found in figures.items()
+    ]
+    columns = ("layer", "rows", "values each", "MB", "updated", "mean norm", "largest")
+    print_table(
+        f"n-grams of {', '.join(map(str, orders))} tokens, {counted(heads, 'head')} each, {reader.folder}",
+        columns,
+        rows,
+    )
+    print("updated: rows that training has moved, as far as the checkpoint has the state of their optimizer")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from kmem.checkpoint.engram.rows import Phrase, text_ngrams, the_addresses
+    from kmem.checkpoint.reader import CheckpointReader
+
+    reader = CheckpointReader(arguments.checkpoint)
+    layers = the_addresses(reader).layers
+    if arguments.layer is not None:
+        if arguments.layer not in layers:
+            known = ", ".join(map(str, layers))
+            raise UserError(f"--layer {arguments.layer}: has no n-gram memory; layers that have one: {known}")
+        layers = (arguments.layer,)
+    ngrams = list(text_ngrams(reader, Phrase(arguments.text), layers))
+    if arguments.json:
+        described = {"checkpoint": str(reader.folder), "step": reader.step, "text": arguments.text}
+        print(json.dumps({**described, "ngrams": [asdict(ngram) for ngram in ngrams]}))
+        return 0
+    for layer in layers:
+        rows = [
+            (
+                str(ngram.position),
+                str(ngram.order),
+                "[pad]" * ngram.missing + json.dumps(ngram.text, ensure_ascii=False),
+                str(head),
+                f"{ngram.rows[head]:,}",
+                f"{ngram.norms[head]:.4g}",
+                "" if ngram.updated is None else ("yes" if ngram.updated[head] else "no"),
+            )
+            for ngram in ngrams
+            if ngram.layer == layer
+            for head in range(len(ngram.rows))
+        ]
+        columns = ("token", "order", "n-gram", "head", "row", "norm", "updated")
+        print_table(f"layer {layer}, {reader.folder}", columns, rows)
+    return 0
+
+
+def _erase(arguments: argparse.Namespace) -> int:
+    from kmem.checkpoint.engram.rows import erase
+    from kmem.checkpoint.reader import CheckpointReader
+    from kmem.model.engram_reader import table_name
+
+    phrases = _phrases(arguments)
+    reader = CheckpointReader(arguments.checkpoint)
+    reader.verify()
+    erased = erase(reader, arguments.out, phrases)
+    for layer, count in erased.rows.items():
+        print(f"layer {layer}: {count:,} of {counted(reader.tensors[table_name(layer)].shape[0], 'row')} erased")
+    print("other n-grams that are hashed to these rows have lost them, too")
+    print(f"wrote {erased.checkpoint}")
+    return 0
+
+
+def _phrases(arguments: argparse.Namespace) -> "list[Phrase]":
+    from kmem.checkpoint.engram.rows import Phrase
+
+    if arguments.file is None:
+        return [Phrase(text) for text in arguments.text]
+    try:
+        lines = arguments.file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--file {arguments.file}: not readable as text: {error}") from None
+    found = [
+        Phrase(line, f"--file {arguments.file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
+    ]
+    if not found:
+        raise UserError(f"--file {arguments.file}: no text in it; write one on each line")
+    return found

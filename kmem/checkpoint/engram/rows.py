@@ -1,0 +1,209 @@
+"""Rows of a checkpoint's n-gram memory: what is in them, which ones the n-grams of a text read, and erasing these.
+
+Rows are addressed by hashes, so a text leads to its rows, and a row to no text.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kmem.checkpoint.engram.reading import checkpoint_addresses
+from kmem.checkpoint.pieces import CheckpointError
+from kmem.checkpoint.reader import WEIGHT, CheckpointReader
+from kmem.checkpoint.rewriting import rewrite_run
+from kmem.checkpoint.storage import TORCH_DTYPES
+from kmem.config import UserError
+from kmem.data.progress import Progress
+from kmem.data.tokenizer import load_tokenizer
+from kmem.model.engram_reader import EngramAddresses, table_name
+from kmem.wording import counted
+
+# Shape letters: T tokens, K rows per token and layer (heads of the first order, then of the next), D values of a row.
+
+SLICE_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class TableFigures:
+    """The rows of a layer, as they are stored."""
+
+    rows: int
+    dim: int
+    bytes: int
+    updated: int | None
+    """Rows that training has moved, by the state of their optimizer; None where the checkpoint has no such state."""
+    mean_norm: float
+    """2-norm."""
+    largest_norm: float
+
+
+@dataclass(frozen=True)
+class Ngram:
+    """An n-gram that ends at a token of a text, and what a layer has for it."""
+
+    layer: int
+    position: int
+    """Of its last token, from 0."""
+    order: int
+    text: str
+    """Of its tokens that the text has."""
+    missing: int
+    """Tokens that would stand before the text; the pad id takes their place."""
+    rows: tuple[int, ...]
+    """The row of each head."""
+    norms: tuple[float, ...]
+    updated: tuple[bool, ...] | None
+    """As in `TableFigures`."""
+
+
+@dataclass(frozen=True)
+class Erased:
+    """The result of an erasure."""
+
+    checkpoint: Path
+    rows: dict[int, int]
+    """Layer -> rows that are zeros now."""
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """A text, and where the user gave it."""
+
+    text: str
+    source: str = "--text"
+
+
+def the_addresses(reader: CheckpointReader) -> EngramAddresses:
+    """Which n-gram reads which rows of a checkpoint.
+
+    Raises:
+        CheckpointError: it has no n-gram memory, or its tokenizer is another one.
+    """
+    addresses = checkpoint_addresses(reader)
+    if addresses is None:
+        raise CheckpointError(f"{reader.folder}: has no n-gram memory (model.engram)")
+    return addresses
+
+
+def table_figures(reader: CheckpointReader, layers: Sequence[int]) -> Iterator[TableFigures]:
+    """Of each layer's table, read once, a slice of its rows at a time."""
+    stored = {layer: [WEIGHT + table_name(layer), *_moments(reader, layer)] for layer in layers}
+    total = sum(reader.commit.tensors[key].size for keys in stored.values() for key in keys)
+    with Progress("reading rows", total) as bar:
+        for weight, *moments in stored.values():
+            rows, dim = reader.tensors[weight.removeprefix(WEIGHT)].shape
+            updated, norms, largest = 0, 0.0, 0.0
+            step = max(1, SLICE_BYTES // (dim * torch.float32.itemsize))
+            for start in range(0, rows, step):
+                stop = min(start + step, rows)
+                found = _rows(reader, weight, start, stop).double().norm(dim=1)
+                norms, largest = norms + float(found.sum()), max(largest, float(found.max()))
+                moved = torch.zeros(stop - start, dtype=torch.bool)
+                for key in moments:
+                    moved |= (_rows(reader, key, start, stop) != 0).any(dim=1)
+                updated += int(moved.sum())
+                bar.advance(sum((stop - start) * (reader.row_width(key) or 0) for key in (weight, *moments)))
+            size = rows * dim * TORCH_DTYPES[reader.commit.tensors[weight].dtype].itemsize
+            yield TableFigures(rows, dim, size, updated if moments else None, norms / rows, largest)
+
+
+def text_ngrams(reader: CheckpointReader, phrase: Phrase, layers: Sequence[int]) -> Iterator[Ngram]:
+    """The n-grams that end at each token of a text that begins a document.
+
+    Raises:
+        UserError: the text has no token.
+    """
+    addresses, tokenizer = the_addresses(reader), load_tokenizer(reader.tokenizer_path)
+    ids, orders = _tokens(tokenizer, phrase), addresses.addressing.orders
+    for layer in layers:
+        table, kinds = reader.map_rows(table_name(layer)), [key.partition("/")[0] for key in _moments(reader, layer)]
+        moments = [reader.map_rows(table_name(layer), f"{kind}/") for kind in kinds]
+        for position, rows_K in enumerate(addresses.row_ids(layer, torch.tensor([ids]))[0]):
+            norms_K = table(rows_K).double().norm(dim=1)
+            moved_K = (
+                torch.stack([(found(rows_K) != 0).any(dim=1) for found in moments]).any(dim=0) if moments else None
+            )
+            heads = addresses.addressing.heads
+            for number, order in enumerate(orders):
+                of_order = slice(number * heads, (number + 1) * heads)
+                first = position + 1 - order
+                yield Ngram(
+                    layer,
+                    position,
+                    order,
+                    tokenizer.decode(ids[max(0, first) : position + 1]),
+                    max(0, -first),
+                    tuple(rows_K[of_order].tolist()),
+                    tuple(norms_K[of_order].tolist()),
+                    None if moved_K is None else tuple(moved_K[of_order].tolist()),
+                )
+
+
+def erase(reader: CheckpointReader, out: Path, phrases: Sequence[Phrase]) -> Erased:
+    """Write a checkpoint in which the rows that n-grams wholly inside the texts read are zeros, with no optimizer
+    state. Everything else stays to the bit.
+
+    Raises:
+        UserError: a text that is shorter than every n-gram, or a folder that cannot be written.
+    """
+    addresses, tokenizer = the_addresses(reader), load_tokenizer(reader.tokenizer_path)
+    reader.check_whole()
+    orders, heads = addresses.addressing.orders, addresses.addressing.heads
+    chosen = {
+        layer: torch.zeros(reader.tensors[table_name(layer)].shape[0], dtype=torch.bool) for layer in addresses.layers
+    }
+    for phrase in phrases:
+        ids = _tokens(tokenizer, phrase)
+        if len(ids) < orders[0]:
+            raise UserError(
+                f"{phrase.source}: {phrase.text!r} is {counted(len(ids), 'token')}, and the shortest n-grams of this "
+                f"model have {orders[0]}; give a longer text"
+            )
+        for layer, mask in chosen.items():
+            rows_TK = addresses.row_ids(layer, torch.tensor([ids]))[0]
+            for number, order in enumerate(orders):
+                mask[rows_TK[order - 1 :, number * heads : (number + 1) * heads]] = True
+    of_name = {table_name(layer): mask for layer, mask in chosen.items()}
+
+    def edit(key: str, start: int, values: Tensor) -> Tensor:
+        mask = of_name.get(key.partition("/")[2])
+        width = None if mask is None else reader.row_width(key)
+        if mask is None or width is None:
+            return values
+        first, last = start // width, -(-(start + len(values)) // width)
+        begun = start - first * width
+        return values.masked_fill(mask[first:last].repeat_interleave(width)[begun : begun + len(values)], 0)
+
+    note = f"erased the n-gram rows of {counted(len(phrases), 'text')}"
+    checkpoint = rewrite_run(reader, out, note, edit)
+    return Erased(checkpoint, {layer: int(mask.sum()) for layer, mask in chosen.items()})
+
+
+def _moments(reader: CheckpointReader, layer: int) -> list[str]:
+    """What the optimizer of a layer's rows has stored of each of them, counts of steps apart."""
+    return [
+        key
+        for key, stored in reader.commit.tensors.items()
+        if key.partition("/")[2] == table_name(layer)
+        and not key.startswith(WEIGHT)
+        and TORCH_DTYPES[stored.dtype].is_floating_point
+        and reader.row_width(key) is not None
+    ]
+
+
+def _rows(reader: CheckpointReader, key: str, start: int, stop: int) -> Tensor:
+    width = reader.row_width(key)
+    assert width is not None
+    return reader.read_stored(key, start * width, stop * width).view(stop - start, width)
+
+
+def _tokens(tokenizer: Any, phrase: Phrase) -> list[int]:
+    """As the text of a document: what spells a special token is characters."""
+    ids: list[int] = tokenizer.encode(phrase.text, add_special_tokens=False, split_special_tokens=True)
+    if not ids:
+        raise UserError(f"{phrase.source}: {phrase.text!r} has no token; give a longer text")
+    return ids
