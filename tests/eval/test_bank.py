@@ -1,6 +1,7 @@
 """`kmem eval` of a memory bank: the addresses of the data or of the prompts, and the controls."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -237,27 +238,29 @@ def test_bad_input(prepared, run, tmp_path, capsys):
         return " ".join(capsys.readouterr().err.split())
 
     assert "kmem data cluster --data" in fails(data=bare)
-    assert "error: --bank-levels 3: level 3: this bank has blocks on levels 1, 2" in fails("--bank-levels", "3")
-    assert "joined by commas" in fails("--bank-levels", "one")
-    assert "children are numbered 0 to 2" in fails("--blocked", "0,7")
-    assert "a path of this tree has 1 to 2 parts" in fails("--blocked", "0.1.2")
-    assert "write a path as numbers" in fails("--blocked", "0,,1")
-    assert "every cluster of the tree is blocked" in fails("--blocked", "0,1,2.0,2.1,2.2")
-    assert "every cluster of the tree is blocked" in fails("--bank", "blocked", "--blocked", "0,1")
-    assert "--bank generic looks up no clusters" in fails("--bank", "generic", "--blocked", "0")
+    assert re.search(r"error: --bank-levels 3: level 3: .*levels 1, 2$", fails("--bank-levels", "3"))
+    assert re.search(r"--bank-levels one: .*\b1,2$", fails("--bank-levels", "one"))
+    assert re.search(r"--blocked.*: cluster 7: .*\b0 to 2\b", fails("--blocked", "0,7"))
+    assert re.search(r"--blocked.*: cluster 0\.1\.2: .*\b1 to 2 parts", fails("--blocked", "0.1.2"))
+    assert "--blocked 0,,1: cluster '': " in fails("--blocked", "0,,1")
+    assert re.search("--blocked.*: every cluster", fails("--blocked", "0,1,2.0,2.1,2.2"))
+    assert re.search("--blocked.*: every cluster", fails("--bank", "blocked", "--blocked", "0,1"))
+    assert "--blocked 0: --bank generic " in fails("--bank", "generic", "--blocked", "0")
     broken = shutil.copytree(tree(), tmp_path / "broken")
     (broken / "embedder" / "tfidf.safetensors").unlink()
     for options in (("--bank", "blocked"), ("--blocked", "0")):
         complaint = fails(*options, "--tree", str(broken))
-        assert "embedder/tfidf.safetensors: missing" in complaint
-        assert "copy the tree again, with its embedder" in complaint
-    assert "not the tree that" in fails("--tree", str(make_tree(tmp_path / "other", seed=1)))
-    assert "model.bank.children: 3, but the tree has 2" in fails("--tree", str(make_tree(tmp_path / "deep", 2, 3)))
+        assert re.search(rf"{broken}/embedder/tfidf\.safetensors: missing.*\btree\b.*\bembedder\b", complaint)
+    other, deep = make_tree(tmp_path / "other", seed=1), make_tree(tmp_path / "deep", 2, 3)
+    assert re.search(f"{other}: .*{reader.folder} .*--tree", fails("--tree", str(other)))
+    assert re.search(r"model\.bank\.children: 3\b.*\b2 .*--children 3", fails("--tree", str(deep)))
     plain = write_run(tmp_path / "plain", model({"kind": "gqa", "num_heads": 2}, None))
-    assert "no memory bank" in fails("--bank", "none", checkpoint=plain)
-    assert "no memory bank" in fails("--blocked", "0", checkpoint=plain)
+    assert re.search(r"--bank, .*--tree: .*\(model\.bank\)", fails("--bank", "none", checkpoint=plain))
+    assert re.search(r"--blocked .*--tree: .*\(model\.bank\)", fails("--blocked", "0", checkpoint=plain))
     without = write_bank_run(tmp_path / "run", bank(generic={"probability": 0}))
-    assert "error: --bank generic: this bank has no generic blocks" in fails("--bank", "generic", checkpoint=without)
+    assert re.search(
+        r"error: --bank generic: .*model\.bank\.generic\.probability", fails("--bank", "generic", checkpoint=without)
+    )
 
 
 @pytest.mark.parametrize("batching", ["packed", "leaf"])
