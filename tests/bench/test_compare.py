@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -107,7 +108,7 @@ def test_a_comparison_is_trained_evaluated_and_reported_once(comparison, tmp_pat
     assert set(moe["runs"]["1"]["states"]) == {"trained"}
     assert (out / "report.png").stat().st_size > 10_000
     text = (out / "report.md").read_text()
-    assert "**A quick look, not the comparison: 1 of 2 seeds.**" in text
+    assert "1 of 2 seeds" in text
     assert f"| engram | {engram['bits_per_byte']['mean']:.4f} |" in text
     capsys.readouterr()
 
@@ -157,7 +158,7 @@ def test_banks_are_evaluated_by_what_contexts_fetch_and_asked_questions(comparis
     told = yaml.safe_load((folder / "compare.yaml").read_text())
     (folder / "compare.yaml").write_text(yaml.safe_dump(told | {"questions": True}))
     assert main(command) == 2
-    assert f"questions: {data / 'none.questions'} is not there" in capsys.readouterr().err
+    assert f"questions: {data / 'none.questions'} " in capsys.readouterr().err
     known = {"prompt": "the state of", "answer": " a", "exposures": 3}
     (data / "none.questions").write_text("\n".join(json.dumps(known | {"exposures": n}) for n in (1, 3, 90)))
     assert main(command) == 0
@@ -184,18 +185,17 @@ def test_an_interrupted_run_goes_on(comparison, tmp_path, monkeypatch, capsys):
     assert main(command) == 130
     assert started[0] == started[1]
     assert "name=moe-seed1" in started[0]
-    assert "run the same command again" in capsys.readouterr().out
+    assert "interrupted: " in capsys.readouterr().out
 
 
 def test_unequal_contestants_are_refused_with_the_numbers(comparison, tmp_path, capsys):
     command = ["bench", "compare", str(comparison(equal={"non_embedding": 0.0})), "--out", str(tmp_path / "out")]
     assert main(command) == 2
-    assert "engram: non_embedding is 45,936, +0.45% of the 45,728 of moe; at most 0.00% is fair" in (
-        capsys.readouterr().err
-    )
+    told = r"engram: non_embedding .*\b45,936, \+0\.45% .*\b45,728 .*\bmoe\b.*\b0\.00%"
+    assert re.search(told, capsys.readouterr().err)
     comparison()
     assert main([*command, "--set", "model.moe.num_experts=4"]) == 2
-    assert "engram: non_embedding is" in capsys.readouterr().err
+    assert "engram: non_embedding " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -204,7 +204,7 @@ def test_every_quantity_is_held_to_its_tolerance(comparison):
     size = measure(load_config(folder / "moe.yaml"))
     told = load_comparison(comparison(equal={"tokens": 0, "expert_calls": 0.05}))
     check_fairness(told, {"moe": size, "engram": replace(size, expert_calls=size.expert_calls, total=1)})
-    with pytest.raises(ConfigError, match=r"engram: tokens is 513, \+0\.20% of the 512 of moe"):
+    with pytest.raises(ConfigError, match=r"engram: tokens .*\b513, \+0\.20% .*\b512 .*\bmoe\b"):
         check_fairness(told, {"moe": size, "engram": replace(size, tokens=513)})
 
 
@@ -232,24 +232,27 @@ def test_runs_of_another_configuration_are_not_taken_over(comparison, tmp_path, 
     run.folder.mkdir(parents=True)
     (run.folder / "config.yaml").write_text(yaml.safe_dump(run.config.model_dump(mode="json")))
     assert main(["bench", "compare", str(folder), "--out", str(out)]) == 2
-    assert "moe-seed1: trained with another configuration, train.steps=8 instead of 4" in capsys.readouterr().err
+    assert re.search(r"moe-seed1: .*\btrain\.steps=8 .*\b4\b", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"baseline": "dense"}, "baseline=dense is none of the contestants moe, engram"),
-        ({"seeds": [1, 1]}, "names one twice"),
-        ({"pairs": {"engram": "dense"}}, "pairs={engram: dense} names none of the contestants moe, engram"),
-        ({"equal": {"speed": 0}}, "equal.speed"),
-        ({"title": None}, "title"),
-        ({"horizons": [3]}, "evaluation.every: 2, but step 3 is to be reported"),
-        ({"data": {"folder": "other", "corpora": ["wiki"], "vocab_size": 257}}, "but the comparison is on other"),
+        ({"baseline": "dense"}, r"compare\.yaml: .*baseline=dense .*moe, engram"),
+        ({"seeds": [1, 1]}, r"compare\.yaml: .*seeds=\[1, 1\] .*twice"),
+        ({"pairs": {"engram": "dense"}}, r"compare\.yaml: .*pairs={engram: dense} .*moe, engram"),
+        ({"equal": {"speed": 0}}, r"compare\.yaml: equal\.speed\b"),
+        ({"title": None}, r"compare\.yaml: title: "),
+        ({"horizons": [3]}, r"moe\.yaml: evaluation\.every: 2\b.*step 3\b.*horizons"),
+        (
+            {"data": {"folder": "other", "corpora": ["wiki"], "vocab_size": 257}},
+            r"moe\.yaml: data\.sources: .*\bother \(data\b",
+        ),
     ],
 )
 def test_what_a_comparison_cannot_mean_is_refused(comparison, changes, message, capsys):
     assert main(["bench", "compare", str(comparison(**changes)), "--check"]) == 2
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_unknown_names_list_what_there_is(comparison, tmp_path, capsys):
@@ -311,7 +314,7 @@ def test_text_by_corpus_has_one_tokenizer_and_one_tree(tmp_path, monkeypatch, ca
     ensure_data(text)
     assert len(asked) == 2, "what is there is not made again"
     other = text.model_copy(update={"tree": text.tree.model_copy(update={"levels": 3})})
-    with pytest.raises(ConfigError, match="2 levels of 2 children"):
+    with pytest.raises(ConfigError, match=r"data/tree: .*\b2 levels of 2 children\b.*compare\.yaml"):
         ensure_data(other)
 
 

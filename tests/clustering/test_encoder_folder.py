@@ -166,7 +166,7 @@ def test_interrupted_work_goes_on_with_the_same_encoder_alone(data, tmp_path, ca
     write_json(encoder / "1_Pooling" / "config.json", {"pooling_mode": "cls"})
     capsys.readouterr()
     assert cli.main(command) == 2
-    assert "interrupted work with another encoder" in capsys.readouterr().err
+    assert re.search(r": .*\banother encoder\b.*--force", capsys.readouterr().err)
     write_json(encoder / "1_Pooling" / "config.json", {"pooling_mode": "mean"})  # what it was, in other words
     assert cli.main(command) == 0
 
@@ -174,7 +174,7 @@ def test_interrupted_work_goes_on_with_the_same_encoder_alone(data, tmp_path, ca
 def test_the_licence_goes_with_the_tree_and_its_lack_is_said(data, tmp_path, capsys):
     encoder = write_bert(tmp_path / "bert")
     tree = clustered(data, encoder)
-    assert f"{encoder}: no LICENSE file here" in capsys.readouterr().err
+    assert re.search(f"--encoder {encoder}: .*LICENSE", capsys.readouterr().err)
     assert json.loads((tree / "embedder" / "embedder.json").read_text())["licences"] == []
     for name in ("LICENSE.txt", "NOTICE", "README.md"):
         (encoder / name).write_text(f"{name}: random numbers.\n")
@@ -229,38 +229,38 @@ MODULE = "sentence_transformers.models."
 @pytest.mark.parametrize(
     ("damage", "named", "message"),
     [
-        (shutil.rmtree, "", "no such folder"),
+        (shutil.rmtree, "", "no such"),
         (without("config.json"), "config.json", "missing"),
-        (damaged("config.json"), "config.json", "cannot be read"),
-        (changed("config.json", model_type="roberta"), "config.json", 'model_type is "roberta"'),
+        (damaged("config.json"), "config.json", "line 1 column"),
+        (changed("config.json", model_type="roberta"), "config.json", 'model_type .*"roberta"'),
         (changed("config.json", auto_map={"AutoModel": "own.Model"}), "config.json", "auto_map"),
         (changed("config.json", position_embedding_type="relative_key"), "config.json", "position_embedding_type"),
-        (changed("config.json", hidden_size=36), "", "cannot be loaded"),
-        (changed("config.json", vocab_size=9), "", "cannot be loaded"),
+        (changed("config.json", hidden_size=36), "", "--encoder .*loaded"),
+        (changed("config.json", vocab_size=9), "", "--encoder .*loaded"),
         (without("model.safetensors"), "model.safetensors", "missing"),
-        (pickled, "pytorch_model.bin", "does not unpickle"),
-        (damaged("model.safetensors"), "", "cannot be loaded"),
-        (without_a_tensor, "model.safetensors", "lacks 1 tensor"),
-        (with_numbers_that_are_none, "", "not numbers"),
-        (without("tokenizer.json"), "tokenizer.json", "missing, and so is vocab.txt"),
-        (damaged("tokenizer.json"), "", "tokenizer.json.*cannot be read"),
-        (without_marks, "tokenizer.json", "puts 0 marks"),
+        (pickled, "pytorch_model.bin", "python -c"),
+        (damaged("model.safetensors"), "", "--encoder .*loaded"),
+        (without_a_tensor, "model.safetensors", r"\b1 tensor"),
+        (with_numbers_that_are_none, "", r"numbers.*model\.safetensors"),
+        (without("tokenizer.json"), "tokenizer.json", r"missing.*vocab\.txt"),
+        (damaged("tokenizer.json"), "", r"tokenizer\.json.*line 1 column"),
+        (without_marks, "tokenizer.json", r"\b0 marks.*\[CLS\].*\[SEP\]"),
         (without("1_Pooling/config.json"), "1_Pooling/config.json", "missing"),
         (written("1_Pooling/config.json", {"pooling_mode": "max"}), "1_Pooling/config.json", '"max"'),
         (written("1_Pooling/config.json", {"pooling_mode": ["cls", "mean"]}), "1_Pooling/config.json", '"cls", "mean"'),
         (changed("1_Pooling/config.json", pooling_mode_max_tokens=True), "1_Pooling/config.json", "pooling_mode_max"),
-        (written("modules.json", {}), "modules.json", "not what its name says"),
-        (written("modules.json", [{}]), "modules.json", "not a list of modules"),
+        (written("modules.json", {}), "modules.json", "its name"),
+        (written("modules.json", [{}]), "modules.json", "type and path"),
         (
             written("modules.json", [{"type": MODULE + name, "path": ""} for name in ("Transformer", "Dense")]),
             "modules.json",
             "Transformer, Dense",
         ),
-        (changed("sentence_bert_config.json", max_seq_length=2), "sentence_bert_config.json", "2 word pieces"),
+        (changed("sentence_bert_config.json", max_seq_length=2), "sentence_bert_config.json", r"\b2 word pieces"),
         (
             changed("config_sentence_transformers.json", default_prompt_name="query"),
             "config_sentence_transformers.json",
-            "no prompt",
+            'default_prompt_name .*"query"',
         ),
     ],
 )
@@ -282,7 +282,7 @@ def test_a_pickle_is_converted_by_the_command_that_its_error_names(data, tmp_pat
     encoder = write_sentence_bert(tmp_path / "bert")
     before = load_file(encoder / "model.safetensors")
     pickled(encoder)
-    with pytest.raises(UserError, match="does not unpickle") as error:
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: .*python -c") as error:
         read_encoder(encoder)
     *_, program = shlex.split(str(error.value)[str(error.value).index("python -c") :])
     exec(program, {})
@@ -294,9 +294,9 @@ def test_a_pickle_is_converted_by_the_command_that_its_error_names(data, tmp_pat
 def test_the_command_asks_for_the_folder(data, tmp_path, capsys):
     command = ["data", "cluster", "--data", str(data), "--out", str(tmp_path / "tree")]
     for wrong, message in (
-        (["--embedder", "encoder"], "--embedder encoder: needs --encoder DIR"),
-        (["--encoder", str(tmp_path)], "--encoder: belongs to --embedder encoder, and minilm has no such choice"),
-        (["--embedder", "tfidf", "--pieces", "2"], "--pieces: belongs to --embedder minilm, encoder"),
+        (["--embedder", "encoder"], "--embedder encoder: .*--encoder DIR"),
+        (["--encoder", str(tmp_path)], "--encoder: .*--embedder encoder.*minilm"),
+        (["--embedder", "tfidf", "--pieces", "2"], "--pieces: .*--embedder minilm, encoder.*tfidf"),
     ):
         assert cli.main([*command, *wrong]) == 2
-        assert message in capsys.readouterr().err
+        assert re.search(message, capsys.readouterr().err)

@@ -57,7 +57,7 @@ def test_every_child_has_a_unit_even_of_few():
 
 def test_too_few_distinct_embeddings_are_an_error():
     vectors = np.repeat(np.eye(3, 8, dtype=np.float32), 50, axis=0)
-    with pytest.raises(UserError, match=r"cluster 2.1: its 150 units have 3 distinct embeddings.*4 children"):
+    with pytest.raises(UserError, match=r"^cluster 2\.1: .*\b150 units .*\b3 distinct .*\b4 children"):
         split_node(vectors, K, 1.5, 1, 0, "cluster 2.1")
 
 
@@ -75,5 +75,5 @@ def test_many_duplicates_fill_the_children_that_they_can(seed):
     distinct = draw.normal(size=(20, 4)).astype(np.float32)
     vectors = np.concatenate([np.repeat(distinct[:1], 500, axis=0), distinct[draw.integers(20, size=140)], distinct])
     assert sizes_of(vectors, split_node(vectors, 16, 1.5, 1, seed, "root")).min() > 0
-    with pytest.raises(UserError, match="20 distinct embeddings, too few to fill 21 children"):
+    with pytest.raises(UserError, match=r"^root: .*\b660 units .*\b20 distinct .*\b21 children"):
         split_node(vectors, 21, 1.5, 1, seed, "root")

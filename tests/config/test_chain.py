@@ -1,5 +1,7 @@
 """Which chains of experts cannot be, and what a chain counts."""
 
+import re
+
 import pytest
 
 from kmem.config import ConfigError, parse_config
@@ -14,38 +16,38 @@ def chain(changes, **others):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({}, "model.moe.chain.iterations: missing"),
-        ({"iterations": 0}, "model.moe.chain.iterations: "),
-        ({"iterations": 2, "gate": "shared"}, "model.moe.chain.gate: unknown key; did you mean gates?"),
-        ({"iterations": 2, "residual": "both"}, "model.moe.chain.residual: "),
+        ({}, r"model\.moe\.chain\.iterations: missing"),
+        ({"iterations": 0}, r"model\.moe\.chain\.iterations: .*got 0"),
+        ({"iterations": 2, "gate": "shared"}, r"model\.moe\.chain\.gate: .*\bgates\b"),
+        ({"iterations": 2, "residual": "both"}, r"model\.moe\.chain\.residual: .*'both'"),
         (
             {"iterations": 2, "residual": "inner_outer"},
-            "model.moe.chain.residual=inner_outer with stream=prenorm would add",
+            r"model\.moe\.chain\.residual=inner_outer .*stream=prenorm",
         ),
-        ({"iterations": 1, "retrofit_scale": True}, "model.moe.chain.retrofit_scale=true scales"),
+        ({"iterations": 1, "retrofit_scale": True}, r"model\.moe\.chain\.retrofit_scale=true .*iterations=1"),
         (
             {"iterations": 2, "retrofit_scale": True, "residual": "init"},
-            "model.moe.chain.retrofit_scale=true with resid",
+            r"model\.moe\.chain\.retrofit_scale=true .*residual=init .*stream=prenorm",
         ),
         (
             {"iterations": 2, "retrofit_scale": True, "residual": "none"},
-            "model.moe.chain.retrofit_scale=true with resid",
+            r"model\.moe\.chain\.retrofit_scale=true .*residual=none .*stream=prenorm",
         ),
         (
             {"iterations": 2, "retrofit_scale": True, "stream": "normed"},
-            "model.moe.chain.retrofit_scale=true with resid",
+            r"model\.moe\.chain\.retrofit_scale=true .*residual=inner .*stream=normed",
         ),
     ],
 )
 def test_errors_name_the_field(section, message):
     with pytest.raises(ConfigError) as error:
         chain(section)
-    assert str(error.value).startswith(message)
+    assert re.match(message, str(error.value))
     assert "\n" not in str(error.value)
 
 
 def test_shared_experts_that_are_not_there_cannot_run_once():
-    with pytest.raises(ConfigError, match=r"^model\.moe\.chain\.shared_experts=once needs num_shared_experts"):
+    with pytest.raises(ConfigError, match=r"^model\.moe\.chain\.shared_experts=once .*num_shared_experts"):
         chain({"iterations": 2, "shared_experts": "once"}, model__moe__num_shared_experts=0)
 
 

@@ -1,5 +1,7 @@
 """Memory layers and their tables as a configuration describes them."""
 
+import re
+
 import pytest
 
 from kmem.config import ConfigError, dump_config, parse_config
@@ -8,7 +10,7 @@ from tests.distributed.bank_case import bank_config
 from tests.distributed.training_case import small_config
 
 
-def config(engram, **others):
+def config(engram, /, **others):
     return parse_config(small_config(model__engram=engram, **others))
 
 
@@ -37,81 +39,84 @@ def test_presets_choose_fields_that_there_are():
 @pytest.mark.parametrize(
     ("engram", "message"),
     [
-        ({}, "model.engram.layers: missing"),
-        ({"layers": []}, "model.engram.layers: "),
-        ({"layers": [4]}, "model.engram.layers=[4] is out of range for num_layers=4; layers count from 0"),
-        ({"layers": [1, 1]}, "model.engram.layers=[1, 1] names one twice"),
-        ({"layers": [1], "orders": [3, 2]}, "model.engram.orders=[3, 2] must ascend"),
-        ({"layers": [1], "orders": [1]}, "model.engram.orders.0: "),
-        ({"layers": [1], "preset": "demo"}, "model.engram.preset: "),
-        ({"layers": [1], "rows_per_head": 2**60}, "model.engram.rows_per_head=1152921504606846976: the ids of all"),
-        ({"layers": [1], "rows_per_head": [7]}, "model.engram.rows_per_head=[7] must have one entry for each of the 2"),
-        ({"layers": [1], "seeding_ids": [1, 2]}, "model.engram.seeding_ids=[1, 2] must have one entry for each"),
-        ({"layers": [1], "pad_token_id": 96}, "model.engram.pad_token_id=96 is no id of vocab_size=96"),
-        ({"layers": [1], "boundry": "eos"}, "model.engram.boundry: unknown key; did you mean boundary?"),
+        ({}, r"model\.engram\.layers: missing"),
+        ({"layers": []}, r"model\.engram\.layers: .*empty"),
+        ({"layers": [4]}, r"model\.engram\.layers=\[4\] .*num_layers=4"),
+        ({"layers": [1, 1]}, r"model\.engram\.layers=\[1, 1\] .*twice"),
+        ({"layers": [1], "orders": [3, 2]}, r"model\.engram\.orders=\[3, 2\] .*ascend"),
+        ({"layers": [1], "orders": [1]}, r"model\.engram\.orders\.0: "),
+        ({"layers": [1], "preset": "demo"}, r"model\.engram\.preset: .*'demo'"),
+        ({"layers": [1], "rows_per_head": 2**60}, r"model\.engram\.rows_per_head=1152921504606846976: "),
+        ({"layers": [1], "rows_per_head": [7]}, r"model\.engram\.rows_per_head=\[7\] .*\b2\b"),
+        ({"layers": [1], "seeding_ids": [1, 2]}, r"model\.engram\.seeding_ids=\[1, 2\] .*layers"),
+        ({"layers": [1], "pad_token_id": 96}, r"model\.engram\.pad_token_id=96 .*vocab_size=96"),
+        ({"layers": [1], "boundry": "eos"}, r"model\.engram\.boundry: .*\bboundary\b"),
     ],
 )
 def test_engram_errors_name_the_field(engram, message):
     with pytest.raises(ConfigError) as error:
         config(engram)
-    assert str(error.value).startswith(message)
+    assert re.match(message, str(error.value))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("memory", "message"),
     [
-        ({"staleness": 2}, "engram.staleness=2 exceeds prefetch_depth=1"),
-        ({"optimizer": {"weight_decay": 0.1}}, "engram.optimizer.weight_decay=0.1 with lazy_adam"),
-        ({"optimizer": {"name": "sinkhorn_momentum", "passes": 10}}, "engram.optimizer.passes=10: passes start and"),
+        ({"staleness": 2}, r"engram\.staleness=2 .*prefetch_depth=1"),
+        ({"optimizer": {"weight_decay": 0.1}}, r"engram\.optimizer\.weight_decay=0\.1 .*lazy_adam"),
+        ({"optimizer": {"name": "sinkhorn_momentum", "passes": 10}}, r"engram\.optimizer\.passes=10: "),
         (
             {"store": "mmap", "optimizer": {"name": "sinkhorn_momentum"}},
-            "engram.optimizer.name=sinkhorn_momentum with optimizer.dense=true passes over every row",
+            r"engram\.optimizer\.name=sinkhorn_momentum .*optimizer\.dense=true .*store=host",
         ),
-        ({"optimizer": {"stochastic_rounding": True}}, "engram.optimizer.stochastic_rounding=true is for dtype=bf16"),
-        ({"store": "disk"}, "engram.store: "),
+        ({"optimizer": {"stochastic_rounding": True}}, r"engram\.optimizer\.stochastic_rounding=true .*dtype=bf16"),
+        ({"store": "disk"}, r"engram\.store: .*'disk'"),
     ],
 )
 def test_table_errors_name_the_field(memory, message):
     with pytest.raises(ConfigError) as error:
         config({"layers": [1]}, engram=memory)
-    assert str(error.value).startswith(message)
+    assert re.match(message, str(error.value))
 
 
 @pytest.mark.parametrize(
     ("bank", "message"),
     [
-        ({"optimizer": {"name": "rowwise_adagrad"}}, "bank.optimizer.name=rowwise_adagrad has numbers that all values"),
-        ({"optimizer": {"name": "sinkhorn_momentum"}}, "bank.optimizer.name=sinkhorn_momentum has numbers that"),
+        ({"optimizer": {"name": "rowwise_adagrad"}}, r"bank\.optimizer\.name=rowwise_adagrad .*parallel\.pipeline\b"),
+        (
+            {"optimizer": {"name": "sinkhorn_momentum"}},
+            r"bank\.optimizer\.name=sinkhorn_momentum .*parallel\.pipeline\b",
+        ),
         (
             {"dtype": "bf16", "optimizer": {"stochastic_rounding": True}},
-            "bank.optimizer.stochastic_rounding=true draws by a value's place in its row",
+            r"bank\.optimizer\.stochastic_rounding=true .*parallel\.pipeline\b",
         ),
-        ({"staleness": 2}, "bank.staleness=2 exceeds prefetch_depth=1"),
+        ({"staleness": 2}, r"bank\.staleness=2 .*prefetch_depth=1"),
     ],
 )
 def test_bank_table_errors_name_the_field(bank, message):
     with pytest.raises(ConfigError) as error:
         config({"layers": [1]}, bank=bank)
-    assert str(error.value).startswith(message)
+    assert re.match(message, str(error.value))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data__addresses": None}, "model.bank needs data.addresses, by which blocks are fetched; name the"),
-        ({"checkpoint__asynchronous": True}, "checkpoint.asynchronous=true does not go with model.bank"),
+        ({"data__addresses": None}, r"model\.bank .*data\.addresses\b"),
+        ({"checkpoint__asynchronous": True}, r"checkpoint\.asynchronous=true .*model\.bank\b"),
         (
             {"model__bank__placement": "last", "model__bank__placed_layers": 9},
-            "model.bank.placed_layers=9 exceeds num_layers=4",
+            r"model\.bank\.placed_layers=9 .*num_layers=4",
         ),
-        ({"model__bank__levels": [0, 0]}, "model.bank.levels=[0, 0] leaves every level without blocks"),
+        ({"model__bank__levels": [0, 0]}, r"model\.bank\.levels=\[0, 0\] "),
     ],
 )
 def test_what_does_not_go_with_a_bank_is_refused(changes, message):
     with pytest.raises(ConfigError) as error:
         parse_config(bank_config(**changes))
-    assert str(error.value).startswith(message)
+    assert re.match(message, str(error.value))
 
 
 def test_blocks_have_a_rate_and_a_decay_of_their_own():
@@ -125,15 +130,15 @@ def test_blocks_have_a_rate_and_a_decay_of_their_own():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"checkpoint__asynchronous": True}, "checkpoint.asynchronous=true does not go with model.engram"),
-        ({"data__document_attention": False}, "model.engram.boundary=document needs data.document_attention=true"),
+        ({"checkpoint__asynchronous": True}, r"checkpoint\.asynchronous=true .*model\.engram\b"),
+        ({"data__document_attention": False}, r"model\.engram\.boundary=document .*data\.document_attention=true"),
         (
             {"model__hyper_connections__branches": 2, "model__moe__chain__iterations": 2},
-            "model.hyper_connections.branches=2 does not go with moe.chain",
+            r"model\.hyper_connections\.branches=2 .*moe\.chain\b",
         ),
     ],
 )
 def test_what_does_not_go_together_is_refused(changes, message):
     with pytest.raises(ConfigError) as error:
         config({"layers": [1], "boundary": "document"}, **changes)
-    assert str(error.value).startswith(message)
+    assert re.match(message, str(error.value))

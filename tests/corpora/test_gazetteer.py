@@ -120,7 +120,7 @@ def test_exposures_are_counted_in_the_training_split(corpus, tmp_path):
 def test_questions_of_another_corpus_are_an_error_and_those_of_changed_text_are_left(corpus, tmp_path):
     questions = corpus.with_suffix(".questions")
     questions.write_text(questions.read_text().replace('"documents": [0', '"documents": [100000'))
-    with pytest.raises(UserError, match=r"not the questions of gazetteer.jsonl.*kmem data corpora"):
+    with pytest.raises(UserError, match=r"gazetteer\.questions: .*gazetteer\.jsonl.*kmem data corpora"):
         prepare(Preparation([corpus], tmp_path / "out", vocab_size=600))
     with open(corpus, "a") as file:
         file.write('{"text": "one more"}\n')

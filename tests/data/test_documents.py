@@ -73,25 +73,25 @@ def test_unknown_way_to_cut_is_refused(how):
 
 GOOD = b'{"text": "good"}\n'
 BAD_FILES = {
-    "empty.txt": (b"", "line 1: the file holds no text"),
-    "blank.txt": (b" \n\n", "line 1: the file holds no text"),
-    "empty.jsonl": (b"", "line 1: the file holds no text"),
-    "latin.txt": (b"a\nb\ncaf\xe9\n", "line 3: not UTF-8 .byte 0xe9"),
-    "latin.jsonl": (GOOD + b'{"text": "caf\xe9"}\n', "line 2: not UTF-8"),
-    "syntax.jsonl": (GOOD + GOOD + b'{"text": \n', "line 3: not JSON"),
-    "deep.jsonl": (GOOD + b"[" * 100_000 + b"\n", "line 2: not JSON"),
-    "array.jsonl": (GOOD + b'["text"]\n', "line 2: a JSON list; expected one object per line"),
-    "pretty.json": (b'[\n{"text": "x"}\n', "line 1: not JSON"),
-    "field.jsonl": (GOOD + b'{"body": "x", "id": 1}\n', r"line 2: no field 'text'; .*--field .there are: body, id"),
-    "null.jsonl": (GOOD + b'{"text": null}\n', "line 2: field 'text' holds no string but null"),
-    "number.jsonl": (GOOD + b'{"text": 5}\n', "line 2: field 'text' holds no string but int"),
-    "void.jsonl": (GOOD + b'{"text": " \\n"}\n', "line 2: an empty document"),
-    "surrogate.jsonl": (GOOD + b'{"text": "a\\ud800b"}\n', "line 2: a lone surrogate"),
-    "cut.jsonl.gz": (gzip.compress(GOOD * 3)[:-4], "the compressed file is damaged"),
-    "garbage.jsonl.gz": (b"no gzip", "line 1: the compressed file is damaged"),
-    "cut.jsonl.zst": (zstandard.ZstdCompressor().compress(GOOD * 50_000)[:-3], "file ends inside a frame"),
-    "garbage.jsonl.zst": (b"no zstandard", "line 1: the compressed file is damaged"),
-    "garbage.parquet": (b"PAR1 no parquet", "row 1: broken Parquet"),
+    "empty.txt": (b"", "line 1: .*no text"),
+    "blank.txt": (b" \n\n", "line 1: .*no text"),
+    "empty.jsonl": (b"", "line 1: .*no text"),
+    "latin.txt": (b"a\nb\ncaf\xe9\n", "line 3: .*UTF-8.*0xe9"),
+    "latin.jsonl": (GOOD + b'{"text": "caf\xe9"}\n', "line 2: .*UTF-8.*0xe9"),
+    "syntax.jsonl": (GOOD + GOOD + b'{"text": \n', r"line 3: .*JSON \("),
+    "deep.jsonl": (GOOD + b"[" * 100_000 + b"\n", r"line 2: .*JSON \("),
+    "array.jsonl": (GOOD + b'["text"]\n', "line 2: .*JSON list"),
+    "pretty.json": (b'[\n{"text": "x"}\n', r"line 1: .*JSON \("),
+    "field.jsonl": (GOOD + b'{"body": "x", "id": 1}\n', "line 2: .*'text'.*--field .*body, id"),
+    "null.jsonl": (GOOD + b'{"text": null}\n', "line 2: .*'text'.*null"),
+    "number.jsonl": (GOOD + b'{"text": 5}\n', "line 2: .*'text'.*int"),
+    "void.jsonl": (GOOD + b'{"text": " \\n"}\n', "line 2: .*empty"),
+    "surrogate.jsonl": (GOOD + b'{"text": "a\\ud800b"}\n', "line 2: .*surrogate"),
+    "cut.jsonl.gz": (gzip.compress(GOOD * 3)[:-4], "line 4: .*compressed file"),
+    "garbage.jsonl.gz": (b"no gzip", "line 1: .*compressed file"),
+    "cut.jsonl.zst": (zstandard.ZstdCompressor().compress(GOOD * 50_000)[:-3], "compressed file .*frame"),
+    "garbage.jsonl.zst": (b"no zstandard", "line 1: .*compressed file"),
+    "garbage.parquet": (b"PAR1 no parquet", "row 1: .*Parquet"),
 }
 
 
@@ -126,10 +126,8 @@ def test_bad_parquet_rows_and_columns(tmp_path):
         (3, "empty"),
         "b",
     ]
-    assert "row 1: no column 'body'; choose one with --field (there are: text, number)" in str(
-        read(path, field="body")[0]
-    )
-    assert "expected string" in str(read(path, field="number")[0])
+    assert re.search("row 1: .*'body'.*--field .*text, number", str(read(path, field="body")[0]))
+    assert re.search("row 1: .*'number'.*string", str(read(path, field="number")[0]))
 
 
 def test_folders_stand_for_the_input_below_them(tmp_path):
@@ -148,11 +146,11 @@ def test_unusable_inputs_are_refused(tmp_path):
     (tmp_path / "a.pdf").write_text("x")
     (tmp_path / "none").mkdir()
     for inputs, says in (
-        (["missing.txt"], "no such file or folder"),
-        (["a.pdf"], "unknown kind of file; kmem reads text"),
-        (["none"], "no input in this folder"),
-        (["a.txt", "a.txt"], "given twice"),
-        ([".", "a.txt"], "given twice"),
+        (["missing.txt"], r"missing\.txt: no such"),
+        (["a.pdf"], r"a\.pdf: .*\.txt.*\.parquet"),
+        (["none"], r"none: .*\.txt.*\.parquet"),
+        (["a.txt", "a.txt"], r"a\.txt: .*twice"),
+        ([".", "a.txt"], r"a\.txt: .*twice"),
     ):
         with pytest.raises(UserError, match=says):
             find_files([tmp_path / name for name in inputs])

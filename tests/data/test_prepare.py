@@ -145,7 +145,7 @@ def test_the_tokenizer_sample_takes_its_share_of_every_file(tmp_path):
 def test_bad_records_stop_or_are_skipped_and_counted(tmp_path, bad, workers):
     source = tmp_path / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:9]) + bad + "\n")
-    with pytest.raises(UserError, match=r"texts.jsonl, line 10: .*--on-error skip"):
+    with pytest.raises(UserError, match=r"texts\.jsonl, line 10: .*--on-error skip"):
         prepared(tmp_path / "out", source, workers=workers)
     assert os.listdir(tmp_path) == ["texts.jsonl"]
     manifest = prepared(tmp_path / "out", source, workers=workers, on_error="skip")
@@ -165,14 +165,14 @@ def test_a_damaged_archive_gives_what_comes_before_the_damage_when_skipping(tmp_
 @pytest.mark.parametrize(
     ("texts", "options", "says"),
     [
-        ([], {"on_error": "skip"}, "no documents in the input"),
-        (["only one"], {}, "only one document.*--documents"),
-        (["a", "b"], {"validation_share": 0.0}, "--validation-share 0.0: expected a number between 0 and 1"),
-        (["a", "b"], {"validation_share": 1.0}, "--validation-share"),
-        (["a", "b"], {"workers": 0}, "--workers 0"),
-        (["a", "b"], {"vocab_size": None}, "either --tokenizer or --vocab-size"),
-        (["a", "b"], {"vocab_size": 100}, "--vocab-size 100"),
-        (["a", "b"], {"tokenizer": Path("nowhere")}, "--tokenizer nowhere: no such file or folder"),
+        ([], {"on_error": "skip"}, r"texts\.jsonl: no documents"),
+        (["only one"], {}, r"texts\.jsonl: .*--documents"),
+        (["a", "b"], {"validation_share": 0.0}, r"--validation-share 0\.0: .*\b0 and 1\b"),
+        (["a", "b"], {"validation_share": 1.0}, r"--validation-share 1\.0: .*\b0 and 1\b"),
+        (["a", "b"], {"workers": 0}, "--workers 0: "),
+        (["a", "b"], {"vocab_size": None}, "--tokenizer .*--vocab-size"),
+        (["a", "b"], {"vocab_size": 100}, r"--vocab-size 100: .*\b257\b"),
+        (["a", "b"], {"tokenizer": Path("nowhere")}, "--tokenizer nowhere: no such"),
     ],
 )
 def test_impossible_preparations_are_refused(tmp_path, texts, options, says):
@@ -186,10 +186,10 @@ def test_a_finished_folder_is_replaced_only_by_force(source, tmp_path):
     out = tmp_path / "out"
     prepared(out, source)
     before = content(out)
-    with pytest.raises(UserError, match="already prepared; replace it with --force"):
+    with pytest.raises(UserError, match=f"--out {out}: .*--force"):
         prepared(out, source, seed=2)
     assert content(out) == before
-    with pytest.raises(UserError, match="line 1"):  # a failing replacement leaves the old one
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 1: "):  # a failing replacement leaves the old one
         prepared(out, write_jsonl(tmp_path / "bad.jsonl", [""]), force=True)
     assert content(out) == before
     prepared(out, source, seed=2, force=True)
@@ -202,13 +202,13 @@ def test_other_peoples_folders_are_never_replaced(source, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "manifest.json").write_text('{"name": "a web application"}')
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match=rf"--out {out}: .*prepared data\b"):
         prepared(out, source, force=True)
     assert content(out).keys() == {"manifest.json"}
     (tmp_path / "empty").mkdir()
     prepared(tmp_path / "empty", source)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="a file of that name"):
+    with pytest.raises(UserError, match=rf"--out {tmp_path / 'file'}: .*\bfile\b"):
         prepared(tmp_path / "file", source)
 
 
@@ -216,7 +216,7 @@ def test_two_preparations_of_one_folder_exclude_each_other(source, tmp_path, mon
     choose = preparation.choose_held_out
 
     def meanwhile(*arguments):
-        with pytest.raises(UserError, match="another kmem data prepare is writing it"):
+        with pytest.raises(UserError, match=rf"--out {tmp_path / 'out'}: .*kmem data prepare.*out\.preparing"):
             prepared(tmp_path / "out", source)
         return choose(*arguments)
 
@@ -230,7 +230,7 @@ def test_a_full_disk_is_one_clear_error(source, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(preparation, "_manifest", full)
-    with pytest.raises(UserError, match="No space left on device; make room"):
+    with pytest.raises(UserError, match=f"--out {tmp_path / 'out'}: .*{os.strerror(errno.ENOSPC)}"):
         prepared(tmp_path / "out", source)
     assert os.listdir(tmp_path) == ["texts.jsonl"]
 
@@ -305,15 +305,15 @@ def test_command_line(source, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "train: 118 documents" in said
     assert "validation: 2 documents" in said
-    assert "fewer than --vocab-size 5000" in said
-    assert "skipped 1 record: 1 empty" in said
-    assert f"{source}, line 121: an empty document" in said
+    assert "--vocab-size 5000" in said
+    assert "1 record: 1 empty" in said
+    assert f"{source}, line 121: " in said
 
 
 def test_command_line_cuts_plain_text(tmp_path, capsys):
     (tmp_path / "book.txt").write_text("one\n\ntwo\nlines\n\nthree")
     arguments = ["prepare", tmp_path / "book.txt", "--out", tmp_path / "out", "--vocab-size", 257, "--workers", 1]
-    with pytest.raises(UserError, match="only one document"):
+    with pytest.raises(UserError, match=r"book\.txt: .*--documents"):
         command_line(*arguments)
     assert command_line(*arguments, "--documents", "blank-line") == 0
     stored = stored_texts(tmp_path / "out", "train") + stored_texts(tmp_path / "out", "validation")

@@ -89,22 +89,22 @@ def test_a_fault_leaves_no_file(tmp_path, fault):
 
 
 def test_misaligned_order_and_unknown_dtype_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="wider dtypes first"):
+    with pytest.raises(ValueError, match=r"^y: torch\.float32 .*\b6\b"):
         SafetensorsWriter(tmp_path / "a", {"x": ((3,), torch.bfloat16), "y": ((3,), torch.float32)})
-    with pytest.raises(ValueError, match=r"no torch\.complex64"):
+    with pytest.raises(ValueError, match=r"^x: .*torch\.complex64"):
         SafetensorsWriter(tmp_path / "a", {"x": ((3,), torch.complex64)})
     assert os.listdir(tmp_path) == []
 
 
 def test_a_full_disk_names_path_and_bytes(tmp_path):
     os.symlink("/dev/full", tmp_path / "a.partial")
-    with pytest.raises(UserError, match=r"a: no space left: the file needs \d+ bytes"):
+    with pytest.raises(UserError, match=r"/a: .*space.* \d+ bytes"):
         SafetensorsWriter(tmp_path / "a", {"x": ((4, 2), torch.float32)})
     assert os.listdir(tmp_path) == []
 
 
 def test_a_missing_folder_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match=r"/no/a: .*No such file"):
         SafetensorsWriter(tmp_path / "no" / "a", {})
 
 

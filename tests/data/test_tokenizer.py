@@ -66,7 +66,7 @@ def test_training_does_not_depend_on_threads(tmp_path):
 
 
 def test_a_vocabulary_without_room_for_all_bytes_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"--vocab-size 256.*at least 257"):
+    with pytest.raises(UserError, match=r"--vocab-size 256: .*\b257\b"):
         train_tokenizer(iter(["a"]), 256, tmp_path)
 
 
@@ -123,7 +123,7 @@ def test_code_shipped_with_a_tokenizer_is_not_run(trained, tmp_path):
         '{"tokenizer_class": "Custom", "auto_map": {"AutoTokenizer": ["custom.Custom", null]}}'
     )
     (folder / "custom.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(UserError, match="not loadable"):
+    with pytest.raises(UserError, match=f"--tokenizer {folder}: .*AutoTokenizer"):
         adopt_tokenizer(folder, None, tmp_path / "adopted")
     assert not (tmp_path / "ran").exists()
 
@@ -152,9 +152,9 @@ def test_a_tokenizer_must_say_how_documents_end(trained, tmp_path):
     tree = json.loads((trained.folder / "tokenizer.json").read_text())
     tree["added_tokens"] = []
     (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
-    with pytest.raises(UserError, match="--eos-token TOKEN"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: .*--eos-token TOKEN"):
         adopt_tokenizer(tmp_path / "tokenizer.json", None, tmp_path / "a")
-    with pytest.raises(UserError, match="--eos-token </s>: not in the vocabulary"):
+    with pytest.raises(UserError, match=r"--eos-token </s>: .*tokenizer\.json"):
         adopt_tokenizer(tmp_path / "tokenizer.json", "</s>", tmp_path / "b")
     assert adopt_tokenizer(tmp_path / "tokenizer.json", "!", tmp_path / "c").eos_token == "!"
 
@@ -162,7 +162,7 @@ def test_a_tokenizer_must_say_how_documents_end(trained, tmp_path):
 @pytest.mark.parametrize("content", ["", "{}", '{"model": 1}'])
 def test_files_that_are_no_tokenizer_are_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(UserError, match=r"not a Hugging Face tokenizer.json"):
+    with pytest.raises(UserError, match=rf"--tokenizer {tmp_path / 'tokenizer.json'}: .*Hugging Face"):
         adopt_tokenizer(tmp_path / "tokenizer.json", None, tmp_path / "a")
-    with pytest.raises(UserError, match=r"not loadable by transformers.AutoTokenizer"):
+    with pytest.raises(UserError, match=f"--tokenizer {tmp_path}: .*AutoTokenizer"):
         adopt_tokenizer(tmp_path, None, tmp_path / "b")

@@ -33,5 +33,5 @@ def test_units_are_read_as_they_are_written():
     for text in ("document", "window:2048"):
         assert str(Unit.parse(text)) == text
     for wrong in ("window", "window:", "window:0", "window:-3", "window:1.5", "line", ""):
-        with pytest.raises(UserError, match="window:N"):
+        with pytest.raises(UserError, match=f"--unit {wrong}: .*window:N"):
             Unit.parse(wrong)

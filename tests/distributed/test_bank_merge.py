@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def test_blocks_that_count_their_own_steps_do_not_see_how_jobs_are_cut(ranks, ru
     for key, values in expected.items():
         assert key.startswith("step/") or torch.equal(found[key], values), key
     assert {0, 1, 2} <= set(found["updates/layers.0.bank.level4"].tolist())
-    with pytest.raises(CheckpointError, match=r"bank\.optimizer\.name is adam_catchup, and lazy_adam in"):
+    with pytest.raises(CheckpointError, match=r"bank\.optimizer\.name .*adam_catchup, .*lazy_adam "):
         merge([Source(CheckpointReader(run)) for run in (tmp_path / "first", runs / "rest")], tmp_path / "none")
 
 
@@ -132,13 +133,11 @@ def test_of_runs_of_other_lengths_each_gives_its_rows(runs, tmp_path):
 
 def test_a_row_of_two_runs_is_a_conflict(runs, tmp_path):
     readers = {name: CheckpointReader(runs / name) for name in ("first", "rest", "overlapping", "all")}
-    with pytest.raises(CheckpointError, match=r"level 1, cluster 1: claimed by .*overlapping.* and by .*rest"):
+    with pytest.raises(CheckpointError, match=r"level 1, cluster 1: .*/overlapping/.*/rest/.*--from"):
         merge([Source(readers["overlapping"]), Source(readers["rest"])], tmp_path / "out")
-    with pytest.raises(CheckpointError, match="each cluster has one source"):
+    with pytest.raises(CheckpointError, match=r"level 2, cluster 1\.2: .*/overlapping/.*/rest/.*--from"):
         merge([Source(readers["overlapping"], ("0", "1.2")), Source(readers["rest"], ("1",))], tmp_path / "out")
-    with pytest.raises(
-        CheckpointError, match=r"cluster 1\.2: .*first.* has not trained it; name the clusters that it has"
-    ):
+    with pytest.raises(CheckpointError, match=r"^cluster 1\.2: .*/first/.*kmem bank list"):
         merge([Source(readers["first"], ("0", "1.2")), Source(readers["rest"], ("1", "2"))], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -149,7 +148,7 @@ def test_only_what_has_changed_since_the_start_counts(runs, tmp_path):
     for name, paths in [("one", ["0"]), ("two", ["1.1", "2"]), ("both", ["0", "1.1", "2"])]:
         erase(start, tmp_path / name, paths, subtree=True)
     one, two, both = (CheckpointReader(tmp_path / name) for name in ("one", "two", "both"))
-    with pytest.raises(CheckpointError, match="each cluster has one source"):
+    with pytest.raises(CheckpointError, match=r"cluster .*/one/.*/two/.*--start"):
         merge([Source(one), Source(two)], tmp_path / "none")
     merge([Source(one), Source(two)], tmp_path / "out", start)
     found, expected = stored(CheckpointReader(tmp_path / "out")), stored(both)
@@ -163,8 +162,8 @@ def test_what_is_erased_is_as_if_no_text_had_reached_it(runs, tmp_path, capsys):
     assert main(command) == 0
     printed = " ".join(capsys.readouterr().out.split())
     layout = BankLayout.of(Shape(CheckpointReader(runs / "all").config.model.model_dump()))
-    assert f"level 1: blocks of 1 cluster erased, {layout.row_values(1):,} values" in printed
-    assert f"level 4: blocks of 36 clusters erased, {36 * layout.row_values(4):,} values" in printed
+    assert re.search(rf"level 1: .*\b1 cluster .* {layout.row_values(1):,} values", printed)
+    assert re.search(rf"level 4: .*\b36 clusters .* {36 * layout.row_values(4):,} values", printed)
     whole, never, erased = (stored(CheckpointReader(folder)) for folder in (runs / "all", runs / "rest", out))
     assert whole.keys() == erased.keys()
     for key, values in whole.items():
@@ -186,4 +185,4 @@ def test_what_is_erased_is_as_if_no_text_had_reached_it(runs, tmp_path, capsys):
     assert main([*command, "--out", str(back)]) == 0
     assert "replaced" in capsys.readouterr().out
     assert all(torch.equal(values, whole[key]) for key, values in stored(CheckpointReader(back)).items())
-    assert CheckpointReader(back).facts["edited"].endswith("; replaced 0, 1 with all below by those of all")
+    assert re.search(r"; replaced 0, 1 .*\ball$", CheckpointReader(back).facts["edited"])

@@ -1,6 +1,7 @@
 """`kmem eval` of a memory bank: the addresses of the data or of the prompts, and the controls."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -248,30 +249,28 @@ def test_bad_input(prepared, run, tmp_path, capsys):
         return " ".join(capsys.readouterr().err.split())
 
     assert "kmem data cluster --data" in fails(data=bare)
-    assert "error: --bank-levels 3: level 3: this bank has blocks on levels 1, 2" in fails("--bank-levels", "3")
-    assert "joined by commas" in fails("--bank-levels", "one")
-    assert "children are numbered 0 to 2" in fails("--blocked", "0,7")
-    assert "a path of this tree has 1 to 2 parts" in fails("--blocked", "0.1.2")
-    assert "write a path as numbers" in fails("--blocked", "0,,1")
-    assert "every cluster of the tree is blocked" in fails("--blocked", "0,1,2.0,2.1,2.2")
-    assert "every cluster of the tree is blocked" in fails("--control", "bank=blocked", "--blocked", "0,1")
-    assert "--blocked 0: --control bank=generic" in fails("--control", "bank=generic", "--blocked", "0")
+    assert re.search(r"error: --bank-levels 3: level 3: .*levels 1, 2$", fails("--bank-levels", "3"))
+    assert re.search(r"--bank-levels one: .*\b1,2$", fails("--bank-levels", "one"))
+    assert re.search(r"--blocked.*: cluster 7: .*\b0 to 2\b", fails("--blocked", "0,7"))
+    assert re.search(r"--blocked.*: cluster 0\.1\.2: .*\b1 to 2 parts", fails("--blocked", "0.1.2"))
+    assert "--blocked 0,,1: cluster '': " in fails("--blocked", "0,,1")
+    assert re.search("--blocked.*: every cluster", fails("--blocked", "0,1,2.0,2.1,2.2"))
+    assert re.search("--blocked.*: every cluster", fails("--control", "bank=blocked", "--blocked", "0,1"))
+    assert "--blocked 0: --control bank=generic " in fails("--control", "bank=generic", "--blocked", "0")
     broken = shutil.copytree(tree(), tmp_path / "broken")
     (broken / "embedder" / "tfidf.safetensors").unlink()
     for options in (("--control", "bank=blocked"), ("--blocked", "0")):
         complaint = fails(*options, "--tree", str(broken))
-        assert "embedder/tfidf.safetensors: missing" in complaint
-        assert "copy the tree again, with its embedder" in complaint
-    assert "not the tree that" in fails("--tree", str(make_tree(tmp_path / "other", seed=1)))
-    assert "model.bank.children: 3, but the tree has 2" in fails("--tree", str(make_tree(tmp_path / "deep", 2, 3)))
+        assert re.search(rf"{broken}/embedder/tfidf\.safetensors: missing.*\btree\b.*\bembedder\b", complaint)
+    other, deep = make_tree(tmp_path / "other", seed=1), make_tree(tmp_path / "deep", 2, 3)
+    assert re.search(f"{other}: .*{reader.folder} .*--tree", fails("--tree", str(other)))
+    assert re.search(r"model\.bank\.children: 3\b.*\b2 .*--children 3", fails("--tree", str(deep)))
     plain = write_run(tmp_path / "plain", model({"kind": "gqa", "num_heads": 2}, None))
-    assert "--control bank=none: the model has no bank (model.bank)" in fails(
-        "--control", "bank=none", checkpoint=plain
-    )
-    assert "--blocked and --tree: the model has no memory bank" in fails("--blocked", "0", checkpoint=plain)
+    assert re.search(r"--control bank=none: .*\(model\.bank\)", fails("--control", "bank=none", checkpoint=plain))
+    assert re.search(r"--blocked .*--tree: .*\(model\.bank\)", fails("--blocked", "0", checkpoint=plain))
     without = write_bank_run(tmp_path / "run", bank(generic={"probability": 0}))
     complaint = fails("--control", "bank=generic", checkpoint=without)
-    assert "--control bank=generic: this bank has fetched, none, blocked" in complaint
+    assert re.search(r"--control bank=generic: .*\bfetched, none, blocked$", complaint)
 
 
 @pytest.mark.parametrize("batching", ["packed", "leaf"])

@@ -107,7 +107,7 @@ def test_a_model_without_memory_has_no_controls(ranks, run_config, capsys):
 
 def test_eval_names_what_is_missing(capsys, tmp_path):
     assert main(["eval", "--checkpoint", str(tmp_path)]) == 2
-    assert "no complete checkpoint here" in capsys.readouterr().err
+    assert f"{tmp_path}: no complete checkpoint" in capsys.readouterr().err
 
 
 def test_wandb_run_goes_on_under_its_id(ranks, run_config):

@@ -162,5 +162,5 @@ def test_the_harness_runs_controls_and_models_without_a_bank(run, harness, tmp_p
 def test_a_path_that_was_read_as_a_number_is_refused(run, harness):
     from kmem.config import UserError
 
-    with pytest.raises(UserError, match="closing semicolon"):
+    with pytest.raises(UserError, match=r"^blocked=2\.1: .*;$"):
         harness[0](str(run[1]), blocked=2.1)

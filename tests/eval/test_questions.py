@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -79,24 +80,24 @@ def test_a_sample_has_as_many_of_every_group_and_is_the_same_each_time():
     weighed = sum(group.of * group.right for group in groups) / 702
     assert found["all"].right == pytest.approx(weighed)
     assert weighed != pytest.approx(sum(group.questions * group.right for group in groups) / 102)
-    with pytest.raises(UserError, match=r"^--questions-limit 5: these questions have 6 groups of exposures"):
+    with pytest.raises(UserError, match=r"^--questions-limit 5: .*\b6 groups"):
         sample(questions, 5)
 
 
 def test_faults_of_a_file_are_named_by_line(tmp_path):
     path = tmp_path / "some.questions"
     for text, complaint in [
-        ('{"prompt": "a", "answer": "c"}\nno json', "line 2"),
-        ('{"prompt": "a"}', "line 1"),
-        ('{"prompt": "a", "answer": ""}', "line 1"),
-        ('{"prompt": "a", "answer": "c", "exposures": "often"}', "line 1"),
-        ('{"prompt": "a", "answer": "b"}', "within a token"),
-        ("", "no questions"),
+        ('{"prompt": "a", "answer": "c"}\nno json', ", line 2: .*`prompt`"),
+        ('{"prompt": "a"}', ", line 1: .*`answer`"),
+        ('{"prompt": "a", "answer": ""}', ", line 1: .*`answer`"),
+        ('{"prompt": "a", "answer": "c", "exposures": "often"}', ", line 1: .*`exposures`"),
+        ('{"prompt": "a", "answer": "b"}', ", line 1: .*token"),
+        ("", ": .*no questions"),
     ]:
         path.write_text(text)
-        with pytest.raises(UserError, match=complaint):
+        with pytest.raises(UserError, match=f"--questions {path}{complaint}"):
             read_questions(path, Letters())
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=f"--questions {tmp_path / 'none'}: .*No such file"):
         read_questions(tmp_path / "none", Letters())
     path.write_text('{"prompt": "ba", "answer": "cd", "exposures": 4}')
     assert read_questions(path, Letters()) == [Question((1, 0), (2, 3), 4)]
@@ -118,9 +119,9 @@ def test_the_command_asks_a_run(ranks, run_config, tmp_path, capsys):
     assert main(["eval", "--checkpoint", run, "--questions", str(path)]) == 0
     assert "bits per answer" in " ".join(capsys.readouterr().out.split())
     assert main(["eval", "--checkpoint", run, "--questions", str(path), "--sequences", "2"]) == 2
-    assert "--questions" in capsys.readouterr().err
+    assert "--questions: " in capsys.readouterr().err
     assert main(["eval", "--checkpoint", run, "--questions-limit", "2"]) == 2
-    assert "--questions-limit: goes with --questions" in capsys.readouterr().err
+    assert re.search(r"--questions-limit: .*--questions\b", capsys.readouterr().err)
     with path.open("a") as file:
         file.writelines(json.dumps({"prompt": "A king", "answer": " of", "exposures": 7}) + "\n" for _ in range(3))
     assert main(["eval", "--checkpoint", run, "--questions", str(path), "--questions-limit", "2", "--json"]) == 0
@@ -129,4 +130,4 @@ def test_the_command_asks_a_run(ranks, run_config, tmp_path, capsys):
     assert main(["eval", "--checkpoint", run, "--questions", str(path), "--questions-limit", "2"]) == 0
     printed = capsys.readouterr().out
     assert "2 of 4" in printed
-    assert "a sample of the questions" in printed
+    assert "sample" in printed

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def test_logits_are_kmems(name, folders):
             model.bank_control = "generic"
             torch.testing.assert_close(model(ids).logits, decoder.bank_logits(ids, leaves, generic=True), **TOLERANCE)
         else:
-            with pytest.raises(ValueError, match="no generic blocks"):
+            with pytest.raises(ValueError, match=r"generic blocks.*model\.bank\.generic\.probability"):
                 model.bank_control = "generic"
 
 
@@ -121,7 +122,7 @@ def test_fetch_reads_what_is_not_there_yet(folders):
     torch.testing.assert_close(model(ids).logits, decoder.bank_logits(ids, leaves), **TOLERANCE)
     more = tokens(6)
     torch.testing.assert_close(model(more).logits, decoder.bank_logits(more, leaves.repeat_interleave(2)), **TOLERANCE)
-    with pytest.raises(ValueError, match=r"3 contexts were fetched, and 4 sequences"):
+    with pytest.raises(ValueError, match=r"\b3 contexts\b.*\b4 sequences\b"):
         model(tokens(4))
     model.bank_levels = [2]  # of what is fetched, unless levels were named with it
     torch.testing.assert_close(model(ids).logits, decoder.bank_logits(ids, leaves, levels=[2]), **TOLERANCE)
@@ -221,9 +222,9 @@ def test_a_cache_keeps_its_contexts(folders):
     model.forget()
     cache = DynamicCache()
     cache.update(torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 3, 16), 0)
-    with pytest.raises(ValueError, match="not looked up"):
+    with pytest.raises(ValueError, match=r"past_key_values .*fetch\(context\)"):
         model(ids, past_key_values=cache, use_cache=True)
-    with pytest.raises(ValueError, match="fetch\\(context\\) first"):
+    with pytest.raises(ValueError, match=r"input_ids .*addresses.*fetch\(context\)"):
         model(inputs_embeds=model.embedding(ids))
     model.fetch(addresses=[4])
     torch.testing.assert_close(
@@ -338,18 +339,18 @@ def test_a_run_and_its_export_generate_the_same_text(folders, capsys):
     assert all(len(texts) == 1 for texts in said.values())
     assert len({texts.pop() for texts in said.values()}) == len(said)
     for options, complaint in [
-        (["--blocked", "7"], "children are numbered 0 to 2"),
-        (["--blocked", "0,1,2"], "every cluster of the tree is blocked"),
-        (["--blocked", "0", "--control", "bank=none"], "--blocked 0: --control bank=none"),
+        (["--blocked", "7"], r"--blocked 7: cluster 7: .*\b0 to 2\b"),
+        (["--blocked", "0,1,2"], "--blocked 0,1,2: every cluster"),
+        (["--blocked", "0", "--control", "bank=none"], "--blocked 0: --control bank=none "),
     ]:
         for path in (folder, folder.parent / "run"):
             assert main(["generate", "--checkpoint", str(path), "--prompt", "a", *options]) == 2
-            assert complaint in " ".join(capsys.readouterr().err.split())
+            assert re.search(complaint, " ".join(capsys.readouterr().err.split()))
 
 
 def test_saving_keeps_bank_and_tree(folders, tmp_path):
     _, folder = folders("ffn")
-    with pytest.raises(ValueError, match='tables="device" to save'):
+    with pytest.raises(ValueError, match=r'tables="mmap".*tables="device"'):
         opened(folder).save_pretrained(tmp_path / "none")
     model = opened(folder, tables="device")
     model.save_pretrained(tmp_path / "saved")
@@ -409,28 +410,37 @@ def test_faults_are_named(folders, tmp_path):
     _, folder = folders("ffn")
     model = opened(folder)
     for call, complaint in [
-        (lambda: model.fetch(), "either contexts or addresses"),
-        (lambda: model.fetch("a", levels=[3]), "this bank has blocks on levels 1, 2"),
-        (lambda: model.fetch("a", blocked=["3.1.2"]), "a path of this tree has 1 to 2 parts"),
-        (lambda: model.fetch("a", blocked=["7"]), "children are numbered 0 to 2"),
-        (lambda: model.fetch(addresses=[9]), "leaves of this bank's tree count from 0 to 8"),
-        (lambda: model.fetch("a", blocked="0"), "give a list of paths"),
-        (lambda: setattr(model, "bank_blocked", ["0", "1", "2"]), "every cluster of the tree is blocked"),
-        (lambda: model.fetch([]), "no contexts to fetch for"),
-        (lambda: model.fetch(addresses=[]), "no contexts to fetch for"),
-        (lambda: model.fetch("a", attention_mask=torch.ones(1, 1)), "goes with contexts as token ids"),
-        (lambda: model.fetch(tokens(), attention_mask=torch.ones(4, 1, 12, 12)), "does not say which of the tokens"),
-        (lambda: model(tokens(), addresses=torch.zeros(4, 11).long()), "or one for each of their tokens, \\[4, 12\\]"),
-        (lambda: setattr(model, "bank_control", "some"), "one of fetched, generic, none"),
-        (lambda: KmemForCausalLM(model.config)(tokens()), "no cluster tree"),
-        (lambda: KmemForCausalLM(model.config)(tokens(), addresses=torch.zeros(4).long()), "from_pretrained"),
-        (lambda: KmemForCausalLM(KmemConfig(model=PLAIN_MODEL), bank_control="none"), "models with a memory bank"),
-        (lambda: KmemForCausalLM(KmemConfig(model=PLAIN_MODEL)).fetch("a"), "no memory bank"),
+        (lambda: model.fetch(), "contexts or addresses"),
+        (lambda: model.fetch("a", levels=[3]), r"^level 3: .*levels 1, 2$"),
+        (lambda: model.fetch("a", blocked=["3.1.2"]), r"^cluster 3\.1\.2: .*\b1 to 2 parts"),
+        (lambda: model.fetch("a", blocked=["7"]), r"^cluster 7: .*\b0 to 2\b"),
+        (lambda: model.fetch(addresses=[9]), r"^addresses .*\b9\b.*\b0 to 8\b"),
+        (lambda: model.fetch("a", blocked="0"), r"^clusters '0': .*\['0'\]"),
+        (lambda: setattr(model, "bank_blocked", ["0", "1", "2"]), "^every cluster"),
+        (lambda: model.fetch([]), r"contexts .*forget\(\)"),
+        (lambda: model.fetch(addresses=[]), r"contexts .*forget\(\)"),
+        (lambda: model.fetch("a", attention_mask=torch.ones(1, 1)), r"attention_mask .*token ids \[B, T\]"),
+        (
+            lambda: model.fetch(tokens(), attention_mask=torch.ones(4, 1, 12, 12)),
+            r"attention_mask .*\[4, 1, 12, 12\] .*\[4, 12\]",
+        ),
+        (lambda: model(tokens(), addresses=torch.zeros(4, 11).long()), r"addresses .*\[4, 11\].*\[4, 12\]"),
+        (lambda: setattr(model, "bank_control", "some"), "bank_control='some': .*fetched, generic, none"),
+        (lambda: KmemForCausalLM(model.config)(tokens()), "cluster tree.*from_pretrained.*addresses"),
+        (
+            lambda: KmemForCausalLM(model.config)(tokens(), addresses=torch.zeros(4).long()),
+            'tables="mmap".*from_pretrained',
+        ),
+        (
+            lambda: KmemForCausalLM(KmemConfig(model=PLAIN_MODEL), bank_control="none"),
+            r"bank_control and bank_levels .*\(model\.bank\)",
+        ),
+        (lambda: KmemForCausalLM(KmemConfig(model=PLAIN_MODEL)).fetch("a"), r"^this model .*\(model\.bank\)"),
     ]:
         with pytest.raises(ValueError, match=complaint):
             call()
     model.bank_control = "none"
-    with pytest.raises(ValueError, match="fetches nothing"):
+    with pytest.raises(ValueError, match=r"bank_control='none' .*'fetched'"):
         model.fetch("a")
 
     damaged = tmp_path / "damaged"
@@ -442,8 +452,8 @@ def test_faults_are_named(folders, tmp_path):
         with pytest.raises((ValueError, OSError), match=complaint):
             opened(damaged).fetch("a")
 
-    broken(lambda: shutil.rmtree(damaged / "tree"), "tree/tree.json: missing beside the weights")
-    broken(lambda: (damaged / "tree" / "tree.safetensors").unlink(), "tree.safetensors: missing")
+    broken(lambda: shutil.rmtree(damaged / "tree"), r"^tree/tree\.json: missing")
+    broken(lambda: (damaged / "tree" / "tree.safetensors").unlink(), r"^tree/tree\.safetensors: missing")
     other = make_tree(tmp_path / "other", seed=1)
 
     def another_tree():
@@ -453,40 +463,40 @@ def test_faults_are_named(folders, tmp_path):
     def another_embedder():
         shutil.copyfile(other / "embedder" / "tfidf.safetensors", damaged / "tree" / "embedder" / "tfidf.safetensors")
 
-    broken(another_tree, "not the tree that the bank was trained with")
+    broken(another_tree, r"damaged/tree: .*\([0-9a-f]{12} .*\b[0-9a-f]{12}\)")
 
     def nameless_embedder():
         path = damaged / "tree" / "tree.json"
         record = json.loads(path.read_text())
         del record["embedder"]["files"]
         path.write_text(json.dumps({**record, "fingerprint": record_fingerprint(record)}))
-        with pytest.raises(ValueError, match="names no files of the embedder"):
+        with pytest.raises(ValueError, match=r"tree\.json: .*\bfiles\b.*\bembedder\b"):
             ContextRouter.load(damaged / "tree")
 
-    broken(nameless_embedder, "names no files of the embedder")
-    broken(another_embedder, "not the file of the embedder that the tree was made with")
+    broken(nameless_embedder, r"tree\.json: .*\bfiles\b.*\bembedder\b")
+    broken(another_embedder, r"embedder/tfidf\.safetensors: .*\btree\b")
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     part = index["bank.level2.parts.1"]
     broken(lambda: (damaged / part).unlink(), part)
 
     run = write_bank_run(tmp_path / "run", BANKS["ffn"])
-    with pytest.raises(UserError, match="not the tree that"):
+    with pytest.raises(UserError, match=rf"^{other}: .*step-00000007 .*--tree"):
         export(run, tmp_path / "out", tree=other, say=str)
     shutil.rmtree(tmp_path / "run" / "tree")
-    with pytest.raises(UserError, match="with --tree"):
+    with pytest.raises(UserError, match=r"step-00000007: .*cluster tree.*run/tree.*--tree"):
         export(run, tmp_path / "out", say=str)
     export(run, tmp_path / "out", tree=tree(), say=str)
-    with pytest.raises(UserError, match="has its own; leave it out"):
+    with pytest.raises(UserError, match=f"--tree {tree()}: .*Hugging Face"):
         load(tmp_path / "out", bank=BankOptions(tree=tree()))
     shutil.rmtree(tmp_path / "out" / "tree")
-    with pytest.raises(UserError, match="missing, and it addresses"):
+    with pytest.raises(UserError, match=r"out/tree: missing.*\bbank\b"):
         import_folder(tmp_path / "out", tmp_path / "back", say=str)
     train_tokenizer(iter(["another text of another model"] * 8), VOCABULARY, tmp_path / "words")
     shutil.copyfile(tmp_path / "words" / "tokenizer.json", tmp_path / "run" / "tokenizer" / "tokenizer.json")
-    with pytest.raises(UserError, match="counts token ids of another tokenizer"):
+    with pytest.raises(UserError, match=f"^{tree()}: .*run/tokenizer .*--tree"):
         export(run, tmp_path / "other-out", tree=tree(), say=str)
     plain = write_run(tmp_path / "plain", NATIVE["llama"])
-    with pytest.raises(UserError, match="has no memory bank"):
+    with pytest.raises(UserError, match=rf"--tree {tree()}: .*\(model\.bank\)"):
         export(plain, tmp_path / "plain-out", tree=tree(), say=str)
-    with pytest.raises(UserError, match="--control bank=none"):
+    with pytest.raises(UserError, match=r"--control bank=none: .*\(model\.bank\)"):
         load(tmp_path / "plain", {"bank": "none"})

@@ -138,10 +138,10 @@ def test_files_that_are_gone_or_others_are_named(folders, tmp_path, monkeypatch)
     model.fetch("the model")  # its tree is found from anywhere
     file = model.contexts.sources[2].files[0].path
     os.utime(file, ns=(0, 0))
-    with pytest.raises(ValueError, match=rf"{file}: changed since it was mapped; load the model from its folder again"):
+    with pytest.raises(ValueError, match=rf"{file}: changed\b"):
         pickle.loads(kept)  # noqa: S301
     file.unlink()
-    with pytest.raises(ValueError, match=rf"{file}: cannot be mapped: No such file"):
+    with pytest.raises(ValueError, match=rf"{file}: .*No such file"):
         pickle.loads(kept)  # noqa: S301
 
 

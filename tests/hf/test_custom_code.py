@@ -97,12 +97,12 @@ def test_ways_to_generate_agree(way):
 
 def test_wrong_calls_are_refused():
     own = build()
-    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
         own()
-    with pytest.raises(ValueError, match="attention_mask covers 3 tokens; 0 are cached and 2 are new"):
+    with pytest.raises(ValueError, match=r"attention_mask .*\b3 tokens\b.*\b0 .*\b2\b"):
         own(torch.tensor([[1, 2]]), attention_mask=torch.ones(1, 3))
     fields = KmemConfig(model=CONFIG.model_dump(mode="json")).to_dict()
-    with pytest.raises(ValueError, match="hidden_size=64 contradicts 32"):
+    with pytest.raises(ValueError, match=r"config\.json: hidden_size=64 .*\b32\b"):
         KmemConfig(**{**fields, "hidden_size": 64})
 
 

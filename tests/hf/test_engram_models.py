@@ -175,9 +175,9 @@ def test_what_is_done_to_the_sequences_of_a_cache_is_done_to_the_state(name, fol
         cache.crop(-1)
     cache = DynamicCache()
     cache.update(torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 3, 16), 0)
-    with pytest.raises(ValueError, match="not read"):
+    with pytest.raises(ValueError, match=r"past_key_values .*n-grams"):
         model(ids, past_key_values=cache, use_cache=True)
-    with pytest.raises(ValueError, match="holds 2 sequences, and 1 are given"):
+    with pytest.raises(ValueError, match=r"cache .*\b2 sequences\b.*\b1\b"):
         model(ids[:1], past_key_values=model(ids, use_cache=True).past_key_values)
 
 
@@ -255,24 +255,27 @@ def test_a_run_is_used_where_it_lies(name, tmp_path):
 
 def test_wrong_calls_are_refused(folders):
     _, folder = folders("deepseek")
-    with pytest.raises(ValueError, match="tables='disk': one of device, mmap"):
+    with pytest.raises(ValueError, match=r"tables='disk': .*device, mmap"):
         opened(folder, tables="disk")
     model = opened(folder)
-    with pytest.raises(ValueError, match="give input_ids"):
+    with pytest.raises(ValueError, match=r"input_ids.*inputs_embeds"):
         model(inputs_embeds=torch.zeros(1, 2, 32))
-    with pytest.raises(ValueError, match="keeps its vocabulary"):
+    with pytest.raises(ValueError, match=r"vocabulary.*addresses"):
         model.resize_token_embeddings(VOCABULARY + 8)
     fields = model.config.to_dict()
-    with pytest.raises(ValueError, match="engram_addressing is missing"):
+    with pytest.raises(ValueError, match=r"config\.json: engram_addressing .*model\.engram"):
         KmemForCausalLM(KmemConfig(model=fields["model"]))
-    with pytest.raises(ValueError, match="the tables stay in weight files"):
+    with pytest.raises(ValueError, match=r'tables="mmap".*from_pretrained'):
         KmemForCausalLM(KmemConfig(**fields), tables="mmap")(tokens())
     manifest = fields["engram_addressing"]
     for change, message in [
-        ({"engram_addressing": {**manifest, "raw_vocab_size": 400}}, "for 400 token ids"),
-        ({"engram_addressing": {**manifest, "layers": [2, 1]}}, "has tables of"),
-        ({"engram_addressing": {**manifest, "orders": [3, 2]}}, "engram_addressing: n-gram orders must ascend"),
-        ({"engram_parts": {"0": [1, 2]}}, "engram_parts of layer 0 do not add up"),
+        ({"engram_addressing": {**manifest, "raw_vocab_size": 400}}, r"engram_addressing .*\b400 token ids.*\b320$"),
+        (
+            {"engram_addressing": {**manifest, "layers": [2, 1]}},
+            r"engram_addressing .*\{2: \d+, 1: \d+\} .*\{2: \d+, 0: \d+\} ",
+        ),
+        ({"engram_addressing": {**manifest, "orders": [3, 2]}}, r"engram_addressing: .*orders .*\[3, 2\]"),
+        ({"engram_parts": {"0": [1, 2]}}, r"engram_parts .*layer 0\b.*\b348 rows"),
     ]:
         with pytest.raises(ValueError, match=message):
             KmemForCausalLM(KmemConfig(**{**fields, **change}))
@@ -291,7 +294,11 @@ def renamed(folder, file):
     save_file({key + "_": tensor for key, tensor in tensors.items()}, folder / file, metadata={"format": "pt"})
 
 
-DAMAGE = {"truncated": cut_short, "not a safetensors file": no_header, "has no tensor": renamed}
+DAMAGE = {
+    "truncated: ": cut_short,
+    "safetensors file": no_header,
+    r"tensor layers\.2\.engram\.table\.parts\.1": renamed,
+}
 
 
 @pytest.mark.parametrize("message", DAMAGE)
@@ -310,9 +317,9 @@ def test_damaged_files_of_a_table_are_named(message, folders, tmp_path):
     with pytest.raises(ValueError, match=f"{file}: .*{message}"):
         map_tables(model.engram_description.tables(), find)
     (tmp_path / file).unlink()
-    with pytest.raises(ValueError, match=f"names {file}, which is not there"):
+    with pytest.raises(ValueError, match=rf"model\.safetensors\.index\.json: .*{file}"):
         map_tables(model.engram_description.tables(), find)
-    with pytest.raises(ValueError, match="neither"):
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json nor model\.safetensors"):
         map_tables(model.engram_description.tables(), lambda name: None)
 
 
@@ -335,9 +342,9 @@ def test_a_checkpoint_with_other_addresses_is_not_exported(tmp_path):
     commit = Commit.read(reader.folder)
     manifest = dict(commit.addressing)
     for addressing, message in [
-        ({**manifest, "tokenizer_fingerprint": "0" * 64}, "tokenizer_fingerprint is"),
-        ({**manifest, "multipliers": [[3] * 3] * 2}, "multipliers is"),
-        (None, "has no addressing"),
+        ({**manifest, "tokenizer_fingerprint": "0" * 64}, r"^model\.engram: .*tokenizer_fingerprint "),
+        ({**manifest, "multipliers": [[3] * 3] * 2}, r"^model\.engram: .*multipliers .*\[\[3, 3, 3\]"),
+        (None, r"^/.*/step-\d+: .*addressing .*model\.engram"),
     ]:
         Commit(**{**vars(commit), "addressing": addressing}).write(reader.folder)
         with pytest.raises(CheckpointError, match=message):
@@ -351,15 +358,15 @@ def test_memory_is_imported_with_its_tokenizer_alone(folders, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
     for change, message in [
-        ({"engram_addressing": {**config["engram_addressing"], "seed": 1}}, "seed is 0 here and 1 there"),
-        ({"engram_addressing": None}, "engram_addressing is missing"),
-        ({"engram_parts": {"0": [1]}}, "do not add up"),
+        ({"engram_addressing": {**config["engram_addressing"], "seed": 1}}, r"^model\.engram: .*\bseed .*\b0 .*\b1 "),
+        ({"engram_addressing": None}, r"config\.json: engram_addressing .*model\.engram"),
+        ({"engram_parts": {"0": [1]}}, r"config\.json: engram_parts .*layer 0\b"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match=message):
             import_folder(tmp_path, tmp_path / "run", say=str)
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match="has no tokenizer, which addresses the rows"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}: .*\btokenizer\b.*\brows\b"):
         import_folder(tmp_path, tmp_path / "run", say=str)
     assert not (tmp_path / "run").exists()

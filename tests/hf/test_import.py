@@ -209,7 +209,7 @@ def test_what_kmem_cannot_express_is_refused_by_field(field, tmp_path):
     foreign_folder(tmp_path / "from", kind)
     path = tmp_path / "from" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    expected = "top_k=9 exceeds" if field == "num_experts" else field
+    expected = "top_k=9 " if field == "num_experts" else field
     with pytest.raises(UserError, match=expected) as error:
         import_folder(tmp_path / "from", tmp_path / "run", say=str)
     assert str(path) in str(error.value)
@@ -270,7 +270,7 @@ def test_unread_fields_are_named(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "logit_cap": 30.0}))
     said = []
     import_folder(tmp_path / "from", tmp_path / "run", say=said.append)
-    assert [line for line in said if "not read" in line] == ["fields of config.json that were not read: logit_cap"]
+    assert [line.partition(": ")[2] for line in said if "config.json" in line] == ["logit_cap"]
 
 
 def pickled(folder):
@@ -289,13 +289,13 @@ def escaping_index(folder):
 
 
 DAMAGE = {
-    "does not unpickle": pickled,
-    "not a complete safetensors file": truncated,
-    "not a file of this folder": escaping_index,
-    "neither model.safetensors nor": lambda folder: (folder / "model.safetensors").unlink(),
-    "config.json: missing": lambda folder: (folder / "config.json").unlink(),
-    "not readable as JSON": lambda folder: (folder / "config.json").write_text("{"),
-    "only": lambda folder: edit_weights(
+    r"/pytorch_model\.bin: .*from_pretrained": pickled,
+    r"/model\.safetensors: .*complete": truncated,
+    r"/model\.safetensors\.index\.json: .*\.\./away\.safetensors": escaping_index,
+    r"model\.safetensors nor model\.safetensors\.index\.json": lambda folder: (folder / "model.safetensors").unlink(),
+    r"config\.json: missing": lambda folder: (folder / "config.json").unlink(),
+    r"config\.json: .*JSON: ": lambda folder: (folder / "config.json").write_text("{"),
+    r"/model\.safetensors: model\.norm\.weight .*fp32, bf16 and fp16": lambda folder: edit_weights(
         folder, lambda weights: weights.update({"model.norm.weight": torch.ones(32).int()})
     ),
 }
@@ -305,7 +305,7 @@ DAMAGE = {
 def test_a_damaged_folder_is_refused(message, tmp_path):
     foreign_folder(tmp_path / "from", "llama")
     DAMAGE[message](tmp_path / "from")
-    with pytest.raises(UserError, match=message if message != "only" else "imports fp32, bf16 and fp16"):
+    with pytest.raises(UserError, match=message):
         import_folder(tmp_path / "from", tmp_path / "run", say=str)
     assert not (tmp_path / "run").exists()
 
@@ -314,9 +314,9 @@ def test_an_occupied_run_folder_is_refused(tmp_path):
     foreign_folder(tmp_path / "from", "llama")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "x").write_text("")
-    with pytest.raises(UserError, match="not an empty folder"):
+    with pytest.raises(UserError, match=f"--out {tmp_path / 'run'}: exists"):
         import_folder(tmp_path / "from", tmp_path / "run", say=str)
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match=f"^{tmp_path / 'nowhere'}: no such"):
         import_folder(tmp_path / "nowhere", tmp_path / "run2", say=str)
 
 

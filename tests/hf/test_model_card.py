@@ -1,6 +1,7 @@
 """What the model card of an export says of parameters and licences."""
 
 import math
+import re
 
 import pytest
 
@@ -28,20 +29,18 @@ def test_parts_of_a_model_with_a_bank_add_up(name, tmp_path):
     total = sum(math.prod(shape) for shape in tensor_shapes(BANKS[name].shape).values())
     anchor = total - layout.bank_values - generic - rows
     assert f"| Parameters | {total:,} |" in text
-    assert (
-        f"Of its parameters {anchor:,} are the anchor, the model without memory, and {layout.bank_values:,} a" in text
-    )
-    assert f"A context fetches {layout.fetched_values:,} of the bank" in text
-    assert (f"{generic:,} more are generic blocks" in text) == bool(generic)
-    assert (f"Of its parameters {rows:,} are rows of n-gram memory" in text) == bool(rows)
+    assert re.search(rf"parameters {anchor:,} .*\banchor\b.* {layout.bank_values:,} .*\bbank\b", text)
+    assert f" fetches {layout.fetched_values:,} of" in text
+    assert bool(re.search(rf" {generic:,} [^.\n]*generic blocks", text)) == bool(generic)
+    assert bool(re.search(rf" {rows:,} [^.\n]*n-gram", text)) == bool(rows)
 
 
 def test_licences_are_those_that_are_there(tmp_path):
     with_licence = card(BANKS["ffn"], tmp_path, make_sentence_tree(tmp_path / "sentences", ["a", "b c"] * 5))
-    assert "minilm, with its licence: `LICENSE` in `tree/embedder/`." in with_licence
+    assert re.search("minilm.*`LICENSE` in `tree/embedder/`", with_licence)
     tree = make_tree(tmp_path / "tree")
     (tree / "embedder" / "LICENSE").unlink()
-    assert "the embedder of contexts, tfidf.\n" in card(BANKS["ffn"], tmp_path, tree)
+    assert ", tfidf.\n" in card(BANKS["ffn"], tmp_path, tree)
 
 
 def test_a_model_without_a_bank_has_none(tmp_path):

@@ -3,6 +3,7 @@ leaves are those of the training data."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,7 +107,7 @@ def test_an_encoder_of_ones_own_goes_with_the_export(pooling, data, tmp_path):
     leaves = leaves_without_kmem(out)
     assert sorted(leaves) == stored(data)
     assert len(set(leaves)) > CHILDREN
-    lacks = [line for line in said if "the encoder bert came without a LICENSE file" in line]
+    lacks = [line for line in said if re.search(r"tree/embedder: .*\bbert\b.*LICENSE", line)]
     if pooling == "cls":
         assert not lacks
         assert (out / "tree" / "embedder" / "LICENSE").read_text() == "None: random numbers.\n"
@@ -127,7 +128,7 @@ def test_a_registered_class_goes_with_the_export(data, letters, tmp_path):
 def test_a_class_that_needs_more_than_exports_have_is_refused(data, letters, tmp_path):
     EMBEDDERS["letters"] = Inside
     tree = clustered(data, "--embedder", "letters")
-    with pytest.raises(UserError, match=r"test_plugged_embedders.py: imports kmem.*put Inside.* in a file of its own"):
+    with pytest.raises(UserError, match=r"test_plugged_embedders\.py: imports kmem\b.*\bInside\b.*\bletters\b"):
         exported(tree, [])
     assert not tmp_path.joinpath("out").exists()
 
@@ -141,18 +142,18 @@ def test_a_process_that_does_not_register_it_says_so(data, letters, capsys):
     finally:
         EMBEDDERS["letters"], KINDS["letters"] = found
     said = capsys.readouterr().err
-    assert f"{tree}/embedder/embedder.json: not an embedder that this kmem knows" in said
+    assert f"{tree}/embedder/embedder.json: " in said
     assert "register_embedder" in said
 
 
 def test_a_name_stands_for_one_embedder(letters):
     register_embedder("letters", letters, Letters)  # the same again
-    with pytest.raises(ValueError, match="letters: there is an embedder of this name"):
+    with pytest.raises(ValueError, match=r"^letters: [^-]*\bembedder\b"):
         register_embedder("letters", letters, Inside)
-    with pytest.raises(ValueError, match="tfidf: there is an embedder of this name"):
+    with pytest.raises(ValueError, match=r"^tfidf: [^-]*\bembedder\b"):
         register_embedder("tfidf", letters, Letters)
     path = EmbedderKind("", lambda *_: {}, 1, False, (EmbedderOption("pieces", "DIR", "", parse=Path),))
-    with pytest.raises(ValueError, match="--pieces of another embedder is read otherwise"):
+    with pytest.raises(ValueError, match=r"^other: --pieces\b"):
         register_embedder("other", path, Letters)
     assert "other" not in KINDS
 

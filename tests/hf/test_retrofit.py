@@ -1,5 +1,7 @@
 """A trained MoE becomes chains of experts that compute the same, to the bit."""
 
+import re
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ def test_the_chain_starts_as_the_model_it_came_from(name, tmp_path, capsys):
     run, out, back = (str(tmp_path / folder) for folder in ("run", "out", "back"))
     assert main(["export", "--checkpoint", run, "--out", out]) == 0
     assert main(["import", "--from", out, "--out", back, "--chain-iterations", "3"]) == 0
-    assert "become chains of 3 iterations" in capsys.readouterr().out
+    assert "chains of 3 iterations" in capsys.readouterr().out
     reader = CheckpointReader(tmp_path / "back")
     reader.verify()
     assert reader.config.model.moe.chain.retrofit_scale
@@ -58,11 +60,11 @@ def test_other_chains_start_as_the_model_too(choices, tmp_path):
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ("residual=both", "--chain-set residual: Input should be"),
+        ("residual=both", "--chain-set residual: .*'inner'"),
         ("gate=shared", "--chain-set gate: "),
-        ("residual=init", "would not start as the MoE layer it came from"),
-        ("iterations=3", "--chain-set iterations=3: expected a field"),
-        ("shared_experts=once", "the model has no shared experts"),
+        ("residual=init", "--chain-set .*residual=init .*stream=prenorm"),
+        ("iterations=3", r"--chain-set iterations=3: .*model\.moe\.chain"),
+        ("shared_experts=once", "--chain-set shared_experts=once: "),
     ],
 )
 def test_choices_that_make_no_such_chain(choice, message):
@@ -73,9 +75,9 @@ def test_choices_that_make_no_such_chain(choice, message):
 @pytest.mark.parametrize(
     ("name", "iterations", "message"),
     [
-        ("qwen3", "2", "--chain-iterations: the model has no experts"),
-        ("chain of experts", "2", "--chain-iterations: the model's layers are chains"),
-        ("qwen3_moe", "1", "--chain-iterations 1: at least 2"),
+        ("qwen3", "2", r"--chain-iterations: .*\bno experts"),
+        ("chain of experts", "2", r"--chain-iterations: .*\bchains\b"),
+        ("qwen3_moe", "1", r"--chain-iterations 1: .*\b2\b"),
     ],
 )
 def test_what_cannot_be_chained(name, iterations, message, tmp_path, capsys):
@@ -83,5 +85,5 @@ def test_what_cannot_be_chained(name, iterations, message, tmp_path, capsys):
     run, out, back = (str(tmp_path / folder) for folder in ("run", "out", "back"))
     assert main(["export", "--checkpoint", run, "--out", out]) == 0
     assert main(["import", "--from", out, "--out", back, "--chain-iterations", iterations]) == 2
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "back").exists()

@@ -51,7 +51,7 @@ def test_what_was_not_measured_says_so(tmp_path):
     done = run("--tiny", "--minutes", 0, "--only", "route", "--out", tmp_path / "none.json")
     rows = json.loads((tmp_path / "none.json").read_text())["measurements"]
     assert rows
-    assert all(row["us"] is None and row["not_measured"] == "0 minutes would have passed" for row in rows)
+    assert all(row["us"] is None and "0 minutes" in row["not_measured"] for row in rows)
     assert done.stdout.count("not measured") == len(rows)
 
 
@@ -97,4 +97,4 @@ def test_a_profile_that_fails_leaves_the_figure(benchmark, monkeypatch):
     monkeypatch.setattr(benchmark, "profile", fail)
     measured, profile = benchmark.profiled(benchmark.Measurement(None, 1.5), None)
     assert (measured.seconds, profile) == (1.5, [])
-    assert measured.reason == "failed while it was profiled: RuntimeError: out of memory"
+    assert measured.reason.endswith(": RuntimeError: out of memory")

@@ -171,5 +171,5 @@ def test_gradients_of_the_definition():
 
 def test_too_few_rows_are_refused():
     _, row_of_choice_TK = places(5, 4, 2)
-    with pytest.raises(ValueError, match="9 rows cannot hold 10 choices"):
+    with pytest.raises(ValueError, match=r"^9 rows .*\b10 choices"):
         permute(random(5, 3), row_of_choice_TK, num_rows=9)

@@ -151,11 +151,11 @@ def test_gradients_of_the_definition():
 
 def test_refusals():
     logits = random(2, 12)
-    with pytest.raises(ValueError, match="5 of 12 experts cannot be chosen from 1 of 3 groups"):
+    with pytest.raises(ValueError, match=r"\b5 of 12 experts .*\b1 of 3 groups"):
         route(logits, None, top_k=5, num_groups=3)
-    with pytest.raises(ValueError, match="4 experts has no best 5"):
+    with pytest.raises(ValueError, match=r"\b4 experts .*\b5$"):
         route(logits, None, top_k=2, num_groups=3, group_score_top_k=5)
-    with pytest.raises(ValueError, match="'cuda' is none of"):
+    with pytest.raises(ValueError, match=r"backend 'cuda' .*'triton', 'torch'"):
         route(logits, None, top_k=2, backend="cuda")
     with pytest.raises(TypeError, match="float64"):
         route(logits.double(), None, top_k=2, backend="triton")

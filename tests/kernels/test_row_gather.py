@@ -79,11 +79,11 @@ def test_refusals():
         row_gather(table.double(), ids)
     with pytest.raises(ValueError, match="contiguous"):
         row_gather(table.T, ids)
-    with pytest.raises(ValueError, match=r"do not fit into \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"^2 rows of 5 .*\(3, 5\)"):
         row_gather(table, ids, torch.zeros(3, 5))
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match=r"^2 rows of 5 .*\(2, 5\)"):
         row_gather(table, ids, torch.zeros(2, 5, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match="3 places for 2 rows"):
+    with pytest.raises(ValueError, match=r"^3 places .*\b2 rows"):
         row_gather(table, ids, torch.zeros(9, 5), torch.arange(3))
-    with pytest.raises(ValueError, match="places in an output"):
+    with pytest.raises(ValueError, match=r"^places .*output"):
         row_gather(table, ids, None, torch.arange(2))

@@ -147,15 +147,15 @@ def test_refusals():
     good = Gradients(rows, random(2, 3))
     with pytest.raises(ValueError, match="float64"):
         adam_(table[0].double(), *table[1:], good, step)
-    with pytest.raises(ValueError, match="do not fit rows of 3"):
+    with pytest.raises(ValueError, match=r"gradients \(2, 4\) .*\brows of 3\b"):
         adam_(*table, Gradients(rows, random(2, 4)), step)
-    with pytest.raises(ValueError, match="2 rows and gradients for another number"):
+    with pytest.raises(ValueError, match=r"^2 rows .*gradients"):
         adam_(*table, Gradients(rows, random(3, 3)), step)
-    with pytest.raises(ValueError, match="order and starts together"):
+    with pytest.raises(ValueError, match="order and starts"):
         adam_(*table, Gradients(rows, random(2, 3), order=rows), step)
-    with pytest.raises(ValueError, match="fp32 rows are not rounded"):
+    with pytest.raises(ValueError, match=r"fp32 rows .*rounded"):
         adam_(*table, good, step, rounding=RandomRounding(1, 0))
     with pytest.raises(ValueError, match="moments"):
         adam_(table[0], table[1].bfloat16(), table[2], good, step)
-    with pytest.raises(ValueError, match="step 5 needs as many decays"):
+    with pytest.raises(ValueError, match=r"step 5 .*decays"):
         adam_(*table, good, step, CatchUp(torch.zeros(4, 1, dtype=torch.int32), 5, torch.ones(3, 4)))

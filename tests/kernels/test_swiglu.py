@@ -98,5 +98,5 @@ def test_gradients_of_the_definition():
 def test_refusals():
     with pytest.raises(ValueError, match="5 columns"):
         swiglu(random(2, 5))
-    with pytest.raises(ValueError, match=r"gate is torch.float32 \(2, 3\) and up torch.bfloat16 \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"gate .*float32 \(2, 3\) .*up .*bfloat16 \(2, 3\)"):
         silu_times(random(2, 3), random(2, 3, dtype=torch.bfloat16))

@@ -51,13 +51,13 @@ def test_tfidf_of_a_context_is_the_same_bits_in_any_company():
 
 
 def test_a_token_of_another_vocabulary_is_an_error():
-    with pytest.raises(ValueError, match="use its tokenizer"):
+    with pytest.raises(ValueError, match=r"token id 50: .*\b50\b.*tokenizer"):
         make_embedder()[0].embed([torch.tensor([VOCABULARY])])
 
 
 def test_a_stored_embedder_is_the_same_and_unknown_ones_are_refused(tmp_path):
     embedder, idf, projection = make_embedder()
-    with pytest.raises(ValueError, match="missing; copy the tree again"):
+    with pytest.raises(ValueError, match=r"embedder\.json: missing"):
         load_embedder(tmp_path)
     save_file({"idf": idf, "projection": projection}, str(tmp_path / TFIDF_FILE))
     record = {"format": "kmem-embedder", "version": 1, "name": "tfidf", "dim": DIM}
@@ -66,10 +66,10 @@ def test_a_stored_embedder_is_the_same_and_unknown_ones_are_refused(tmp_path):
     assert torch.equal(load_embedder(tmp_path).embed(contexts), embedder.embed(contexts))
     for wrong in ({"name": "oracle"}, {"version": 2}, {"format": "other"}):
         (tmp_path / "embedder.json").write_text(json.dumps(record | wrong))
-        with pytest.raises(ValueError, match="not an embedder that this kmem knows"):
+        with pytest.raises(ValueError, match=r"embedder\.json: .*register_embedder"):
             load_embedder(tmp_path)
     (tmp_path / "embedder.json").write_text(json.dumps(record | {"dim": DIM + 1}))
-    with pytest.raises(ValueError, match="not the tensors"):
+    with pytest.raises(ValueError, match=r"tfidf\.safetensors: .*embedder\.json"):
         load_embedder(tmp_path)
 
 
@@ -160,5 +160,5 @@ def test_minilm_computes_alike_whatever_the_process_does(minilm):
 
 
 def test_minilm_needs_a_tokenizer(minilm):
-    with pytest.raises(ValueError, match="pass the tokenizer"):
+    with pytest.raises(ValueError, match=f"^{minilm[1]}: .*tokenizer"):
         load_embedder(minilm[1])

@@ -72,7 +72,7 @@ def test_blocked_clusters_give_way_to_the_next_nearest(blocked):
 
 
 def test_everything_blocked_is_an_error():
-    with pytest.raises(ValueError, match="every cluster"):
+    with pytest.raises(ValueError, match=r"every cluster\b.*blocked"):
         make_tree().descend(contexts(1), [(0,), (1,), (2, 0), (2, 1), (2, 2)])
 
 
@@ -110,15 +110,15 @@ def test_ids_of_a_level_and_paths():
     assert parse_path("2.0.1") == (2, 0, 1)
     assert format_path((2, 0, 1)) == "2.0.1"
     for wrong in ("", "1.", "a", "-1", "1,2"):
-        with pytest.raises(ValueError, match="write a path"):
+        with pytest.raises(ValueError, match=f"^cluster '{wrong}': "):
             parse_path(wrong)
     for wrong_path in ((), (0, 0, 0, 0), (3,)):
-        with pytest.raises(ValueError, match="cluster"):
+        with pytest.raises(ValueError, match=f"^cluster {format_path(wrong_path)}: "):
             tree.cluster(wrong_path)
 
 
 def test_another_dimension_is_an_error():
-    with pytest.raises(ValueError, match="embedder of the tree"):
+    with pytest.raises(ValueError, match=r"\[2, 6\].*\[N, 5\].*embedder"):
         make_tree().descend(torch.zeros(2, DIM + 1))
 
 
@@ -145,9 +145,9 @@ def test_a_stored_tree_is_the_same_and_damage_is_noticed(tmp_path):
 
     text = (tmp_path / TREE_FILE).read_text()
     for wrong, message in (
-        (text.replace('"levels": 3', '"levels": 2'), "changed since"),
-        (text.replace('"version": 1', '"version": 9'), "format version 9"),
-        ("[]", "not the description"),
+        (text.replace('"levels": 3', '"levels": 2'), r"tree\.json: changed"),
+        (text.replace('"version": 1', '"version": 9'), r"tree\.json: .*version 9\b"),
+        ("[]", r"tree\.json: .*\bdescription\b"),
     ):
         (tmp_path / TREE_FILE).write_text(wrong)
         with pytest.raises(ValueError, match=message):
@@ -156,8 +156,8 @@ def test_a_stored_tree_is_the_same_and_damage_is_noticed(tmp_path):
     with open(tmp_path / CENTROIDS_FILE, "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x7f")
-    with pytest.raises(ValueError, match="copy the tree again"):
+    with pytest.raises(ValueError, match=r"tree\.safetensors: .*tree\.json"):
         ClusterTree.load(tmp_path)
     (tmp_path / TREE_FILE).unlink()
-    with pytest.raises(ValueError, match="no finished tree"):
+    with pytest.raises(ValueError, match=r"tree\.json: missing.*kmem data cluster"):
         ClusterTree.load(tmp_path)

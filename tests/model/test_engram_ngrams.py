@@ -248,21 +248,21 @@ def test_manifest_round_trip_names_differences():
     with pytest.raises(ValueError, match="pad_id"):
         NgramAddressing.from_manifest(manifest)
     manifest["pad_id"] = "2"
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"addressing manifest.*'int' and 'str'"):
         NgramAddressing.from_manifest(manifest)
 
 
 @pytest.mark.parametrize(
     "choices, message",
     [
-        ({"orders": (3, 2)}, "orders"),
-        ({"orders": (1, 2)}, "orders"),
-        ({"pad_id": 100}, "pad_id"),
-        ({"layers": [1, 1]}, "twice"),
+        ({"orders": (3, 2)}, r"orders .*\[3, 2\]"),
+        ({"orders": (1, 2)}, r"orders .*\[1, 2\]"),
+        ({"pad_id": 100}, "pad_id 100 "),
+        ({"layers": [1, 1]}, r"layers .*\[1, 1\]"),
         ({"rows_per_head": 2**62}, "rows_per_head"),
-        ({"rows_per_head": [10]}, "2 n-gram orders"),
-        ({"boundary": "segment"}, "boundary"),
-        ({"raw_vocab_size": 0}, "vocabulary"),
+        ({"rows_per_head": [10]}, r"rows_per_head .*\b1\b.*\b2\b.*orders"),
+        ({"boundary": "segment"}, "boundary .*'segment'"),
+        ({"raw_vocab_size": 0}, r"vocabulary .*\b0$"),
     ],
 )
 def test_refuses(choices, message):

@@ -1,6 +1,7 @@
 """Every backend computes what the loop over experts does, forward and backward, or says why it cannot."""
 
 import importlib
+import re
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_the_loop_is_its_definition():
 def test_what_runs_on_a_cpu(monkeypatch):
     monkeypatch.setattr(expert_backends, "_interpreted", lambda: False)
     assert available(CPU, torch.float32) == available(CPU, torch.bfloat16) == ["grouped_mm", "loop"]
-    assert problem("deepspeed", CPU, torch.float32) == "it needs a CUDA device, and this process computes on the cpu"
+    assert re.search(r"CUDA.*\bcpu$", str(problem("deepspeed", CPU, torch.float32)))
 
 
 def test_a_backend_that_is_not_installed_names_its_remedy(monkeypatch):
@@ -117,12 +118,12 @@ def test_a_backend_that_is_not_installed_names_its_remedy(monkeypatch):
 def test_old_gpus_and_other_types_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     cuda = torch.device("cuda")
-    assert "8.0 or more, and cuda has 7.5" in str(problem("deepspeed", cuda, torch.bfloat16))
+    assert re.search(r"\b8\.0\b.*\bcuda\b.*\b7\.5$", str(problem("deepspeed", cuda, torch.bfloat16)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert "TF32" in str(problem("liger", cuda, torch.float32))
     assert problem("grouped_mm", cuda, torch.float32) is None
     monkeypatch.setattr(expert_backends, "_interpreted", lambda: True)
-    assert "fp32 alone" in str(problem("deepspeed", CPU, torch.bfloat16))
+    assert re.search("interpreter.*fp32", str(problem("deepspeed", CPU, torch.bfloat16)))
 
 
 def test_more_elements_than_deepspeed_can_address_are_refused():
@@ -133,5 +134,5 @@ def test_more_elements_than_deepspeed_can_address_are_refused():
 
 
 def test_names_that_are_none():
-    with pytest.raises(ValueError, match="'scatter' is none of grouped_mm, loop, deepspeed, liger"):
+    with pytest.raises(ValueError, match=r"'scatter' .*grouped_mm, loop, deepspeed, liger"):
         find_backend("scatter")

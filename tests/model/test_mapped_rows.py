@@ -87,7 +87,7 @@ def test_long_rows_are_read_in_one_piece(length, dtype, tmp_path, monkeypatch):
     assert len(set(reads)) == ROWS - len(cut)
     for path in opened:
         path.write_bytes(path.read_bytes()[:80])
-    with pytest.raises(ValueError, match=r"\.safetensors: truncated while it was in use"):
+    with pytest.raises(ValueError, match=r"\.safetensors: truncated while\b"):
         rows(torch.arange(ROWS))
 
 
@@ -135,17 +135,17 @@ def test_another_file_in_its_place_is_refused(tmp_path):
     other = table(seed=1)
     save_file({"other": torch.ones(3, dtype=torch.bfloat16), "0": other}, path)
     os.utime(path, ns=(0, 0))  # at another time, whatever the clock's steps
-    with pytest.raises(ValueError, match=r"0\.safetensors: changed since it was mapped; load the model"):
+    with pytest.raises(ValueError, match=r"0\.safetensors: changed\b"):
         pickle.loads(kept)  # noqa: S301
     path.unlink()
-    with pytest.raises(ValueError, match=r"0\.safetensors: cannot be mapped: No such file"):
+    with pytest.raises(ValueError, match=r"0\.safetensors: .*No such file"):
         pickle.loads(kept)  # noqa: S301
 
 
 def test_rows_outside_the_table_are_refused(tmp_path):
     rows = MappedRows.open("t", DIM, stored(tmp_path, [table()]))
     for wrong in (-1, ROWS):
-        with pytest.raises(IndexError, match="t has 61 rows"):
+        with pytest.raises(IndexError, match=rf"^t .*\b61 rows\b.*{wrong}\b"):
             rows(torch.tensor([0, wrong]))
 
 
@@ -170,29 +170,29 @@ def test_files_that_do_not_hold_the_table_are_named(tmp_path):
         with pytest.raises(ValueError, match=message):
             MappedRows.open("t", dim, parts)
 
-    refused(r"1\.safetensors: 1 has shape \[30, 12\], expected \[29, 12\]", [places[0], (path, "1", 29)])
-    refused(r"0 has shape \[31, 12\], expected \[31, 6\]", dim=6)
-    refused("1.safetensors: has no tensor 9", [(path, "9", 30)])
-    refused("no file holds its rows", [])
-    refused("absent.safetensors: cannot be mapped: No such file", [(tmp_path / "absent.safetensors", "0", 31)])
+    refused(r"1\.safetensors: 1 .*\[30, 12\].*\[29, 12\]", [places[0], (path, "1", 29)])
+    refused(r"0\.safetensors: 0 .*\[31, 12\].*\[31, 6\]", dim=6)
+    refused(r"1\.safetensors: .*tensor 9$", [(path, "9", 30)])
+    refused("^t: no file", [])
+    refused(r"absent\.safetensors: .*No such file", [(tmp_path / "absent.safetensors", "0", 31)])
 
     save_file({"1": table()[:30].bfloat16()}, path)
-    refused("1 is BF16, but t began as F32")
+    refused(r"1\.safetensors: 1 .*BF16.*\bt\b.*F32")
     save_file({"1": torch.zeros(30, DIM, dtype=torch.int32)}, path)
-    refused("1 is I32; rows are one of F32, BF16, F16")
+    refused(r"1\.safetensors: 1 .*I32.*F32, BF16, F16")
     save_file({"1": table()[:30].clone()}, path)
     whole = path.read_bytes()
     for content, message in [
         (whole[:-4], r"truncated: \d+ bytes of \d+"),
-        (whole[:30], "not a safetensors file"),
-        (b"", "not a safetensors file"),
-        (b"\xff" * 64, "not a safetensors file"),
-        ((8).to_bytes(8, "little") + b"{nothing" + b" " * 64, "header cannot be read"),
-        (header({"1": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 12]}}), "another length than its shape"),
-        (header({"1": {"dtype": "F32", "shape": [2, 2]}}), "header cannot be read"),
+        (whole[:30], "safetensors file"),
+        (b"", "safetensors file"),
+        (b"\xff" * 64, "safetensors file"),
+        ((8).to_bytes(8, "little") + b"{nothing" + b" " * 64, "header .*property name"),
+        (header({"1": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 12]}}), "header .*: 1 .*shape"),
+        (header({"1": {"dtype": "F32", "shape": [2, 2]}}), "header .*'data_offsets'"),
     ]:
         path.write_bytes(content)
-        refused(f"1.safetensors: .*{message}")
+        refused(rf"1\.safetensors: .*{message}")
 
 
 def header(tree):
@@ -202,5 +202,5 @@ def header(tree):
 
 def test_half_a_row_is_refused(tmp_path):
     (place,) = stored(tmp_path, [table().flatten()[:-5]])
-    with pytest.raises(ValueError, match="end in the middle of a row of 12 values"):
+    with pytest.raises(ValueError, match=r"^t: .*\b12 values"):
         MappedRows("t", DIM, [Segment(SafetensorsFile(place[0]), place[1])])

@@ -86,14 +86,20 @@ def test_an_expert_without_tokens_and_a_rank_without_rows():
 def test_rows_that_no_expert_counts_are_refused():
     """grouped_mm would return uninitialised memory for them."""
     experts = Experts(tiny.shape(tiny.GQA, tiny.SOFTMAX))
-    with pytest.raises(AssertionError, match="5 rows counted, 6 given"):
+    with pytest.raises(AssertionError, match=r"\b5 rows\b.*\b6\b"):
         experts(tiny.random(6, 32), torch.tensor([0, 2, 0, 0, 3, 0, 0, 0]))
 
 
-@pytest.mark.parametrize("sizes", [{"hidden_size": 36}, {"moe": {**tiny.SOFTMAX, "intermediate_size": 12}}])
-def test_unaligned_experts_are_refused(sizes):
+@pytest.mark.parametrize(
+    ("named", "sizes"),
+    [
+        ("hidden_size=36", {"hidden_size": 36}),
+        ("moe.intermediate_size=12", {"moe": {**tiny.SOFTMAX, "intermediate_size": 12}}),
+    ],
+)
+def test_unaligned_experts_are_refused(named, sizes):
     options = {"moe": tiny.SOFTMAX, **sizes}
-    with pytest.raises(ValueError, match="multiple of 8"):
+    with pytest.raises(ValueError, match=rf"{named} .*\b8\b"):
         Experts(tiny.shape(tiny.GQA, **options))
 
 

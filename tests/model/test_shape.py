@@ -17,7 +17,7 @@ def test_a_shape_is_the_mapping_it_was_made_from():
 
 def test_a_shape_is_read_only_and_names_unknown_fields():
     shape = tiny.shape()
-    with pytest.raises(AttributeError, match="read-only"):
+    with pytest.raises(AttributeError, match="read-only: 'hidden_size'"):
         shape.hidden_size = 1
     with pytest.raises(AttributeError, match=r"'hiden_size'.*hidden_size"):
         _ = shape.hiden_size

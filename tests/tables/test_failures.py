@@ -1,6 +1,7 @@
 """Nothing leaks, nobody waits for ever, and what users can cause is a clear error."""
 
 import gc
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +55,7 @@ def test_a_step_left_without_commit_is_skipped(worker):
             table.begin(ids(1))
         assert table.step == 0
         assert torch.equal(table.read_rows(0, ROWS), before)
-        with pytest.raises(AssertionError, match="committed or skipped before"):
+        with pytest.raises(AssertionError, match=r"step .*committed .*before"):
             ticket.commit(1.0, 0.1)
 
 
@@ -112,21 +113,21 @@ def test_a_closed_table_gives_its_file_and_mapping_back(worker, tmp_path):
 def test_waiting_for_rows_that_wait_for_oneself_is_caught(worker):
     with open_table(worker) as table:
         table.begin(ids(0))
-        with pytest.raises(AssertionError, match=r"step 1 waits for steps \[0\]"):
+        with pytest.raises(AssertionError, match=r"step 1 .*\[0\]"):
             table.begin(ids(1)).result()
-        with pytest.raises(AssertionError, match="prefetch depth is 1"):
+        with pytest.raises(AssertionError, match=r"\b2 steps .*prefetch depth .*\b1$"):
             table.begin(ids(2))
 
 
 def test_after_an_error_every_ticket_fails_with_it(worker):
     table = open_table(worker)
-    missing = pytest.raises(ExchangeError, match=r"has 97 rows and was asked for rows 95 to 97")
+    missing = pytest.raises(ExchangeError, match=r"table toy\.\w+ .*\b97 rows\b.*\b95 to 97\b")
     with table.begin(torch.arange(95, 98).expand(1, 1, 2, 3)) as failing, missing:
         failing.result()
     later = table.begin(ids(1))
-    with pytest.raises(ExchangeError, match="has 97 rows"):
+    with pytest.raises(ExchangeError, match=r"table toy\.\w+ .*\b97 rows\b"):
         later.result()
-    with pytest.raises(ExchangeError, match="has 97 rows"):
+    with pytest.raises(ExchangeError, match=r"table toy\.\w+ .*\b97 rows\b"):
         table.evaluate(ids(1))
     table.close()
 
@@ -173,9 +174,9 @@ def test_a_rank_that_raises_leaves_at_once_and_the_others_in_time(ranks):
 
 
 def test_row_counts_that_overflow_are_refused():
-    with pytest.raises(UserError, match="cannot be numbered"):
+    with pytest.raises(UserError, match=r"^table t: 1152921504606846976 rows of 64 values"):
         TableSpec("t", 1 << 60, 64)
-    with pytest.raises(UserError, match="needs a folder"):
+    with pytest.raises(UserError, match=r"^table t: .*mmap.*folder"):
         TableSpec("t", 10, 64, store="mmap")
 
 
@@ -190,7 +191,7 @@ def absent_rank(world):
     if worker.exchange.rank == 1:
         time.sleep(6)
         return None
-    with pytest.raises(ExchangeError, match="tables: the exchange between ranks stopped") as caught:
+    with pytest.raises(ExchangeError, match=r"tables: .*\bexchange\b") as caught:
         table.begin(rank_ids(1, 0, world)).result()
     table.close()
     worker.close()
@@ -214,10 +215,10 @@ def failing_owner(world):
 @pytest.mark.parametrize("case", [absent_rank, failing_owner])
 def test_a_rank_that_is_gone_stops_the_others_in_time(ranks, case):
     messages = [message for message in ranks.run(2, case, 2) if message]
-    assert all(message.startswith("tables: the exchange between ranks stopped") for message in messages)
+    assert all(re.match(r"[\w ]*tables: .*\bexchange\b", message) for message in messages)
     if case is failing_owner:
         assert len(messages) == 2
-        assert "has 97 rows" in messages[1]
+        assert re.search(r"table toy\.\w+ .*\b97 rows\b", messages[1])
 
 
 def anonymous_bytes() -> int:

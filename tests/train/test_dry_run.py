@@ -196,8 +196,8 @@ def test_a_frozen_anchor_needs_weights_only():
 def test_tables_of_both_memories_are_shown(capsys):
     assert print_dry_run(parse_config(small_config(**BANK, model__engram=ENGRAM)), 2, as_json=False) == 0
     printed = capsys.readouterr().out
-    assert "engram tables per rank" in printed
-    assert "bank tables per rank" in printed
+    assert "engram tables" in printed
+    assert "bank tables" in printed
     assert "fetched" in printed
 
 

@@ -1,6 +1,7 @@
 """Runs of models with n-gram memory, as `kmem train` makes them: real text, a real tokenizer, processes over gloo."""
 
 import json
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -117,11 +118,11 @@ def test_the_figures_of_a_mesh_are_those_of_one_rank(ranks, engram_run):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model__engram__rows_per_head": 10**12}, "of host memory for rows and"),
-        ({"model__engram__rows_per_head": 10**13, "engram__store": "mmap"}, "of disk and"),
+        ({"model__engram__rows_per_head": 10**12}, r"^engram\.store: .* GiB .*host memory.* GiB .*store=mmap"),
+        ({"model__engram__rows_per_head": 10**13, "engram__store": "mmap"}, r"^table .* GiB .*\bdisk .* GiB "),
         (
             {"engram__store": "mmap", "engram__folder": "/proc/nowhere"},
-            "engram.folder: /proc/nowhere/case cannot be made",
+            r"^engram\.folder: /proc/nowhere/case ",
         ),
     ],
     ids=["host", "disk", "folder"],
@@ -130,7 +131,7 @@ def test_a_table_that_does_not_fit_is_refused_on_every_rank(ranks, engram_run, c
     """Before training, with the numbers."""
     answers = ranks.run(2, trainer_case, engram_run(**changes))
     assert len({answer["error"] for answer in answers}) == 1
-    assert message in answers[0]["error"]
+    assert re.search(message, answers[0]["error"])
     assert answers[0]["steps"] is None
 
 
@@ -139,8 +140,9 @@ def test_a_row_gradient_that_is_not_finite_stops_all_ranks(ranks, engram_run):
     tree = engram_run(checkpoint__every=1)
     answers = ranks.run(2, spoiled_case, tree)
     assert len({answer["error"] for answer in answers}) == 1
-    assert answers[0]["error"].startswith("step 4: the gradient of memory rows is not finite")
-    assert "The checkpoint of step 3 is valid" in answers[0]["error"]
+    assert re.match(
+        r"step 4: .*gradient of .*rows .*\bcheckpoint of step 3\b.*train\.optimizer\.lr", answers[0]["error"]
+    )
     (answer,) = ranks.run(1, trainer_case, tree)
     assert (answer["started_at"], answer["error"]) == (3, None)
 
@@ -148,10 +150,7 @@ def test_a_row_gradient_that_is_not_finite_stops_all_ranks(ranks, engram_run):
 def test_a_rank_that_is_gone_is_one_clear_error(ranks, engram_run):
     tree = engram_run(checkpoint__every=2, parallel__timeout_seconds=8)
     lost, _ = ranks.run(2, leaving_case, tree)
-    assert lost["error"] == (
-        "after step 3: another rank is gone or does not answer; its own log names the cause. The checkpoint of step 2 "
-        "is valid: run the same command again to go on"
-    )
+    assert re.match(r"after step 3: another rank .*\bcheckpoint of step 2\b", lost["error"])
     (answer,) = ranks.run(1, trainer_case, tree)
     assert (answer["started_at"], answer["steps"]) == (2, 6)
 

@@ -1,5 +1,6 @@
 """Training with another expert backend: the same curve, and one message on every rank where it does not run."""
 
+import re
 import sys
 
 import pytest
@@ -32,7 +33,7 @@ def test_a_gpu_without_kernels_is_refused(monkeypatch):
     assert expert_problem(config) is None
     monkeypatch.setitem(sys.modules, "kmem_kernels.permute.op", None)
     refusal = expert_problem(config)
-    assert refusal.startswith("model.moe: its kernels cannot be imported")
+    assert re.match(r"model\.moe: .*kernels .*kmem_kernels\.permute\.op", refusal)
     assert refusal.endswith("pip install 'kmem[kernels]'")
 
 
@@ -40,6 +41,5 @@ def test_a_backend_that_does_not_run_here_is_refused_on_every_rank(ranks, run_co
     tree, _ = run_config(train__expert_backend="deepspeed")
     answers = ranks.run(2, trainer_case, tree)
     (error,) = {answer["error"] for answer in answers}
-    assert error.startswith("train.expert_backend=deepspeed: ")
-    assert error.endswith("; or choose grouped_mm, which runs everywhere")
+    assert re.match(r"train\.expert_backend=deepspeed: .*\bgrouped_mm\b", error)
     assert all(answer["steps"] is None for answer in answers)

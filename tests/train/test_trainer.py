@@ -1,6 +1,7 @@
 """Whole runs: metrics, exact resume, errors before anything is lost."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def test_a_run_learns_and_reports(ranks, run_config):
         assert 0 < load["load_entropy"] <= 1
         assert load["dropped"] == 0
     assert {"data", "forward", "backward", "optimizer"} <= set(last["phases"])
-    assert "held out at step 30" in answer["printed"]
+    assert re.search(r"held out .*\bstep 30\b", answer["printed"])
     run = Path(tree["folder"]) / tree["name"]
     assert (run / "config.yaml").is_file()
     assert (run / "tokenizer" / "tokenizer.json").is_file()
@@ -139,7 +140,7 @@ def test_no_undamaged_checkpoint_is_an_error_and_no_fresh_start(ranks, run_confi
     ranks.run(1, trainer_case, tree)
     (step_folder(checkpoints(tree), 2) / COMMIT_FILE).write_text("{}")
     (answer,) = ranks.run(1, trainer_case, tree)
-    assert "none of the checkpoints of steps [2] is undamaged" in answer["error"]
+    assert re.match(rf"{checkpoints(tree)}: .*\[2\]", answer["error"])
     assert len(metrics(tree)) == 2
 
 
@@ -215,13 +216,13 @@ def full_disk_case(tree):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model__moe__top_k": 1}, "model.moe.top_k: 1 in the configuration, 2 in"),
-        ({"data__seed": 7}, "data: fingerprint differs"),
-        ({"checkpoint__resume": "never"}, "checkpoint.resume: never, but"),
-        ({"checkpoint__resume": "/nowhere"}, "/nowhere: no complete checkpoint here"),
-        ({"data__sources": [{"path": "/nowhere"}]}, "/nowhere: no such folder"),
-        ({"model__vocab_size": 100}, "model.vocab_size: 100 is less than the 257 tokens"),
-        ({"train__global_batch_size": 6}, "train.global_batch_size: 6 is not divisible by 4"),
+        ({"model__moe__top_k": 1}, r"^model\.moe\.top_k: 1\b.*\b2\b"),
+        ({"data__seed": 7}, "^data: fingerprint "),
+        ({"checkpoint__resume": "never"}, r"^checkpoint\.resume: never, .*checkpoints"),
+        ({"checkpoint__resume": "/nowhere"}, "^/nowhere: no complete checkpoint"),
+        ({"data__sources": [{"path": "/nowhere"}]}, "/nowhere: .*kmem data prepare"),
+        ({"model__vocab_size": 100}, r"^model\.vocab_size: 100\b.*\b257\b"),
+        ({"train__global_batch_size": 6}, r"^train\.global_batch_size: 6\b.*\b4\b"),
     ],
 )
 def test_what_does_not_fit_is_refused_on_every_rank(ranks, run_config, change, message):
@@ -230,7 +231,7 @@ def test_what_does_not_fit_is_refused_on_every_rank(ranks, run_config, change, m
     tree, _ = run_config(train__steps=4, **change)
     answers = ranks.run(2, trainer_case, tree)
     for answer in answers:
-        assert message in answer["error"]
+        assert re.search(message, answer["error"])
 
 
 def test_resume_from_another_run(ranks, run_config):
