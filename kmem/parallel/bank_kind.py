@@ -93,15 +93,14 @@ class BankTraining(MemoryKind):
 
     def origin(self, config: Config, stored: Commit | None, folder: Path | None, weights_only: bool) -> dict[str, Any]:
         """`seed`: what the first blocks were drawn from. `start`: the checkpoint whose blocks, and no state of theirs,
-        the run began with; None where the bank was new."""
+        the run began with; missing where the bank was new."""
         if stored is None or stored.config["model"].get(self.name) is None:
-            return {"seed": config.train.init_seed, "start": None}
+            return {"seed": config.train.init_seed}
         known = stored.progress.memories.get(self.name, {})
         seed = known.get("seed")
-        return {
-            "seed": int(stored.config["train"]["init_seed"]) if seed is None else seed,
-            "start": str(folder.resolve()) if weights_only and folder is not None else known.get("start"),
-        }
+        start = str(folder.resolve()) if weights_only and folder is not None else known.get("start")
+        seed = int(stored.config["train"]["init_seed"]) if seed is None else seed
+        return {"seed": seed} | ({} if start is None else {"start": start})
 
     def check_manifest(self, folder: Path, stored: dict[str, Any], prepared: dict[str, Any] | None, hint: str) -> None:
         check_tree(folder, stored, prepared, hint)

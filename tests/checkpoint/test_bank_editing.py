@@ -111,7 +111,7 @@ def test_erased_blocks_are_those_of_a_new_bank(name, tmp_path, capsys, small_pie
     assert (again.run_folder / "tokenizer" / "tokenizer.json").is_file()
     assert (again.run_folder / "tree" / "tree.json").is_file()
     assert (again.run_folder / "config.yaml").is_file()
-    assert (again.config.name, again.commit.tree) == ("out", reader.commit.tree)
+    assert (again.config.name, again.commit.manifests["bank"]) == ("out", reader.commit.manifests["bank"])
     seed = reader.config.train.init_seed
     for level, erased in ((1, [2, 3]), (2, [4, 9])):
         fresh = layout.by_layer(layout.initial_rows(seed, level, 0, layout.rows(level)), level)

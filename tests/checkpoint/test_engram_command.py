@@ -180,7 +180,10 @@ def test_erased_rows_are_zeros_and_the_run_goes_on(trained, ranks, capsys, tmp_p
     assert all(file.read_bytes() == content for file, content in before.items())
     facts = {**reader.commit.progress.facts, "edited": "erased the n-gram rows of 2 texts"}
     assert again.commit.progress == replace(reader.commit.progress, facts=facts, tracking={})
-    assert (again.commit.addressing, again.commit.shapes) == (reader.commit.addressing, reader.commit.shapes)
+    assert (again.commit.manifests.get("engram"), again.commit.shapes) == (
+        reader.commit.manifests.get("engram"),
+        reader.commit.shapes,
+    )
     assert (again.config.name, again.config.model) == ("erased", reader.config.model)
     assert (out / "config.yaml").read_text() == dump_config(again.config)
     found = json.loads(engram(capsys, "inspect", "--checkpoint", out, "--text", texts[0], "--json"))["ngrams"]

@@ -63,7 +63,7 @@ def rename_run(folder):
         assert "memory_bank" in body["config"]["model"]
         manifests, origin = body.pop("manifests"), body["progress"].pop("memories")["bank"]
         body |= {"addressing": manifests["engram"], "tree": manifests["bank"]}
-        body["progress"] |= {"bank_seed": origin["seed"], "bank_start": origin["start"]}
+        body["progress"] |= {"bank_seed": origin["seed"], "bank_start": origin.get("start")}
         body["digest"] = _digest(body)
         (step / COMMIT_FILE).write_text(json.dumps(body))
         assert Commit.read(step) == commit

@@ -264,7 +264,7 @@ def test_import_gives_back_every_bit(name, folders, tmp_path):
     assert again.tensors == first.tensors
     for tensor in first.tensors:
         assert torch.equal(again.read(tensor), first.read(tensor)), tensor
-    assert again.commit.tree == first.commit.tree
+    assert again.commit.manifests["bank"] == first.commit.manifests["bank"]
     assert found.model == first.config.model
     export(again, tmp_path / "out", max_shard_bytes=9_000, say=str)
     for file in folder.glob("*.safetensors"):

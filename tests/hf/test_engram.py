@@ -126,7 +126,9 @@ def test_a_table_passes_through_in_slices_and_is_never_loaded(tmp_path):
     """Whatever its size: two tables of 128 MB, of which no process holds more than a slice."""
     write_run(tmp_path / "small", memory("qwen", row_multiple=1))
     large = memory("qwen", layers=[0, 1], row_multiple=1, rows_per_head=125_000, row_dim=64, heads=2)
-    shapes = write_large(tmp_path, large, addressing=model_addresses(large, tokenizer()).addressing.to_manifest())
+    shapes = write_large(
+        tmp_path, large, manifests={"engram": model_addresses(large, tokenizer()).addressing.to_manifest()}
+    )
     exporting, importing, mapped, from_run = measure(tmp_path)
     tables = sum(4 * torch.Size(shapes[table_name(layer)]).numel() for layer in (0, 1))
     print(json.dumps({"tables": tables, "export": exporting, "import": importing, "mapped": mapped, "run": from_run}))

@@ -340,13 +340,14 @@ def test_another_compression_of_the_vocabulary_is_refused(folders, tmp_path):
 def test_a_checkpoint_with_other_addresses_is_not_exported(tmp_path):
     reader = write_run(tmp_path / "run", MEMORY["deepseek"])
     commit = Commit.read(reader.folder)
-    manifest = dict(commit.addressing)
+    manifest = dict(commit.manifests["engram"])
     for addressing, message in [
         ({**manifest, "tokenizer_fingerprint": "0" * 64}, r"^model\.engram: .*tokenizer_fingerprint "),
         ({**manifest, "multipliers": [[3] * 3] * 2}, r"^model\.engram: .*multipliers .*\[\[3, 3, 3\]"),
         (None, r"^/.*/step-\d+: .*addressing .*model\.engram"),
     ]:
-        Commit(**{**vars(commit), "addressing": addressing}).write(reader.folder)
+        manifests = {} if addressing is None else {"engram": addressing}
+        Commit(**{**vars(commit), "manifests": manifests}).write(reader.folder)
         with pytest.raises(CheckpointError, match=message):
             export(CheckpointReader(tmp_path / "run"), tmp_path / "out", say=str)
         assert not (tmp_path / "out").exists()
