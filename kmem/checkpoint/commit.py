@@ -5,14 +5,13 @@ It is written last. A folder without it, or with one that does not match its own
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kmem.checkpoint.pieces import CheckpointError
-from kmem.data.safetensors_file import sync_folder
+from kmem.files import PARTIAL, atomic_write
 
 FORMAT = "kmem-checkpoint"
 VERSION = 1
@@ -99,13 +98,7 @@ class Commit:
         """Write the commit file into a folder whose other files are complete and durable."""
         body = {"format": FORMAT, "version": VERSION, **asdict(self)}
         body["digest"] = _digest(body)
-        temporary = folder / (COMMIT_FILE + ".partial")
-        with open(temporary, "w") as file:
-            json.dump(body, file, separators=(",", ":"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / COMMIT_FILE)
-        sync_folder(folder)
+        atomic_write(folder / COMMIT_FILE, json.dumps(body, separators=(",", ":")))
 
     @classmethod
     def read(cls, folder: Path) -> "Commit":
@@ -185,8 +178,8 @@ def unfinished_folders(root: Path) -> list[Path]:
     return [
         entry
         for entry in root.iterdir()
-        if (_STEP_FOLDER.fullmatch(entry.name.removesuffix(".partial")) and not (entry / COMMIT_FILE).is_file())
-        or (entry.name.endswith(".partial") and _STEP_FOLDER.match(entry.name))
+        if (_STEP_FOLDER.fullmatch(entry.name.removesuffix(PARTIAL)) and not (entry / COMMIT_FILE).is_file())
+        or (entry.name.endswith(PARTIAL) and _STEP_FOLDER.match(entry.name))
     ]
 
 

@@ -1,7 +1,6 @@
 """`kmem data cluster`."""
 
 import argparse
-import errno
 import importlib.util
 import math
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kmem.clustering.embedders import DEFAULT_KIND, KINDS, check_options
 from kmem.config import UserError
 from kmem.data.workers import available_cores
+from kmem.files import FULL_DISK
 
 if TYPE_CHECKING:
     from kmem.clustering.applying import Addressed
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("interrupted; the same command continues where it stopped")
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL_DISK:
             raise
         where = error.filename or arguments.out or arguments.data[0]
         raise UserError(f"{where}: {error.strerror}; make room, and the same command continues") from None

@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from kmem.config import Config, dump_config
+from kmem.clustering.tree_folder import copy_tree
+from kmem.config import Config, UserError, dump_config
+from kmem.files import atomic_folder, atomic_write
 from kmem.model.bank_export import TREE_FOLDER
 from kmem.model.bank_router import tree_with_embedder
 from kmem.model.bank_tree import read_tree_record
@@ -86,12 +88,9 @@ class RunFolder:
             shutil.copytree(tokenizer, self.path / "tokenizer", dirs_exist_ok=True)
             if tree is not None and not _whole_copy(self.path / TREE_FOLDER, tree):
                 # Whole in place of what is there: exports would carry the files of an earlier tree's embedder.
-                copy = self.path / f"{TREE_FOLDER}.copying"
-                shutil.rmtree(copy, ignore_errors=True)
-                shutil.copytree(tree, copy, copy_function=shutil.copyfile)  # with the modes of the umask
-                shutil.rmtree(self.path / TREE_FOLDER, ignore_errors=True)
-                copy.rename(self.path / TREE_FOLDER)
-        except OSError as error:
+                with atomic_folder(self.path / TREE_FOLDER, replace=True) as copy:
+                    copy_tree(tree, copy)
+        except (OSError, UserError) as error:
             return f"folder: {self.path} cannot be written: {error}"
         return None
 
@@ -99,9 +98,7 @@ class RunFolder:
         """Drop metrics of steps that a run resumed after `step` will repeat; a fresh start repeats all."""
         if self.metrics.exists():
             kept = [line for line in self.metrics.read_text().splitlines(True) if step and _step_of(line) <= step]
-            temporary = self.metrics.with_suffix(".partial")
-            temporary.write_text("".join(kept))
-            temporary.replace(self.metrics)
+            atomic_write(self.metrics, "".join(kept))
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl."""

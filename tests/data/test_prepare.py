@@ -216,7 +216,7 @@ def test_two_preparations_of_one_folder_exclude_each_other(source, tmp_path, mon
     choose = preparation.choose_held_out
 
     def meanwhile(*arguments):
-        with pytest.raises(UserError, match="another kmem data prepare is writing it"):
+        with pytest.raises(UserError, match="another process is writing it"):
             prepared(tmp_path / "out", source)
         return choose(*arguments)
 
@@ -271,7 +271,7 @@ def test_interruption_leaves_nothing_that_looks_finished(source, tmp_path, stall
     assert process.wait(30) != 0
     _wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
     assert not out.exists()
-    leftover = tmp_path / "out.preparing"
+    leftover = tmp_path / "out.partial"
     assert leftover.exists() == (how == signal.SIGKILL)
     assert not (leftover / "manifest.json").exists()
     prepared(out, source)
