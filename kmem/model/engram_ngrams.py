@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .engram_hash import INT64_MAX, pcg64_multipliers, prime_sizes, splitmix64_multipliers
+from .kernels import kernels_serve, kmem_kernels
 
 Boundary = Literal["none", "document", "eos"]
 Hash = Literal["pcg64", "splitmix64"]
@@ -180,8 +181,8 @@ class NgramAddressing:
         """
         history, documents = self._history(ids, document_ids, context)
         constants = (self.orders, self.multipliers[table], self.sizes[table], self.offsets(table))
-        if ids.is_cuda and _ngram_ids is not None:
-            return _ngram_ids(history, documents, *constants, self.boundary, self.pad_id)
+        if kernels_serve(ids):
+            return kmem_kernels.ngram_ids.op.ngram_ids(history, documents, *constants, self.boundary, self.pad_id)
         return _row_ids(history, documents, *constants, self.boundary, self.pad_id)
 
     def row_ids_numpy(
@@ -331,17 +332,6 @@ def _row_ids(
             part = rows[..., order * heads : (order + 1) * heads]
             torch.remainder(mix[..., None], size_table[order], out=part).add_(offset_table[order])
     return rows.masked_fill_((current < 0)[..., None], MISSING)
-
-
-def _kernel() -> Any:
-    try:
-        from kmem_kernels.ngram_ids.op import ngram_ids
-    except ImportError:  # an exported model brings this file alone; the rows are the same bits
-        return None
-    return ngram_ids
-
-
-_ngram_ids = _kernel()
 
 
 def _plain(value: Any) -> Any:
