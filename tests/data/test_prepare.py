@@ -300,7 +300,7 @@ def _wait_until(condition) -> None:
 def test_command_line(source, tmp_path, capsys):
     source.write_text(source.read_text() + '{"text": ""}\n')
     out = tmp_path / "out"
-    arguments = ["prepare", source, "--out", out, "--vocab-size", 5000, "--workers", 1, "--on-error", "skip"]
+    arguments = [source, "--out", out, "--vocab-size", 5000, "--workers", 1, "--on-error", "skip"]
     assert command_line(*arguments) == 0
     said = capsys.readouterr().out
     assert "train: 118 documents" in said
@@ -312,7 +312,7 @@ def test_command_line(source, tmp_path, capsys):
 
 def test_command_line_cuts_plain_text(tmp_path, capsys):
     (tmp_path / "book.txt").write_text("one\n\ntwo\nlines\n\nthree")
-    arguments = ["prepare", tmp_path / "book.txt", "--out", tmp_path / "out", "--vocab-size", 257, "--workers", 1]
+    arguments = [tmp_path / "book.txt", "--out", tmp_path / "out", "--vocab-size", 257, "--workers", 1]
     with pytest.raises(UserError, match="only one document"):
         command_line(*arguments)
     assert command_line(*arguments, "--documents", "blank-line") == 0
