@@ -14,7 +14,6 @@ from kmem.config.load import config_folders
 from kmem.config.section import Section
 from kmem.data.questions import QUESTIONS_SUFFIX
 from kmem.model.bank_layout import BankLayout
-from kmem.model.shape import Shape
 from kmem.parallel.parameter_counts import count_parameters
 from kmem.wording import counted
 
@@ -236,7 +235,7 @@ def measure(config: Config) -> Size:
         assert engram.row_dim is not None
         read += len(engram.layers) * len(engram.orders) * engram.heads * engram.row_dim
     if model.bank is not None:
-        read += BankLayout.of(Shape(model.model_dump())).fetched_values
+        read += BankLayout.of(model.shape).fetched_values
     return Size(
         total=counts.total,
         active=counts.active,

@@ -7,6 +7,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 from kmem.config.bank import BankConfig
 from kmem.config.engram import EngramConfig
 from kmem.config.section import Section
+from kmem.model.shape import Shape
 from kmem.wording import counted
 
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -302,6 +303,11 @@ class ModelConfig(Section):
         if self.bank is not None:
             self.bank.check_model(self)
         return self
+
+    @property
+    def shape(self) -> Shape:
+        """The view of it that the modules of `kmem.model` are made from."""
+        return Shape(self.model_dump())
 
     @property
     def frozen_anchor(self) -> bool:

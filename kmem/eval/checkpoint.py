@@ -22,7 +22,6 @@ from kmem.model.decoder import Decoder
 from kmem.model.engram_ngrams import NgramAddressing
 from kmem.model.engram_reader import EngramReader, RowSource, table_name
 from kmem.model.mask import document_mask
-from kmem.model.shape import Shape
 from kmem.parallel.mesh import local_device
 
 SHUFFLE_SEED = 0
@@ -125,7 +124,7 @@ def _open(
 def _load(reader: CheckpointReader, control: str) -> tuple[Decoder, EngramReader | None]:
     """The model without its memory bank, and its n-gram memory, whose rows stay in the checkpoint's files."""
     with torch.device("meta"):
-        model = Decoder(Shape(reader.config.model.model_dump()))
+        model = Decoder(reader.config.model.shape)
     memory = checkpoint_engram(reader, model)
     tables = bank_tensors(bank_layout(reader.config))
     tables |= set() if memory is None else {table_name(layer) for layer in memory.sources}

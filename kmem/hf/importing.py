@@ -29,7 +29,6 @@ from kmem.hf.native import DEEPSEEK_V3, Architecture
 from kmem.hf.retrofit import ChainedParts, chained
 from kmem.model.bank_export import TREE_FOLDER, BankDescription
 from kmem.model.engram_export import COMPRESSION, EngramDescription
-from kmem.model.shape import Shape
 from kmem.parallel.parameter_counts import tensor_shapes
 
 SLICE_BYTES = 32 << 20  # rows of a large tensor travel in parts of this size
@@ -164,7 +163,7 @@ def _engram(config: Any, model: ModelConfig, path: Path) -> EngramDescription | 
     """Addressing and tables of a model with n-gram memory, which only kmem's own folders have."""
     if model.engram is None:
         return None
-    shape = Shape(model.model_dump())
+    shape = model.shape
     try:
         return EngramDescription.read(
             shape, getattr(config, "engram_addressing", None), getattr(config, "engram_parts", {})
@@ -178,9 +177,7 @@ def _bank(config: Any, model: ModelConfig, path: Path) -> BankDescription | None
     if model.bank is None:
         return None
     try:
-        return BankDescription.read(
-            Shape(model.model_dump()), getattr(config, "bank_parts", {}), getattr(config, "bank_tree", None)
-        )
+        return BankDescription.read(model.shape, getattr(config, "bank_parts", {}), getattr(config, "bank_tree", None))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
 

@@ -17,7 +17,6 @@ from kmem.hf.native import DEEPSEEK_V3, Architecture
 from kmem.model.bank_layout import BankLayout, bank_table_part_name, layer_bank_name
 from kmem.model.engram_export import COMPRESSION
 from kmem.model.engram_reader import table_name, table_part_name, table_rows
-from kmem.model.shape import Shape
 from kmem.parallel.parameter_counts import tensor_shapes
 from kmem.wording import counted
 
@@ -119,7 +118,7 @@ def folder_pieces(
         table_parts: layer -> rows of each tensor that holds a range of its table's rows; default: one tensor.
         bank_parts: level -> the same of the level's table.
     """
-    tensors, whole = tensor_shapes(model), Shape(model.model_dump())
+    tensors, whole = tensor_shapes(model), model.shape
     tables = {table_name(layer): layer for layer in table_rows(whole)}
     layout = None if whole.bank is None else BankLayout.of(whole)
     blocks = set() if layout is None else {name for level in layout.levels for name in _columns(layout, level)}
@@ -147,7 +146,7 @@ def folder_pieces(
 
 def table_parts(model: ModelConfig, itemsize: int, max_bytes: int) -> dict[int, list[int]]:
     """Layer -> rows of each tensor of its table, near equal and at most `max_bytes` long with values of `itemsize`."""
-    shape = Shape(model.model_dump())
+    shape = model.shape
     return {
         layer: _near_equal(rows, shape.engram.row_dim * itemsize, max_bytes)
         for layer, rows in table_rows(shape).items()
@@ -156,7 +155,7 @@ def table_parts(model: ModelConfig, itemsize: int, max_bytes: int) -> dict[int, 
 
 def bank_parts(model: ModelConfig, itemsize: int, max_bytes: int) -> dict[int, list[int]]:
     """Level -> rows of each tensor of its table, as `table_parts`; one row at least, however long it is."""
-    shape = Shape(model.model_dump())
+    shape = model.shape
     if shape.bank is None:
         return {}
     layout = BankLayout.of(shape)

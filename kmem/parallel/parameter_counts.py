@@ -11,7 +11,6 @@ from kmem.model.chain_of_experts import ChainOfExperts
 from kmem.model.decoder import Decoder, DecoderLayer
 from kmem.model.engram_reader import table_name, table_rows
 from kmem.model.moe import ExpertLayer
-from kmem.model.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class ParameterCounts:
 def count_parameters(config: ModelConfig) -> ParameterCounts:
     """Count a model of this shape."""
     with torch.device("meta"):
-        decoder = Decoder(Shape(config.model_dump()))
+        decoder = Decoder(config.shape)
     shape = decoder.shape
     engram_rows = {layer: rows * shape.engram.row_dim for layer, rows in table_rows(shape).items()}
     components = {
@@ -153,7 +152,7 @@ def _size(module: nn.Module) -> int:
 def tensor_shapes(config: ModelConfig) -> dict[str, list[int]]:
     """Canonical name -> unsharded shape of every parameter, persistent buffer and table."""
     with torch.device("meta"):
-        decoder = Decoder(Shape(config.model_dump()))
+        decoder = Decoder(config.shape)
     shapes = {name: list(tensor.shape) for name, tensor in decoder.state_dict().items()}
     for layer, rows in table_rows(decoder.shape).items():
         shapes[table_name(layer)] = [rows, decoder.shape.engram.row_dim]

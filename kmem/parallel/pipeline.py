@@ -86,7 +86,7 @@ class Pipeline:
         self.mesh = mesh
         self.device = local_device()
         self.context = StepContext()
-        self.shape = shape = Shape(config.model.model_dump())
+        self.shape = shape = config.model.shape
         self.frozen = config.model.frozen_anchor
         raise_on_all_ranks(expert_problem(config))
         with _quiet():

@@ -13,7 +13,6 @@ from kmem.config import Config, TableConfig, dump_config
 from kmem.model.bank_layout import BankLayout, layer_bank_name
 from kmem.model.bank_tree import parse_path
 from kmem.model.engram_reader import table_name, table_rows
-from kmem.model.shape import Shape
 from kmem.parallel.mesh import Mesh, environment_rank
 from kmem.parallel.parameter_counts import ParameterCounts, count_parameters, tensor_shapes
 from kmem.parallel.stages import stage_bounds
@@ -167,13 +166,13 @@ def _ngram_tables(config: Config, mesh: Mesh) -> list[TableBytes]:
     look_ups = tokens * len(engram.orders) * engram.heads
     return [
         _table(config, config.engram, mesh, rows, engram.row_dim, look_ups, look_ups, layer)
-        for layer, rows in table_rows(Shape(config.model.model_dump())).items()
+        for layer, rows in table_rows(config.model.shape).items()
     ]
 
 
 def _bank_tables(config: Config, mesh: Mesh, layers: Sequence[int]) -> list[TableBytes]:
     """The tables of a memory bank on the stage of these layers, by level."""
-    shape, addresses = Shape(config.model.model_dump()), config.data.addresses
+    shape, addresses = config.model.shape, config.data.addresses
     layout = None if shape.bank is None else BankLayout.of(shape).of_layers(layers)
     if layout is None or not layout.layers:
         return []
@@ -236,9 +235,9 @@ def _layer_sizes(config: Config) -> list[tuple[int, int]]:
     """(replicated, expert) elements of each pipeline layer."""
     tied = config.model.tie_embeddings
     sizes = [[0, 0] for _ in range(config.model.num_layers + 2 + tied)]
-    tables = {table_name(layer) for layer in table_rows(Shape(config.model.model_dump()))}
+    tables = {table_name(layer) for layer in table_rows(config.model.shape)}
     if config.model.bank is not None:
-        layout = BankLayout.of(Shape(config.model.model_dump()))
+        layout = BankLayout.of(config.model.shape)
         tables |= {layer_bank_name(layer, level) for layer in layout.layers for level in layout.levels}
     for name, shape in tensor_shapes(config.model).items():
         elements = 1
