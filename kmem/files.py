@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -115,6 +116,35 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     except OSError as error:
         remedy = "; make room or choose another disk" if error.errno in FULL_DISK else ""
         raise UserError(f"{path}: cannot be written: {error}{remedy}") from error
+
+
+def check_replaceable(out: Path, what: str, is_one: bool, force: bool, instead: str = "choose another folder") -> None:
+    """See that a command may write `--out`: there is nothing, or what it writes and `--force`.
+
+    Args:
+        what: it writes, such as `a tree`.
+        is_one: whether `out` holds one.
+        instead: the remedy without force.
+
+    Raises:
+        UserError: it may not.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder")
+    if any(out.iterdir()) and not is_one:
+        raise UserError(f"--out {out}: exists and holds something else than {what}; choose another folder")
+    if is_one and not force:
+        raise UserError(f"--out {out}: {what} is there; {instead}, or replace it with --force")
+
+
+def has_format(path: Path, format: str) -> bool:
+    """Whether there is a JSON file whose `format` is this one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("format") == format
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def sync_path(path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kmem.clustering.applying import WORKING, Addressed, address_split
-from kmem.clustering.checks import check_device, check_embedder, check_replaceable, check_sizes, check_unaddressed
+from kmem.clustering.checks import check_device, check_embedder, check_no_tree, check_sizes, check_unaddressed
 from kmem.clustering.corpus import Chunk, Corpus, check_one_tokenizer, open_corpora
 from kmem.clustering.embedders import DEFAULT_KIND, KINDS, EmbedderRequest, OptionValue, build_embedder
 from kmem.clustering.jobs import AssignJob, Leaves, NodeJob, assign, embed, node_name, split_children
@@ -77,7 +77,7 @@ def _make_tree(request: TreeRequest, pool: Pool) -> Addressed:
     working = out.with_name(out.name + WORKING)
     clear_finished(working)
     if not working.exists():
-        check_replaceable(out, request.force)
+        check_no_tree(out, request.force)
         check_unaddressed(corpora, None, request.force)
     plan = _plan(request, corpora)
     workspace = Workspace(working, pool, plan, request.force, later=_LATER, kept=("count", "embeddings"))
@@ -125,7 +125,7 @@ def _make_tree(request: TreeRequest, pool: Pool) -> Addressed:
         before += count
 
     if not _holds(out, tree.fingerprint):
-        check_replaceable(out, request.force)
+        check_no_tree(out, request.force)
         with atomic_folder(out, replace=True) as copy:
             copy_tree(tree_folder, copy)
     check_unaddressed(corpora, tree.fingerprint, request.force)  # of another tree that was applied meanwhile

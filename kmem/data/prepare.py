@@ -20,12 +20,20 @@ import kmem
 from kmem.config import UserError
 from kmem.data.documents import PROVENANCE_NAME, Problem, Reading, find_files, read_documents
 from kmem.data.held_out import choose_held_out
-from kmem.data.manifest import FileRecord, Manifest, SkipRecord, SourceRecord, SplitRecord, TokenizerRecord
-from kmem.data.output import complete_folder
+from kmem.data.manifest import (
+    MANIFEST_NAME,
+    FileRecord,
+    Manifest,
+    SkipRecord,
+    SourceRecord,
+    SplitRecord,
+    TokenizerRecord,
+)
 from kmem.data.progress import Progress
 from kmem.data.questions import count_exposures
 from kmem.data.tokenizer import Encoder, SavedTokenizer, adopt_tokenizer, train_tokenizer
 from kmem.data.workers import Workers
+from kmem.files import atomic_folder, check_replaceable, has_format
 
 OnError = Literal["fail", "skip"]
 _EXAMPLES = 10
@@ -73,7 +81,9 @@ def prepare(options: Preparation) -> Manifest:
         raise UserError(f"--validation-share {options.validation_share}: expected a number between 0 and 1")
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}: expected at least 1")
-    with complete_folder(options.out, options.force) as folder, Workers(options.workers) as workers:
+    prepared = has_format(options.out / MANIFEST_NAME, "kmem-data")
+    check_replaceable(options.out, "prepared data", prepared, options.force)
+    with atomic_folder(options.out, replace=options.force) as folder, Workers(options.workers) as workers:
         surveys = _survey(find_files(options.inputs), options, workers)
         documents = sum(survey.documents for survey in surveys)
         _check_splittable(documents, options)

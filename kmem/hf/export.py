@@ -17,7 +17,7 @@ from kmem.data.bank_addresses import tree_record
 from kmem.data.progress import Progress
 from kmem.data.safetensors_file import SafetensorsWriter
 from kmem.data.tokenizer import load_tokenizer
-from kmem.files import atomic_folder
+from kmem.files import atomic_folder, check_replaceable
 from kmem.hf.architectures import KMEM, Choice, choose, to_fields
 from kmem.hf.custom_code import AUTO_MAP, embedder_class, register, write_code
 from kmem.hf.key_map import Piece, bank_parts, check_tensor_sets, folder_pieces, parameters, table_parts
@@ -81,7 +81,8 @@ def export(
             now, its memory bank has no tree or another one, no space.
     """
     out = out.resolve()
-    _check_target(out, force)
+    is_export = (out / "config.json").is_file() and (out / INDEX_FILE).is_file()
+    check_replaceable(out, "an export", is_export, force)
     model = trained.config.model
     choice = choose(model, custom_code)
     say(f"architecture: {choice.architecture.name} ({choice.architecture.class_name}): {choice.reason}")
@@ -320,19 +321,6 @@ def _token_ids(tokenizer: Path, vocab_size: int) -> dict[str, int]:
         )
     named = {f"{kind}_token_id": getattr(loaded, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     return {name: number for name, number in named.items() if number is not None}
-
-
-def _check_target(out: Path, force: bool) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise UserError(f"--out {out}: is a file; name a folder")
-    if not any(out.iterdir()):
-        return
-    if not force:
-        raise UserError(f"--out {out}: is not empty; add --force to replace an earlier export, or name another folder")
-    if not ((out / "config.json").is_file() and (out / INDEX_FILE).is_file()):
-        raise UserError(f"--out {out}: --force replaces exported folders only, and this is none; name another folder")
 
 
 def _dtype(piece: Piece, dtype: torch.dtype) -> torch.dtype:

@@ -186,7 +186,7 @@ def test_a_finished_folder_is_replaced_only_by_force(source, tmp_path):
     out = tmp_path / "out"
     prepared(out, source)
     before = content(out)
-    with pytest.raises(UserError, match="already prepared; replace it with --force"):
+    with pytest.raises(UserError, match=r"prepared data is there; .* replace it with --force"):
         prepared(out, source, seed=2)
     assert content(out) == before
     with pytest.raises(UserError, match="line 1"):  # a failing replacement leaves the old one
@@ -208,7 +208,7 @@ def test_other_peoples_folders_are_never_replaced(source, tmp_path):
     (tmp_path / "empty").mkdir()
     prepared(tmp_path / "empty", source)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="a file of that name"):
+    with pytest.raises(UserError, match="is a file; name a folder"):
         prepared(tmp_path / "file", source)
 
 

@@ -247,7 +247,7 @@ def test_an_existing_folder_is_replaced_only_when_asked(tmp_path):
     assert not (tmp_path / "out" / "note").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("do not touch")
-    with pytest.raises(UserError, match="exported folders only"):
+    with pytest.raises(UserError, match="something else than an export"):
         export(reader, tmp_path / "mine", say=str, force=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
