@@ -1,4 +1,4 @@
-"""Files and folders that appear under their names only when they are complete, and then survive a power cut."""
+"""Files and folders that appear when they are complete and then survive a power cut; JSON files that others wrote."""
 
 import errno
 import fcntl
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any, TypeVar
 
 from kmem.config import UserError
 
@@ -17,6 +17,7 @@ PARTIAL, REPLACED = ".partial", ".replaced"
 """Endings of the name of what is being written, and of an old folder on its way out."""
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOCK = ".lock"
+Form = TypeVar("Form", dict[str, Any], list[Any])
 
 
 class AtomicFile:
@@ -137,6 +138,23 @@ def check_replaceable(out: Path, what: str, is_one: bool, force: bool, instead: 
         raise UserError(f"--out {out}: exists and holds something else than {what}; choose another folder")
     if is_one and not force:
         raise UserError(f"--out {out}: {what} is there; {instead}, or replace it with --force")
+
+
+def read_json(path: Path, kind: type[Form]) -> Form:
+    """The object (dict) or array (list) in a JSON file that came with others.
+
+    Raises:
+        UserError: missing, damaged, or of the other form.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; fetch its folder again, whole") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); fetch it again") from None
+    if not isinstance(found, kind):
+        raise UserError(f"{path}: expected a JSON {'object' if kind is dict else 'array'}; fetch it again")
+    return found
 
 
 def has_format(path: Path, format: str) -> bool:

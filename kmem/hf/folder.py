@@ -1,6 +1,5 @@
 """Reading the tensors of a Hugging Face model folder from mapped safetensors files. Nothing is unpickled."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from kmem.checkpoint.commit import COMMIT_FILE, committed_steps
 from kmem.config import UserError
 from kmem.data.safetensors_file import DTYPE_NAMES
+from kmem.files import read_json
 from kmem.model.export_tables import INDEX_FILE, WEIGHTS_FILE
 from kmem.wording import counted
 
@@ -58,7 +58,7 @@ class ModelFolder:
     def _find_tensors(self) -> dict[str, FolderTensor]:
         index, single = self.path / INDEX_FILE, self.path / WEIGHTS_FILE
         if index.is_file():
-            places = read_json(index).get("weight_map")
+            places = read_json(index, dict).get("weight_map")
             if not isinstance(places, dict):
                 raise UserError(f"{index}: no weight_map")
             files = sorted({str(file) for file in places.values()})
@@ -125,21 +125,4 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: this is a training run, and a Hugging Face folder is needed; kmem export --checkpoint {folder} "
             "--out FOLDER writes it"
         )
-    return read_json(file)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        UserError: missing, unreadable or no object.
-    """
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; is this a Hugging Face model folder?") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return tree
+    return read_json(file, dict)
