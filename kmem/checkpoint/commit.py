@@ -12,6 +12,7 @@ from typing import Any
 
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.files import PARTIAL, atomic_write
+from kmem.model.file_digest import file_digest
 
 FORMAT = "kmem-checkpoint"
 VERSION = 1
@@ -152,8 +153,7 @@ class Commit:
         """
         for name in sorted(self.files)[share::shares]:
             try:
-                with open(folder / name, "rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = file_digest(folder / name)
             except OSError as error:
                 raise CheckpointError(f"{folder / name}: not readable: {error}") from None
             if digest != self.files[name].sha256:

@@ -21,7 +21,7 @@ from kmem.config import UserError
 from kmem.data.tokenizer import load_tokenizer
 from kmem.files import read_json
 from kmem.model.bank_embedder import POOLINGS, SentenceEncoder
-from kmem.model.bank_tree import file_digest
+from kmem.model.file_digest import file_digest
 
 CONFIG, WEIGHTS, TOKENIZER, VOCABULARY = "config.json", "model.safetensors", "tokenizer.json", "vocab.txt"
 _MODULES, _POOLING, _LIMITS = "modules.json", "1_Pooling/config.json", "sentence_bert_config.json"

@@ -21,9 +21,9 @@ from kmem.model.bank_tree import (
     TREE_FILE,
     TREE_FORMAT,
     TREE_VERSION,
-    file_digest,
     record_fingerprint,
 )
+from kmem.model.file_digest import file_digest
 
 
 def write_tree(

