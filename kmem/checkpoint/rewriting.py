@@ -12,11 +12,11 @@ from torch import Tensor
 from kmem.checkpoint.commit import Commit, Progress, StoredFile, step_folder
 from kmem.checkpoint.pieces import CHUNK_ELEMENTS
 from kmem.checkpoint.reader import CheckpointReader
-from kmem.checkpoint.storage import TORCH_DTYPES, entry_name
+from kmem.checkpoint.storage import entry_name
 from kmem.checkpoint.writer import FILE_BYTES
 from kmem.config import Config, dump_config, parse_config
 from kmem.data.progress import Progress as ProgressBar
-from kmem.data.safetensors_file import SafetensorsWriter
+from kmem.data.safetensors_file import TORCH_DTYPES, SafetensorsWriter
 from kmem.files import atomic_folder
 from kmem.model.bank_export import TREE_FOLDER
 

@@ -18,6 +18,7 @@ import torch
 
 from kmem.clustering.embedders import EmbedderRequest
 from kmem.config import UserError
+from kmem.data.safetensors_file import refuse_pickled
 from kmem.data.tokenizer import load_tokenizer
 from kmem.files import read_json
 from kmem.model.bank_embedder import POOLINGS, SentenceEncoder
@@ -173,13 +174,7 @@ def _pooling(path: Path) -> str:
 def _weights(folder: Path) -> Path:
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS
-    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
-    if pickled:
-        raise UserError(
-            f"{folder / pickled[0]}: kmem does not unpickle weights, which can run any code; convert them where you "
-            "trust the folder: python -c 'from transformers import BertModel; "
-            f'BertModel.from_pretrained("{folder}").save_pretrained("{folder}")\''
-        )
+    refuse_pickled(folder, "BertModel")
     raise UserError(f"{folder / WEIGHTS}: missing; the encoder's weights are read from this one file")
 
 

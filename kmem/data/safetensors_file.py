@@ -34,6 +34,7 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 """torch dtype -> its name in a safetensors header."""
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 SLICE_BYTES = 64 << 20  # a tensor that must be moved or made contiguous is copied this much at a time
 
@@ -214,6 +215,21 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tens
     with SafetensorsWriter(path, {name: (tensor.shape, tensor.dtype) for name, tensor in ordered}) as writer:
         for name, tensor in ordered:
             writer.write(name, tensor)
+
+
+def refuse_pickled(folder: Path, model_class: str) -> None:
+    """For a folder without safetensors.
+
+    Raises:
+        UserError: it has weights that only unpickling would read; says how this class of Transformers converts them.
+    """
+    pickled = sorted(file for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
+    if pickled:
+        raise UserError(
+            f"{pickled[0]}: kmem does not unpickle weights, which can run any code; convert them where you trust the "
+            f"folder: python -c 'from transformers import {model_class}; "
+            f'{model_class}.from_pretrained("{folder}").save_pretrained("{folder}")\''
+        )
 
 
 def _header(

@@ -22,6 +22,7 @@ from kmem.data.progress import Progress
 from kmem.data.tokenizer import adopt_tokenizer, load_tokenizer, tokenizer_fingerprint
 from kmem.files import atomic_folder
 from kmem.hf.architectures import KMEM
+from kmem.hf.export import SLICE_BYTES
 from kmem.hf.folder import FolderTensor, ModelFolder
 from kmem.hf.foreign_config import MTP_FIELD, ignored_fields, read_architecture, read_config, read_model
 from kmem.hf.key_map import Piece, check_tensor_sets, folder_pieces, half_split_rows
@@ -31,7 +32,6 @@ from kmem.model.bank_export import TREE_FOLDER, BankDescription
 from kmem.model.engram_export import COMPRESSION, EngramDescription
 from kmem.parallel.parameter_counts import tensor_shapes
 
-SLICE_BYTES = 32 << 20  # rows of a large tensor travel in parts of this size
 TRAINABLE = (torch.float32, torch.bfloat16, torch.float16)
 RECOMPUTED = ".rotary_emb.inv_freq"  # in folders of older Transformers; every reader computes it for itself
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
