@@ -4,12 +4,30 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from kmem.config import UserError
 
-COMMANDS = {
-    "data": ("kmem.data.command", "fetch, prepare and cluster text"),
+Table = Mapping[str, tuple["str | Table", str]]
+
+_DATA: Table = {
+    "corpora": ("kmem.corpora.command", "write clean English text from installable packages as JSON lines"),
+    "prepare": ("kmem.data.command", "tokenize text into a folder that training reads"),
+    "cluster": ("kmem.clustering.command", "give documents the cluster addresses of memory banks"),
+}
+_BENCH: Table = {
+    "train": ("kmem.bench.train_command", "a training step against plain Transformers or another precision"),
+    "experts": (
+        "kmem.bench.experts_command",
+        "a layer of experts against Transformers' own, its features and backends",
+    ),
+    "rows": ("kmem.bench.rows_command", "gathers and row optimizers of tables on the host against torch's"),
+    "compare": ("kmem.bench.compare_command", "models of equal budgets on the same text, over several seeds"),
+    "fetch": ("kmem.bench.fetch_command", "fetching the blocks of a memory bank's contexts, from memory and from disk"),
+    "tables": ("kmem.bench.tables_command", "a training step with large tables of rows against one with small ones"),
+}
+COMMANDS: Table = {
+    "data": (_DATA, "fetch, prepare and cluster text"),
     "train": ("kmem.train.command", "train a model"),
     "eval": ("kmem.eval.command", "held-out loss of a checkpoint"),
     "generate": ("kmem.hf.generate_command", "continue a prompt"),
@@ -17,35 +35,39 @@ COMMANDS = {
     "import": ("kmem.hf.import_command", "make a checkpoint from a Hugging Face folder"),
     "bank": ("kmem.checkpoint.bank.command", "list, erase, replace and merge blocks of a memory bank"),
     "engram": ("kmem.checkpoint.engram.command", "list, inspect and erase rows of an n-gram memory"),
-    "bench": ("kmem.bench.command", "compare speed with other libraries"),
+    "bench": (_BENCH, "compare speed with other libraries"),
 }
-"""Command -> (module with `add_arguments` and `run`, what it does). The module is imported when its command is used."""
+"""Command -> (module with `add_arguments` and `run`, or the commands below it; what it does). A module is imported when
+its command is used."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's error is printed without a traceback and gives 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    command = words[0] if words else ""
-    if command not in COMMANDS:
-        return _overview(command)
-    module, purpose = COMMANDS[command]
+    program, purpose = "kmem", ""
+    found: str | Table = COMMANDS
+    while not isinstance(found, str):
+        word = words.pop(0) if words else ""
+        if word not in found:
+            return _overview(program, found, word)
+        program, (found, purpose) = f"{program} {word}", found[word]
     try:
-        implementation = importlib.import_module(module)
-        parser = argparse.ArgumentParser(prog=f"kmem {command}", description=purpose, allow_abbrev=False)
+        implementation = importlib.import_module(found)
+        parser = argparse.ArgumentParser(prog=program, description=purpose, allow_abbrev=False)
         implementation.add_arguments(parser)
-        return implementation.run(parser.parse_args(words[1:]))
+        return implementation.run(parser.parse_args(words))
     except UserError as error:
-        print(f"kmem {command}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print(f"kmem {command}: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return 130
 
 
-def _overview(given: str) -> int:
+def _overview(program: str, commands: Table, given: str) -> int:
     if given in ("--version", "-V"):
         import kmem
 
@@ -54,9 +76,9 @@ def _overview(given: str) -> int:
     asked = given in ("-h", "--help", "help")
     out = sys.stdout if asked else sys.stderr
     if given and not asked:
-        print(f"kmem: unknown command {given}\n", file=out)
-    print("usage: kmem COMMAND ...  (kmem COMMAND --help says more)\n", file=out)
-    for name, (_, purpose) in COMMANDS.items():
+        print(f"{program}: unknown command {given}\n", file=out)
+    print(f"usage: {program} COMMAND ...  ({program} COMMAND --help says more)\n", file=out)
+    for name, (_, purpose) in commands.items():
         print(f"  {name:<10}{purpose}", file=out)
     return 0 if asked else 2
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from kmem.checkpoint.controls import Choices, parse_controls
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import UserError
+from kmem.files import atomic_write
 from kmem.model.memory_kinds import kinds_of
 from kmem.parallel.local_launch import launch_local
 
@@ -61,7 +61,7 @@ def evaluate(run: Run, comparison: Comparison, batch: int) -> dict[str, dict[str
         if comparison.questions_file is not None and "questions" not in figures:
             answers = answered(reader, comparison.questions_file, Choices(controls), 4 * batch)
             figures["questions"] = [asdict(group) for group in answers]
-        _write(path, {"step": reader.step, "states": known})
+        atomic_write(path, json.dumps({"step": reader.step, "states": known}, indent=1) + "\n")
     return found
 
 
@@ -115,9 +115,3 @@ def curve(run: Run) -> dict[str, Any]:
         "tokens_per_second": len(steps) * positions / seconds,
         "undisturbed_tokens_per_second": positions / by_speed[len(steps) // 10],
     }
-
-
-def _write(path: Path, tree: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)

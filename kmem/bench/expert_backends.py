@@ -13,7 +13,6 @@ from kmem.config import Config, UserError
 from kmem.model.expert_backends import NAMES, find_backend, problem
 from kmem.model.experts import Experts
 from kmem.model.init import initialise_
-from kmem.model.shape import Shape
 
 GROUP_SIZES = (8, 32, 128, 512)
 """Rows of an expert, on average."""
@@ -57,7 +56,7 @@ def backend_times(
     moe = config.model.moe
     assert moe is not None
     settle_allocator()
-    shape = Shape(config.model.model_dump())
+    shape = config.model.shape
     experts = Experts(shape)
     initialise_(experts, shape, config.train.init_seed)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32

@@ -19,7 +19,6 @@ from kmem.model.hyper_connections import expand_branches
 from kmem.model.init import initialise_
 from kmem.model.moe import ExpertLayer
 from kmem.model.norm import RMSNorm
-from kmem.model.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class ExpertHalf(nn.Module):
 
     def __init__(self, config: Config, feature: Feature) -> None:
         super().__init__()
-        shape = Shape(config.model.model_dump())
+        shape = config.model.shape
         self.feed_forward_connection = build_connection(shape)
         self.feed_forward_norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         experts = build_feed_forward(shape, 0, None)

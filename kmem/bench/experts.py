@@ -13,7 +13,6 @@ from kmem.bench.training import operators
 from kmem.config import Config, ConfigError, UserError, parse_config
 from kmem.model.init import initialise_
 from kmem.model.moe import MoE
-from kmem.model.shape import Shape
 
 LARGEST_DIFFERENCE = 1e-5
 """Between the two sides' outputs and gradients, as a share of the largest value of each."""
@@ -29,7 +28,7 @@ class Layer:
 
 def our_layer(config: Config) -> Layer:
     """kmem's layer with the initial weights of the configuration."""
-    shape = Shape(config.model.model_dump())
+    shape = config.model.shape
     moe = MoE(shape)
     initialise_(moe, shape, config.train.init_seed)
     return Layer(moe, (moe.router.weight, moe.experts.gate_up_proj, moe.experts.down_proj))

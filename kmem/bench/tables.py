@@ -17,7 +17,6 @@ from kmem.config import Config, parse_config
 from kmem.data.batch import SequenceBatch
 from kmem.data.reader import open_data
 from kmem.model.engram_reader import EngramAddresses, table_name
-from kmem.model.shape import Shape
 from kmem.parallel.mesh import Mesh
 from kmem.tables.table import Table
 from kmem.train.dry_run import TableBytes, rank_bytes
@@ -79,7 +78,7 @@ def table_runner(tree: dict[str, Any], kind: TokenKind) -> Runner:
     from kmem.parallel.pipeline import Pipeline
 
     config = parse_config(tree)
-    addresses = EngramAddresses.build(Shape(config.model.model_dump()), eos_token_id=0)
+    addresses = EngramAddresses.build(config.model.shape, eos_token_id=0)
     pipeline = Pipeline(config, join_mesh(config), {"engram": addresses})
     own = pipeline.stage_tables.tables
     for table in own.values():

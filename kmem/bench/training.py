@@ -98,9 +98,8 @@ def export_initial_model(config: Config, out: Path) -> str:
     from kmem.hf.export import export
     from kmem.model.decoder import Decoder
     from kmem.model.init import initialise_
-    from kmem.model.shape import Shape
 
-    shape = Shape(config.model.model_dump())
+    shape = config.model.shape
     decoder = Decoder(shape)
     initialise_(decoder, shape, config.train.init_seed)
     model = _InMemory(config, decoder.state_dict(), out.parent)

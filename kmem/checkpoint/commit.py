@@ -5,7 +5,6 @@ It is written last. A folder without it, or with one that does not match its own
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.config.renamed import saved_commit
-from kmem.data.safetensors_file import sync_folder
+from kmem.files import PARTIAL, atomic_write
+from kmem.model.file_digest import file_digest
 
 FORMAT = "kmem-checkpoint"
 VERSION = 1
@@ -95,13 +95,7 @@ class Commit:
         """Write the commit file into a folder whose other files are complete and durable."""
         body = {"format": FORMAT, "version": VERSION, **asdict(self)}
         body["digest"] = _digest(body)
-        temporary = folder / (COMMIT_FILE + ".partial")
-        with open(temporary, "w") as file:
-            json.dump(body, file, separators=(",", ":"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / COMMIT_FILE)
-        sync_folder(folder)
+        atomic_write(folder / COMMIT_FILE, json.dumps(body, separators=(",", ":")))
 
     @classmethod
     def read(cls, folder: Path) -> "Commit":
@@ -155,8 +149,7 @@ class Commit:
         """
         for name in sorted(self.files)[share::shares]:
             try:
-                with open(folder / name, "rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = file_digest(folder / name)
             except OSError as error:
                 raise CheckpointError(f"{folder / name}: not readable: {error}") from None
             if digest != self.files[name].sha256:
@@ -181,8 +174,8 @@ def unfinished_folders(root: Path) -> list[Path]:
     return [
         entry
         for entry in root.iterdir()
-        if (_STEP_FOLDER.fullmatch(entry.name.removesuffix(".partial")) and not (entry / COMMIT_FILE).is_file())
-        or (entry.name.endswith(".partial") and _STEP_FOLDER.match(entry.name))
+        if (_STEP_FOLDER.fullmatch(entry.name.removesuffix(PARTIAL)) and not (entry / COMMIT_FILE).is_file())
+        or (entry.name.endswith(PARTIAL) and _STEP_FOLDER.match(entry.name))
     ]
 
 

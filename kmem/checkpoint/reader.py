@@ -12,8 +12,9 @@ from torch import Tensor
 
 from kmem.checkpoint.commit import COMMIT_FILE, Commit, committed_steps, step_folder
 from kmem.checkpoint.pieces import CheckpointError
-from kmem.checkpoint.storage import TORCH_DTYPES, entry_name
+from kmem.checkpoint.storage import entry_name
 from kmem.config import Config, parse_config
+from kmem.data.safetensors_file import TORCH_DTYPES
 from kmem.model.mapped_rows import MappedRows, SafetensorsFile, Segment
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,5 @@
 """A checkpoint written again with some of its values changed, an entry of its files at a time."""
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,13 +10,14 @@ import torch
 from torch import Tensor
 
 from kmem.checkpoint.commit import Commit, Progress, StoredFile, step_folder
-from kmem.checkpoint.pieces import CHUNK_ELEMENTS, CheckpointError
+from kmem.checkpoint.pieces import CHUNK_ELEMENTS
 from kmem.checkpoint.reader import CheckpointReader
-from kmem.checkpoint.storage import TORCH_DTYPES, entry_name
+from kmem.checkpoint.storage import entry_name
 from kmem.checkpoint.writer import FILE_BYTES
 from kmem.config import Config, dump_config, parse_config
 from kmem.data.progress import Progress as ProgressBar
-from kmem.data.safetensors_file import SafetensorsWriter, sync_folder
+from kmem.data.safetensors_file import TORCH_DTYPES, SafetensorsWriter
+from kmem.files import atomic_folder
 from kmem.model.bank_export import TREE_FOLDER
 
 Edit = Callable[[str, int, Tensor], Tensor]
@@ -45,33 +45,22 @@ def rewrite_run(
         The folder of the checkpoint.
 
     Raises:
-        CheckpointError: the folder exists or cannot be written.
+        UserError: the folder exists or cannot be written.
     """
     out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"--out {out}: exists and is not an empty folder; name a new one")
     stands = source.commit.progress if progress is None else progress
     before = stands.facts.get("edited")
     facts = {**stands.facts, "edited": note if before is None else f"{before}; {note}"}
     stands = replace(stands, facts=facts, tracking={})
     config = source.config if config is None else config
     config = parse_config({**config.model_dump(mode="json"), "name": out.name, "folder": str(out.parent)})
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with atomic_folder(out) as partial:
         (partial / "checkpoints").mkdir(parents=True)
         folder = _write(source, partial / "checkpoints", stands, config, edit)
         (partial / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         for name in ("tokenizer", TREE_FOLDER):
             if (source.run_folder / name).is_dir():
                 shutil.copytree(source.run_folder / name, partial / name)
-        os.replace(partial, out)
-        sync_folder(out.parent)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise CheckpointError(f"--out {out}: cannot be written: {error.strerror or error}") from error
-        raise
     return out / folder.relative_to(partial)
 
 

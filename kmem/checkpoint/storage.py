@@ -19,9 +19,7 @@ from torch.futures import Future
 
 from kmem.checkpoint.commit import Commit, StoredFile, StoredTensor
 from kmem.checkpoint.pieces import index_key
-from kmem.data.safetensors_file import DTYPE_NAMES, SafetensorsWriter
-
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+from kmem.data.safetensors_file import DTYPE_NAMES, TORCH_DTYPES, SafetensorsWriter
 
 
 def entry_name(tensor: str, start: int) -> str:

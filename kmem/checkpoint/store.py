@@ -16,7 +16,7 @@ from kmem.checkpoint.commit import COMMIT_FILE, Commit, Progress, committed_step
 from kmem.checkpoint.pieces import CheckpointError, Pieces, PiecesLoadPlanner, PiecesSavePlanner, host_copy
 from kmem.checkpoint.storage import SafetensorsStorageReader, SafetensorsStorageWriter
 from kmem.config import UserError
-from kmem.data.safetensors_file import sync_folder
+from kmem.files import PARTIAL, sync_path
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class CheckpointStore:
         """
         self.wait()
         final = step_folder(self.root, progress.step)
-        unfinished = final.with_name(final.name + ".partial")
+        unfinished = final.with_name(final.name + PARTIAL)
 
         def prepare() -> None:
             if (final / COMMIT_FILE).is_file():
@@ -77,7 +77,7 @@ class CheckpointStore:
             def commit(tensors, files) -> None:
                 Commit(progress, config, shapes, tensors, files, dict(manifests or {})).write(unfinished)
                 os.rename(unfinished, final)
-                sync_folder(self.root)
+                sync_path(self.root)
 
             writer = SafetensorsStorageWriter(unfinished, dist.get_rank(), commit)
             try:
@@ -231,7 +231,7 @@ def _set_aside(folder: Path) -> str:
     while (aside := folder.with_name(f"{folder.name}.set-aside-{number}")).exists():
         number += 1
     os.rename(folder, aside)
-    sync_folder(folder.parent)
+    sync_path(folder.parent)
     return aside.name
 
 

@@ -4,8 +4,6 @@ Training saves through CheckpointStore, which needs a process group and the whol
 neither: it streams tensors that may be larger than memory.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -15,11 +13,12 @@ import torch
 from torch import Tensor
 
 from kmem.checkpoint.commit import Commit, Progress, StoredFile, StoredTensor, step_folder
-from kmem.checkpoint.pieces import CHUNK_ELEMENTS, CheckpointError
+from kmem.checkpoint.pieces import CHUNK_ELEMENTS
 from kmem.checkpoint.reader import WEIGHT
 from kmem.checkpoint.storage import entry_name
 from kmem.config import Config
-from kmem.data.safetensors_file import DTYPE_NAMES, SafetensorsWriter, sync_folder
+from kmem.data.safetensors_file import DTYPE_NAMES, SafetensorsWriter
+from kmem.files import atomic_folder
 
 FILE_BYTES = 4 << 30  # ranks share the verification of a checkpoint by files
 
@@ -43,16 +42,11 @@ def write_weights(
         manifests: `Commit.manifests`.
 
     Raises:
-        CheckpointError: there is such a checkpoint already, or the folder cannot be written.
+        UserError: there is such a checkpoint already, or the folder cannot be written.
         ValueError: the parts of a tensor have more or fewer elements than its shape.
     """
     final = step_folder(root, progress.step)
-    if final.exists():
-        raise CheckpointError(f"{final}: exists already; name a new run folder")
-    partial = final.with_name(final.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with atomic_folder(final) as partial:
         tensors: dict[str, StoredTensor] = {}
         files: dict[str, StoredFile] = {}
         for number, names in enumerate(_files(shapes)):
@@ -74,16 +68,8 @@ def write_weights(
                     [(start, length, file) for start, length in chunks[name]],
                 )
         model_shapes = {name: list(shape) for name, shape in shapes.items()}
-        Commit(progress, config.model_dump(mode="json"), model_shapes, tensors, files, dict(manifests or {})).write(
-            partial
-        )
-        os.rename(partial, final)
-        sync_folder(root)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise CheckpointError(f"{final}: cannot be written: {error.strerror or error}") from error
-        raise
+        dumped = config.model_dump(mode="json")
+        Commit(progress, dumped, model_shapes, tensors, files, dict(manifests or {})).write(partial)
     return final
 
 

@@ -1,7 +1,6 @@
 """From prepared folders to a tree and their addresses."""
 
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,17 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kmem.clustering.applying import WORKING, Addressed, address_split
-from kmem.clustering.checks import check_device, check_embedder, check_replaceable, check_sizes, check_unaddressed
+from kmem.clustering.checks import check_device, check_embedder, check_no_tree, check_sizes, check_unaddressed
 from kmem.clustering.corpus import Chunk, Corpus, check_one_tokenizer, open_corpora
 from kmem.clustering.embedders import DEFAULT_KIND, KINDS, EmbedderRequest, OptionValue, build_embedder
 from kmem.clustering.jobs import AssignJob, Leaves, NodeJob, assign, embed, node_name, split_children
-from kmem.clustering.tree_folder import write_tree
+from kmem.clustering.tree_folder import copy_tree, write_tree
 from kmem.clustering.typical_words import typical_words
 from kmem.clustering.workspace import Pool, Workspace, clear_finished
 from kmem.config import UserError
 from kmem.data.bank_addresses import write_addresses
 from kmem.data.order import permutation
 from kmem.data.units import Unit
+from kmem.files import atomic_folder
 from kmem.model.bank_embedder import EMBEDDER_FILE, read_embedder_record
 from kmem.model.bank_tree import EMBEDDER_FOLDER, TREE_FILE, TREE_VERSION, ClusterTree, read_tree_record
 from kmem.wording import counted
@@ -77,7 +77,7 @@ def _make_tree(request: TreeRequest, pool: Pool) -> Addressed:
     working = out.with_name(out.name + WORKING)
     clear_finished(working)
     if not working.exists():
-        check_replaceable(out, request.force)
+        check_no_tree(out, request.force)
         check_unaddressed(corpora, None, request.force)
     plan = _plan(request, corpora)
     workspace = Workspace(working, pool, plan, request.force, later=_LATER, kept=("count", "embeddings"))
@@ -125,12 +125,9 @@ def _make_tree(request: TreeRequest, pool: Pool) -> Addressed:
         before += count
 
     if not _holds(out, tree.fingerprint):
-        check_replaceable(out, request.force)
-        copy = out.with_name(out.name + ".copying")
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(tree_folder, copy)
-        shutil.rmtree(out, ignore_errors=True)
-        os.rename(copy, out)
+        check_no_tree(out, request.force)
+        with atomic_folder(out, replace=True) as copy:
+            copy_tree(tree_folder, copy)
     check_unaddressed(corpora, tree.fingerprint, request.force)  # of another tree that was applied meanwhile
     for corpus in corpora:
         write_addresses(corpus.folder, corpus.manifest, tree.record, leaves[corpus.folder])

@@ -1,6 +1,5 @@
 """What stands in the way of a tree, or of addresses, found before work begins."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from kmem.clustering.corpus import Corpus
 from kmem.clustering.embedders import KINDS, check_options
 from kmem.config import UserError
 from kmem.data.bank_addresses import RECORD_FILE, stored_tree
+from kmem.files import check_replaceable, has_format
 from kmem.model.bank_tree import TREE_FILE, TREE_FORMAT
 from kmem.wording import counted
 
@@ -67,21 +67,13 @@ def check_sizes(request: "TreeRequest", units: int) -> None:
         )
 
 
-def check_replaceable(out: Path, force: bool) -> None:
+def check_no_tree(out: Path, force: bool) -> None:
     """
     Raises:
         UserError: the folder holds something else than a tree, or a tree that may not be replaced.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    try:
-        is_tree = json.loads((out / TREE_FILE).read_text(encoding="utf-8")).get("format") == TREE_FORMAT
-    except (OSError, ValueError, AttributeError):
-        is_tree = False
-    if not is_tree:
-        raise UserError(f"--out {out}: exists and holds something else than a tree; choose another folder")
-    if not force:
-        raise UserError(f"--out {out}: a tree is there; use it with --tree {out}, or replace it with --force")
+    is_tree = has_format(out / TREE_FILE, TREE_FORMAT)
+    check_replaceable(out, "a tree", is_tree, force, instead=f"use it with --tree {out}")
 
 
 def check_unaddressed(corpora: list[Corpus], tree: str | None, force: bool) -> None:

@@ -1,15 +1,15 @@
 """`kmem data cluster`."""
 
 import argparse
-import errno
 import importlib.util
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kmem.clustering.embedders import DEFAULT_KIND, KINDS, check_options
 from kmem.config import UserError
 from kmem.data.workers import available_cores
+from kmem.files import FULL_DISK
 
 if TYPE_CHECKING:
     from kmem.clustering.applying import Addressed
@@ -18,14 +18,11 @@ _OF_A_TREE = ("children", "levels", "unit", "embedder", "sample", "balance", "se
 """Options that a tree is made with, and that one that is there already has; so are those of its embedder."""
 
 
-def add_parser(commands: Any) -> None:
-    """The arguments of the command."""
-    parser = commands.add_parser(
-        "cluster",
-        help="give documents the cluster addresses of memory banks",
-        description="Cluster the documents of prepared folders into a tree (k children per node, p levels) and store "
-        "the leaf of each with the data; or give folders the addresses of a tree that is there. Interrupted, the same "
-        "command continues. docs/bank.md.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Cluster the documents of prepared folders into a tree (k children per node, p levels) and store the leaf of "
+        "each with the data; or give folders the addresses of a tree that is there. Interrupted, the same command "
+        "continues. docs/bank.md."
     )
     parser.add_argument(
         "--data", nargs="+", type=Path, required=True, metavar="DIR", help="prepared folders, which get addresses"
@@ -64,7 +61,6 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run `kmem data cluster`."""
     if arguments.workers < 1:
         raise UserError(f"--workers {arguments.workers}: must be at least 1")
     missing = [name for name in ("sklearn", "scipy") if importlib.util.find_spec(name) is None]
@@ -78,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("interrupted; the same command continues where it stopped")
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL_DISK:
             raise
         where = error.filename or arguments.out or arguments.data[0]
         raise UserError(f"{where}: {error.strerror}; make room, and the same command continues") from None

@@ -5,7 +5,6 @@ folder again; `register_embedder` adds both. The command line offers what is reg
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kmem.config import UserError
+from kmem.files import atomic_write
 
 if TYPE_CHECKING:
     from kmem.clustering.corpus import Corpus
@@ -101,9 +101,7 @@ def build_embedder(name: str, request: EmbedderRequest, folder: Path) -> None:
     folder.mkdir()
     settings = KINDS[name].build(request, folder)
     record = {"format": EMBEDDER_FORMAT, "version": EMBEDDER_VERSION, "name": name, **settings}
-    building = folder / (EMBEDDER_FILE + ".building")
-    building.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(building, folder / EMBEDDER_FILE)
+    atomic_write(folder / EMBEDDER_FILE, json.dumps(record, indent=2) + "\n")
 
 
 def check_options(name: str, given: Mapping[str, OptionValue]) -> None:

@@ -18,9 +18,11 @@ import torch
 
 from kmem.clustering.embedders import EmbedderRequest
 from kmem.config import UserError
+from kmem.data.safetensors_file import refuse_pickled
 from kmem.data.tokenizer import load_tokenizer
+from kmem.files import read_json
 from kmem.model.bank_embedder import POOLINGS, SentenceEncoder
-from kmem.model.bank_tree import file_digest
+from kmem.model.file_digest import file_digest
 
 CONFIG, WEIGHTS, TOKENIZER, VOCABULARY = "config.json", "model.safetensors", "tokenizer.json", "vocab.txt"
 _MODULES, _POOLING, _LIMITS = "modules.json", "1_Pooling/config.json", "sentence_bert_config.json"
@@ -73,15 +75,15 @@ def read_encoder(folder: Path) -> EncoderFolder:
     if not folder.is_dir():
         raise UserError(f"--encoder {folder}: no such folder; name the local folder of a sentence encoder")
     inside, pooling, normalize = _modules(folder)
-    config = _read(inside / CONFIG, dict)
+    config = read_json(inside / CONFIG, dict)
     for field, values in _PLAIN_BERT.items():
         if config.get(field) not in values:
             raise UserError(
                 f"{inside / CONFIG}: {field} is {json.dumps(config.get(field))}, which is none of the encoders that "
                 "kmem runs; choose one of model_type bert, whose code is Transformers' own"
             )
-    limits = _read(inside / _LIMITS, dict) if (inside / _LIMITS).exists() else {}
-    spoken = _read(folder / _PROMPTS, dict) if (folder / _PROMPTS).exists() else {}
+    limits = read_json(inside / _LIMITS, dict) if (inside / _LIMITS).exists() else {}
+    spoken = read_json(folder / _PROMPTS, dict) if (folder / _PROMPTS).exists() else {}
     if spoken.get("default_prompt_name") is not None:
         raise UserError(
             f"{folder / _PROMPTS}: default_prompt_name is {json.dumps(spoken['default_prompt_name'])}, and kmem puts "
@@ -142,7 +144,7 @@ def _modules(folder: Path) -> tuple[Path, str, bool]:
         pooling = _pooling(folder / _POOLING) if (folder / _POOLING).exists() else "mean"
         return folder, pooling, True
     path = folder / _MODULES
-    modules = _read(path, list)
+    modules = read_json(path, list)
     try:
         names = [module["type"].rsplit(".", 1)[-1] for module in modules]
         places = [folder / module["path"] for module in modules]
@@ -158,7 +160,7 @@ def _modules(folder: Path) -> tuple[Path, str, bool]:
 
 def _pooling(path: Path) -> str:
     """mean or cls, as the file says in Sentence-Transformers' older form (a switch for each) or its newer one."""
-    config = _read(path, dict)
+    config = read_json(path, dict)
     chosen = config.get("pooling_mode")
     if chosen is None:
         switches = [name for name, on in config.items() if name.startswith("pooling_mode_") and on]
@@ -172,13 +174,7 @@ def _pooling(path: Path) -> str:
 def _weights(folder: Path) -> Path:
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS
-    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
-    if pickled:
-        raise UserError(
-            f"{folder / pickled[0]}: kmem does not unpickle weights, which can run any code; convert them where you "
-            "trust the folder: python -c 'from transformers import BertModel; "
-            f'BertModel.from_pretrained("{folder}").save_pretrained("{folder}")\''
-        )
+    refuse_pickled(folder, "BertModel")
     raise UserError(f"{folder / WEIGHTS}: missing; the encoder's weights are read from this one file")
 
 
@@ -211,7 +207,7 @@ def _max_word_pieces(folder: Path, config: Mapping[str, Any], limits: Mapping[st
         folder / _LIMITS: limits.get("max_seq_length"),
     }
     if (folder / _TOKENIZER_CONFIG).exists():
-        named[folder / _TOKENIZER_CONFIG] = _read(folder / _TOKENIZER_CONFIG, dict).get("model_max_length")
+        named[folder / _TOKENIZER_CONFIG] = read_json(folder / _TOKENIZER_CONFIG, dict).get("model_max_length")
     least = 0
     for path, number in named.items():
         if number is None:
@@ -220,23 +216,6 @@ def _max_word_pieces(folder: Path, config: Mapping[str, Any], limits: Mapping[st
             raise UserError(f"{path}: {json.dumps(number)} word pieces at a time; at least 3 are needed")
         least = min(least or int(number), int(number))
     return least
-
-
-def _read(path: Path, kind: type) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: missing, damaged, or of another form.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; fetch the encoder again, whole") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); fetch it again") from None
-    if not isinstance(found, kind):
-        raise UserError(f"{path}: not what its name says; fetch it again")
-    return found
 
 
 def _first_line(error: Exception) -> str:

@@ -21,11 +21,11 @@ from kmem.model.bank_tree import (
     TREE_FILE,
     ClusterPath,
     ClusterTree,
-    file_digest,
     format_path,
     nearest_children,
     path_of,
 )
+from kmem.model.file_digest import file_digest
 
 Leaves = NDArray[np.int32]
 

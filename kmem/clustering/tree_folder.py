@@ -1,8 +1,7 @@
-"""Writing a tree's folder."""
+"""Writing and copying a tree's folder."""
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 import kmem
 from kmem.data.safetensors_file import write_tensors
+from kmem.files import atomic_write
 from kmem.model.bank_embedder import read_embedder_record
 from kmem.model.bank_tree import (
     CENTROIDS_FILE,
@@ -21,9 +21,9 @@ from kmem.model.bank_tree import (
     TREE_FILE,
     TREE_FORMAT,
     TREE_VERSION,
-    file_digest,
     record_fingerprint,
 )
+from kmem.model.file_digest import file_digest
 
 
 def write_tree(
@@ -64,9 +64,16 @@ def write_tree(
         "files": {CENTROIDS_FILE: file_digest(folder / CENTROIDS_FILE)},
     }
     record["fingerprint"] = record_fingerprint(record)
-    building = folder / (TREE_FILE + ".building")
-    building.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(building, folder / TREE_FILE)
+    atomic_write(folder / TREE_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """The files of a tree, with the modes that the umask gives: what tree.json names, and the licences beside the
+    embedder."""
+    (target / EMBEDDER_FOLDER).mkdir(parents=True, exist_ok=True)
+    embedder = (f"{EMBEDDER_FOLDER}/{file.name}" for file in (source / EMBEDDER_FOLDER).iterdir())
+    for name in (TREE_FILE, CENTROIDS_FILE, *embedder):
+        shutil.copyfile(source / name, target / name)
 
 
 def level_sizes(leaf_sizes: NDArray[np.int64], leaves_per_cluster: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kmem.config import UserError
 from kmem.data.progress import Progress
 from kmem.data.workers import Workers
+from kmem.files import atomic_write
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -206,7 +207,7 @@ class Workspace:
         def save(_: int) -> int:
             count, summed = state[0]
             current, recorded = (f"{stage}.{number}.array" for number in (count, self._done.get(stage, 0)))
-            _write(self.folder / current, summed.tobytes())
+            atomic_write(self.folder / current, summed.tobytes())
             for file in self.folder.glob(f"{stage}.*.array"):
                 if file.name not in (current, recorded):
                     file.unlink()
@@ -262,7 +263,7 @@ class Workspace:
             self._replace(_DONE, self._done)
 
     def _replace(self, name: str, content: dict[str, Any]) -> None:
-        _write(self.folder / name, (json.dumps(content, indent=2) + "\n").encode())
+        atomic_write(self.folder / name, json.dumps(content, indent=2) + "\n")
 
     def _recorded(self) -> dict[str, int]:
         """What is done; nothing where the record cannot be read, as after a power cut."""
@@ -294,12 +295,3 @@ def clear_finished(folder: Path) -> None:
 
 def _finished(folder: Path) -> Path:
     return folder.with_name(folder.name + _FINISHED)
-
-
-def _write(path: Path, content: bytes) -> None:
-    building = path.with_name(path.name + ".building")
-    with open(building, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(building, path)

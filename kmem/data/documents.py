@@ -10,7 +10,7 @@ from typing import IO, Any, cast
 
 from kmem.config import UserError
 from kmem.data.compressed import CompressedFileError, open_zstandard
-from kmem.data.output import REPLACED, UNFINISHED
+from kmem.files import PARTIAL, REPLACED
 
 PROVENANCE_NAME = "provenance.json"
 """Describes the corpora in a folder; never read as a corpus itself."""
@@ -103,7 +103,7 @@ def read_documents(path: Path, reading: Reading) -> Iterator[str | Problem]:
 def _is_input(file: Path, folder: Path) -> bool:
     """Whether a file found below a folder is meant: neither hidden nor part of prepared data, nor a description."""
     parts = file.relative_to(folder).parts
-    hidden = any(part.startswith(".") or part.endswith((UNFINISHED, REPLACED)) for part in parts)
+    hidden = any(part.startswith(".") or part.endswith((PARTIAL, REPLACED)) for part in parts)
     prepared = any((folder.joinpath(*parts[:depth]) / "train.idx").is_file() for depth in range(len(parts)))
     return _form(file) is not None and file.name != PROVENANCE_NAME and not hidden and not prepared
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from kmem.config import ConfigError, ModelConfig
 from kmem.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from kmem.model.engram_reader import EngramAddresses
-from kmem.model.shape import Shape
 
 
 def model_addresses(model: ModelConfig, tokenizer: Path) -> EngramAddresses | None:
@@ -29,8 +28,6 @@ def model_addresses(model: ModelConfig, tokenizer: Path) -> EngramAddresses | No
             f"{loaded.eos_token_id}: leave the field out"
         )
     try:
-        return EngramAddresses.build(
-            Shape(model.model_dump()), loaded.eos_token_id, loaded, tokenizer_fingerprint(tokenizer)
-        )
+        return EngramAddresses.build(model.shape, loaded.eos_token_id, loaded, tokenizer_fingerprint(tokenizer))
     except ValueError as error:
         raise ConfigError(f"model.engram: {error}") from error

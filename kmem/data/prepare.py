@@ -4,7 +4,6 @@ Two passes over the input. The first checks every record, counts documents and h
 before hours of tokenizing and the held-out documents are chosen from a known number. The second tokenizes.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,12 +19,21 @@ import kmem
 from kmem.config import UserError
 from kmem.data.documents import PROVENANCE_NAME, Problem, Reading, find_files, read_documents
 from kmem.data.held_out import choose_held_out
-from kmem.data.manifest import FileRecord, Manifest, SkipRecord, SourceRecord, SplitRecord, TokenizerRecord
-from kmem.data.output import complete_folder
+from kmem.data.manifest import (
+    MANIFEST_NAME,
+    FileRecord,
+    Manifest,
+    SkipRecord,
+    SourceRecord,
+    SplitRecord,
+    TokenizerRecord,
+)
 from kmem.data.progress import Progress
 from kmem.data.questions import count_exposures
 from kmem.data.tokenizer import Encoder, SavedTokenizer, adopt_tokenizer, train_tokenizer
 from kmem.data.workers import Workers
+from kmem.files import atomic_folder, check_replaceable, has_format
+from kmem.model.file_digest import file_digest
 
 OnError = Literal["fail", "skip"]
 _EXAMPLES = 10
@@ -73,7 +81,9 @@ def prepare(options: Preparation) -> Manifest:
         raise UserError(f"--validation-share {options.validation_share}: expected a number between 0 and 1")
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}: expected at least 1")
-    with complete_folder(options.out, options.force) as folder, Workers(options.workers) as workers:
+    prepared = has_format(options.out / MANIFEST_NAME, "kmem-data")
+    check_replaceable(options.out, "prepared data", prepared, options.force)
+    with atomic_folder(options.out, replace=options.force) as folder, Workers(options.workers) as workers:
         surveys = _survey(find_files(options.inputs), options, workers)
         documents = sum(survey.documents for survey in surveys)
         _check_splittable(documents, options)
@@ -127,7 +137,7 @@ def survey_file(task: _SurveyTask) -> Survey:
             documents += 1
             text_bytes += len(item.encode("utf-8"))
     return Survey(
-        task.path, task.path.stat().st_size, _sha256(task.path), documents, text_bytes, problems, tuple(examples)
+        task.path, task.path.stat().st_size, file_digest(task.path), documents, text_bytes, problems, tuple(examples)
     )
 
 
@@ -318,7 +328,7 @@ def _manifest(
         splits=splits,  # type: ignore[arg-type]
         files={
             f"{split}.{ending}": FileRecord(
-                bytes=(folder / f"{split}.{ending}").stat().st_size, sha256=_sha256(folder / f"{split}.{ending}")
+                bytes=(folder / f"{split}.{ending}").stat().st_size, sha256=file_digest(folder / f"{split}.{ending}")
             )
             for split in _SPLITS
             for ending in ("bin", "idx")
@@ -354,8 +364,3 @@ def _provenance(survey: Survey) -> dict[str, Any] | None:
         return entry if entry["sha256"] == survey.sha256 else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

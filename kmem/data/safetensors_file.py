@@ -5,7 +5,6 @@ declared shapes, then tensors (or slices of them) are appended one at a time, so
 Reading needs nothing of the kind: `safetensors.safe_open` maps the file and slices it.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from types import TracebackType
 import torch
 
 from kmem.config import UserError
+from kmem.files import FULL_DISK, AtomicFile
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -34,13 +34,13 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 """torch dtype -> its name in a safetensors header."""
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 SLICE_BYTES = 64 << 20  # a tensor that must be moved or made contiguous is copied this much at a time
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class SafetensorsWriter:
-    """Writes `path` under a temporary name and renames it once every declared tensor is there.
+    """Writes `path` as an `AtomicFile`, which gets its name once every declared tensor is there.
 
     As a context manager it closes the file at the end of the block, and removes it when the block raises: a file of
     the final name is always complete.
@@ -64,7 +64,6 @@ class SafetensorsWriter:
     ) -> None:
         assert sys.byteorder == "little", "safetensors are little-endian"
         self.path = Path(path)
-        self.temporary = self.path.with_name(self.path.name + ".partial")
         self._tensors = {name: (tuple(shape), dtype) for name, (shape, dtype) in tensors.items()}
         self._names = list(self._tensors)
         self._next = 0  # index of the tensor being written
@@ -76,7 +75,7 @@ class SafetensorsWriter:
         """Bytes of the finished file."""
         self._written = 0
         try:
-            self._file = open(self.temporary, "wb", buffering=0)  # noqa: SIM115 - closed by close() or abort()
+            self._file = AtomicFile(self.path, buffering=0)
         except OSError as error:
             raise self._explain(error) from error
         self._append(header)
@@ -135,7 +134,7 @@ class SafetensorsWriter:
             ValueError: declared tensors are missing; the file is removed.
             UserError: the disk is full.
         """
-        if self._file.closed:
+        if self._file.stream.closed:
             return
         if self._next < len(self._names):
             missing = self._names[self._next :]
@@ -143,19 +142,14 @@ class SafetensorsWriter:
             raise ValueError(f"{self.path}: {len(missing)} declared tensors were not written, first {missing[0]}")
         assert self._written == self.size
         try:
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self.temporary, self.path)
-            sync_folder(self.path.parent)
+            self._file.commit()
         except OSError as error:
-            self.abort()
             raise self._explain(error) from error
         self._digest = self._hash.hexdigest()
 
     def abort(self) -> None:
         """Give up: remove what was written. After close() it does nothing."""
-        self._file.close()
-        self.temporary.unlink(missing_ok=True)
+        self._file.discard()
 
     def __enter__(self) -> "SafetensorsWriter":
         return self
@@ -194,7 +188,7 @@ class SafetensorsWriter:
                 part = view[start : start + SLICE_BYTES]
                 self._hash.update(part)
                 while part:  # an unbuffered write may stop short
-                    count = self._file.write(part)
+                    count = self._file.stream.write(part)
                     self._written += count
                     part = part[count:]
         except OSError as error:
@@ -223,13 +217,19 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tens
             writer.write(name, tensor)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable: a rename survives a power cut only after this."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def refuse_pickled(folder: Path, model_class: str) -> None:
+    """For a folder without safetensors.
+
+    Raises:
+        UserError: it has weights that only unpickling would read; says how this class of Transformers converts them.
+    """
+    pickled = sorted(file for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
+    if pickled:
+        raise UserError(
+            f"{pickled[0]}: kmem does not unpickle weights, which can run any code; convert them where you trust the "
+            f"folder: python -c 'from transformers import {model_class}; "
+            f'{model_class}.from_pretrained("{folder}").save_pretrained("{folder}")\''
+        )
 
 
 def _header(

@@ -5,7 +5,6 @@ from typing import Any
 
 from kmem.config import ModelConfig
 from kmem.hf.native import NATIVE, Architecture, rope_parameters, rope_scaling
-from kmem.model.shape import Shape
 from kmem.wording import counted
 
 KMEM = Architecture(
@@ -44,7 +43,7 @@ def choose(model: ModelConfig, custom_code: bool = False) -> Choice:
         return Choice(KMEM, "no native architecture has an n-gram memory (model.engram)")
     if model.bank is not None:
         return Choice(KMEM, "no native architecture has a memory bank (model.bank)")
-    if Shape(model.model_dump()).branches > 1:
+    if model.shape.branches > 1:
         return Choice(KMEM, "no native architecture has a residual stream of branches (model.hyper_connections)")
     if model.attention.kind == "gqa" and model.attention.qk_norm_span == "all_heads":
         return Choice(KMEM, "no native architecture norms queries and keys over all heads (attention.qk_norm_span)")

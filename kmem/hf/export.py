@@ -1,7 +1,6 @@
 """A checkpoint to a Hugging Face folder, tensor by tensor: memory holds a slice of one tensor at a time."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
@@ -12,11 +11,13 @@ import torch
 
 from kmem.checkpoint.bank.layout import Banked, checkpoint_router, checkpoint_tree
 from kmem.checkpoint.engram.reading import Addressed, checkpoint_addresses
+from kmem.clustering.tree_folder import copy_tree
 from kmem.config import Config, UserError
 from kmem.data.bank_addresses import tree_record
 from kmem.data.progress import Progress
-from kmem.data.safetensors_file import SafetensorsWriter, sync_folder
+from kmem.data.safetensors_file import SafetensorsWriter
 from kmem.data.tokenizer import load_tokenizer
+from kmem.files import atomic_folder, check_replaceable
 from kmem.hf.architectures import KMEM, Choice, choose, to_fields
 from kmem.hf.custom_code import AUTO_MAP, embedder_class, register, write_code
 from kmem.hf.key_map import Piece, TableParts, check_tensor_sets, folder_pieces, parameters, table_parts
@@ -24,7 +25,7 @@ from kmem.hf.model_card import model_card
 from kmem.hf.native import Architecture
 from kmem.model.bank_embedder import read_embedder_record
 from kmem.model.bank_export import TREE_FOLDER
-from kmem.model.bank_tree import CENTROIDS_FILE, EMBEDDER_FOLDER, TREE_FILE
+from kmem.model.bank_tree import EMBEDDER_FOLDER
 from kmem.model.engram_export import COMPRESSION
 from kmem.model.engram_reader import EngramAddresses
 from kmem.model.export_tables import INDEX_FILE, WEIGHTS_FILE
@@ -61,7 +62,7 @@ def export(
     force: bool = False,
     say: Callable[[str], None] = print,
 ) -> Choice:
-    """Write the folder under a temporary name and rename it when it is complete.
+    """Write the folder, which appears when it is complete.
 
     Args:
         trained: the checkpoint.
@@ -80,7 +81,8 @@ def export(
             now, its memory bank has no tree or another one, no space.
     """
     out = out.resolve()
-    _check_target(out, force)
+    is_export = (out / "config.json").is_file() and (out / INDEX_FILE).is_file()
+    check_replaceable(out, "an export", is_export, force)
     model = trained.config.model
     choice = choose(model, custom_code)
     say(f"architecture: {choice.architecture.name} ({choice.architecture.class_name}): {choice.reason}")
@@ -112,10 +114,7 @@ def export(
 
     shards = plan_shards(pieces, DTYPES[dtype], max_shard_bytes)
     total = sum(_bytes(piece, DTYPES[dtype]) for piece in pieces)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with atomic_folder(out, replace=force) as partial:
         free = shutil.disk_usage(partial).free
         if free < total:
             raise UserError(f"--out {out}: the weights need {total} bytes and {free} are free; choose another folder")
@@ -124,12 +123,6 @@ def export(
         _write_descriptions(trained, choice, config, tokens, dtype, tree, partial)
         if tree is not None:
             copy_tree(tree, partial / TREE_FOLDER)
-        _put_in_place(partial, out)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"--out {out}: {error.strerror or error}") from error
-        raise
     say(f"exported to {out}: {total / 1e6:,.1f} MB in {counted(len(shards), 'weight file')}")
     if embedder.get("licences") == []:
         say(f"{out / TREE_FOLDER / EMBEDDER_FOLDER}: the encoder {embedder['encoder']} came without a LICENSE file")
@@ -267,15 +260,6 @@ def _side_by_side(trained: TrainedModel, piece: Piece) -> Iterator[torch.Tensor]
             yield trained.read_rows(tensor, row, row + 1)
 
 
-def copy_tree(source: Path, target: Path) -> None:
-    """The files of a tree: what tree.json names, and the licences beside the embedder."""
-    target.mkdir()
-    for name in (TREE_FILE, CENTROIDS_FILE):
-        shutil.copyfile(source / name, target / name)
-    # Contents alone: their modes are the umask's, also where those of the tree's files are narrower.
-    shutil.copytree(source / EMBEDDER_FOLDER, target / EMBEDDER_FOLDER, copy_function=shutil.copyfile)
-
-
 def _tree(trained: TrainedModel, given: Path | None) -> Path | None:
     """The tree to export; its embedder is loaded once, so that a damaged one is found here."""
     if trained.config.model.bank is None:
@@ -336,34 +320,6 @@ def _token_ids(tokenizer: Path, vocab_size: int) -> dict[str, int]:
         )
     named = {f"{kind}_token_id": getattr(loaded, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     return {name: number for name, number in named.items() if number is not None}
-
-
-def _check_target(out: Path, force: bool) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise UserError(f"--out {out}: is a file; name a folder")
-    if not any(out.iterdir()):
-        return
-    if not force:
-        raise UserError(f"--out {out}: is not empty; add --force to replace an earlier export, or name another folder")
-    if not ((out / "config.json").is_file() and (out / INDEX_FILE).is_file()):
-        raise UserError(f"--out {out}: --force replaces exported folders only, and this is none; name another folder")
-
-
-def _put_in_place(partial: Path, out: Path) -> None:
-    """Rename, so that `out` never holds half an export; an earlier one is removed after the new one has its name."""
-    for file in (path for path in partial.rglob("*") if path.is_file()):
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
-    sync_folder(partial)
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists() and any(out.iterdir()):
-        os.rename(out, old)
-    os.replace(partial, out)
-    sync_folder(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _dtype(piece: Piece, dtype: torch.dtype) -> torch.dtype:

@@ -1,6 +1,5 @@
 """Reading the tensors of a Hugging Face model folder from mapped safetensors files. Nothing is unpickled."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,10 @@ from safetensors import SafetensorError, safe_open
 
 from kmem.checkpoint.commit import COMMIT_FILE, committed_steps
 from kmem.config import UserError
-from kmem.data.safetensors_file import DTYPE_NAMES
+from kmem.data.safetensors_file import TORCH_DTYPES, refuse_pickled
+from kmem.files import read_json
 from kmem.model.export_tables import INDEX_FILE, WEIGHTS_FILE
 from kmem.wording import counted
-
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
@@ -58,14 +55,15 @@ class ModelFolder:
     def _find_tensors(self) -> dict[str, FolderTensor]:
         index, single = self.path / INDEX_FILE, self.path / WEIGHTS_FILE
         if index.is_file():
-            places = read_json(index).get("weight_map")
+            places = read_json(index, dict).get("weight_map")
             if not isinstance(places, dict):
                 raise UserError(f"{index}: no weight_map")
             files = sorted({str(file) for file in places.values()})
         elif single.is_file():
             places, files = None, [WEIGHTS_FILE]
         else:
-            raise UserError(self._no_weights())
+            refuse_pickled(self.path, "AutoModelForCausalLM")
+            raise UserError(f"{self.path}: neither {WEIGHTS_FILE} nor {INDEX_FILE} here")
         found: dict[str, FolderTensor] = {}
         for file in files:
             path = self.path / file
@@ -95,19 +93,10 @@ class ModelFolder:
         for name in file.keys():  # noqa: SIM118 - the file is no mapping
             entry = file.get_slice(name)
             dtype = entry.get_dtype()
-            if dtype not in _DTYPES:
+            if dtype not in TORCH_DTYPES:
                 raise UserError(f"{path}: {name} has dtype {dtype}, which kmem does not read")
-            found[name] = FolderTensor(path, tuple(entry.get_shape()), _DTYPES[dtype])
+            found[name] = FolderTensor(path, tuple(entry.get_shape()), TORCH_DTYPES[dtype])
         return found
-
-    def _no_weights(self) -> str:
-        pickled = sorted(file.name for pattern in _PICKLED for file in self.path.glob(pattern))
-        if pickled:
-            return (
-                f"{self.path / pickled[0]}: kmem does not unpickle weights, which can run any code; convert the folder "
-                "to safetensors where you trust it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
-            )
-        return f"{self.path}: neither {WEIGHTS_FILE} nor {INDEX_FILE} here"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -125,21 +114,4 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: this is a training run, and a Hugging Face folder is needed; kmem export --checkpoint {folder} "
             "--out FOLDER writes it"
         )
-    return read_json(file)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        UserError: missing, unreadable or no object.
-    """
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; is this a Hugging Face model folder?") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return tree
+    return read_json(file, dict)

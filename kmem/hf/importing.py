@@ -1,8 +1,6 @@
 """A Hugging Face folder to the checkpoint of a run, tensor by tensor: fp32 masters at step 0, no optimizer state."""
 
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,14 +14,15 @@ import kmem
 from kmem.checkpoint.commit import Progress as RunProgress
 from kmem.checkpoint.manifest import check_addressing
 from kmem.checkpoint.writer import write_weights
+from kmem.clustering.tree_folder import copy_tree
 from kmem.config import Config, LatentAttention, ModelConfig, UserError, dump_config, parse_config
 from kmem.data.bank_addresses import tree_record
 from kmem.data.engram_addresses import model_addresses
 from kmem.data.progress import Progress
-from kmem.data.safetensors_file import sync_folder
 from kmem.data.tokenizer import adopt_tokenizer, load_tokenizer, tokenizer_fingerprint
+from kmem.files import atomic_folder
 from kmem.hf.architectures import KMEM
-from kmem.hf.export import copy_tree
+from kmem.hf.export import SLICE_BYTES
 from kmem.hf.folder import FolderTensor, ModelFolder
 from kmem.hf.foreign_config import MTP_FIELD, ignored_fields, read_architecture, read_config, read_model
 from kmem.hf.key_map import Piece, check_tensor_sets, folder_pieces, half_split_rows
@@ -32,9 +31,7 @@ from kmem.hf.retrofit import ChainedParts, chained
 from kmem.model.bank_export import TREE_FOLDER, BankDescription
 from kmem.model.engram_export import COMPRESSION, EngramDescription
 from kmem.model.parameter_counts import tensor_shapes
-from kmem.model.shape import Shape
 
-SLICE_BYTES = 32 << 20  # rows of a large tensor travel in parts of this size
 TRAINABLE = (torch.float32, torch.bfloat16, torch.float16)
 RECOMPUTED = ".rotary_emb.inv_freq"  # in folders of older Transformers; every reader computes it for itself
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -73,8 +70,6 @@ def import_folder(
         UserError: names the field of config.json that kmem cannot express, or the tensors that do not fit.
     """
     out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: exists and is not an empty folder; name a new one")
     folder = ModelFolder(source)
     described = folder.path / "config.json"
     architecture = read_architecture(folder.config, described)
@@ -112,10 +107,7 @@ def import_folder(
     shapes = tensor_shapes(target.shape)
     elements = sum(map(prod, shapes.values()))
     facts = {"imported_from": folder.path.resolve().name, "imported_as": architecture.name, "kmem": kmem.__version__}
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with atomic_folder(out) as partial:
         tokenizer = _bring_tokenizer(folder.path, partial / "tokenizer", say)
         if engram is not None:
             _check_addresses(folder.path, engram, target, partial / "tokenizer")
@@ -135,13 +127,6 @@ def import_folder(
         (partial / "config.yaml").write_text(dump_config(run), encoding="utf-8")
         section = OmegaConf.to_yaml(OmegaConf.create({"model": target.model_dump(mode="json")}))
         (partial / "model.yaml").write_text(section, encoding="utf-8")
-        os.replace(partial, out)
-        sync_folder(out.parent)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"--out {out}: {error.strerror or error}") from error
-        raise
     checkpoint = out / checkpoint.relative_to(partial)
     say(f"imported to {checkpoint}")
     return Imported(checkpoint, target, architecture)
@@ -179,7 +164,7 @@ def _engram(config: Any, model: ModelConfig, path: Path) -> EngramDescription | 
     """Addressing and tables of a model with n-gram memory, which only kmem's own folders have."""
     if model.engram is None:
         return None
-    shape = Shape(model.model_dump())
+    shape = model.shape
     try:
         return EngramDescription.read(
             shape, getattr(config, "engram_addressing", None), getattr(config, "engram_parts", {})
@@ -193,9 +178,7 @@ def _bank(config: Any, model: ModelConfig, path: Path) -> BankDescription | None
     if model.bank is None:
         return None
     try:
-        return BankDescription.read(
-            Shape(model.model_dump()), getattr(config, "bank_parts", {}), getattr(config, "bank_tree", None)
-        )
+        return BankDescription.read(model.shape, getattr(config, "bank_parts", {}), getattr(config, "bank_tree", None))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kmem.config import GroupedQueryAttention, LatentAttention, ModelConfig, RopeScaling
-from kmem.model.shape import Shape
 
 LATENT_NORM_EPS = 1e-6  # of DeepSeek-V3's norms of compressed queries and keys, whatever rms_norm_eps says
 
@@ -83,7 +82,7 @@ def rope_scaling(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
 def _gqa_fields(model: ModelConfig) -> dict[str, Any]:
     return {
         "num_key_value_heads": _gqa(model).num_kv_heads or model.attention.num_heads,
-        "head_dim": Shape(model.model_dump()).head_dim,
+        "head_dim": model.shape.head_dim,
     }
 
 
@@ -197,7 +196,7 @@ def _biased_moe_section(config: Any) -> dict[str, Any]:
 
 def _glm4_moe_obstacles(model: ModelConfig) -> list[str]:
     found = _group_obstacles(model)
-    width = Shape(model.model_dump()).head_dim * _gqa(model).rotary_fraction
+    width = model.shape.head_dim * _gqa(model).rotary_fraction
     if int(width) != round(width):
         found.append(
             f"it rounds head_dim x model.attention.rotary_fraction={_gqa(model).rotary_fraction} down "

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .bank_embedder import ContextEmbedder, load_embedder
-from .bank_tree import EMBEDDER_FOLDER, TREE_FILE, ClusterPath, ClusterTree, file_digest
+from .bank_tree import EMBEDDER_FOLDER, TREE_FILE, ClusterPath, ClusterTree
+from .file_digest import file_digest
 
 Context = str | Sequence[int] | Tensor
 """Text, or token ids of the model's tokenizer."""

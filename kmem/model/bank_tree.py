@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .file_digest import file_digest
+
 TREE_FILE, CENTROIDS_FILE, EMBEDDER_FOLDER = "tree.json", "tree.safetensors", "embedder"
 TREE_FORMAT, TREE_VERSION = "kmem-cluster-tree", 1
 
@@ -290,9 +292,3 @@ def record_fingerprint(record: Mapping[str, Any]) -> str:
     """Digest of a tree.json, which holds the digests of the tree's other files."""
     rest = {name: value for name, value in record.items() if name != "fingerprint"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .experts import Experts
+from .kernels import kernels_serve, kmem_kernels
 from .router import Routing
 
 # Shape letters: T tokens, K experts per token, N = T * K rows, H hidden size, E experts.
@@ -61,8 +62,8 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int | None = None) -> tuple[
     choice_of_row_N: which choice t * K + k stands at row n; row_of_choice_TK: at which row the choice (t, k) stands.
     With `num_experts` the kernel on CUDA counts instead of sorting; the result is the same.
     """
-    if num_experts is not None and _kernels_serve(experts_TK):
-        return _permute_op.sort_by_expert(experts_TK, num_experts, backend="triton")
+    if num_experts is not None and kernels_serve(experts_TK):
+        return kmem_kernels.permute.op.sort_by_expert(experts_TK, num_experts, backend="triton")
     choice_of_row_N = experts_TK.flatten().argsort(stable=True)
     row_of_choice_TK = torch.empty_like(choice_of_row_N).scatter_(
         0, choice_of_row_N, torch.arange(len(choice_of_row_N), device=choice_of_row_N.device)
@@ -72,15 +73,15 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int | None = None) -> tuple[
 
 def gather_rows(hidden_TH: Tensor, choice_of_row_N: Tensor, row_of_choice_TK: Tensor) -> Tensor:
     """The token of every row, [N, H]."""
-    if _kernels_serve(hidden_TH):
-        return _permute_op.permute(hidden_TH, row_of_choice_TK, backend="triton")
+    if kernels_serve(hidden_TH):
+        return kmem_kernels.permute.op.permute(hidden_TH, row_of_choice_TK, backend="triton")
     return _Gather.apply(hidden_TH, choice_of_row_N, row_of_choice_TK)
 
 
 def combine_rows(rows_NH: Tensor, weights_TK: Tensor, choice_of_row_N: Tensor, row_of_choice_TK: Tensor) -> Tensor:
     """The weighted sum of each token's rows, [T, H] in the rows' dtype; products and sums in fp32."""
-    if _kernels_serve(rows_NH):
-        return _permute_op.combine(rows_NH, weights_TK, row_of_choice_TK, backend="triton")
+    if kernels_serve(rows_NH):
+        return kmem_kernels.permute.op.combine(rows_NH, weights_TK, row_of_choice_TK, backend="triton")
     return _Combine.apply(rows_NH, weights_TK, choice_of_row_N, row_of_choice_TK)
 
 
@@ -141,18 +142,3 @@ def _dots(grad_TH: Tensor, rows_NH: Tensor, row_of_choice_TK: Tensor) -> Tensor:
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         grad_TH.contiguous(), rows_NH, row_of_choice_TK.flatten(), starts_T, token_N, 0
     )
-
-
-def _kernels() -> Any:
-    try:
-        from kmem_kernels.permute import op
-    except ImportError:  # an exported model brings this folder alone
-        return None
-    return op
-
-
-_permute_op = _kernels()
-
-
-def _kernels_serve(rows: Tensor) -> bool:
-    return _permute_op is not None and rows.is_cuda

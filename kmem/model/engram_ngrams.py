@@ -8,7 +8,7 @@ Token ids here are those of the addressed vocabulary: compressed ids where a mod
 (`token_compression`). An id below 0 is a missing token: padding, a masked token, or the time before a sequence.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .engram_hash import INT64_MAX, pcg64_multipliers, prime_sizes, splitmix64_multipliers
+from .kernels import kernels_serve, kmem_kernels
 
 Boundary = Literal["none", "document", "eos"]
 Hash = Literal["pcg64", "splitmix64"]
@@ -178,70 +179,60 @@ class NgramAddressing:
             context: int64 [B, N-1], the state that `next_context` returned for the tokens before; it belongs to the
                 document of a row's first token. Default: a row begins its sequence.
         """
-        history, documents = self._history(ids, document_ids, context)
-        constants = (self.orders, self.multipliers[table], self.sizes[table], self.offsets(table))
-        if ids.is_cuda and _ngram_ids is not None:
-            return _ngram_ids(history, documents, *constants, self.boundary, self.pad_id)
-        return _row_ids(history, documents, *constants, self.boundary, self.pad_id)
+        multipliers, sizes, offsets = self.multipliers[table], self.sizes[table], self.offsets(table)
+        if kernels_serve(ids):
+            history, documents = self._history(ids, document_ids, context)
+            return kmem_kernels.ngram_ids.op.ngram_ids(
+                history, documents, self.orders, multipliers, sizes, offsets, self.boundary, self.pad_id
+            )
+        size_table, offset_table = (
+            torch.tensor(numbers, device=ids.device).view(-1, self.heads) for numbers in (sizes, offsets)
+        )
+        rows = ids.new_empty(*ids.shape, len(sizes))
+        grams = self._grams(ids, document_ids, context)
+        mix = next(grams) * multipliers[0]
+        for back, gram in enumerate(grams, 1):
+            mix = mix ^ (gram * multipliers[back])
+            if back + 1 in self.orders:
+                order = self.orders.index(back + 1)
+                part = rows[..., order * self.heads : (order + 1) * self.heads]
+                torch.remainder(mix[..., None], size_table[order], out=part).add_(offset_table[order])
+        return rows.masked_fill_((ids < 0)[..., None], MISSING)
 
     def row_ids_numpy(
-        self,
-        table: int,
-        ids: "np.ndarray[Any, Any]",
-        document_ids: "np.ndarray[Any, Any] | None" = None,
-        context: "np.ndarray[Any, Any] | None" = None,
+        self, table: int, ids: "np.ndarray[Any, Any]", document_ids: "np.ndarray[Any, Any]"
     ) -> "np.ndarray[Any, Any]":
         """`row_ids` for numpy arrays."""
-        batch, tokens = ids.shape
-        grams = self._grams(ids, document_ids, context)
-        products = grams * np.array(self.multipliers[table], dtype=np.int64)
-        mixes = np.bitwise_xor.accumulate(products, axis=-1)[..., [order - 1 for order in self.orders]]
-        shape = (len(self.orders), self.heads)
-        sizes = np.array(self.sizes[table], dtype=np.int64).reshape(shape)
-        offsets = np.array(self.offsets(table), dtype=np.int64).reshape(shape)
-        rows = (mixes[..., None] % sizes + offsets).reshape(batch, tokens, self.total_heads)
-        rows[ids < 0] = MISSING
-        return rows
+        return self.row_ids(table, torch.from_numpy(ids), torch.from_numpy(document_ids)).numpy()
 
-    def distinct_grams(
-        self, ids: "np.ndarray[Any, Any]", document_ids: "np.ndarray[Any, Any] | None" = None
-    ) -> list[int]:
+    def distinct_grams(self, ids: "np.ndarray[Any, Any]", document_ids: "np.ndarray[Any, Any]") -> list[int]:
         """How many different n-grams end at these tokens [B, T], none missing, for each order."""
-        grams = self._grams(ids, document_ids, None).reshape(-1, self.context + 1)
-        number, counts = grams[:, 0], []
-        for back in range(1, self.context + 1):
+        grams = self._grams(torch.from_numpy(ids), torch.from_numpy(document_ids), None)
+        number, counts = next(grams), []
+        for back, gram in enumerate(grams, 1):
             # Numbering the shorter n-grams first keeps the product with the vocabulary within 64 bits.
-            distinct, number = np.unique(number * self.vocab_size + grams[:, back], return_inverse=True)
+            distinct, number = torch.unique(number * self.vocab_size + gram, return_inverse=True)
             if back + 1 in self.orders:
                 counts.append(len(distinct))
         return counts
 
-    def _grams(
-        self,
-        ids: "np.ndarray[Any, Any]",
-        document_ids: "np.ndarray[Any, Any] | None",
-        context: "np.ndarray[Any, Any] | None",
-    ) -> "np.ndarray[Any, Any]":
-        """[B, T, N]: a token and those before it, nearest first; pad_id where they are missing or out of bounds."""
-        batch, tokens = ids.shape
-        before = np.full((batch, self.context), MISSING, dtype=np.int64) if context is None else context
-        history = np.concatenate((before, ids.astype(np.int64)), axis=1)
-        if document_ids is None:
-            document_ids = np.zeros((batch, tokens), dtype=np.int64)
-        documents = np.concatenate((np.repeat(document_ids[:, :1], self.context, axis=1), document_ids), axis=1)
-        # [B, T, N], the token itself first.
-        grams = np.lib.stride_tricks.sliding_window_view(history, self.context + 1, axis=1)[..., ::-1]
-        homes = np.lib.stride_tricks.sliding_window_view(documents, self.context + 1, axis=1)[..., ::-1]
-        present = grams >= 0
-        if self.boundary == "document":
-            present = present & (homes == homes[..., :1])
-        elif self.boundary == "eos":
-            present = present & (grams != self.pad_id)
-        present = present.copy()
-        present[..., 0] = True
-        if self.boundary != "none":
-            present = np.logical_and.accumulate(present, axis=-1)
-        return np.where(present, grams, self.pad_id)
+    def _grams(self, ids: Tensor, document_ids: Tensor | None, context: Tensor | None) -> Iterator[Tensor]:
+        """The tokens, then those before them, nearest first, [B, T] each; pad_id where these are missing or out of
+        bounds."""
+        history, documents = self._history(ids, document_ids, context)
+        yield ids
+        within: Tensor | None = None  # whether look-back has not met a boundary yet
+        for start in reversed(range(self.context)):
+            past = history[:, start : start + ids.shape[1]]
+            present = past >= 0
+            if self.boundary == "eos":
+                present &= past != self.pad_id
+            elif documents is not None:
+                present &= documents[:, start : start + ids.shape[1]] == documents[:, self.context :]
+            if self.boundary != "none":
+                within = present if within is None else within & present
+                present = within
+            yield torch.where(present, past, self.pad_id)
 
     def start(self, batch: int, device: torch.device | str | None = None) -> Tensor:
         """The state before a sequence's first token, int64 [B, N-1]."""
@@ -291,57 +282,6 @@ def differences(one: "NgramAddressing | Mapping[str, Any]", other: "NgramAddress
     absent = object()
     names = [*first, *(name for name in second if name not in first)]
     return [name for name in names if _plain(first.get(name, absent)) != _plain(second.get(name, absent))]
-
-
-def _row_ids(
-    history: Tensor,
-    documents: Tensor | None,
-    orders: Sequence[int],
-    multipliers: Sequence[int],
-    sizes: Sequence[int],
-    offsets: Sequence[int],
-    boundary: str,
-    pad_id: int,
-) -> Tensor:
-    """history int64 [B, N-1+T] -> rows [B, T, heads]."""
-    context = len(multipliers) - 1
-    tokens = history.shape[1] - context
-    heads = len(sizes) // len(orders)
-    size_table = torch.tensor(sizes, device=history.device).view(len(orders), heads)
-    offset_table = torch.tensor(offsets, device=history.device).view(len(orders), heads)
-
-    current = history[:, context:]
-    mix = current.clamp_min(0) * multipliers[0]
-    within: Tensor | None = None  # whether look-back has not met a boundary yet
-    rows = history.new_empty(len(history), tokens, len(sizes))
-    for back in range(1, context + 1):
-        start = context - back
-        past = history[:, start : start + tokens]
-        present = past >= 0
-        if boundary == "eos":
-            present &= past != pad_id
-        elif documents is not None:
-            present &= documents[:, start : start + tokens] == documents[:, context:]
-        if boundary != "none":
-            within = present if within is None else within & present
-            present = within
-        mix = mix ^ (torch.where(present, past, pad_id) * multipliers[back])
-        if back + 1 in orders:
-            order = orders.index(back + 1)
-            part = rows[..., order * heads : (order + 1) * heads]
-            torch.remainder(mix[..., None], size_table[order], out=part).add_(offset_table[order])
-    return rows.masked_fill_((current < 0)[..., None], MISSING)
-
-
-def _kernel() -> Any:
-    try:
-        from kmem_kernels.ngram_ids.op import ngram_ids
-    except ImportError:  # an exported model brings this file alone; the rows are the same bits
-        return None
-    return ngram_ids
-
-
-_ngram_ids = _kernel()
 
 
 def _plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .kernels import kernels_serve, kmem_kernels
 from .shape import Shape
 
 # Shape letters: T tokens, H hidden size, E experts, K experts per token, G groups of experts.
@@ -48,7 +49,7 @@ class Router(nn.Module):
         wide = torch.promote_types(hidden_TH.dtype, torch.float32)
         with torch.autocast(hidden_TH.device.type, enabled=False):
             logits_TE = F.linear(hidden_TH.to(wide), self.weight.to(wide))
-            if _kernel_serves(logits_TE):
+            if kernels_serve(logits_TE) and logits_TE.dtype == torch.float32:
                 return self._routed_by_kernel(logits_TE)
             scores_TE = logits_TE.softmax(-1) if moe.score_function == "softmax" else logits_TE.sigmoid()
             with torch.no_grad():
@@ -67,7 +68,7 @@ class Router(nn.Module):
 
     def _routed_by_kernel(self, logits_TE: Tensor) -> Routing:
         moe = self.moe
-        choice = _route(
+        choice = kmem_kernels.route.op.route(
             logits_TE,
             self.selection_bias,
             top_k=moe.top_k,
@@ -119,18 +120,3 @@ def count_choices(experts: Tensor, num_experts: int, counted: Tensor | None = No
     return torch.zeros(num_experts, dtype=torch.int64, device=experts.device).scatter_add_(
         0, experts.reshape(-1), ones.reshape(-1)
     )
-
-
-def _kernel() -> Any:
-    try:
-        from kmem_kernels.route.op import route
-    except ImportError:  # an exported model brings this folder alone; the choice is the same
-        return None
-    return route
-
-
-_route = _kernel()
-
-
-def _kernel_serves(logits: Tensor) -> bool:
-    return _route is not None and logits.is_cuda and logits.dtype == torch.float32

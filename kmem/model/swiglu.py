@@ -7,18 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .kernels import kernels_serve, kmem_kernels
+
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """[N, 2I], the gate's columns first -> silu(gate) * up [N, I]. Backward keeps nothing but gate_up."""
-    if _kernel_serves(gate_up):
-        return _swiglu_op.swiglu(gate_up, backend="triton")
+    if kernels_serve(gate_up):
+        return kmem_kernels.swiglu.op.swiglu(gate_up, backend="triton")
     return _SwiGLU.apply(gate_up)
 
 
 def silu_times(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, both [..., I]."""
-    if _kernel_serves(gate):
-        return _swiglu_op.silu_times(gate.flatten(0, -2), up.flatten(0, -2), backend="triton").view_as(gate)
+    if kernels_serve(gate):
+        return kmem_kernels.swiglu.op.silu_times(gate.flatten(0, -2), up.flatten(0, -2), backend="triton").view_as(gate)
     return F.silu(gate) * up
 
 
@@ -41,18 +43,3 @@ class _SwiGLU(torch.autograd.Function):
         torch.mul(grad, up, out=grad_gate)
         torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
         return out
-
-
-def _kernels() -> Any:
-    try:
-        from kmem_kernels.swiglu import op
-    except ImportError:  # an exported model brings this folder alone
-        return None
-    return op
-
-
-_swiglu_op = _kernels()
-
-
-def _kernel_serves(gate: Tensor) -> bool:
-    return _swiglu_op is not None and gate.is_cuda

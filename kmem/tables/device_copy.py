@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kmem.tables.exchange import as_tensor
 from kmem.tables.pinned import PinnedBuffer, PinnedRing
 from kmem.tables.working_set import StepPlan, WorkingSet
 
@@ -42,15 +43,15 @@ class DeviceCopy:
         """Copies of host arrays on the device (bf16 for uint16), later on the stream; the arrays may change at once.
         On a CPU the arrays themselves."""
         if self._stream is None:
-            return [_as_tensor(array) for array in arrays]
+            return [as_tensor(array) for array in arrays]
         ends = np.cumsum([-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays])
         copies = []
         with self._streamed():  # memory is pinned with this device current: the worker's thread has another by default
             buffer = self._ring.take(int(ends[-1]))
             for array, end in zip(arrays, ends.tolist(), strict=True):
                 start = end - -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-                pinned = _as_tensor(buffer[start : start + array.nbytes].numpy().view(array.dtype).reshape(array.shape))
-                pinned.copy_(_as_tensor(array))
+                pinned = as_tensor(buffer[start : start + array.nbytes].numpy().view(array.dtype).reshape(array.shape))
+                pinned.copy_(as_tensor(array))
                 copies.append(pinned.to(self.device, non_blocking=True))
             self._ring.copied(self._event())
         return copies
@@ -148,9 +149,3 @@ class DeviceCopy:
         event = torch.cuda.Event()
         event.record(self._stream)
         return event
-
-
-def _as_tensor(array: np.ndarray) -> Tensor:
-    """The same memory; uint16 holds the bits of bf16."""
-    tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor

@@ -97,7 +97,7 @@ class Exchange:
         received = np.empty((int(receive.sum()), *values.shape[1:]), values.dtype)
         self.bytes += values.nbytes - values[:1].nbytes * int(send[self.rank])
         dist.all_to_all_single(
-            _as_tensor(received), _as_tensor(values), receive.tolist(), send.tolist(), group=self._group
+            as_tensor(received), as_tensor(values), receive.tolist(), send.tolist(), group=self._group
         )
         return received
 
@@ -108,7 +108,7 @@ def _true_per_part(mask: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.diff(sums[np.concatenate([[0], np.cumsum(counts)])])
 
 
-def _as_tensor(values: np.ndarray) -> torch.Tensor:
+def as_tensor(values: np.ndarray) -> torch.Tensor:
     """The same memory as a tensor of a type that gloo sends; uint16 holds the bits of bf16."""
     if values.dtype == np.uint16:
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)

@@ -9,7 +9,6 @@ GiB, since rows alone are then spread over three times as many pages.)
 
 import contextlib
 import ctypes
-import errno
 import mmap
 import os
 import shutil
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from kmem.config import UserError
+from kmem.files import FULL_DISK
 from kmem.tables.read_ahead import read_ahead
 
 StoreKind = Literal["device", "host", "mmap"]
@@ -257,7 +257,7 @@ def map_new_file(path: Path, size: int, name: str) -> mmap.mmap:
             os.unlink(made)
             os.close(descriptor)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in FULL_DISK:
             raise StoreError(_no_space(path, size, shutil.disk_usage(path.parent).free, name)) from error
         raise StoreError(f"table {name}: {path} cannot be created ({error.strerror})") from error
     mapping.madvise(mmap.MADV_RANDOM)  # rows are read at random: reading ahead would fill memory with neighbours

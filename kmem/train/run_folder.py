@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from kmem.config import Config, dump_config
+from kmem.config import Config, UserError, dump_config
+from kmem.files import atomic_folder, atomic_write
 
 METRICS, LOCK = "metrics.jsonl", "lock"
 SECONDS_TO_LEAVE = 20.0
@@ -88,12 +89,10 @@ class RunFolder:
             shutil.copytree(tokenizer, self.path / "tokenizer", dirs_exist_ok=True)
             for name, source in folders.items():
                 # Whole in place of what is there: exports would carry files of an earlier source.
-                copy = self.path / f"{name}.copying"
-                shutil.rmtree(copy, ignore_errors=True)
-                shutil.copytree(source, copy, copy_function=shutil.copyfile)  # with the modes of the umask
-                shutil.rmtree(self.path / name, ignore_errors=True)
-                copy.rename(self.path / name)
-        except OSError as error:
+                with atomic_folder(self.path / name, replace=True) as copy:
+                    # With the modes of the umask.
+                    shutil.copytree(source, copy, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        except (OSError, UserError) as error:
             return f"folder: {self.path} cannot be written: {error}"
         return None
 
@@ -101,9 +100,7 @@ class RunFolder:
         """Drop metrics of steps that a run resumed after `step` will repeat; a fresh start repeats all."""
         if self.metrics.exists():
             kept = [line for line in self.metrics.read_text().splitlines(True) if step and _step_of(line) <= step]
-            temporary = self.metrics.with_suffix(".partial")
-            temporary.write_text("".join(kept))
-            temporary.replace(self.metrics)
+            atomic_write(self.metrics, "".join(kept))
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl."""

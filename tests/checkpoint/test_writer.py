@@ -7,10 +7,9 @@ import torch
 
 from kmem.checkpoint import writer
 from kmem.checkpoint.commit import Progress
-from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.checkpoint.writer import write_weights
-from kmem.config import parse_config
+from kmem.config import UserError, parse_config
 
 CONFIG = parse_config(
     {
@@ -68,6 +67,6 @@ def test_an_existing_checkpoint_is_kept(tmp_path):
         return write_weights(tmp_path, PROGRESS, CONFIG, SHAPES, lambda name: [TENSORS[name]])
 
     folder = write()
-    with pytest.raises(CheckpointError, match="step-00000003: exists"):
+    with pytest.raises(UserError, match="step-00000003: exists"):
         write()
     CheckpointReader(folder).verify()

@@ -20,7 +20,8 @@ from kmem.data.bank_addresses import write_addresses
 from kmem.data.indexed import IndexedTokens
 from kmem.data.manifest import read_manifest
 from kmem.data.units import Unit, UnitMap
-from kmem.model.bank_tree import CENTROIDS_FILE, EMBEDDER_FOLDER, TREE_FILE, file_digest, record_fingerprint
+from kmem.model.bank_tree import CENTROIDS_FILE, EMBEDDER_FOLDER, TREE_FILE, record_fingerprint
+from kmem.model.file_digest import file_digest
 
 REPOSITORY = Path(__file__).parents[2]
 

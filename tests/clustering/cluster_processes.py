@@ -34,7 +34,7 @@ from kmem.config import UserError
 from kmem.data.indexed import megatron_indexed_dataset
 from kmem.data.manifest import read_manifest
 from kmem.data.tokenizer import load_tokenizer
-from kmem.model.bank_tree import file_digest
+from kmem.model.file_digest import file_digest
 
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 

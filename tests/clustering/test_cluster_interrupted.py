@@ -125,7 +125,7 @@ def test_an_embedder_that_cannot_be_made_leaves_nothing_in_the_way(corpus, tmp_p
 
 
 def test_what_an_earlier_command_left_does_not_come_into_the_tree(corpus, tmp_path):
-    left = tmp_path / "tree.copying" / "embedder" / "model.safetensors"
+    left = tmp_path / "tree.partial" / "embedder" / "model.safetensors"
     left.parent.mkdir(parents=True)
     left.touch()
     done = make_tree(TreeRequest([corpus], tmp_path / "tree", 3, 1, embedder="tfidf"))
@@ -169,7 +169,7 @@ def test_a_full_disk_is_one_error(addressed, capsys, monkeypatch):
     bare, tree, _ = addressed
 
     def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(bare / "train.addresses.building"))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(bare / "train.addresses.npy.partial"))
 
     monkeypatch.setattr("kmem.clustering.applying.write_addresses", full)
     assert main(["data", "cluster", "--data", str(bare), "--tree", str(tree)]) == 2

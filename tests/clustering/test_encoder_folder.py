@@ -231,7 +231,7 @@ MODULE = "sentence_transformers.models."
     [
         (shutil.rmtree, "", "no such"),
         (without("config.json"), "config.json", "missing"),
-        (damaged("config.json"), "config.json", "line 1 column"),
+        (damaged("config.json"), "config.json", "JSON"),
         (changed("config.json", model_type="roberta"), "config.json", 'model_type .*"roberta"'),
         (changed("config.json", auto_map={"AutoModel": "own.Model"}), "config.json", "auto_map"),
         (changed("config.json", position_embedding_type="relative_key"), "config.json", "position_embedding_type"),
@@ -249,8 +249,8 @@ MODULE = "sentence_transformers.models."
         (written("1_Pooling/config.json", {"pooling_mode": "max"}), "1_Pooling/config.json", '"max"'),
         (written("1_Pooling/config.json", {"pooling_mode": ["cls", "mean"]}), "1_Pooling/config.json", '"cls", "mean"'),
         (changed("1_Pooling/config.json", pooling_mode_max_tokens=True), "1_Pooling/config.json", "pooling_mode_max"),
-        (written("modules.json", {}), "modules.json", "its name"),
-        (written("modules.json", [{}]), "modules.json", "type and path"),
+        (written("modules.json", {}), "modules.json", "JSON array"),
+        (written("modules.json", [{}]), "modules.json", "list of modules"),
         (
             written("modules.json", [{"type": MODULE + name, "path": ""} for name in ("Transformer", "Dense")]),
             "modules.json",

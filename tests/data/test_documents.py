@@ -134,7 +134,7 @@ def test_folders_stand_for_the_input_below_them(tmp_path):
     for name in ("b.txt", "a.jsonl", "sub/c.txt.gz", "picture.png", ".hidden.txt", "provenance.json", ".git/x.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    for leftover in ("out/manifest.json", "out/train.idx", "out/tokenizer/t.json", "new.preparing/tokenizer/t.json"):
+    for leftover in ("out/manifest.json", "out/train.idx", "out/tokenizer/t.json", "new.partial/tokenizer/t.json"):
         (tmp_path / leftover).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / leftover).write_text("x")
     found = find_files([tmp_path])

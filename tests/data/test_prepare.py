@@ -216,7 +216,7 @@ def test_two_preparations_of_one_folder_exclude_each_other(source, tmp_path, mon
     choose = preparation.choose_held_out
 
     def meanwhile(*arguments):
-        with pytest.raises(UserError, match=rf"--out {tmp_path / 'out'}: .*kmem data prepare.*out\.preparing"):
+        with pytest.raises(UserError, match=rf"{tmp_path / 'out'}.*another process"):
             prepared(tmp_path / "out", source)
         return choose(*arguments)
 
@@ -271,7 +271,7 @@ def test_interruption_leaves_nothing_that_looks_finished(source, tmp_path, stall
     assert process.wait(30) != 0
     _wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
     assert not out.exists()
-    leftover = tmp_path / "out.preparing"
+    leftover = tmp_path / "out.partial"
     assert leftover.exists() == (how == signal.SIGKILL)
     assert not (leftover / "manifest.json").exists()
     prepared(out, source)
@@ -300,7 +300,7 @@ def _wait_until(condition) -> None:
 def test_command_line(source, tmp_path, capsys):
     source.write_text(source.read_text() + '{"text": ""}\n')
     out = tmp_path / "out"
-    arguments = ["prepare", source, "--out", out, "--vocab-size", 5000, "--workers", 1, "--on-error", "skip"]
+    arguments = [source, "--out", out, "--vocab-size", 5000, "--workers", 1, "--on-error", "skip"]
     assert command_line(*arguments) == 0
     said = capsys.readouterr().out
     assert "train: 118 documents" in said
@@ -312,7 +312,7 @@ def test_command_line(source, tmp_path, capsys):
 
 def test_command_line_cuts_plain_text(tmp_path, capsys):
     (tmp_path / "book.txt").write_text("one\n\ntwo\nlines\n\nthree")
-    arguments = ["prepare", tmp_path / "book.txt", "--out", tmp_path / "out", "--vocab-size", 257, "--workers", 1]
+    arguments = [tmp_path / "book.txt", "--out", tmp_path / "out", "--vocab-size", 257, "--workers", 1]
     with pytest.raises(UserError, match=r"book\.txt: .*--documents"):
         command_line(*arguments)
     assert command_line(*arguments, "--documents", "blank-line") == 0

@@ -14,7 +14,6 @@ from kmem.checkpoint.reader import CheckpointReader
 from kmem.checkpoint.store import CheckpointStore, step_folder
 from kmem.config import parse_config
 from kmem.model.bank_layout import BankLayout, layer_bank_name
-from kmem.model.shape import Shape
 from tests.distributed.bank_case import EXPERTS, bank_config
 from tests.distributed.training_case import build, checkpoint_case, load_checkpoint
 
@@ -63,7 +62,7 @@ def test_other_mesh_continues(ranks, wide_run, mesh):
 def test_reader_sees_whole_blocks(wide_run):
     root, _ = wide_run
     reader = CheckpointReader(step_folder(root, SAVE))
-    layout = BankLayout.of(Shape(parse_config(bank_config()).model.model_dump()))
+    layout = BankLayout.of(parse_config(bank_config()).model.shape)
     name = layer_bank_name(3, 2)
     whole = reader.read(name)
     assert whole.shape == (layout.rows(2), layout.block_values(2))

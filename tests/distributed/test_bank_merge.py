@@ -16,7 +16,6 @@ from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.cli import main
 from kmem.model.bank_layout import MISSING, BankLayout
-from kmem.model.shape import Shape
 from tests.distributed.bank_case import CHILDREN, LEAVES, bank_config
 
 STEPS = 3
@@ -89,7 +88,7 @@ def test_a_merge_is_the_single_run(runs, tmp_path, capsys):
             torch.testing.assert_close(found[key], values, rtol=0, atol=1e-6)
         printed = capsys.readouterr().out
         assert ("left out: " in printed) == (number == 3)
-    layout = BankLayout.of(Shape(merged.config.model.model_dump()))
+    layout = BankLayout.of(merged.config.model.shape)
     for number, name in enumerate(["overlapping", "rest", "rest"]):
         source = stored(CheckpointReader(runs / name))
         for key in source:
@@ -124,7 +123,7 @@ def test_of_runs_of_other_lengths_each_gives_its_rows(runs, tmp_path):
     merged = CheckpointReader(tmp_path / "out")
     assert merged.step == STEPS + 1
     assert edited.checkpoint == merged.folder
-    layout = BankLayout.of(Shape(merged.config.model.model_dump()))
+    layout = BankLayout.of(merged.config.model.shape)
     for level in layout.levels:
         found, one, other = (level_figures(reader, layout, level).norms for reader in (merged, first, late))
         share = layout.rows(level) // CHILDREN
@@ -161,7 +160,7 @@ def test_what_is_erased_is_as_if_no_text_had_reached_it(runs, tmp_path, capsys):
     command = ["bank", "erase", "0", "1.2", "--subtree", "--checkpoint", str(runs / "all"), "--out", str(out)]
     assert main(command) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    layout = BankLayout.of(Shape(CheckpointReader(runs / "all").config.model.model_dump()))
+    layout = BankLayout.of(CheckpointReader(runs / "all").config.model.shape)
     assert re.search(rf"level 1: .*\b1 cluster .* {layout.row_values(1):,} values", printed)
     assert re.search(rf"level 4: .*\b36 clusters .* {36 * layout.row_values(4):,} values", printed)
     whole, never, erased = (stored(CheckpointReader(folder)) for folder in (runs / "all", runs / "rest", out))

@@ -13,7 +13,6 @@ from kmem.model.bank_layout import GENERIC, MISSING, BankLayout, layer_bank_name
 from kmem.model.decoder import Decoder
 from kmem.model.init import initialise_
 from kmem.model.mask import document_mask
-from kmem.model.shape import Shape
 from kmem.parallel.bank_step import rows_of
 from kmem.parallel.bank_usage import BankUsage
 from tests.distributed.bank_case import addressed, bank_config
@@ -109,7 +108,7 @@ def test_blocks_that_no_step_fetches_keep_their_bits(ranks, name):
     tree = bank_config(bank__optimizer__name=name, parallel__pipeline=2)
     results = ranks.run(4, train_case, tree, 1)
     config = parse_config(tree)
-    layout = BankLayout.of(Shape(config.model.model_dump()))
+    layout = BankLayout.of(config.model.shape)
     samples = list(range(config.train.global_batch_size))
     addresses = addressed(synthetic_sequences(samples), samples).addresses
     found = merged(results)
@@ -130,7 +129,7 @@ def test_figures_count_the_clusters_of_the_global_batch(ranks):
     for world, mesh in ((1, {}), (4, {"parallel__pipeline": 2})):
         tree = bank_config(**mesh)
         results = ranks.run(world, train_case, tree, 2)
-        layout = BankLayout.of(Shape(parse_config(tree).model.model_dump()))
+        layout = BankLayout.of(parse_config(tree).model.shape)
         for step, figures in enumerate(results[-1]["bank"]):
             samples = list(range(step * 8, (step + 1) * 8))
             addresses = addressed(synthetic_sequences(samples), samples).addresses
@@ -146,7 +145,7 @@ def test_figures_count_the_clusters_of_the_global_batch(ranks):
 
 def test_tokens_of_clusters_are_counted_without_padding():
     """Sequences of one leaf each, of several leaves, and generic ones; where there is padding it is left out."""
-    layout = BankLayout.of(Shape(parse_config(bank_config()).model.model_dump()))
+    layout = BankLayout.of(parse_config(bank_config()).model.shape)
     usage = BankUsage(layout, {2: SimpleNamespace(local=range(3))}, first=True)
     ids = torch.zeros(3, 8, dtype=torch.long)
     leaves = torch.tensor([5, GENERIC, MISSING])[:, None].expand(3, 8)
@@ -163,7 +162,7 @@ def test_use_of_the_clusters_is_the_same_on_every_mesh(ranks):
     """Tokens of each since the beginning, steps since the last update, and norms of what blocks write."""
     steps, meshes = 4, [(1, {}), (4, {"parallel__pipeline": 2}), (2, {"bank__prefetch_depth": 2})]
     found = [ranks.run(world, train_case, bank_config(**mesh), steps) for world, mesh in meshes]
-    layout = BankLayout.of(Shape(parse_config(bank_config()).model.model_dump()))
+    layout = BankLayout.of(parse_config(bank_config()).model.shape)
     samples = [list(range(step * 8, (step + 1) * 8)) for step in range(steps)]
     addresses = torch.stack([addressed(synthetic_sequences(some), some).addresses for some in samples])
     tables = merged(found[0])
@@ -260,7 +259,7 @@ def merged(results):
 def plain_training(tree):
     """Dense autograd on the whole model, all blocks and the whole batch, AdamW, and lazy Adam written out."""
     config = parse_config(tree)
-    shape = Shape(config.model.model_dump())
+    shape = config.model.shape
     layout = BankLayout.of(shape)
     model, bank = Decoder(shape), BankParameters(layout)
     initialise_(model, shape, config.train.init_seed)

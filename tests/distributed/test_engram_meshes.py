@@ -11,7 +11,6 @@ from kmem.model.decoder import Decoder
 from kmem.model.engram_reader import EngramReader, table_name, table_rows
 from kmem.model.init import initialise_
 from kmem.model.mask import document_mask
-from kmem.model.shape import Shape
 from kmem.tables import counter_random
 from tests.distributed.training_case import small_config, synthetic_addresses, synthetic_sequences, train_case
 
@@ -158,7 +157,7 @@ def merged(results):
 def plain_training(tree):
     """Autograd, AdamW and SparseAdam on the whole model and the whole batch, written out."""
     config = parse_config(tree)
-    shape = Shape(config.model.model_dump())
+    shape = config.model.shape
     model = Decoder(shape)
     initialise_(model, shape, config.train.init_seed)
     tables = {}

@@ -8,7 +8,6 @@ from kmem.model.decoder import Decoder
 from kmem.model.init import initialise_
 from kmem.model.mask import document_mask
 from kmem.model.moe import ExpertLayer, updated_selection_bias
-from kmem.model.shape import Shape
 from tests.distributed.training_case import small_config, synthetic_sequences, train_case
 
 STEPS = 10
@@ -129,7 +128,7 @@ def test_bf16_trains_close_to_fp32(ranks):
 def plain_training(tree):
     """Autograd and AdamW on the whole model and the whole batch, written out."""
     config = parse_config(tree)
-    shape = Shape(config.model.model_dump())
+    shape = config.model.shape
     model = Decoder(shape)
     initialise_(model, shape, config.train.init_seed)
     optimizer = config.train.optimizer

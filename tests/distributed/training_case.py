@@ -204,11 +204,10 @@ def prepared(config: Config, tree_record: dict[str, Any] | None) -> dict[str, An
 def synthetic_addresses(config: Config) -> EngramAddresses | None:
     """Addresses of the synthetic vocabulary, which needs no tokenizer. Its compression pairs neighbouring ids."""
     from kmem.model.engram_reader import EngramAddresses
-    from kmem.model.shape import Shape
 
     if config.model.engram is None:
         return None
-    return EngramAddresses.build(Shape(config.model.model_dump()), eos_token_id=0, tokenizer=PairingTokenizer())
+    return EngramAddresses.build(config.model.shape, eos_token_id=0, tokenizer=PairingTokenizer())
 
 
 class PairingTokenizer:

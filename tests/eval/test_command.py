@@ -9,7 +9,6 @@ import torch
 from kmem.cli import main
 from kmem.config import ModelConfig
 from kmem.model.engram_reader import EngramAddresses, other_rows
-from kmem.model.shape import Shape
 from tests.train.test_trainer import metrics
 from tests.train.trainer_case import trainer_case
 
@@ -74,7 +73,7 @@ def test_controls_of_engram(ranks, run_config, capsys, corpus):
 
 
 def test_shuffled_rows_are_other_rows_of_the_same_head():
-    addressing = EngramAddresses.build(Shape(tiny_model().model_dump()), eos_token_id=0).addressing
+    addressing = EngramAddresses.build(tiny_model().shape, eos_token_id=0).addressing
     rows = torch.arange(addressing.rows(0)).view(1, -1, 1).expand(-1, -1, addressing.total_heads)
     sizes, offsets = torch.tensor(addressing.sizes[0]), torch.tensor(addressing.offsets(0))
     rows = (rows % sizes + offsets).contiguous()

@@ -148,7 +148,7 @@ def tokenizer() -> Path:
 def random_weights(config: ModelConfig, seed: int = 0) -> Remembering:
     """A model in which every tensor matters: no zero biases, no unit norms, biases that change routing."""
     generator = torch.Generator().manual_seed(seed)
-    decoder = Remembering(Shape(config.model_dump())).eval()
+    decoder = Remembering(config.shape).eval()
     for name, tensor in decoder.state_dict().items():
         values = torch.randn(tensor.shape, generator=generator)
         scale = 0.1 if name in ("embedding.weight", "head.weight") else 0.2  # logits of about 0.6

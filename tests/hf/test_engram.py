@@ -17,7 +17,6 @@ from kmem.model.bank_layout import BankLayout
 from kmem.model.bank_tree import read_tree_record
 from kmem.model.engram_reader import table_name
 from kmem.model.parameter_counts import tensor_shapes
-from kmem.model.shape import Shape
 from tests.hf.banks import BANKS, make_tree, write_bank_run
 from tests.hf.models import EXPERTS, GQA, memory, model, tokenizer, write_run
 
@@ -144,7 +143,7 @@ def test_a_bank_passes_through_in_slices_and_a_context_loads_its_blocks(tmp_path
     own = make_tree(tmp_path / "large" / "tree", children=4)
     write_large(tmp_path, config, tree=read_tree_record(own))
     exporting, importing, mapped, from_run = measure(tmp_path)
-    layout = BankLayout.of(Shape(config.model_dump()))
+    layout = BankLayout.of(config.shape)
     bank, fetched = 4 * layout.bank_values, 4 * layout.fetched_values
     figures = {"bank": bank, "fetched": fetched, "export": exporting, "import": importing, "mapped": mapped}
     print(json.dumps({**figures, "run": from_run}))

@@ -15,12 +15,11 @@ from kmem.config import UserError, load_config
 from kmem.hf.export import export
 from kmem.hf.importing import import_folder
 from kmem.model.decoder import Decoder
-from kmem.model.shape import Shape
 from tests.hf.models import MEMORY, NATIVE, OWN, VOCABULARY, logits, random_weights, tokenizer, write_run
 
 
 def decoder_of(reader):
-    decoder = Decoder(Shape(reader.config.model.model_dump())).eval()
+    decoder = Decoder(reader.config.model.shape).eval()
     decoder.load_state_dict({name: reader.read(name) for name in reader.tensors})
     return decoder
 

@@ -10,7 +10,6 @@ from kmem.cli import main
 from kmem.config import UserError
 from kmem.hf.retrofit import chained
 from kmem.model.decoder import Decoder
-from kmem.model.shape import Shape
 from tests.hf.models import NATIVE, OWN, VOCABULARY, logits, random_weights, write_run
 
 
@@ -26,7 +25,7 @@ def test_the_chain_starts_as_the_model_it_came_from(name, tmp_path, capsys):
     reader = CheckpointReader(tmp_path / "back")
     reader.verify()
     assert reader.config.model.moe.chain.retrofit_scale
-    chain = Decoder(Shape(reader.config.model.model_dump())).eval()
+    chain = Decoder(reader.config.model.shape).eval()
     chain.load_state_dict({name: reader.read(name) for name in reader.tensors})
     ids = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
     assert torch.equal(logits(chain, ids), logits(decoder, ids))
@@ -51,7 +50,7 @@ def test_other_chains_start_as_the_model_too(choices, tmp_path):
     reader = CheckpointReader(tmp_path / "back")
     chain = reader.config.model.moe.chain
     assert all(getattr(chain, name) == value for name, value in (choice.split("=") for choice in choices))
-    decoder_of_chains = Decoder(Shape(reader.config.model.model_dump())).eval()
+    decoder_of_chains = Decoder(reader.config.model.shape).eval()
     decoder_of_chains.load_state_dict({name: reader.read(name) for name in reader.tensors})
     ids = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
     assert torch.equal(logits(decoder_of_chains, ids), logits(decoder, ids))

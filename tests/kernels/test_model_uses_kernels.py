@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kmem.model import dispatcher, matmul, router, swiglu
+from kmem.model import dispatcher, kernels, matmul, router, swiglu
 from kmem.model.chain_of_experts import ChainOfExperts
 from kmem.model.moe import MoE
 from tests.kernels.devices import DEVICES
@@ -19,17 +19,16 @@ LAYERS = {
 }
 
 
-def run(moe, device, monkeypatch, kernels):
+def run(moe, device, monkeypatch, served):
     """Output, statistics and all gradients of a layer; the same weights every time."""
     calls = []
 
     def serves(tensor):
         calls.append(tensor)
-        return kernels
+        return served
 
-    monkeypatch.setattr(router, "_kernel_serves", serves)
-    monkeypatch.setattr(dispatcher, "_kernels_serve", serves)
-    monkeypatch.setattr(swiglu, "_kernel_serves", serves)
+    for module in (router, dispatcher, swiglu):
+        monkeypatch.setattr(module, "kernels_serve", serves)
     monkeypatch.setattr(matmul, "_USE_ONEDNN", False)  # the experts as on a GPU
     layer = tiny.randomise_((ChainOfExperts if "chain" in moe else MoE)(tiny.shape(tiny.GQA, moe))).to(device)
     observed = []
@@ -47,18 +46,15 @@ def run(moe, device, monkeypatch, kernels):
 @pytest.mark.parametrize("kind", LAYERS)
 def test_layer_with_kernels_equals_the_layer_in_torch(kind, device, monkeypatch):
     moe = LAYERS[kind]
-    ours = run(moe, device, monkeypatch, kernels=True)
-    for found, wanted in zip(ours, run(moe, device, monkeypatch, kernels=False), strict=True):
+    ours = run(moe, device, monkeypatch, served=True)
+    for found, wanted in zip(ours, run(moe, device, monkeypatch, served=False), strict=True):
         torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
 
 
 def test_kernels_serve_cuda_alone():
-    for serves in (router._kernel_serves, dispatcher._kernels_serve, swiglu._kernel_serves):
-        assert not serves(torch.zeros(2, 2))
-        assert not serves(torch.zeros(2, 2, device="meta"))
-    assert router._route is not None
-    assert dispatcher._permute_op is not None
-    assert swiglu._swiglu_op is not None
+    assert kernels.kmem_kernels is not None
+    assert not kernels.kernels_serve(torch.zeros(2, 2))
+    assert not kernels.kernels_serve(torch.zeros(2, 2, device="meta"))
 
 
 @pytest.mark.gpu

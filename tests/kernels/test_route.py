@@ -4,13 +4,12 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from kmem.model.router import Router
+from kmem.model.router import Router, stable_top_k
 from kmem.model.shape import Shape
 from tests.kernels.devices import DEVICES, random
 
 pytest.importorskip("triton")
 from kmem_kernels.route.op import route
-from kmem_kernels.route.reference import stable_top_k
 
 PLAIN = {"score_function": "softmax", "renormalize": True}
 GROUPED = {"score_function": "sigmoid", "num_groups": 6, "top_groups": 3, "scaling_factor": 2.5}

@@ -8,12 +8,12 @@ from kmem.model.bank_tree import (
     CENTROIDS_FILE,
     TREE_FILE,
     ClusterTree,
-    file_digest,
     format_path,
     level_ids,
     parse_path,
     record_fingerprint,
 )
+from kmem.model.file_digest import file_digest
 
 K, LEVELS, DIM = 3, 3, 5
 

@@ -1,4 +1,4 @@
-"""Rows of n-grams: published oracle values, numpy and torch alike, and one token at a time."""
+"""Rows of n-grams: published oracle values, and one token at a time."""
 
 import itertools
 import json
@@ -88,17 +88,13 @@ def test_products_never_overflow():
                 assert (vocab_size - 1) * multiplier <= INT64_MAX
 
 
-@pytest.mark.parametrize("array", ["torch", "numpy"])
-def test_v41_rows(array):
+def test_v41_rows():
     tables = v41()
     ids = [[31, 99091, 12345, 7]]
 
     def rows(table, documents=None):
-        if array == "torch":
-            documents = None if documents is None else torch.tensor(documents)
-            return tables.row_ids(table, torch.tensor(ids), documents)[0].numpy()
-        documents = None if documents is None else np.array(documents)
-        return tables.row_ids_numpy(table, np.array(ids), documents)[0]
+        documents = None if documents is None else torch.tensor(documents)
+        return tables.row_ids(table, torch.tensor(ids), documents)[0].numpy()
 
     def local(table, row):
         return [int(row[head]) - tables.offsets(table)[head] for head in (0, 7, 8, 23)]
@@ -123,8 +119,7 @@ def test_v41_mixes():
     assert mixes[1:] == [60133786200580410, 3577814626687164309, 3580033450114570140]
 
 
-@pytest.mark.parametrize("array", ["torch", "numpy"])
-def test_qwen_rows(array):
+def test_qwen_rows():
     tables = qwen()
     expected = {
         ((10, 20, 248319), 0): [12405336, 159187808, 177779891, 304203213],
@@ -135,10 +130,7 @@ def test_qwen_rows(array):
         ((10, 5, 248319, 20), 3): [11292027, 151848959, 178011600, 309503529],
     }
     for (ids, position), rows in expected.items():
-        if array == "torch":
-            got = tables.row_ids(0, torch.tensor([ids]))
-        else:
-            got = tables.row_ids_numpy(0, np.array([ids]))
+        got = tables.row_ids(0, torch.tensor([ids]))
         assert got[0, position, [0, 7, 8, 15]].tolist() == rows
 
 
@@ -170,21 +162,54 @@ def random_batch(seed, batch=4, tokens=23, vocab_size=100, missing=0.1):
     return ids, (torch.rand(ids.shape, generator=generator) < 0.2).cumsum(1)
 
 
+def gram(ids, documents, place, order, boundary):
+    """The n-gram that ends at a place, nearest token first."""
+    found, outside = [ids[place]], False
+    for back in range(1, order):
+        past, home = (ids[place - back], documents[place - back]) if place >= back else (MISSING, None)
+        outside = outside and boundary != "none"
+        outside |= (
+            past < 0 or (boundary == "document" and home != documents[place]) or (boundary == "eos" and past == 2)
+        )
+        found.append(2 if outside else past)
+    return tuple(found)
+
+
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize("orders", [(2,), (2, 3, 4), (2, 5), (4,)])
-def test_numpy_equals_torch(boundary, orders):
+def test_rows_are_those_of_the_grams(boundary, orders):
+    """Token by token in plain integers."""
     tables = tiny(boundary, orders=orders, heads=3)
-    ids, document_ids = random_batch(len(orders))
-    context = random_batch(9, tokens=tables.context)[0]
-    for documents in (None, document_ids):
-        for before in (None, context):
-            expected = tables.row_ids(1, ids, documents, before)
-            arrays = (None if item is None else item.numpy() for item in (documents, before))
-            assert np.array_equal(tables.row_ids_numpy(1, ids.numpy(), *arrays), expected.numpy())
-            live = expected[ids >= 0]
-            assert bool((live >= 0).all())
-            assert bool((live < tables.rows(1)).all())
-            assert bool((expected[ids < 0] == MISSING).all())
+    ids, documents = random_batch(len(orders))
+    rows = tables.row_ids(1, ids, documents)
+    assert bool((rows[ids < 0] == MISSING).all())
+    for sequence, places in enumerate(ids.tolist()):
+        for place in (place for place, token in enumerate(places) if token >= 0):
+            for order, here in zip(orders, rows[sequence, place].view(-1, 3).tolist(), strict=True):
+                mix = 0
+                found = gram(places, documents[sequence].tolist(), place, order, boundary)
+                for token, multiplier in zip(found, tables.multipliers[1], strict=False):
+                    mix ^= token * multiplier
+                first = orders.index(order) * 3
+                sizes, offsets = (numbers[first : first + 3] for numbers in (tables.sizes[1], tables.offsets(1)))
+                assert here == [mix % size + offset for size, offset in zip(sizes, offsets, strict=True)]
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_distinct_grams(boundary):
+    tables = tiny(boundary, orders=(2, 4))
+    ids, documents = random_batch(4, batch=3, tokens=200, vocab_size=4, missing=0)
+    expected = [
+        len(
+            {
+                gram(i, d, n, order, boundary)
+                for i, d in zip(ids.tolist(), documents.tolist(), strict=True)
+                for n in range(200)
+            }
+        )
+        for order in (2, 4)
+    ]
+    assert tables.distinct_grams(ids.numpy(), documents.numpy()) == expected
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)

@@ -30,7 +30,7 @@ def config(attention: dict[str, Any] | None = None, moe: dict[str, Any] | None =
 
 
 def shape(attention: dict[str, Any] | None = None, moe: dict[str, Any] | None = None, **changes: Any) -> Shape:
-    return Shape(config(attention, moe, **changes).model_dump())
+    return config(attention, moe, **changes).shape
 
 
 def randomise_(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -43,7 +43,7 @@ def randomise_(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def decoder(model: ModelConfig | Shape) -> Decoder:
-    view = model if isinstance(model, Shape) else Shape(model.model_dump())
+    view = model if isinstance(model, Shape) else model.shape
     return randomise_(Decoder(view))
 
 

@@ -12,10 +12,11 @@ def test_the_tree_of_a_run_is_replaced_whole(tmp_path):
     tokenizer.mkdir()
     for name in ("one", "other"):
         (tmp_path / name / "embedder").mkdir(parents=True)
-        (tmp_path / name / "embedder" / f"{name}.safetensors").touch(mode=0o600)
+        for file in ("tree.json", "tree.safetensors", f"embedder/{name}.safetensors"):
+            (tmp_path / name / file).touch(mode=0o600)
     config = load_config("quickstart", [f"folder={tmp_path}/runs"])
     run = RunFolder(config)
-    left = run.path / "tree.copying" / "embedder" / "left"  # by a process that was killed
+    left = run.path / "tree.partial" / "embedder" / "left"  # by a process that was killed
     left.parent.mkdir(parents=True)
     left.touch()
     for name in ("one", "other", "other"):

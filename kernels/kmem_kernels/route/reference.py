@@ -42,16 +42,12 @@ def route(
             preference_TGe = preference_TE.unflatten(-1, (num_groups, -1))
             group_scores_TG = preference_TGe.topk(group_score_top_k, dim=-1).values.sum(-1)
             allowed_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool)
-            allowed_TG.scatter_(1, stable_top_k(group_scores_TG, top_groups), True)
+            best_TG = group_scores_TG.sort(dim=-1, descending=True, stable=True).indices
+            allowed_TG.scatter_(1, best_TG[:, :top_groups], True)
             preference_TE = preference_TGe.masked_fill(~allowed_TG.unsqueeze(-1), float("-inf")).flatten(1)
-        experts_TK = stable_top_k(preference_TE, top_k)
+        experts_TK = preference_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights_TK = scores_TE.gather(1, experts_TK)
     if renormalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + EPSILON)
     counts_E = torch.bincount(experts_TK.flatten(), minlength=logits_TE.shape[1])
     return Choice(experts_TK, weights_TK * scaling_factor, scores_TE, counts_E)
-
-
-def stable_top_k(values: Tensor, k: int) -> Tensor:
-    """Indices of the k largest values of the last dimension, best first; of equal values the lower index wins."""
-    return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]

@@ -130,7 +130,7 @@ def _figures(
         select,
     )
     from kmem.checkpoint.reader import WEIGHT
-    from kmem.checkpoint.storage import TORCH_DTYPES
+    from kmem.data.safetensors_file import TORCH_DTYPES
     from kmem.model.bank_layout import layer_bank_name
 
     chosen = select(layout, list(paths), with_blocks=False)  # refuses paths outside the tree
@@ -223,7 +223,7 @@ def _opened(path: Path) -> "CheckpointReader":
 def _report(reader: "CheckpointReader", edited: "Edited", done: str) -> None:
     from kmem.checkpoint.bank.editing import the_layout
     from kmem.checkpoint.reader import WEIGHT
-    from kmem.checkpoint.storage import TORCH_DTYPES
+    from kmem.data.safetensors_file import TORCH_DTYPES
     from kmem.model.bank_layout import layer_bank_name
 
     layer = the_layout(reader).layers[0]

@@ -17,7 +17,6 @@ from kmem.model.bank_layout import BankLayout, layer_bank_name
 from kmem.model.bank_router import ContextRouter
 from kmem.model.engram_reader import RowSource
 from kmem.model.mapped_rows import MappedRows
-from kmem.model.shape import Shape
 
 
 class Banked(Protocol):
@@ -41,7 +40,7 @@ class Banked(Protocol):
 
 def bank_layout(config: Config) -> BankLayout | None:
     """The blocks of a model's bank, None for a model without."""
-    shape = Shape(config.model.model_dump())
+    shape = config.model.shape
     return None if shape.bank is None else BankLayout.of(shape)
 
 

@@ -12,7 +12,6 @@ from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import Config, UserError
 from kmem.model.bank_layout import BankLayout, layer_bank_name
 from kmem.model.bank_tree import cluster_of, format_path, parse_path, path_of
-from kmem.model.shape import Shape
 
 GENERIC_PATH = "generic"
 """In place of a path: the generic blocks of all levels."""
@@ -48,7 +47,7 @@ def check_held(folder: Path, stored: Config, config: Config, own_run: bool) -> N
     Raises:
         CheckpointError: names the field and the remedy.
     """
-    layout = BankLayout.of(Shape(config.model.model_dump()))
+    layout = BankLayout.of(config.model.shape)
     for level in layout.levels:
         theirs, ours = (held_mask(of, layout, level) for of in (stored, config))
         chosen = ", ".join((stored.data.addresses and stored.data.addresses.subtrees) or ())

@@ -1,0 +1,189 @@
+"""Files and folders that appear when they are complete and then survive a power cut; JSON files that others wrote."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, TypeVar
+
+from kmem.config import UserError
+
+PARTIAL, REPLACED = ".partial", ".replaced"
+"""Endings of the name of what is being written, and of an old folder on its way out."""
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LOCK = ".lock"
+Form = TypeVar("Form", dict[str, Any], list[Any])
+
+
+class AtomicFile:
+    """A binary file written as NAME.partial, which takes its name when the block ends well and is removed when it does
+    not. Its mode is the umask's; a file that had the name is replaced.
+
+    Args:
+        path: the finished file. Its folder exists.
+        buffering: as of `open`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, buffering: int = -1) -> None:
+        self._path, self._partial = path, path.with_name(path.name + PARTIAL)
+        self.stream: IO[bytes] = open(self._partial, "wb", buffering)  # noqa: SIM115 - closed by commit or discard
+
+    def commit(self) -> None:
+        """Flush to the disk and give the file its name."""
+        try:
+            self.stream.flush()
+            os.fsync(self.stream.fileno())
+            self.stream.close()
+            os.replace(self._partial, self._path)
+            sync_path(self._path.parent)
+        except BaseException:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Remove what was written; after `commit` it does nothing."""
+        with suppress(OSError):  # of what is still in the buffer
+            self.stream.close()
+        self._partial.unlink(missing_ok=True)
+
+    def __enter__(self) -> IO[bytes]:
+        return self.stream
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.commit()
+        else:
+            self.discard()
+
+
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Write a file, of text in UTF-8, as an `AtomicFile`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with AtomicFile(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+    """An empty folder NAME.partial that takes its name when the block ends well and is removed when it does not.
+
+    A killed process leaves `path` as it was, and the partial folder to the next process that writes it.
+
+    Args:
+        path: absent, or an empty folder.
+        replace: `path` may also be a folder with files, which is removed once the new one has its name.
+
+    Raises:
+        UserError: `path` has files, another process is writing it, or an OSError in the block.
+    """
+    path = Path(os.path.abspath(path))
+    partial, old = (path.with_name(path.name + ending) for ending in (PARTIAL, REPLACED))
+    try:
+        if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path}: exists and is not an empty folder; name a new one")
+        partial.mkdir(parents=True, exist_ok=True)
+        with open(partial / _LOCK, "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"{path}: another process is writing it ({partial})") from None
+            try:
+                _clear(partial)
+                yield partial
+                _sync(partial)
+                (partial / _LOCK).unlink()
+                if replace and path.exists():
+                    shutil.rmtree(old, ignore_errors=True)
+                    os.rename(path, old)
+                os.rename(partial, path)  # an empty folder of that name is replaced
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+        sync_path(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        remedy = "; make room or choose another disk" if error.errno in FULL_DISK else ""
+        raise UserError(f"{path}: cannot be written: {error}{remedy}") from error
+
+
+def check_replaceable(out: Path, what: str, is_one: bool, force: bool, instead: str = "choose another folder") -> None:
+    """See that a command may write `--out`: there is nothing, or what it writes and `--force`.
+
+    Args:
+        what: it writes, such as `a tree`.
+        is_one: whether `out` holds one.
+        instead: the remedy without force.
+
+    Raises:
+        UserError: it may not.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder")
+    if any(out.iterdir()) and not is_one:
+        raise UserError(f"--out {out}: exists and holds something else than {what}; choose another folder")
+    if is_one and not force:
+        raise UserError(f"--out {out}: {what} is there; {instead}, or replace it with --force")
+
+
+def read_json(path: Path, kind: type[Form]) -> Form:
+    """The object (dict) or array (list) in a JSON file that came with others.
+
+    Raises:
+        UserError: missing, damaged, or of the other form.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; fetch its folder again, whole") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); fetch it again") from None
+    if not isinstance(found, kind):
+        raise UserError(f"{path}: expected a JSON {'object' if kind is dict else 'array'}; fetch it again")
+    return found
+
+
+def has_format(path: Path, format: str) -> bool:
+    """Whether there is a JSON file whose `format` is this one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("format") == format
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def sync_path(path: Path) -> None:
+    """Flush a file to the disk, or the names in a folder: a rename survives a power cut only after this."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a killed process has left."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != _LOCK:
+            entry.unlink()
+
+
+def _sync(folder: Path) -> None:
+    """Everything in the folder is on the disk before the folder gets its name."""
+    for path in [*folder.rglob("*"), folder]:
+        sync_path(path)
