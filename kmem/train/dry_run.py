@@ -17,7 +17,7 @@ from kmem.model.shape import Shape
 from kmem.parallel.mesh import Mesh, environment_rank
 from kmem.parallel.parameter_counts import ParameterCounts, count_parameters, tensor_shapes
 from kmem.parallel.stages import stage_bounds
-from kmem.tables.row_optimizers import RowOptimizer
+from kmem.tables.row_optimizers import make_row_optimizer
 from kmem.tables.sharding import row_range
 from kmem.tables.stores import ArrayLayout, RecordLayout, StoreKind
 from kmem.tables.table_spec import DTYPES
@@ -212,7 +212,7 @@ def _table(
     """A table of `rows` rows of `dim` values of which a rank's step looks up so many, with an index of `indexed`."""
     state: dict[str, ArrayLayout] = {}
     if level is not None or not config.model.frozen_anchor:
-        state = RowOptimizer(settings.optimizer, dim, config.train.init_seed, table_name(layer)).state()
+        state = make_row_optimizer(settings.optimizer, dim, config.train.init_seed, table_name(layer)).state()
     state_bytes = sum(array.row_bytes for array in state.values())
     row, busy = ArrayLayout(dim, DTYPES[settings.dtype]), ArrayLayout(1, torch.uint8)
     row_bytes, busy_bytes, unique = row.row_bytes, busy.row_bytes, min(look_ups, rows)

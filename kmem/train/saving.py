@@ -9,7 +9,7 @@ from kmem.checkpoint.manifest import ANOTHER_RUN, check_addressing, check_tree
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import WEIGHT
 from kmem.checkpoint.store import CheckpointStore
-from kmem.config import parse_config
+from kmem.config import ROW_OPTIMIZER_TRAITS, parse_config
 from kmem.model.bank_layout import bank_table_name
 from kmem.parallel.bank_table import BankTable
 from kmem.parallel.parameter_counts import tensor_shapes
@@ -161,7 +161,7 @@ def _same_rows(folder: Path, section: str, stored: dict, wanted: dict) -> None:
         one, other = stored, wanted
         for key in path:
             one, other = one[key], other[key]
-        relevant = path[-1] != "dense" or wanted["optimizer"]["name"] == "sinkhorn_momentum"
+        relevant = path[-1] != "dense" or ROW_OPTIMIZER_TRAITS[wanted["optimizer"]["name"]].balances
         if one != other and relevant:
             raise CheckpointError(
                 f"{section}.{'.'.join(path)}: {other!r} in the configuration, {one!r} in {folder}, whose rows and "

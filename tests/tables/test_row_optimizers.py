@@ -3,16 +3,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from kmem_kernels.row_update import reference
 
 from kmem.config import BlockOptimizerConfig, RowOptimizerConfig
 from kmem.tables import stores
 from kmem.tables.counter_random import key, normal_rows
-from kmem.tables.row_optimizers import (
-    RowOptimizer,
-    RowUpdate,
-    kernels,
-    reference,
-)
+from kmem.tables.row_optimizers import RowUpdate, kernels, make_row_optimizer
 from kmem.tables.row_optimizers.update import host_array
 from kmem.tables.row_threads import RowThreads
 from kmem.tables.segments import Segments
@@ -49,7 +45,7 @@ def updates(steps, rows=ROWS, dim=DIM, every=False, seed=0):
 
 
 def optimizer_for(settings, dim=DIM, threads=1):
-    return RowOptimizer(settings, dim, 7, "table", RowThreads(threads))
+    return make_row_optimizer(settings, dim, 7, "table", RowThreads(threads))
 
 
 def dense_gradient(update, rows=ROWS, dim=DIM):
