@@ -14,7 +14,7 @@ from kmem.model.bank_layout import bank_table_name
 from kmem.parallel.bank_table import BankTable
 from kmem.parallel.parameter_counts import tensor_shapes
 from kmem.parallel.pipeline import Pipeline
-from kmem.parallel.training_state import MOMENTS, check_names, finish_load, model_state
+from kmem.parallel.training_state import check_names, finish_load, model_state, moment_names
 
 
 def save_training(
@@ -95,7 +95,8 @@ def load_training(
         check_held(folder, parse_config(commit.config), config, going_on)
     parts = [NAME_PARTS[name] for name in new]
     check_names(pipeline, commit.shapes, parts)
-    moments = any(name.startswith(f"{MOMENTS[0]}/") for name in commit.tensors) and not weights_only
+    kinds = moment_names(pipeline)
+    moments = any(name.startswith(f"{kinds[0]}/") for name in commit.tensors) and not weights_only
     row_state = any(name.startswith("step/") for name in commit.tensors)
     for name, section in (("engram", "engram"), ("bank", "bank")):
         if row_state and wanted[name] is not None and name not in new:
@@ -107,7 +108,8 @@ def load_training(
     state = model_state(pipeline, saving=False, moments=moments, row_state=row_state)
     state = {name: pieces for name, pieces in state.items() if not any(part in name for part in parts)}
     # Rows that were frozen with their anchor have no state, and blocks of older checkpoints no counts.
-    frozen = {name for name in state if _of_rows(name) and f"step/{name.partition('/')[2]}" not in commit.tensors}
+    of_rows = {name for name in state if name.partition("/")[0] not in (WEIGHT.rstrip("/"), *kinds)}
+    frozen = {name for name in of_rows if f"step/{name.partition('/')[2]}" not in commit.tensors}
     uncounted = {name for name in state if name.startswith("updates/") and name not in commit.tensors} - frozen
     absent = frozen | uncounted
     state = {name: pieces for name, pieces in state.items() if name not in absent}
@@ -139,11 +141,6 @@ TRAINED_ONLY = {
     "per",
 }
 """Fields of the model section that a run may change when it resumes: they shape training, not the function."""
-
-
-def _of_rows(name: str) -> bool:
-    """Whether a tensor of the state is of the row optimizer of a table."""
-    return name.partition("/")[0] not in (WEIGHT.rstrip("/"), *MOMENTS)
 
 
 def _rows_of_bank(model: dict) -> dict:

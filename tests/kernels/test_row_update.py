@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from kmem_kernels.row_update import reference
-from kmem_kernels.row_update.reference import SQUARES_PART
 
 from kmem.config import BlockOptimizerConfig, RowOptimizerConfig
 from kmem.tables import counter_random
@@ -108,7 +107,7 @@ def test_the_bits_are_those_of_the_host(settings, dim, rounding, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dim", [1, 5, 200, 3 * SQUARES_PART + 70])
+@pytest.mark.parametrize("dim", [1, 5, 200, 3 * reference.SQUARES_PART + 70])
 def test_square_norms_are_added_in_their_order(dim, device):
     values = random(77, dim) * 10 ** random(77, 1, seed=1)
     expected = kernels.square_norms(values.numpy())

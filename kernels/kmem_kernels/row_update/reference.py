@@ -92,7 +92,8 @@ def square_norms(values: np.ndarray) -> np.ndarray:
     parts = max(1, -(-columns // SQUARES_PART))
     padded = np.zeros((rows, parts * SQUARES_PART), np.float64)
     padded[:, :columns] = values
-    sums = (padded * padded).reshape(rows, parts, -1, SQUARES_LANES).cumsum(2)[:, :, -1]
+    lanes = (rows, parts, SQUARES_PART // SQUARES_LANES, SQUARES_LANES)
+    sums = (padded * padded).reshape(lanes).cumsum(2)[:, :, -1]
     return _pairwise(_pairwise(sums))
 
 
