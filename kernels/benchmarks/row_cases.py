@@ -7,9 +7,8 @@ import torch
 from cases import Case, Goal, Sizes
 from kmem_kernels.row_gather.op import row_gather
 from kmem_kernels.row_update.op import CatchUp, Gradients, RandomRounding, adam_, rowwise_adagrad_
+from kmem_kernels.row_update.reference import AdamStep
 from torch import Tensor
-
-from kmem.tables.row_optimizers.reference import AdamStep
 
 # Shape letters: R rows of D values in the table, U of them touched.
 

@@ -1,8 +1,15 @@
-"""Which implementation of an operation runs, and whether Triton compiles or interprets."""
+"""Which implementation of an operation runs, and whether Triton compiles or interprets.
 
+Importing this, as every op does, without Triton raises ImportError.
+"""
+
+from importlib.util import find_spec
 from typing import Literal
 
 from torch import Tensor
+
+if find_spec("triton") is None:
+    raise ImportError("kmem_kernels needs Triton: pip install 'kmem[kernels]'")
 
 Backend = Literal["triton", "torch"]
 

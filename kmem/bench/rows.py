@@ -10,7 +10,7 @@ import torch
 
 from kmem.bench.machine import processor
 from kmem.config import RowOptimizerConfig
-from kmem.tables.row_optimizers import RowOptimizer, RowUpdate, kernels
+from kmem.tables.row_optimizers import RowUpdate, kernels, make_row_optimizer
 from kmem.tables.row_threads import RowThreads
 from kmem.tables.segments import Segments
 from kmem.tables.stores import ArrayLayout, Store
@@ -36,7 +36,7 @@ def adam_rates(rows: int, touched: int, dim: int = 256, threads: int = 1, repeat
     ids = generator.integers(0, rows, touched)
     gradients = generator.standard_normal((touched, dim), dtype=np.float32)
 
-    optimizer = RowOptimizer(RowOptimizerConfig(name="lazy_adam"), dim, 0, "bench", RowThreads(threads))
+    optimizer = make_row_optimizer(RowOptimizerConfig(name="lazy_adam"), dim, 0, "bench", RowThreads(threads))
     store = Store("host", rows, {"rows": ArrayLayout(dim, torch.float32), **optimizer.state()})
     for name in store.arrays:
         store[name].fill_(0.1)
@@ -62,7 +62,7 @@ def adam_rates(rows: int, touched: int, dim: int = 256, threads: int = 1, repeat
 
 def update_rate(rows: int, touched: int, settings: RowOptimizerConfig, dtype: torch.dtype, dim: int = 256) -> float:
     """Millions of rows per second of one core for the update alone: unique rows, summed gradients."""
-    optimizer = RowOptimizer(settings, dim, 0, "bench")
+    optimizer = make_row_optimizer(settings, dim, 0, "bench")
     store = Store("host", rows, {"rows": ArrayLayout(dim, dtype), **optimizer.state()})
     for name, array in store.arrays.items():
         array.fill_(0 if name == "last_step" else 0.1)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kmem.config import ConfigError, RowOptimizerConfig
+from kmem.config import ROW_OPTIMIZER_TRAITS, ConfigError, RowOptimizerConfig
 
 if TYPE_CHECKING:
     from kmem.bench.rows import RowRates
@@ -125,7 +125,7 @@ def _updates(arguments: argparse.Namespace) -> list[RowsMeasurement]:
                 arguments.dim,
             ),
         )
-        for name in ("lazy_adam", "adam_catchup", "rowwise_adagrad", "sinkhorn_momentum")
+        for name in ROW_OPTIMIZER_TRAITS
         for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     ]
 

@@ -15,10 +15,17 @@ from kmem.config.model import (
     RopeScaling,
 )
 from kmem.config.run import CheckpointConfig, Config, EvaluationConfig, ParallelConfig, TrackingConfig
-from kmem.config.tables import BankTableConfig, BlockOptimizerConfig, RowOptimizerConfig, TableConfig
+from kmem.config.tables import (
+    ROW_OPTIMIZER_TRAITS,
+    BankTableConfig,
+    BlockOptimizerConfig,
+    RowOptimizerConfig,
+    TableConfig,
+)
 from kmem.config.train import OptimizerConfig, ScheduleConfig, TrainConfig
 
 __all__ = [
+    "ROW_OPTIMIZER_TRAITS",
     "AddressesConfig",
     "BankConfig",
     "BankTableConfig",

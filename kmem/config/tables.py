@@ -1,5 +1,7 @@
 """How lookup tables are kept and trained."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -11,10 +13,39 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+RowOptimizerName = Literal["lazy_adam", "adam_catchup", "rowwise_adagrad", "sinkhorn_momentum"]
+
+
+@dataclass(frozen=True)
+class RowOptimizerTraits:
+    """What a configuration must know of a row optimizer; the rest is its class in `kmem.tables.row_optimizers`."""
+
+    by_value: bool = True
+    """Every value is trained on its own; no number is shared by the values of a row."""
+    counts_missed_steps: bool = False
+    """A row knows how many steps it has missed, so that its weights can decay for them."""
+    counts_own_updates: bool = False
+    """Where a row is a parameter of its own, its bias correction counts its own updates."""
+    balances: bool = False
+    """Normalises rows and columns in turn: of all rows, or of the step's alone."""
+
+
+ROW_OPTIMIZER_TRAITS: dict[RowOptimizerName, RowOptimizerTraits] = {
+    "lazy_adam": RowOptimizerTraits(counts_own_updates=True),
+    "adam_catchup": RowOptimizerTraits(counts_missed_steps=True),
+    "rowwise_adagrad": RowOptimizerTraits(by_value=False),
+    "sinkhorn_momentum": RowOptimizerTraits(by_value=False, balances=True),
+}
+
+
+def _names(have: Callable[[RowOptimizerTraits], bool]) -> str:
+    return " or ".join(name for name, traits in ROW_OPTIMIZER_TRAITS.items() if have(traits))
+
+
 class RowOptimizerConfig(Section):
     """The optimizer of table rows. Under all forms but the dense one, rows outside a step's working set never move."""
 
-    name: Literal["lazy_adam", "adam_catchup", "rowwise_adagrad", "sinkhorn_momentum"] = "lazy_adam"
+    name: RowOptimizerName = "lazy_adam"
     """lazy_adam: Adam on the rows a step touches. adam_catchup: the same, moments first decayed by the steps a row has
     missed. rowwise_adagrad: one number of state per row. sinkhorn_momentum: balanced momentum (DeepSeek-V4.1)."""
     lr_multiplier: PositiveFloat = 5.0
@@ -44,23 +75,27 @@ class RowOptimizerConfig(Section):
 
     @model_validator(mode="after")
     def _meaning(self) -> "RowOptimizerConfig":
-        if self.weight_decay and self.name != "adam_catchup":
+        if self.weight_decay and not self.traits.counts_missed_steps:
             raise ValueError(
                 f"weight_decay={self.weight_decay} with {self.name}: rows outside a step would miss their decay; "
-                "set it to 0 or use adam_catchup"
+                f"set it to 0 or use {_names(lambda traits: traits.counts_missed_steps)}"
             )
         return self
 
     @model_validator(mode="after")
     def _passes(self) -> "RowOptimizerConfig":
-        if self.name == "sinkhorn_momentum" and self.passes % 2 == 0:
+        if self.traits.balances and self.passes % 2 == 0:
             raise ValueError(f"passes={self.passes}: passes start and end with rows, so the number must be odd")
         return self
 
     @property
+    def traits(self) -> RowOptimizerTraits:
+        return ROW_OPTIMIZER_TRAITS[self.name]
+
+    @property
     def is_dense(self) -> bool:
         """True when a step moves rows outside its working set."""
-        return self.name == "sinkhorn_momentum" and self.dense
+        return self.traits.balances and self.dense
 
     @property
     def counts_updates(self) -> bool:
@@ -93,8 +128,8 @@ class TableConfig(Section):
             raise ValueError(f"staleness={self.staleness} exceeds prefetch_depth={self.prefetch_depth}")
         if self.optimizer.is_dense and self.store == "mmap":
             raise ValueError(
-                "optimizer.name=sinkhorn_momentum with optimizer.dense=true passes over every row several times per "
-                "step, which a mapped file cannot serve; set optimizer.dense=false, or store=host"
+                f"optimizer.name={self.optimizer.name} with optimizer.dense=true passes over every row several times "
+                "per step, which a mapped file cannot serve; set optimizer.dense=false, or store=host"
             )
         if self.optimizer.stochastic_rounding and self.dtype != "bf16":
             raise ValueError("optimizer.stochastic_rounding=true is for dtype=bf16")
@@ -111,11 +146,11 @@ class BlockOptimizerConfig(RowOptimizerConfig):
 
     @model_validator(mode="after")
     def _meaning(self) -> "BlockOptimizerConfig":
-        if self.name not in ("lazy_adam", "adam_catchup"):
+        if not self.traits.by_value:
             raise ValueError(
                 f"name={self.name} has numbers that all values of a row share, and a row holds a cluster's blocks of "
-                "the layers of one pipeline stage: results would depend on parallel.pipeline; use lazy_adam or "
-                "adam_catchup"
+                "the layers of one pipeline stage: results would depend on parallel.pipeline; use "
+                f"{_names(lambda traits: traits.by_value)}"
             )
         if self.stochastic_rounding:
             raise ValueError(
@@ -128,7 +163,7 @@ class BlockOptimizerConfig(RowOptimizerConfig):
     def counts_updates(self) -> bool:
         """A block that text reaches late begins as a parameter of its own would. Caught-up moments are those of dense
         Adam, whose correction counts all steps."""
-        return self.name == "lazy_adam"
+        return self.traits.counts_own_updates
 
 
 class BankTableConfig(TableConfig):

@@ -11,8 +11,10 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 
 
 class OptimizerConfig(Section):
-    """AdamW with decoupled weight decay on matrices only."""
+    """The optimizer, with decoupled weight decay on matrices only."""
 
+    name: Literal["adamw"] = "adamw"
+    """adamw: `torch.optim.AdamW`, fused."""
     lr: PositiveFloat
     """Peak learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)

@@ -45,7 +45,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from kmem.config import Config, OptimizerConfig
+from kmem.config import Config
 from kmem.data.batch import SequenceBatch
 from kmem.model.decoder import DecoderLayer
 from kmem.model.expert_backends import find_backend, problem
@@ -59,6 +59,7 @@ from kmem.parallel.gradients import GradientNorm
 from kmem.parallel.memory_kind import BegunStep, StageMemory, StageParts
 from kmem.parallel.memory_kinds import kinds_of
 from kmem.parallel.mesh import Mesh, expert_group, limit_waiting, local_device, raise_on_all_ranks
+from kmem.parallel.optimizers import make_backbone_optimizer
 from kmem.parallel.routing_ledger import RoutingLedger, StepRouting
 from kmem.parallel.stage_layers import EmbeddingLayer, LossLayer, NormLayer, StageLayer, TransformerLayer, tied_loss
 from kmem.parallel.stage_tables import LookedUp, StageTables
@@ -263,10 +264,7 @@ class Pipeline:
 
     def _initialise_engine(self) -> StepEngine:
         train = self.config.train
-        groups = parameter_groups(list(self.named_parameters()), train.optimizer, self.mesh)
-        optimizer = torch.optim.AdamW(
-            groups, lr=train.optimizer.lr, betas=train.optimizer.betas, eps=train.optimizer.eps, fused=True
-        )
+        optimizer = make_backbone_optimizer(list(self.named_parameters()), train.optimizer, self.mesh)
         with _quiet():
             engine, *_ = deepspeed.initialize(
                 model=self.module, optimizer=optimizer, config=engine_config(self.config, self.mesh)
@@ -329,23 +327,6 @@ def engine_config(config: Config, mesh: Mesh) -> dict[str, Any]:
         settings["bf16"] = {"enabled": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
-
-
-def parameter_groups(
-    named: Sequence[tuple[str, nn.Parameter]], optimizer: OptimizerConfig, mesh: Mesh
-) -> list[dict[str, Any]]:
-    """Optimizer groups: (matrices, the rest) x (replicated, expert slices), only those that this stage fills."""
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-    for name, parameter in named:
-        decayed = parameter.ndim >= 2 and (optimizer.decay_embeddings or not name.startswith(("embedding.", "head.")))
-        decayed = decayed and not name.endswith("_norm.weight")  # a memory has norm weights for each branch
-        expert = not getattr(parameter, "allreduce", True)
-        if (expert, decayed) not in groups:
-            mark = {"moe": True, "name": mesh.expert_group_name} if expert else {}
-            decay = optimizer.weight_decay if decayed else 0.0
-            groups[expert, decayed] = {"params": [], "weight_decay": decay, **mark}
-        groups[expert, decayed]["params"].append(parameter)
-    return [groups[key] for key in sorted(groups)]
 
 
 def _layer_specs(config: Config, shape: Shape, mesh: Mesh) -> list[LayerSpec]:

@@ -7,7 +7,7 @@ import torch
 
 from kmem.config import RowOptimizerConfig, TableConfig
 from kmem.parallel.mesh import Mesh
-from kmem.tables.row_optimizers import RowOptimizer
+from kmem.tables.row_optimizers import make_row_optimizer
 from kmem.tables.sharding import row_range
 from kmem.tables.stores import ArrayLayout, RecordLayout, StoreKind
 from kmem.tables.table_spec import DTYPES
@@ -63,7 +63,7 @@ class TableBytes:
             look_ups: rows that a step of a rank looks up at most.
             indexed: entries of its index.
         """
-        state = {} if optimizer is None else RowOptimizer(optimizer, dim, 0, "").state()
+        state = {} if optimizer is None else make_row_optimizer(optimizer, dim, 0, "").state()
         state_bytes = sum(array.row_bytes for array in state.values())
         row, busy = ArrayLayout(dim, DTYPES[settings.dtype]), ArrayLayout(1, torch.uint8)
         row_bytes, busy_bytes, unique = row.row_bytes, busy.row_bytes, min(look_ups, rows)

@@ -22,9 +22,8 @@ from torch import Tensor
 from kmem.checkpoint.pieces import Pieces
 from kmem.checkpoint.reader import WEIGHT
 from kmem.parallel.gradients import is_tied_copy
+from kmem.parallel.optimizers import BACKBONE_OPTIMIZERS
 from kmem.parallel.pipeline import Pipeline
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -68,6 +67,11 @@ def model_state(pipeline: Pipeline, *, saving: bool, moments: bool, row_state: b
     return state
 
 
+def moment_names(pipeline: Pipeline) -> tuple[str, ...]:
+    """Names of the state that the optimizer keeps of every parameter."""
+    return BACKBONE_OPTIMIZERS[pipeline.config.train.optimizer.name].moments
+
+
 def optimizer_steps(pipeline: Pipeline) -> int:
     """Updates behind the moments, the same for every parameter; 0 for a frozen anchor."""
     if pipeline.frozen:
@@ -92,20 +96,19 @@ def _adam(pipeline: Pipeline) -> torch.optim.Optimizer:
 
 
 def _create_moments(pipeline: Pipeline) -> None:
-    """Give AdamW the state it would create at its first step."""
-    adam = _adam(pipeline)
+    """Give the optimizer the state it would create at its first step."""
+    adam, kinds = _adam(pipeline), moment_names(pipeline)
     for group in adam.param_groups:
         for parameter in group["params"]:
             if not adam.state[parameter]:
                 adam.state[parameter].update(
                     step=torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    exp_avg=torch.zeros_like(parameter, requires_grad=False),
-                    exp_avg_sq=torch.zeros_like(parameter, requires_grad=False),
+                    **{kind: torch.zeros_like(parameter, requires_grad=False) for kind in kinds},
                 )
 
 
 def _fragments(pipeline: Pipeline, *, saving: bool, moments: bool) -> Iterator[_Fragment]:
-    adam, mesh = _adam(pipeline), pipeline.mesh
+    adam, mesh, kinds = _adam(pipeline), pipeline.mesh, moment_names(pipeline)
     partitioned = adam is not pipeline.engine.optimizer
     for name, parameter in pipeline.named_parameters():
         if saving and is_tied_copy(parameter):
@@ -122,9 +125,9 @@ def _fragments(pipeline: Pipeline, *, saving: bool, moments: bool) -> Iterator[_
             cut = slice(place.start, place.start + place.numel)
             values = {"weight": holder.detach()[cut]}
             if moments:
-                values |= {kind: adam.state[holder][kind][cut] for kind in MOMENTS}
+                values |= {kind: adam.state[holder][kind][cut] for kind in kinds}
         else:
             values = {"weight": parameter.detach().view(-1)}
             if moments:
-                values |= {kind: adam.state[parameter][kind].view(-1) for kind in MOMENTS}
+                values |= {kind: adam.state[parameter][kind].view(-1) for kind in kinds}
         yield _Fragment(name, size, start, values)

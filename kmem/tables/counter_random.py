@@ -1,36 +1,23 @@
-"""Random values that are a function of a counter: any rank can draw any row, in any order, and gets the same bits.
-
-The generator is splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators") used as a hash:
-one value per (key, counter). Everything is integer arithmetic, so values do not depend on a machine's maths library.
-"""
+"""Streams of random values by counter (`kmem_kernels.counter_random`), compiled for the host."""
 
 import hashlib
 
 import numba
 import numpy as np
+from kmem_kernels import counter_random as definition
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
-_THIRTY, _TWENTY_SEVEN, _THIRTY_ONE = np.uint64(30), np.uint64(27), np.uint64(31)
 _SIXTEEN, _LOW = np.uint64(16), np.uint64(0xFFFF)
 _THREE = np.uint64(3)
 _CENTRE = 12 * 65535 // 2
+
+random_bits = numba.njit(inline="always")(definition.random_bits)
+"""64 random bits of a stream at a counter (uint64)."""
 
 
 def key(seed: int, *names: str) -> np.uint64:
     """The 64-bit key of a stream: a digest of the run's seed and the names that tell streams apart."""
     text = "\0".join([str(seed), *names]).encode()
     return np.uint64(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
-
-
-@numba.njit(inline="always")
-def random_bits(key, counter):
-    """64 random bits of a stream at a counter (uint64)."""
-    z = key + (counter + np.uint64(1)) * _GOLDEN
-    z = (z ^ (z >> _THIRTY)) * _MIX_1
-    z = (z ^ (z >> _TWENTY_SEVEN)) * _MIX_2
-    return z ^ (z >> _THIRTY_ONE)
 
 
 @numba.njit(nogil=True, cache=True)

@@ -29,7 +29,7 @@ from kmem.tables import counter_random
 from kmem.tables.device_copy import DeviceCopy
 from kmem.tables.exchange import Request
 from kmem.tables.hazards import Hazards
-from kmem.tables.row_optimizers import RowOptimizer, RowUpdate
+from kmem.tables.row_optimizers import RowOptimizer, RowUpdate, make_row_optimizer
 from kmem.tables.row_optimizers.update import host_array
 from kmem.tables.row_threads import RowThreads
 from kmem.tables.row_transport import make_row_transport
@@ -154,7 +154,7 @@ class Table:
         if optimizer is not None:
             assert not (optimizer.is_dense and spec.store == "mmap"), "a mapped file cannot serve passes over all rows"
             assert not optimizer.stochastic_rounding or dtype == torch.bfloat16
-            self._optimizer = RowOptimizer(
+            self._optimizer = make_row_optimizer(
                 optimizer,
                 spec.dim,
                 spec.seed,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kmem.config import RowOptimizerConfig, UserError
-from kmem.tables.row_optimizers import RowOptimizer
+from kmem.tables.row_optimizers import make_row_optimizer
 from kmem.tables.sharding import RowSelection
 from kmem.tables.stores import StoreKind
 
@@ -55,7 +55,7 @@ class TableSpec:
 
 def row_bytes(spec: TableSpec, optimizer: RowOptimizerConfig | None) -> int:
     """Bytes of one row in host memory, the state of its optimizer, if it has one, and its busy count included."""
-    state = {} if optimizer is None else RowOptimizer(optimizer, spec.dim, spec.seed, spec.name).state()
+    state = {} if optimizer is None else make_row_optimizer(optimizer, spec.dim, spec.seed, spec.name).state()
     return spec.dim * DTYPES[spec.dtype].itemsize + sum(layout.row_bytes for layout in state.values()) + 1
 
 

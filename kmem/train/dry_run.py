@@ -10,6 +10,7 @@ from kmem.model.parameter_counts import ParameterCounts, count_parameters, tenso
 from kmem.parallel.memory_kind import MemoryKind
 from kmem.parallel.memory_kinds import kinds_of
 from kmem.parallel.mesh import Mesh, environment_rank
+from kmem.parallel.optimizers import BACKBONE_OPTIMIZERS
 from kmem.parallel.stages import stage_bounds
 from kmem.parallel.table_bytes import TableBytes
 from kmem.wording import counted, magnitude
@@ -89,6 +90,7 @@ def rank_bytes(config: Config, mesh: Mesh) -> list[RankBytes]:
     """Memory of a rank of each stage."""
     bounds, train = stage_bounds(config), config.train
     sizes, kinds = _layer_sizes(config), kinds_of(config.model.shape)
+    moments = 4 * len(BACKBONE_OPTIMIZERS[train.optimizer.name].moments)  # bytes of a parameter
     stages = []
     for stage in range(mesh.pipeline):
         layers = range(bounds[stage], bounds[stage + 1])
@@ -101,11 +103,11 @@ def rank_bytes(config: Config, mesh: Mesh) -> list[RankBytes]:
         if config.model.frozen_anchor and train.precision == "fp32":
             weights, gradients, optimizer = 4 * own, 0, 0
         elif train.precision == "bf16":
-            weights, gradients, optimizer = 2 * own, (2 + 4) * own, 12 * sharded
+            weights, gradients, optimizer = 2 * own, (2 + 4) * own, (4 + moments) * sharded
         elif shards > 1:
-            weights, gradients, optimizer = 4 * own, 4 * own, 12 * sharded
+            weights, gradients, optimizer = 4 * own, 4 * own, (4 + moments) * sharded
         else:
-            weights, gradients, optimizer = 4 * own, 4 * own, 8 * own
+            weights, gradients, optimizer = 4 * own, 4 * own, moments * own
         micro_batches = train.global_batch_size // (train.micro_batch_size * mesh.data)
         in_flight = min(micro_batches, mesh.pipeline - stage)
         activations = in_flight * sum(_activation_bytes(config, layer) for layer in layers)

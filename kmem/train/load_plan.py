@@ -9,11 +9,11 @@ from kmem.checkpoint.commit import Commit
 from kmem.checkpoint.manifest import ANOTHER_RUN
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import WEIGHT
-from kmem.config import Config
+from kmem.config import ROW_OPTIMIZER_TRAITS, Config
 from kmem.model.memory_kinds import owner_of
 from kmem.model.parameter_counts import tensor_shapes
 from kmem.parallel.memory_kinds import KINDS, kinds_of
-from kmem.parallel.training_state import MOMENTS
+from kmem.parallel.optimizers import BACKBONE_OPTIMIZERS
 
 TRAINED_ONLY = {
     "bias_update_rate",
@@ -41,6 +41,8 @@ class LoadPlan:
     """All optimizers start anew, and weights may be of another dtype than the stored ones."""
     moments: bool
     """Whether the state of the backbone's optimizer is loaded; it starts anew otherwise."""
+    moment_names: tuple[str, ...]
+    """Of that optimizer's state."""
     stored: Collection[str]
     """Names of all that the checkpoint holds."""
 
@@ -56,7 +58,7 @@ class LoadPlan:
             return False
         if array == WEIGHT.rstrip("/"):
             return True
-        if array in MOMENTS:
+        if array in self.moment_names:
             return self.moments
         return self._has_row_state(tensor) and not self.counts_updates(name)
 
@@ -115,6 +117,7 @@ def plan_load(
     for name in tensor_shapes(config.model.shape):
         if name not in commit.shapes and owner_of(name) not in names:
             raise CheckpointError(f"{name} is not in {folder}; {hint}")
+    moment_names = BACKBONE_OPTIMIZERS[config.train.optimizer.name].moments
     plan = LoadPlan(
         added=names,
         drawn=frozenset(kind.name for kind in added if kind.draws_added_rows),
@@ -123,8 +126,9 @@ def plan_load(
             not weights_only
             and not config.model.frozen_anchor
             and not any(kind.restarts_backbone_optimizer for kind in added)
-            and any(name.startswith(f"{MOMENTS[0]}/") for name in commit.tensors)
+            and any(name.startswith(f"{moment_names[0]}/") for name in commit.tensors)
         ),
+        moment_names=moment_names,
         stored=commit.tensors,
     )
     if plan.row_state:
@@ -170,7 +174,7 @@ def _same_rows(folder: Path, section: str, stored: dict, wanted: dict) -> None:
         one, other = stored, wanted
         for key in path:
             one, other = one[key], other[key]
-        relevant = path[-1] != "dense" or wanted["optimizer"]["name"] == "sinkhorn_momentum"
+        relevant = path[-1] != "dense" or ROW_OPTIMIZER_TRAITS[wanted["optimizer"]["name"]].balances
         if one != other and relevant:
             raise CheckpointError(
                 f"{section}.{'.'.join(path)}: {other!r} in the configuration, {one!r} in {folder}, whose rows and "

@@ -14,6 +14,7 @@ from kmem_kernels.permute.triton import combine_backward, gather_sum, scatter, s
 from kmem_kernels.route.triton import route, route_backward
 from kmem_kernels.row_gather.triton import row_gather
 from kmem_kernels.row_update.op import CatchUp, Gradients, OwnSteps, RandomRounding
+from kmem_kernels.row_update.reference import AdamStep
 from kmem_kernels.row_update.triton import adam_, rowwise_adagrad_, square_norms
 from kmem_kernels.segment_reduce.op import segments_of
 from kmem_kernels.segment_reduce.triton import segment_reduce
@@ -21,8 +22,6 @@ from kmem_kernels.swiglu.triton import silu_times, silu_times_backward
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
-
-from kmem.tables.row_optimizers.reference import AdamStep
 
 TYPES = {
     torch.float32: "*fp32",

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from kmem_kernels.row_update import reference
 
 from kmem.config import BlockOptimizerConfig, RowOptimizerConfig
 from kmem.tables import counter_random
-from kmem.tables.row_optimizers import RowOptimizer, RowUpdate, kernels, reference
-from kmem.tables.row_optimizers.reference import SQUARES_PART
+from kmem.tables.row_optimizers import RowUpdate, kernels, make_row_optimizer
 from kmem.tables.row_optimizers.update import host_array
 from kmem.tables.segments import Segments
 from kmem.tables.stores import ArrayLayout, Store
@@ -45,7 +45,7 @@ def contributions(step, dim):
 
 def on_the_host(settings, dim, dtype):
     """State after each step of the compiled loops."""
-    optimizer = RowOptimizer(settings, dim, SEED, TABLE)
+    optimizer = make_row_optimizer(settings, dim, SEED, TABLE)
     store = Store("host", ROWS, {"rows": ArrayLayout(dim, dtype), **optimizer.state()})
     store["rows"].copy_(random(ROWS, dim))
     states = [{name: array.clone() for name, array in store.arrays.items()}]
@@ -107,7 +107,7 @@ def test_the_bits_are_those_of_the_host(settings, dim, rounding, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dim", [1, 5, 200, 3 * SQUARES_PART + 70])
+@pytest.mark.parametrize("dim", [1, 5, 200, 3 * reference.SQUARES_PART + 70])
 def test_square_norms_are_added_in_their_order(dim, device):
     values = random(77, dim) * 10 ** random(77, 1, seed=1)
     expected = kernels.square_norms(values.numpy())

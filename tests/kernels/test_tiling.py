@@ -11,10 +11,9 @@ from kmem_kernels.route import triton as route
 from kmem_kernels.row_gather import triton as row_gather
 from kmem_kernels.row_update import triton as row_update
 from kmem_kernels.row_update.op import CatchUp, Gradients, OwnSteps
+from kmem_kernels.row_update.reference import AdamStep
 from kmem_kernels.segment_reduce import triton as segment_reduce
 from kmem_kernels.segment_reduce.op import segments_of
-
-from kmem.tables.row_optimizers.reference import AdamStep
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has these sizes in every test")
 

@@ -1,18 +1,15 @@
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from kmem_kernels.row_update import reference
 
-from kmem.config import BlockOptimizerConfig, RowOptimizerConfig
+from kmem.config import ROW_OPTIMIZER_TRAITS, BlockOptimizerConfig, RowOptimizerConfig
 from kmem.tables import stores
 from kmem.tables.counter_random import key, normal_rows
-from kmem.tables.row_optimizers import (
-    RowOptimizer,
-    RowUpdate,
-    kernels,
-    reference,
-)
+from kmem.tables.row_optimizers import ROW_OPTIMIZERS, RowUpdate, kernels, make_row_optimizer
 from kmem.tables.row_optimizers.update import host_array
 from kmem.tables.row_threads import RowThreads
 from kmem.tables.segments import Segments
@@ -49,7 +46,7 @@ def updates(steps, rows=ROWS, dim=DIM, every=False, seed=0):
 
 
 def optimizer_for(settings, dim=DIM, threads=1):
-    return RowOptimizer(settings, dim, 7, "table", RowThreads(threads))
+    return make_row_optimizer(settings, dim, 7, "table", RowThreads(threads))
 
 
 def dense_gradient(update, rows=ROWS, dim=DIM):
@@ -60,6 +57,11 @@ def dense_gradient(update, rows=ROWS, dim=DIM):
 
 def snapshot(store):
     return {name: array.clone() for name, array in store.arrays.items()}
+
+
+def test_every_name_has_its_traits_and_its_class():
+    names = get_args(RowOptimizerConfig.model_fields["name"].annotation)
+    assert [*names] == [*ROW_OPTIMIZER_TRAITS] == [*ROW_OPTIMIZERS] == [settings.name for settings in LAZY]
 
 
 @pytest.mark.parametrize("dim", [1, 5, 64])
@@ -391,7 +393,9 @@ def test_rounding_differs_by_step_and_row_but_not_by_sharding():
     optimizer = optimizer_for(RowOptimizerConfig(stochastic_rounding=True))
     first, second = list(updates(2))
     rows = np.array([3, 8])
-    assert np.array_equal(optimizer._noise(rows, 10, first), optimizer._noise(rows - 2, 12, first))
+    noise = optimizer._noise(rows, 10, first)
+    assert np.array_equal(noise, reference.rounding_noise(rows, DIM, 10, optimizer._step_stream(first.step)))
+    assert np.array_equal(noise, optimizer._noise(rows - 2, 12, first))
     assert not np.array_equal(optimizer._noise(rows, 10, first), optimizer._noise(rows, 10, second))
     assert not np.array_equal(optimizer._noise(rows, 10, first), optimizer._noise(rows, 11, first))
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kmem.tables.row_optimizers.reference import AdamStep
-
 from ..backend import Backend, chosen
+from . import reference
+from .reference import AdamStep
 
 # Shape letters: R rows of D values in the table, U of them touched, W contributions to their gradients.
 
@@ -68,7 +68,7 @@ class OwnSteps:
 
 @dataclass(frozen=True)
 class RandomRounding:
-    """Random bits of bf16 rows, as `kmem.tables.counter_random` draws them.
+    """Random bits of bf16 rows, as `reference.rounding_noise` draws them.
 
     Args:
         stream: key of the step's stream, from 0 to 2^64 - 1.
@@ -111,8 +111,6 @@ def adam_(
         raise ValueError(f"step {catch_up.step} needs as many decays, not {catch_up.decays.shape[1]}")
     with torch.no_grad():
         if chosen(backend, weights_RD) == "torch":
-            from . import reference
-
             reference.adam_(weights_RD, first_RD, second_RD, gradients, step, catch_up, rounding, decay, own)
         else:
             from . import triton  # a CPU run never compiles
@@ -137,8 +135,6 @@ def rowwise_adagrad_(
     _check(weights_RD, gradients, rounding)
     with torch.no_grad():
         if chosen(backend, weights_RD) == "torch":
-            from . import reference
-
             reference.rowwise_adagrad_(weights_RD, second_R1, gradients, learning_rate, eps, rounding)
         else:
             from . import triton
@@ -150,9 +146,8 @@ def square_norms(values_UD: Tensor, backend: Backend | None = None) -> Tensor:
     """fp64 [U]: the squared 2-norm of each fp32 row, in the order of `reference.square_norms`."""
     with torch.no_grad():
         if chosen(backend, values_UD) == "torch":
-            from . import reference
-
-            return reference.square_norms(values_UD)
+            squares = reference.square_norms(values_UD.cpu().numpy())
+            return torch.from_numpy(squares).to(values_UD.device)
         from . import triton
 
         return triton.square_norms(values_UD)

@@ -1,22 +1,191 @@
-"""What the kernels compute: the definition of the row optimizers (`kmem.tables.row_optimizers.reference`) on a step's
-rows.
+"""What the row optimizers compute, in plain array arithmetic: the definition that the fast forms must meet.
 
-Computed by numpy on the host, wherever the arrays are: its square root is IEEE's, torch's vectorised one is not always.
+Functions take and return fp32 arrays, numpy or torch, of the touched rows: U rows of D values, per-row values [U, 1].
+They use nothing but operators, in a stated order, because the compiled forms agree bit for bit. (numpy is the oracle:
+its square root is IEEE's, torch's vectorised one is not always.) Those that end in an underscore update the rows of a
+table in place, computed by numpy on the host, wherever the arrays are.
 """
 
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kmem.tables.row_optimizers import kernels
-from kmem.tables.row_optimizers import reference as definition
-from kmem.tables.row_optimizers.update import write_rows
+from ..counter_random import random_bits
 
 if TYPE_CHECKING:
     from .op import CatchUp, Gradients, OwnSteps, RandomRounding
+
+Array = Any
+"""A numpy array or a torch tensor."""
+
+SQUARES_LANES, SQUARES_PART = 128, 8192
+"""Of `square_norms`: sums that run side by side, and values of a row that are summed on their own."""
+LARGEST_CORRECTIONS = 1 << 22
+"""Updates after which bias correction counts as 1 whatever the betas: exact up to 0.999995."""
+
+
+@dataclass(frozen=True)
+class AdamStep:
+    """The scalars of one Adam step, computed in double precision and rounded to fp32 where they are used."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    step_size: float
+    inverse_root: float
+    """Factor on the square root of the second moment."""
+
+    @classmethod
+    def lazy(cls, beta1: float, beta2: float, eps: float, learning_rate: float, step: int) -> "AdamStep":
+        """As `torch.optim.SparseAdam`: eps is added before bias correction. `step` counts from 1, for all rows."""
+        size = learning_rate * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+        return cls(beta1, beta2, eps, size, 1.0)
+
+    @classmethod
+    def own(cls, beta1: float, beta2: float, eps: float, learning_rate: float) -> "AdamStep":
+        """As `lazy`, with rows that count their own updates: `adam` takes the factors of `own_corrections`."""
+        return cls(beta1, beta2, eps, learning_rate, 1.0)
+
+    @classmethod
+    def dense(cls, beta1: float, beta2: float, eps: float, learning_rate: float, step: int) -> "AdamStep":
+        """As `torch.optim.Adam`: eps is added after bias correction."""
+        return cls(beta1, beta2, eps, learning_rate / (1 - beta1**step), (1 - beta2**step) ** -0.5)
+
+
+def adam(
+    weights: Array,
+    gradients: Array,
+    first: Array,
+    second: Array,
+    decays: tuple[Array, Array, Array],
+    step: AdamStep,
+    corrections: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """One Adam step of touched rows: (weights, first moments, second moments).
+
+    decays: factors per row on first moment, second moment and weight for the steps that the row has missed, and on the
+    weight this step's decay; lazy Adam knows of this step only.
+    corrections: factors per row on the size of the step, of `own_corrections`.
+    """
+    size = step.step_size if corrections is None else corrections * step.step_size
+    first = first * decays[0]
+    first = first + (gradients - first) * (1 - step.beta1)
+    second = second * decays[1]
+    second = second + (gradients * gradients - second) * (1 - step.beta2)
+    weights = weights * decays[2]
+    weights = weights - (first / (_sqrt(second) * step.inverse_root + step.eps)) * size
+    return weights, first, second
+
+
+def square_norms(values: np.ndarray) -> np.ndarray:
+    """fp64 [U]: the squared 2-norms of fp32 rows [U, D].
+
+    The order of the sums is fixed, and one that many processors can share: parts of SQUARES_PART values, in each of
+    which value j is added to lane j % SQUARES_LANES, from left to right; then neighbouring lanes are added until one is
+    left, and so are the parts. (Zeros at the end change nothing, so lanes and parts may be filled up with them.)
+    """
+    rows, columns = values.shape
+    parts = max(1, -(-columns // SQUARES_PART))
+    padded = np.zeros((rows, parts * SQUARES_PART), np.float64)
+    padded[:, :columns] = values
+    lanes = (rows, parts, SQUARES_PART // SQUARES_LANES, SQUARES_LANES)
+    sums = (padded * padded).reshape(lanes).cumsum(2)[:, :, -1]
+    return _pairwise(_pairwise(sums))
+
+
+def _pairwise(values: np.ndarray) -> np.ndarray:
+    """Sums over the last dimension, of neighbours first."""
+    while values.shape[-1] > 1:
+        if values.shape[-1] % 2:
+            values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, 1)])
+        values = values[..., ::2] + values[..., 1::2]
+    return values[..., 0]
+
+
+def rowwise_adagrad(
+    weights: Array, gradients: Array, second: Array, learning_rate: float, eps: float
+) -> tuple[Array, Array]:
+    """One step of Adagrad with one accumulator per row, [U, 1]: (weights, accumulators).
+
+    The accumulator grows by the mean square of the row's gradient, summed from left to right in double precision.
+    """
+    squares = _double(gradients) * _double(gradients)
+    means = squares.cumsum(1)[:, -1:] / gradients.shape[1]
+    second = second + _single(means)
+    return weights - (gradients / (_sqrt(second) + eps)) * learning_rate, second
+
+
+def sinkhorn_momentum(
+    weights: Array,
+    gradients: Array,
+    momentum: Array,
+    learning_rate: float,
+    beta: float,
+    gamma: float,
+    passes: int,
+    threshold: float,
+    eps: float = 1e-20,
+) -> tuple[Array, Array]:
+    """Nesterov momentum, balanced by rows and columns in turn, of a whole matrix: (weights, momentum).
+
+    DeepSeek-V4.1 report (arXiv 2609.19969): row passes first and last; a live row moves by gamma * learning_rate times
+    a vector whose root mean square is 1. Double precision inside: this is the definition, not a way to do it.
+    """
+    momentum = momentum * beta + gradients * (1 - beta)
+    h = _double(momentum * beta + gradients * (1 - beta))
+    norms = ((h * h).sum(1) ** 0.5)[:, None]
+    h = h * (norms > threshold * norms.mean())
+    for number in range(passes):
+        if number % 2 == 0:
+            h = h / (((h * h).sum(1) ** 0.5)[:, None] + eps)
+        else:
+            h = h / (((h * h).sum(0) ** 0.5)[None, :] + eps)
+    return weights - _single(h * (h.shape[1] ** 0.5)) * (gamma * learning_rate), momentum
+
+
+def own_corrections(beta1: float, beta2: float) -> np.ndarray:
+    """fp32 [L]: the bias correction of a row's update, sqrt(1 - beta2^t) / (1 - beta1^t), at t - 1, the updates that it
+    had before. From L - 1 on it is 1 (but for betas of which a table would be endless)."""
+    enough = [-18.1 / np.log(beta) for beta in (beta1, beta2) if beta]  # beta^t is below 2^-26: 1 +- it rounds to 1
+    number = np.arange(1, 2 + min(LARGEST_CORRECTIONS, int(max(enough, default=0))), dtype=np.float64)
+    return (np.sqrt(1 - np.power(beta2, number)) / (1 - np.power(beta1, number))).astype(np.float32)
+
+
+def missed_steps_decay(factor: float, missed: np.ndarray) -> np.ndarray:
+    """factor ** missed per row, [U, 1] fp32, computed in double precision."""
+    return np.power(np.float64(factor), missed.reshape(-1, 1)).astype(np.float32)
+
+
+def to_bfloat16(values: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
+    """fp32 -> the bits of bf16 (uint16): nearest even, or, with 16 random bits per value, up in proportion."""
+    bits = values.view(np.uint32)
+    if noise is not None:
+        return ((bits + noise.astype(np.uint32)) >> np.uint32(16)).astype(np.uint16)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+
+
+def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """The bits of bf16 -> fp32."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def rounding_noise(rows: np.ndarray, dim: int, first_row: int, stream: np.uint64) -> np.ndarray:
+    """[U, D] uint16: the random bits with which bf16 rows are rounded; `first_row` is the number of row 0 in the
+    stream."""
+    counters = (first_row + rows).astype(np.uint64)[:, None] * np.uint64(dim) + np.arange(dim, dtype=np.uint64)
+    return (random_bits(stream, counters) & np.uint64(0xFFFF)).astype(np.uint16)
+
+
+def write_rows(table: Tensor, rows: Tensor | slice, values: Tensor, noise: np.ndarray | None) -> None:
+    """table[rows] = fp32 values, rounded to nearest or, with 16 random bits per value, at random."""
+    if noise is not None:
+        bits = values.contiguous().view(torch.int32) + torch.from_numpy(noise.astype(np.int32)).to(values.device)
+        values = ((bits >> 16) << 16).view(torch.float32)
+    table[rows] = values.to(table.dtype)
 
 
 def adam_(
@@ -24,7 +193,7 @@ def adam_(
     first: Tensor,
     second: Tensor,
     gradients: "Gradients",
-    step: definition.AdamStep,
+    step: AdamStep,
     catch_up: "CatchUp | None",
     rounding: "RandomRounding | None",
     decay: float = 1.0,
@@ -43,7 +212,7 @@ def adam_(
         before = own.updates[rows].long().clamp_max(len(own.corrections) - 1)
         corrections = _host(own.corrections[before])
         own.updates[rows] += 1
-    found = definition.adam(
+    found = adam(
         _host(weights[rows]),
         _scaled(gradients),
         _host(first[rows]),
@@ -66,16 +235,9 @@ def rowwise_adagrad_(
 ) -> None:
     """See `op.rowwise_adagrad_`."""
     rows = gradients.rows
-    moved, sums = definition.rowwise_adagrad(
-        _host(weights[rows]), _scaled(gradients), _host(second[rows]), learning_rate, eps
-    )
+    moved, sums = rowwise_adagrad(_host(weights[rows]), _scaled(gradients), _host(second[rows]), learning_rate, eps)
     second[rows] = torch.from_numpy(sums).to(second.device)
     _write(weights, rows, moved, rounding)
-
-
-def square_norms(values: Tensor) -> Tensor:
-    """See `op.square_norms`."""
-    return torch.from_numpy(kernels.square_norms(_host(values))).to(values.device)
 
 
 def _scaled(gradients: "Gradients") -> np.ndarray:
@@ -93,11 +255,22 @@ def _scaled(gradients: "Gradients") -> np.ndarray:
 def _write(weights: Tensor, rows: Tensor, values: np.ndarray, rounding: "RandomRounding | None") -> None:
     noise = None
     if rounding is not None:
-        noise = kernels.rounding_noise(
-            rows.cpu().numpy(), weights.shape[1], rounding.first_row, np.uint64(rounding.stream)
-        )
+        stream = np.uint64(rounding.stream)
+        noise = rounding_noise(rows.cpu().numpy(), weights.shape[1], rounding.first_row, stream)
     write_rows(weights, rows, torch.from_numpy(values).to(weights.device), noise)
 
 
 def _host(values: Tensor) -> np.ndarray:
     return values.float().cpu().numpy()
+
+
+def _sqrt(x: Array) -> Array:
+    return np.sqrt(x) if isinstance(x, np.ndarray) else x.sqrt()
+
+
+def _double(x: Array) -> Array:
+    return x.astype(np.float64) if isinstance(x, np.ndarray) else x.double()
+
+
+def _single(x: Array) -> Array:
+    return x.astype(np.float32) if isinstance(x, np.ndarray) else x.float()

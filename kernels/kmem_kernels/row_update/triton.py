@@ -11,19 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kmem.tables.row_optimizers.reference import SQUARES_LANES, SQUARES_PART, AdamStep
-
+from .. import counter_random
 from ..backend import interpreted
 from .op import CatchUp, Gradients, OwnSteps, RandomRounding
+from .reference import SQUARES_LANES, SQUARES_PART, AdamStep
 
 # Shape letters: R rows of D values in the table, U of them touched, W contributions to their gradients.
 
 BLOCK_VALUES = 512
 """Values of one tile, two warps: 8 of each array in a thread. Rows of up to 512 values are one tile wide."""
 
-_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
-_MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
-_MIX_2 = tl.constexpr(0x94D049BB133111EB)
+_GOLDEN = tl.constexpr(int(counter_random.GOLDEN))
+_MIX_1, _MIX_2 = tl.constexpr(int(counter_random.MIX_1)), tl.constexpr(int(counter_random.MIX_2))
 _FP32, _NEAREST, _RANDOM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 

@@ -1,58 +1,48 @@
-"""Compiled loops over touched rows on the host: one pass that reads and writes each row and its state once.
+"""Compiled loops over touched rows on the host, and what the loops of row optimizers are made of: one pass that reads
+and writes each row and its state once.
 
-The arithmetic is `reference.py`'s, operation by operation in fp32, without contraction or reordering. Kernels release
-the interpreter lock; threads split the rows, so the result does not depend on their number. `weights` is fp32, or
-uint16 holding bf16 bits. An array of a store is passed as a contiguous one and the column `at_*`, np.uintp, where its
-rows start in it (`Store.columns`): loops over contiguous rows by unsigned numbers are vectorised, at least twice as
-fast as those over strided arrays, and need no slices, which cost a tenth. Scalars must be passed as np.float32:
-Python's would turn the arithmetic into double precision.
+The arithmetic is that of `kmem_kernels.row_update.reference`, operation by operation in fp32, without contraction or
+reordering. Loops release the interpreter lock; threads split the rows, so the result does not depend on their number.
+`weights` is fp32, or uint16 holding bf16 bits. An array of a store is passed as a contiguous one and the column `at_*`,
+np.uintp, where its rows start in it (`Store.columns`): loops over contiguous rows by unsigned numbers are vectorised,
+at least twice as fast as those over strided arrays, and need no slices, which cost a tenth. Scalars must be passed as
+np.float32: Python's would turn the arithmetic into double precision.
 """
 
 import numba
 import numpy as np
+from kmem_kernels.row_update.reference import SQUARES_LANES, SQUARES_PART
 
 from kmem.tables.counter_random import random_bits
-from kmem.tables.row_optimizers.reference import SQUARES_LANES, SQUARES_PART
 
-_compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 _ONE, _SIXTEEN = np.uint32(1), np.uint32(16)
 _HALF = np.uint32(0x7FFF)
 _LANES, _PART = SQUARES_LANES, SQUARES_PART
 
 
 @numba.njit(inline="always")
-def _widen(bits):
+def widen(bits):
     """bf16 bits -> fp32."""
     return np.uint32(np.uint32(bits) << _SIXTEEN).view(np.float32)
 
 
 @numba.njit(inline="always")
-def _narrow(value):
+def narrow(value):
     """fp32 -> bf16 bits, nearest even."""
     bits = np.float32(value).view(np.uint32)
     return np.uint16((bits + _HALF + ((bits >> _SIXTEEN) & _ONE)) >> _SIXTEEN)
 
 
 @numba.njit(inline="always")
-def _narrow_randomly(value, stream, counter):
+def narrow_randomly(value, stream, counter):
     """fp32 -> bf16 bits, up with the probability of the part cut off."""
     noise = np.uint32(random_bits(stream, counter) & np.uint64(0xFFFF))
     return np.uint16((np.float32(value).view(np.uint32) + noise) >> _SIXTEEN)
 
 
-@numba.njit(inline="always")
-def _adam(w, g, m, v, decay_m, decay_v, decay_w, rate_m, rate_v, inverse_root, eps, size):
-    m = m * decay_m
-    m = m + (g - m) * rate_m
-    v = v * decay_v
-    v = v + (g * g - v) * rate_v
-    w = w * decay_w
-    w = w - (m / (np.sqrt(v) * inverse_root + eps)) * size
-    return w, m, v
-
-
 @numba.njit(nogil=True, error_model="numpy")
-def _gradient(i, order, starts, gradients, scratch):
+def summed_gradient(i, order, starts, gradients, scratch):
     """The sum of row i's contributions: their only one itself, or added up in `scratch` [D] in their order."""
     if starts[i + 1] - starts[i] == 1:
         return gradients[order[starts[i]]]
@@ -64,265 +54,7 @@ def _gradient(i, order, starts, gradients, scratch):
     return scratch
 
 
-@_compiled
-def adam_fp32(
-    weights,
-    at_w,
-    first,
-    at_m,
-    second,
-    at_v,
-    rows,
-    order,
-    starts,
-    gradients,
-    decays_m,
-    decays_v,
-    decays_w,
-    sizes,
-    scale,
-    rate_m,
-    rate_v,
-    inverse_root,
-    eps,
-):
-    """Adam on fp32 rows. rows [U] int64; gradients [W, D] fp32 (times `scale`), those of
-    row i at order[starts[i]:starts[i + 1]]; decays and sizes of the step [U] fp32."""
-    dim = gradients.shape[1]
-    scratch = np.empty(dim, np.float32)
-    for i in range(rows.shape[0]):
-        w, m, v = weights[rows[i]], first[rows[i]], second[rows[i]]
-        g = _gradient(i, order, starts, gradients, scratch)
-        a, b, c, size = decays_m[i], decays_v[i], decays_w[i], sizes[i]
-        for column in range(dim):
-            j = np.uintp(column)
-            w[at_w + j], m[at_m + j], v[at_v + j] = _adam(
-                w[at_w + j], g[j] * scale, m[at_m + j], v[at_v + j], a, b, c, rate_m, rate_v, inverse_root, eps, size
-            )
-
-
-@_compiled
-def adam_bf16(
-    weights,
-    at_w,
-    first,
-    at_m,
-    second,
-    at_v,
-    rows,
-    order,
-    starts,
-    gradients,
-    decays_m,
-    decays_v,
-    decays_w,
-    sizes,
-    scale,
-    rate_m,
-    rate_v,
-    inverse_root,
-    eps,
-    first_row,
-    stream,
-    stochastic,
-):
-    """Adam on bf16 rows; `first_row` is the table's number of local row 0, for the random stream of rounding."""
-    dim = gradients.shape[1]
-    scratch = np.empty(dim, np.float32)
-    for i in range(rows.shape[0]):
-        w, m, v = weights[rows[i]], first[rows[i]], second[rows[i]]
-        g = _gradient(i, order, starts, gradients, scratch)
-        a, b, c, size = decays_m[i], decays_v[i], decays_w[i], sizes[i]
-        counter = np.uint64(first_row + rows[i]) * np.uint64(dim)
-        for column in range(dim):
-            j = np.uintp(column)
-            value, m[at_m + j], v[at_v + j] = _adam(
-                _widen(w[at_w + j]),
-                g[j] * scale,
-                m[at_m + j],
-                v[at_v + j],
-                a,
-                b,
-                c,
-                rate_m,
-                rate_v,
-                inverse_root,
-                eps,
-                size,
-            )
-            if stochastic:
-                w[at_w + j] = _narrow_randomly(value, stream, counter + np.uint64(j))
-            else:
-                w[at_w + j] = _narrow(value)
-
-
-@_compiled
-def adagrad_fp32(weights, at_w, second, at_v, rows, order, starts, gradients, scale, rate, eps):
-    """Row-wise Adagrad on fp32 rows; one accumulator per row."""
-    dim = gradients.shape[1]
-    scratch = np.empty(dim, np.float32)
-    for i in range(rows.shape[0]):
-        w, g = weights[rows[i]], _gradient(i, order, starts, gradients, scratch)
-        root = _accumulate(second[rows[i]], at_v, g, scale) + eps
-        for column in range(dim):
-            j = np.uintp(column)
-            w[at_w + j] = w[at_w + j] - ((g[j] * scale) / root) * rate
-
-
-@_compiled
-def adagrad_bf16(
-    weights, at_w, second, at_v, rows, order, starts, gradients, scale, rate, eps, first_row, stream, stochastic
-):
-    """Row-wise Adagrad on bf16 rows."""
-    dim = gradients.shape[1]
-    scratch = np.empty(dim, np.float32)
-    for i in range(rows.shape[0]):
-        w, g = weights[rows[i]], _gradient(i, order, starts, gradients, scratch)
-        root = _accumulate(second[rows[i]], at_v, g, scale) + eps
-        counter = np.uint64(first_row + rows[i]) * np.uint64(dim)
-        for column in range(dim):
-            j = np.uintp(column)
-            value = _widen(w[at_w + j]) - ((g[j] * scale) / root) * rate
-            if stochastic:
-                w[at_w + j] = _narrow_randomly(value, stream, counter + np.uint64(j))
-            else:
-                w[at_w + j] = _narrow(value)
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def _accumulate(second, at, g, scale):
-    """Add the mean square of a gradient row to its accumulator second[at]; the root of the result."""
-    total = 0.0
-    for j in range(g.shape[0]):
-        value = np.float64(g[j] * scale)
-        total += value * value
-    second[at] = second[at] + np.float32(total / g.shape[0])
-    return np.sqrt(second[at])
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest):
-    """h [D] fp64 = beta * M + (1 - beta) * G of a row, rounded to fp32 at every operation."""
-    m = momentum[rows[i]]
-    if sources[i] < 0:
-        for column in range(h.shape[0]):
-            j = np.uintp(column)
-            h[j] = np.float64(m[at + j] * beta)
-    else:
-        g = gradients[sources[i]]
-        for column in range(h.shape[0]):
-            j = np.uintp(column)
-            h[j] = np.float64(m[at + j] * beta + (g[j] * scale) * rest)
-
-
-@numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc"})
-def _norm(h):
-    """The 2-norm of a row [D] in fp64, added up in the order of vector lanes."""
-    total = 0.0
-    for j in range(h.shape[0]):
-        total += h[j] * h[j]
-    return np.sqrt(total)
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def _sinkhorn_balance(h, scales, least, eps):
-    """Scale the columns of a row, in place; the factor that makes it one of norm 1, 0 if its own norm is at most
-    `least`."""
-    if not _norm(h) > least:
-        return 0.0
-    for j in range(h.shape[0]):
-        h[j] = h[j] * scales[j]
-    return 1.0 / (_norm(h) + eps)
-
-
-@_compiled
-def sinkhorn_first(momentum, at, rows, sources, gradients, decays, scale, beta, rest):
-    """M <- decay * M + (1 - beta) * G for the rows [n], decays [n] fp32, whose gradients are gradients[sources], none
-    where -1; returns the sum of the norms of beta * M + (1 - beta) * G, fp64."""
-    h = np.empty(gradients.shape[1], np.float64)
-    total = 0.0
-    for i in range(rows.shape[0]):
-        m, decay = momentum[rows[i]], decays[i]
-        for column in range(h.shape[0]):
-            j = np.uintp(column)
-            m[at + j] = m[at + j] * decay
-        if sources[i] >= 0:
-            g = gradients[sources[i]]
-            for column in range(h.shape[0]):
-                j = np.uintp(column)
-                m[at + j] = m[at + j] + (g[j] * scale) * rest
-        _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest)
-        total += _norm(h)
-    return total
-
-
-@_compiled
-def sinkhorn_columns(squares, momentum, at, rows, sources, gradients, scale, beta, rest, scales, least, eps):
-    """Add the squares of the balanced rows to squares [D] fp64."""
-    h = np.empty(gradients.shape[1], np.float64)
-    for i in range(rows.shape[0]):
-        _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest)
-        factor = _sinkhorn_balance(h, scales, least, eps)
-        for j in range(h.shape[0]):
-            squares[j] += (h[j] * factor) * (h[j] * factor)
-
-
-@_compiled
-def sinkhorn_move_fp32(
-    weights, at_w, momentum, at, rows, sources, gradients, scale, beta, rest, scales, least, eps, size
-):
-    """Add the balanced rows times `size` to fp32 rows."""
-    h = np.empty(gradients.shape[1], np.float64)
-    for i in range(rows.shape[0]):
-        _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest)
-        factor = _sinkhorn_balance(h, scales, least, eps)
-        if factor == 0:
-            continue
-        w = weights[rows[i]]
-        for column in range(h.shape[0]):
-            j = np.uintp(column)
-            w[at_w + j] = w[at_w + j] + np.float32((h[j] * factor) * size)
-
-
-@_compiled
-def sinkhorn_move_bf16(
-    weights,
-    at_w,
-    momentum,
-    at,
-    rows,
-    sources,
-    gradients,
-    scale,
-    beta,
-    rest,
-    scales,
-    least,
-    eps,
-    size,
-    first_row,
-    stream,
-    stochastic,
-):
-    """Add the balanced rows times `size` to bf16 rows."""
-    dim = gradients.shape[1]
-    h = np.empty(dim, np.float64)
-    for i in range(rows.shape[0]):
-        _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest)
-        factor = _sinkhorn_balance(h, scales, least, eps)
-        if factor == 0:
-            continue
-        w, counter = weights[rows[i]], np.uint64(first_row + rows[i]) * np.uint64(dim)
-        for column in range(dim):
-            j = np.uintp(column)
-            value = _widen(w[at_w + j]) + np.float32((h[j] * factor) * size)
-            if stochastic:
-                w[at_w + j] = _narrow_randomly(value, stream, counter + np.uint64(j))
-            else:
-                w[at_w + j] = _narrow(value)
-
-
-@_compiled
+@compiled
 def rounding_noise(rows, dim, first_row, stream):
     """[U, D] uint16: the random bits with which the bf16 kernels round those rows."""
     noise = np.empty((rows.shape[0], dim), np.uint16)
@@ -333,7 +65,7 @@ def rounding_noise(rows, dim, first_row, stream):
     return noise
 
 
-@_compiled
+@compiled
 def square_norms(gradients):
     """[U] fp64: `reference.square_norms`."""
     columns = gradients.shape[1]
@@ -366,7 +98,7 @@ def _pairwise(values):
     return values[0]
 
 
-@_compiled
+@compiled
 def gather(table, at, rows, out):
     """out[i] [D] = table[rows[i], at : at + D], in the table's own type."""
     for i in range(rows.shape[0]):
@@ -376,7 +108,7 @@ def gather(table, at, rows, out):
             target[j] = source[at + j]
 
 
-@_compiled
+@compiled
 def add_segments(total, order, values):
     """total[order[i]] += values[i] for i from 0 on: a sum whose order is the order of `values`."""
     for i in range(order.shape[0]):
@@ -385,7 +117,7 @@ def add_segments(total, order, values):
             target[j] += source[j]
 
 
-@_compiled
+@compiled
 def sum_segments(total, order, starts, values):
     """total[i] = the sum of values[order[starts[i]:starts[i + 1]]], in that order."""
     for i in range(total.shape[0]):

@@ -80,11 +80,3 @@ def host_columns(store: Store, array: str) -> tuple[np.ndarray, np.uintp]:
     """`Store.columns` as numpy: what compiled loops take for an array of a store."""
     values, start = store.columns(array)
     return host_array(values), np.uintp(start)
-
-
-def write_rows(table: Tensor, rows: Tensor | slice, values: Tensor, noise: np.ndarray | None) -> None:
-    """table[rows] = fp32 values, rounded to nearest or, with 16 random bits per value, at random."""
-    if noise is not None:
-        bits = values.contiguous().view(torch.int32) + torch.from_numpy(noise.astype(np.int32)).to(values.device)
-        values = ((bits >> 16) << 16).view(torch.float32)
-    table[rows] = values.to(table.dtype)

@@ -8,17 +8,53 @@ squares, which the ranks of the table sum.
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import numba
 import numpy as np
 import torch
+from kmem_kernels.row_update.reference import missed_steps_decay, write_rows
 from torch import Tensor
 
 from kmem.config import RowOptimizerConfig
-from kmem.tables.row_optimizers import kernels
-from kmem.tables.row_optimizers.reference import missed_steps_decay
-from kmem.tables.row_optimizers.update import RowUpdate, host_columns, take_missed_steps, write_rows
-from kmem.tables.stores import Store, chunk_ranges
+from kmem.tables.row_optimizers.kernels import compiled, narrow, narrow_randomly, widen
+from kmem.tables.row_optimizers.row_optimizer import RowOptimizer
+from kmem.tables.row_optimizers.update import RowUpdate, host_columns, take_missed_steps
+from kmem.tables.stores import ArrayLayout, Store, chunk_ranges
 
 _EPS = 1e-20
+
+
+class SinkhornMomentum(RowOptimizer):
+    """The definition is `reference.sinkhorn_momentum`: of all rows (`dense`) or of the update's rows, whose momentum is
+    decayed for the steps they missed. A step is collective: (passes - 1) / 2 sums of D numbers and one of two over the
+    ranks of the table. The device form is several passes of torch operations."""
+
+    collective = True
+
+    def state(self) -> dict[str, ArrayLayout]:
+        lazy = {} if self.settings.dense else {"last_step": ArrayLayout(1, torch.int32)}
+        return {"momentum": ArrayLayout(self.dim, torch.float32), **lazy}
+
+    def _on_host(self, store: Store, update: RowUpdate, first_row: int) -> None:
+        rounding = self._host_rounding(update, first_row)
+        self._step(HostSweep(self.settings, store, update.summed(), rounding), update.learning_rate)
+
+    def _on_device(self, store: Store, update: RowUpdate, first_row: int) -> None:
+        def noise(rows: np.ndarray) -> np.ndarray | None:
+            return self._noise(rows, first_row, update)
+
+        self._step(DeviceSweep(self.settings, store, update.summed(), noise), update.learning_rate)
+
+    def _step(self, sweep: "Sweep", rate: float) -> None:
+        rho = sweep.first()
+        self._sum(rho)
+        least = self.settings.threshold * float(rho[0]) / max(float(rho[1]), 1.0)
+        scales = np.ones(sweep.dim)
+        for _ in range(self.settings.passes // 2):
+            squares = sweep.column_squares(scales, least)
+            self._sum(squares)
+            # The columns of U are (H_ij r_i) c_j and are divided by their norms.
+            scales = scales / (np.sqrt(squares) + _EPS)
+        sweep.move(scales, least, -self.settings.gamma * rate * sweep.dim**0.5)
 
 
 class Sweep(Protocol):
@@ -38,27 +74,6 @@ class Sweep(Protocol):
     def move(self, scales: np.ndarray, least: float, factor: float) -> None:
         """Add that matrix times `factor` to the rows; those that do not move keep their bits."""
         ...
-
-
-def sinkhorn_step(settings: RowOptimizerConfig, sweep: Sweep, rate: float, sum_over_ranks: Callable) -> None:
-    """One step: of all rows (`dense`) or of the update's rows, whose momentum is decayed for the steps they missed.
-
-    Collective: (passes - 1) / 2 sums of D numbers and one of two over the ranks of the table.
-
-    Args:
-        rate: the learning rate.
-        sum_over_ranks: adds up a small fp64 array over all ranks that share the table, in place.
-    """
-    rho = sweep.first()
-    sum_over_ranks(rho)
-    least = settings.threshold * float(rho[0]) / max(float(rho[1]), 1.0)
-    scales = np.ones(sweep.dim)
-    for _ in range(settings.passes // 2):
-        squares = sweep.column_squares(scales, least)
-        sum_over_ranks(squares)
-        # The columns of U are (H_ij r_i) c_j and are divided by their norms.
-        scales = scales / (np.sqrt(squares) + _EPS)
-    sweep.move(scales, least, -settings.gamma * rate * sweep.dim**0.5)
 
 
 class HostSweep:
@@ -87,16 +102,14 @@ class HostSweep:
                 decay = np.full(len(rows), self._settings.momentum, np.float32)
             else:
                 decay = decays[part]
-            sums[0] += kernels.sinkhorn_first(
-                *self._momentum, rows, sources, self._update.gradients, decay, *self._scalars
-            )
+            sums[0] += sinkhorn_first(*self._momentum, rows, sources, self._update.gradients, decay, *self._scalars)
             sums[1] += len(rows)
         return sums
 
     def column_squares(self, scales: np.ndarray, least: float) -> np.ndarray:
         squares = np.zeros(self.dim)
         for _, rows, sources in self._chunks():
-            kernels.sinkhorn_columns(
+            sinkhorn_columns(
                 squares, *self._momentum, rows, sources, self._update.gradients, *self._scalars, scales, least, _EPS
             )
         return squares
@@ -104,7 +117,7 @@ class HostSweep:
     def move(self, scales: np.ndarray, least: float, factor: float) -> None:
         table = host_columns(self._store, "rows")
         in_bf16 = self._store["rows"].dtype == torch.bfloat16
-        move, rounding = (kernels.sinkhorn_move_bf16, self._rounding) if in_bf16 else (kernels.sinkhorn_move_fp32, ())
+        move, rounding = (sinkhorn_move_bf16, self._rounding) if in_bf16 else (sinkhorn_move_fp32, ())
         for _, rows, sources in self._chunks():
             move(
                 *table, *self._momentum, rows, sources, self._update.gradients, *self._scalars, scales, least, _EPS,
@@ -199,3 +212,125 @@ class DeviceSweep:
             rows = self._update.rows[start:stop]
             h = self._momentum[touched] * self._settings.momentum + gradients * (1 - self._settings.momentum)
         return h.double(), rows
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest):
+    """h [D] fp64 = beta * M + (1 - beta) * G of a row, rounded to fp32 at every operation."""
+    m = momentum[rows[i]]
+    if sources[i] < 0:
+        for column in range(h.shape[0]):
+            j = np.uintp(column)
+            h[j] = np.float64(m[at + j] * beta)
+    else:
+        g = gradients[sources[i]]
+        for column in range(h.shape[0]):
+            j = np.uintp(column)
+            h[j] = np.float64(m[at + j] * beta + (g[j] * scale) * rest)
+
+
+@numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc"})
+def _norm(h):
+    """The 2-norm of a row [D] in fp64, added up in the order of vector lanes."""
+    total = 0.0
+    for j in range(h.shape[0]):
+        total += h[j] * h[j]
+    return np.sqrt(total)
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _sinkhorn_balance(h, scales, least, eps):
+    """Scale the columns of a row, in place; the factor that makes it one of norm 1, 0 if its own norm is at most
+    `least`."""
+    if not _norm(h) > least:
+        return 0.0
+    for j in range(h.shape[0]):
+        h[j] = h[j] * scales[j]
+    return 1.0 / (_norm(h) + eps)
+
+
+@compiled
+def sinkhorn_first(momentum, at, rows, sources, gradients, decays, scale, beta, rest):
+    """M <- decay * M + (1 - beta) * G for the rows [n], decays [n] fp32, whose gradients are gradients[sources], none
+    where -1; returns the sum of the norms of beta * M + (1 - beta) * G, fp64."""
+    h = np.empty(gradients.shape[1], np.float64)
+    total = 0.0
+    for i in range(rows.shape[0]):
+        m, decay = momentum[rows[i]], decays[i]
+        for column in range(h.shape[0]):
+            j = np.uintp(column)
+            m[at + j] = m[at + j] * decay
+        if sources[i] >= 0:
+            g = gradients[sources[i]]
+            for column in range(h.shape[0]):
+                j = np.uintp(column)
+                m[at + j] = m[at + j] + (g[j] * scale) * rest
+        _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest)
+        total += _norm(h)
+    return total
+
+
+@compiled
+def sinkhorn_columns(squares, momentum, at, rows, sources, gradients, scale, beta, rest, scales, least, eps):
+    """Add the squares of the balanced rows to squares [D] fp64."""
+    h = np.empty(gradients.shape[1], np.float64)
+    for i in range(rows.shape[0]):
+        _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest)
+        factor = _sinkhorn_balance(h, scales, least, eps)
+        for j in range(h.shape[0]):
+            squares[j] += (h[j] * factor) * (h[j] * factor)
+
+
+@compiled
+def sinkhorn_move_fp32(
+    weights, at_w, momentum, at, rows, sources, gradients, scale, beta, rest, scales, least, eps, size
+):
+    """Add the balanced rows times `size` to fp32 rows."""
+    h = np.empty(gradients.shape[1], np.float64)
+    for i in range(rows.shape[0]):
+        _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest)
+        factor = _sinkhorn_balance(h, scales, least, eps)
+        if factor == 0:
+            continue
+        w = weights[rows[i]]
+        for column in range(h.shape[0]):
+            j = np.uintp(column)
+            w[at_w + j] = w[at_w + j] + np.float32((h[j] * factor) * size)
+
+
+@compiled
+def sinkhorn_move_bf16(
+    weights,
+    at_w,
+    momentum,
+    at,
+    rows,
+    sources,
+    gradients,
+    scale,
+    beta,
+    rest,
+    scales,
+    least,
+    eps,
+    size,
+    first_row,
+    stream,
+    stochastic,
+):
+    """Add the balanced rows times `size` to bf16 rows."""
+    dim = gradients.shape[1]
+    h = np.empty(dim, np.float64)
+    for i in range(rows.shape[0]):
+        _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest)
+        factor = _sinkhorn_balance(h, scales, least, eps)
+        if factor == 0:
+            continue
+        w, counter = weights[rows[i]], np.uint64(first_row + rows[i]) * np.uint64(dim)
+        for column in range(dim):
+            j = np.uintp(column)
+            value = widen(w[at_w + j]) + np.float32((h[j] * factor) * size)
+            if stochastic:
+                w[at_w + j] = narrow_randomly(value, stream, counter + np.uint64(j))
+            else:
+                w[at_w + j] = narrow(value)

@@ -1,0 +1,153 @@
+"""What all row optimizers share: clipping, rounding, and the way to compiled loops and kernels."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kmem.config import RowOptimizerConfig
+from kmem.tables import counter_random
+from kmem.tables.row_optimizers import kernels
+from kmem.tables.row_optimizers.update import RowUpdate, host_columns
+from kmem.tables.row_threads import RowThreads
+from kmem.tables.stores import ArrayLayout, Store
+
+if TYPE_CHECKING:
+    from kmem_kernels.row_update.op import Gradients, RandomRounding
+
+
+class RowOptimizer(ABC):
+    """Updates rows and their state in place: compiled loops where the rows are on the host, kernels on a device. Both
+    meet the definition, `kmem_kernels.row_update.reference`.
+
+    Args:
+        settings: the user's choices.
+        dim: width of a row.
+        seed: of the run; with `table` it seeds stochastic rounding.
+        table: canonical name of the table.
+        threads: they share the rows of a step.
+        sum_over_ranks: adds up a small fp64 array over all ranks that share the table, in place.
+        upload: makes tensors where the rows are of host arrays, for rows on a device; by default of the same memory.
+    """
+
+    collective = False
+    """Whether every step sums over the ranks, so that those without rows take part."""
+
+    def __init__(
+        self,
+        settings: RowOptimizerConfig,
+        dim: int,
+        seed: int,
+        table: str,
+        threads: RowThreads | None = None,
+        sum_over_ranks: Callable[[np.ndarray], None] = lambda _: None,
+        upload: Callable[..., list[Tensor]] | None = None,
+    ) -> None:
+        self.settings, self.dim = settings, dim
+        self._threads, self._sum = threads or RowThreads(), sum_over_ranks
+        self._upload = upload or _same_storage
+        self._stream = counter_random.key(seed, table, "rounding")
+
+    @abstractmethod
+    def state(self) -> dict[str, ArrayLayout]:
+        """The arrays that each row needs beside itself."""
+
+    def apply(self, store: Store, update: RowUpdate, first_row: int) -> None:
+        """One step. `first_row` is the table's number of the store's row 0. Collective over the ranks of the table
+        when the settings clip or the optimizer is `collective`, so ranks without rows call it too."""
+        if self.settings.clip_norm is not None:
+            update = self._clipped(update.summed())
+        if len(update.rows) or self.collective:
+            (self._on_host if store.on_host else self._on_device)(store, update, first_row)
+
+    @abstractmethod
+    def _on_host(self, store: Store, update: RowUpdate, first_row: int) -> None: ...
+
+    @abstractmethod
+    def _on_device(self, store: Store, update: RowUpdate, first_row: int) -> None: ...
+
+    def _clipped(self, update: RowUpdate) -> RowUpdate:
+        assert self.settings.clip_norm is not None
+        if isinstance(update.gradients, Tensor):
+            from kmem_kernels.row_update.op import square_norms
+
+            norms = square_norms(update.gradients).cpu().numpy()
+        else:
+            norms = kernels.square_norms(update.gradients)
+        squares = np.array([norms.sum() * update.scale**2])
+        self._sum(squares)
+        norm = float(squares[0]) ** 0.5
+        factor = min(1.0, self.settings.clip_norm / (norm + 1e-6))
+        return replace(update, scale=update.scale * factor)
+
+    def _noise(self, rows: np.ndarray, first_row: int, update: RowUpdate) -> np.ndarray | None:
+        """[U, D] uint16, when rows are rounded at random."""
+        if not self.settings.stochastic_rounding:
+            return None
+        return kernels.rounding_noise(rows, self.dim, first_row, self._step_stream(update.step))
+
+    def _step_stream(self, step: int) -> np.uint64:
+        return np.uint64(counter_random.random_bits(self._stream, np.uint64(step)))
+
+    def _host_rounding(self, update: RowUpdate, first_row: int) -> tuple[int, np.uint64, bool]:
+        """What loops over bf16 rows take last."""
+        return first_row, self._step_stream(update.step), self.settings.stochastic_rounding
+
+    def _run(
+        self,
+        loops: tuple[Callable[..., None], Callable[..., None]],
+        store: Store,
+        update: RowUpdate,
+        first_row: int,
+        arrays: Sequence[str],
+        scalars: Sequence[float],
+        per_row: Sequence[np.ndarray] = (),
+    ) -> None:
+        """Run a compiled loop over the rows of a step: loop(table and column of the rows, and of each array, row
+        numbers, order, starts, gradients, *per_row, scale, *scalars), for bf16 rows with their rounding.
+
+        Args:
+            loops: over fp32 and over bf16 rows.
+            arrays: of the state.
+            per_row: arrays [U], of which each thread takes its part.
+        """
+        in_bf16, (rows, segments) = store["rows"].dtype == torch.bfloat16, (update.rows, update.segments)
+        columns = [part for array in ("rows", *arrays) for part in host_columns(store, array)]
+        numbers = [np.float32(number) for number in (update.scale, *scalars)]
+        rounding = self._host_rounding(update, first_row) if in_bf16 else ()
+
+        def run(part: slice) -> None:
+            starts = segments.starts[part.start : part.stop + 1]
+            own = (array[part] for array in per_row)
+            loops[in_bf16](*columns, rows[part], segments.order, starts, update.gradients, *own, *numbers, *rounding)
+
+        self._threads.run(len(rows), run)
+
+    def _gradients(self, update: RowUpdate) -> "Gradients":
+        """What kernels take for the gradients of a step."""
+        from kmem_kernels.row_update.op import Gradients
+
+        segments = update.segments
+        order, starts = None, None
+        if update.one_each:
+            (rows,) = self._upload(segments.unique)
+        else:
+            rows, order, starts = self._upload(segments.unique, segments.order, segments.starts)
+        values = update.gradients if isinstance(update.gradients, Tensor) else self._upload(update.gradients)[0]
+        return Gradients(rows, values, update.scale, order, starts)
+
+    def _rounding(self, update: RowUpdate, first_row: int) -> "RandomRounding | None":
+        """What kernels take for the random rounding of a step."""
+        from kmem_kernels.row_update.op import RandomRounding
+
+        if not self.settings.stochastic_rounding:
+            return None
+        return RandomRounding(int(self._step_stream(update.step)), first_row)
+
+
+def _same_storage(*arrays: np.ndarray) -> list[Tensor]:
+    return [torch.from_numpy(array) for array in arrays]
