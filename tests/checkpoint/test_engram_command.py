@@ -24,7 +24,7 @@ LAYERS = [1, 3]
 
 @pytest.fixture(scope="module")
 def trained(ranks, corpus, tmp_path_factory):
-    """(configuration, reader) of a run on two ranks: rows in bf16, their state in fp32 and int32, in two files."""
+    """(configuration, reader) of a run: rows in bf16, their state in fp32 and int32."""
     tree = small_config(
         name="trained",
         folder=str(tmp_path_factory.mktemp("runs")),
@@ -37,7 +37,7 @@ def trained(ranks, corpus, tmp_path_factory):
         evaluation={"sequences": 6, "at_start": False},
         tracking={"wandb": "disabled"},
     )
-    assert [answer["error"] for answer in ranks.run(2, trainer_case, tree)] == [None, None]
+    assert ranks.run(1, trainer_case, tree)[0]["error"] is None
     return tree, CheckpointReader(Path(tree["folder"]) / "trained")
 
 
