@@ -136,7 +136,7 @@ def test_a_run_on_generic_blocks_alone_is_evaluated_with_them(ranks, bank_run, t
         ({"model__bank": None, "data__addresses": None}, r"evaluation\.controls=.*generic.*\(model\.bank\)"),
         (
             {"model__bank__generic__probability": 0.0},
-            r"evaluation\.controls=generic .*model\.bank\.generic\.probability",
+            r"evaluation\.controls=generic\b.*model\.bank\.generic\.probability",
         ),
     ],
 )
