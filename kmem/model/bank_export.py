@@ -13,7 +13,7 @@ from .export_tables import ExportedTable, read_parts
 from .shape import Shape
 
 BANK_TABLES = r"^bank\.level\d+\.parts\."
-"""ResumePoint of the names of the tensors that hold rows, as a pattern."""
+"""How the names of the tensors that hold rows begin, as a pattern."""
 TREE_FOLDER = "tree"
 
 

@@ -13,7 +13,7 @@ from .shape import Shape
 COMPRESSION = "token_compression"
 """Name of the tensor that maps token ids to compressed ids, int64 [V]."""
 TABLES = r"^layers\.\d+\.engram\.table\."
-"""ResumePoint of the names of the tensors that hold rows, as a pattern."""
+"""How the names of the tensors that hold rows begin, as a pattern."""
 
 
 @dataclass(frozen=True)

@@ -22,20 +22,20 @@ def chain(changes, **others):
         ({"iterations": 2, "residual": "both"}, r"model\.moe\.chain\.residual: .*'both'"),
         (
             {"iterations": 2, "residual": "inner_outer"},
-            r"model\.moe\.chain\.residual=inner_outer .*stream=prenorm",
+            r"model\.moe\.chain\.residual=inner_outer\b.*stream=prenorm",
         ),
-        ({"iterations": 1, "retrofit_scale": True}, r"model\.moe\.chain\.retrofit_scale=true .*iterations=1"),
+        ({"iterations": 1, "retrofit_scale": True}, r"model\.moe\.chain\.retrofit_scale=true\b.*iterations=1"),
         (
             {"iterations": 2, "retrofit_scale": True, "residual": "init"},
-            r"model\.moe\.chain\.retrofit_scale=true .*residual=init .*stream=prenorm",
+            r"model\.moe\.chain\.retrofit_scale=true\b.*residual=init\b.*stream=prenorm",
         ),
         (
             {"iterations": 2, "retrofit_scale": True, "residual": "none"},
-            r"model\.moe\.chain\.retrofit_scale=true .*residual=none .*stream=prenorm",
+            r"model\.moe\.chain\.retrofit_scale=true\b.*residual=none\b.*stream=prenorm",
         ),
         (
             {"iterations": 2, "retrofit_scale": True, "stream": "normed"},
-            r"model\.moe\.chain\.retrofit_scale=true .*residual=inner .*stream=normed",
+            r"model\.moe\.chain\.retrofit_scale=true\b.*residual=inner\b.*stream=normed",
         ),
     ],
 )
@@ -47,7 +47,7 @@ def test_errors_name_the_field(section, message):
 
 
 def test_shared_experts_that_are_not_there_cannot_run_once():
-    with pytest.raises(ConfigError, match=r"^model\.moe\.chain\.shared_experts=once .*num_shared_experts"):
+    with pytest.raises(ConfigError, match=r"^model\.moe\.chain\.shared_experts=once\b.*num_shared_experts"):
         chain({"iterations": 2, "shared_experts": "once"}, model__moe__num_shared_experts=0)
 
 

@@ -41,15 +41,15 @@ def test_presets_choose_fields_that_there_are():
     [
         ({}, r"model\.engram\.layers: missing"),
         ({"layers": []}, r"model\.engram\.layers: .*empty"),
-        ({"layers": [4]}, r"model\.engram\.layers=\[4\] .*num_layers=4"),
-        ({"layers": [1, 1]}, r"model\.engram\.layers=\[1, 1\] .*twice"),
-        ({"layers": [1], "orders": [3, 2]}, r"model\.engram\.orders=\[3, 2\] .*ascend"),
+        ({"layers": [4]}, r"model\.engram\.layers=\[4\].*num_layers=4"),
+        ({"layers": [1, 1]}, r"model\.engram\.layers=\[1, 1\].*twice"),
+        ({"layers": [1], "orders": [3, 2]}, r"model\.engram\.orders=\[3, 2\].*ascend"),
         ({"layers": [1], "orders": [1]}, r"model\.engram\.orders\.0: "),
         ({"layers": [1], "preset": "demo"}, r"model\.engram\.preset: .*'demo'"),
         ({"layers": [1], "rows_per_head": 2**60}, r"model\.engram\.rows_per_head=1152921504606846976: "),
-        ({"layers": [1], "rows_per_head": [7]}, r"model\.engram\.rows_per_head=\[7\] .*\b2\b"),
-        ({"layers": [1], "seeding_ids": [1, 2]}, r"model\.engram\.seeding_ids=\[1, 2\] .*layers"),
-        ({"layers": [1], "pad_token_id": 96}, r"model\.engram\.pad_token_id=96 .*vocab_size=96"),
+        ({"layers": [1], "rows_per_head": [7]}, r"model\.engram\.rows_per_head=\[7\].*\b2\b"),
+        ({"layers": [1], "seeding_ids": [1, 2]}, r"model\.engram\.seeding_ids=\[1, 2\].*layers"),
+        ({"layers": [1], "pad_token_id": 96}, r"model\.engram\.pad_token_id=96\b.*vocab_size=96"),
         ({"layers": [1], "boundry": "eos"}, r"model\.engram\.boundry: .*\bboundary\b"),
     ],
 )
@@ -63,14 +63,14 @@ def test_engram_errors_name_the_field(engram, message):
 @pytest.mark.parametrize(
     ("memory", "message"),
     [
-        ({"staleness": 2}, r"engram\.staleness=2 .*prefetch_depth=1"),
+        ({"staleness": 2}, r"engram\.staleness=2\b.*prefetch_depth=1"),
         ({"optimizer": {"weight_decay": 0.1}}, r"engram\.optimizer\.weight_decay=0\.1 .*lazy_adam"),
         ({"optimizer": {"name": "sinkhorn_momentum", "passes": 10}}, r"engram\.optimizer\.passes=10: "),
         (
             {"store": "mmap", "optimizer": {"name": "sinkhorn_momentum"}},
-            r"engram\.optimizer\.name=sinkhorn_momentum .*optimizer\.dense=true .*store=host",
+            r"engram\.optimizer\.name=sinkhorn_momentum\b.*optimizer\.dense=true\b.*store=host",
         ),
-        ({"optimizer": {"stochastic_rounding": True}}, r"engram\.optimizer\.stochastic_rounding=true .*dtype=bf16"),
+        ({"optimizer": {"stochastic_rounding": True}}, r"engram\.optimizer\.stochastic_rounding=true\b.*dtype=bf16"),
         ({"store": "disk"}, r"engram\.store: .*'disk'"),
     ],
 )
@@ -83,16 +83,16 @@ def test_table_errors_name_the_field(memory, message):
 @pytest.mark.parametrize(
     ("bank", "message"),
     [
-        ({"optimizer": {"name": "rowwise_adagrad"}}, r"bank\.optimizer\.name=rowwise_adagrad .*parallel\.pipeline\b"),
+        ({"optimizer": {"name": "rowwise_adagrad"}}, r"bank\.optimizer\.name=rowwise_adagrad\b.*parallel\.pipeline\b"),
         (
             {"optimizer": {"name": "sinkhorn_momentum"}},
-            r"bank\.optimizer\.name=sinkhorn_momentum .*parallel\.pipeline\b",
+            r"bank\.optimizer\.name=sinkhorn_momentum\b.*parallel\.pipeline\b",
         ),
         (
             {"dtype": "bf16", "optimizer": {"stochastic_rounding": True}},
-            r"bank\.optimizer\.stochastic_rounding=true .*parallel\.pipeline\b",
+            r"bank\.optimizer\.stochastic_rounding=true\b.*parallel\.pipeline\b",
         ),
-        ({"staleness": 2}, r"bank\.staleness=2 .*prefetch_depth=1"),
+        ({"staleness": 2}, r"bank\.staleness=2\b.*prefetch_depth=1"),
     ],
 )
 def test_bank_table_errors_name_the_field(bank, message):
@@ -105,10 +105,10 @@ def test_bank_table_errors_name_the_field(bank, message):
     ("changes", "message"),
     [
         ({"data__addresses": None}, r"model\.bank .*data\.addresses\b"),
-        ({"checkpoint__asynchronous": True}, r"checkpoint\.asynchronous=true .*model\.bank\b"),
+        ({"checkpoint__asynchronous": True}, r"checkpoint\.asynchronous=true\b.*model\.bank\b"),
         (
             {"model__bank__placement": "last", "model__bank__placed_layers": 9},
-            r"model\.bank\.placed_layers=9 .*num_layers=4",
+            r"model\.bank\.placed_layers=9\b.*num_layers=4",
         ),
         ({"model__bank__levels": [0, 0]}, r"model\.bank\.levels=\[0, 0\] "),
     ],
@@ -130,11 +130,11 @@ def test_blocks_have_a_rate_and_a_decay_of_their_own():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"checkpoint__asynchronous": True}, r"checkpoint\.asynchronous=true .*model\.engram\b"),
-        ({"data__document_attention": False}, r"model\.engram\.boundary=document .*data\.document_attention=true"),
+        ({"checkpoint__asynchronous": True}, r"checkpoint\.asynchronous=true\b.*model\.engram\b"),
+        ({"data__document_attention": False}, r"model\.engram\.boundary=document\b.*data\.document_attention=true"),
         (
             {"model__hyper_connections__branches": 2, "model__moe__chain__iterations": 2},
-            r"model\.hyper_connections\.branches=2 .*moe\.chain\b",
+            r"model\.hyper_connections\.branches=2\b.*moe\.chain\b",
         ),
     ],
 )
