@@ -98,8 +98,10 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         with open(partial / _LOCK, "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise UserError(f"{path}: another process is writing it ({partial})") from None
+            except OSError:
+                pass  # a file system without locks
             try:
                 _clear(partial)
                 yield partial

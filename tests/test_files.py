@@ -73,6 +73,16 @@ def test_one_process_at_a_time_writes_a_folder(tmp_path):
     assert content(tmp_path) == {"a/x": "first"}
 
 
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with atomic_folder(tmp_path / "a") as folder:
+        (folder / "x").write_text("x")
+    assert content(tmp_path) == {"a/x": "x"}
+
+
 def test_a_place_that_cannot_be_written_is_a_user_error():
     with pytest.raises(UserError, match="/dev/null/a: cannot be written"), atomic_folder(Path("/dev/null/a")):
         pass
