@@ -231,13 +231,8 @@ MODULE = "sentence_transformers.models."
     [
         (shutil.rmtree, "", "no such"),
         (without("config.json"), "config.json", "missing"),
-<<<<<<< ours
         (damaged("config.json"), "config.json", "JSON"),
         (changed("config.json", model_type="roberta"), "config.json", 'model_type .*"roberta"'),
-=======
-        (damaged("config.json"), "config.json", "not readable as JSON"),
-        (changed("config.json", model_type="roberta"), "config.json", 'model_type is "roberta"'),
->>>>>>> theirs
         (changed("config.json", auto_map={"AutoModel": "own.Model"}), "config.json", "auto_map"),
         (changed("config.json", position_embedding_type="relative_key"), "config.json", "position_embedding_type"),
         (changed("config.json", hidden_size=36), "", "--encoder .*loaded"),
