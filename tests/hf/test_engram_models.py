@@ -258,14 +258,14 @@ def test_wrong_calls_are_refused(folders):
     with pytest.raises(ValueError, match=r"tables='disk': .*device, mmap"):
         opened(folder, tables="disk")
     model = opened(folder)
-    with pytest.raises(ValueError, match=r"input_ids.*inputs_embeds"):
+    with pytest.raises(ValueError, match=r"token ids: .*input_ids.*inputs_embeds"):
         model(inputs_embeds=torch.zeros(1, 2, 32))
     with pytest.raises(ValueError, match=r"vocabulary.*addresses"):
         model.resize_token_embeddings(VOCABULARY + 8)
     fields = model.config.to_dict()
     with pytest.raises(ValueError, match=r"config\.json: engram_addressing .*model\.engram"):
         KmemForCausalLM(KmemConfig(model=fields["model"]))
-    with pytest.raises(ValueError, match=r'tables="mmap".*from_pretrained'):
+    with pytest.raises(ValueError, match=r'tables="mmap": .*\btables\b.*from_pretrained'):
         KmemForCausalLM(KmemConfig(**fields), tables="mmap")(tokens())
     manifest = fields["engram_addressing"]
     for change, message in [
