@@ -12,7 +12,6 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
-
 RowOptimizerName = Literal["lazy_adam", "adam_catchup", "rowwise_adagrad", "sinkhorn_momentum"]
 
 
@@ -20,7 +19,7 @@ RowOptimizerName = Literal["lazy_adam", "adam_catchup", "rowwise_adagrad", "sink
 class RowOptimizerTraits:
     """What a configuration must know of a row optimizer; the rest is its class in `kmem.tables.row_optimizers`."""
 
-    by_value: bool = True
+    by_value: bool = False
     """Every value is trained on its own; no number is shared by the values of a row."""
     counts_missed_steps: bool = False
     """A row knows how many steps it has missed, so that its weights can decay for them."""
@@ -31,10 +30,10 @@ class RowOptimizerTraits:
 
 
 ROW_OPTIMIZER_TRAITS: dict[RowOptimizerName, RowOptimizerTraits] = {
-    "lazy_adam": RowOptimizerTraits(counts_own_updates=True),
-    "adam_catchup": RowOptimizerTraits(counts_missed_steps=True),
-    "rowwise_adagrad": RowOptimizerTraits(by_value=False),
-    "sinkhorn_momentum": RowOptimizerTraits(by_value=False, balances=True),
+    "lazy_adam": RowOptimizerTraits(by_value=True, counts_own_updates=True),
+    "adam_catchup": RowOptimizerTraits(by_value=True, counts_missed_steps=True),
+    "rowwise_adagrad": RowOptimizerTraits(),
+    "sinkhorn_momentum": RowOptimizerTraits(balances=True),
 }
 
 

@@ -1,48 +1,60 @@
-"""Compiled loops over touched rows on the host, and what the loops of row optimizers are made of: one pass that reads
-and writes each row and its state once.
+"""Compiled loops over touched rows on the host: one pass that reads and writes each row and its state once.
 
 The arithmetic is that of `kmem_kernels.row_update.reference`, operation by operation in fp32, without contraction or
-reordering. Loops release the interpreter lock; threads split the rows, so the result does not depend on their number.
+reordering. Kernels release the interpreter lock; threads split the rows, so the result does not depend on their number.
 `weights` is fp32, or uint16 holding bf16 bits. An array of a store is passed as a contiguous one and the column `at_*`,
 np.uintp, where its rows start in it (`Store.columns`): loops over contiguous rows by unsigned numbers are vectorised,
 at least twice as fast as those over strided arrays, and need no slices, which cost a tenth. Scalars must be passed as
-np.float32: Python's would turn the arithmetic into double precision.
+np.float32: Python's would turn the arithmetic into double precision. The loops of all optimizers are in this file,
+since numba compiles a cached loop again when its own file changes, not when another does that it calls.
 """
 
 import numba
 import numpy as np
 from kmem_kernels.row_update.reference import SQUARES_LANES, SQUARES_PART
+from numba.extending import overload
 
 from kmem.tables.counter_random import random_bits
 
-compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+_compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 _ONE, _SIXTEEN = np.uint32(1), np.uint32(16)
 _HALF = np.uint32(0x7FFF)
 _LANES, _PART = SQUARES_LANES, SQUARES_PART
 
 
-@numba.njit(inline="always")
-def widen(bits):
-    """bf16 bits -> fp32."""
-    return np.uint32(np.uint32(bits) << _SIXTEEN).view(np.float32)
+def _widen(stored):
+    """A stored value, fp32 or the bits of bf16, as fp32. In compiled code only, as `_narrow`."""
+    raise NotImplementedError
 
 
-@numba.njit(inline="always")
-def narrow(value):
-    """fp32 -> bf16 bits, nearest even."""
-    bits = np.float32(value).view(np.uint32)
-    return np.uint16((bits + _HALF + ((bits >> _SIXTEEN) & _ONE)) >> _SIXTEEN)
+def _narrow(value, stored, counter, stream, stochastic):
+    """An fp32 value in the type of a stored one: bf16 to nearest even, or up with the probability of the part cut off.
+    (Given the row to write to, loops over bf16 were half as fast.)"""
+    raise NotImplementedError
 
 
-@numba.njit(inline="always")
-def narrow_randomly(value, stream, counter):
-    """fp32 -> bf16 bits, up with the probability of the part cut off."""
-    noise = np.uint32(random_bits(stream, counter) & np.uint64(0xFFFF))
-    return np.uint16((np.float32(value).view(np.uint32) + noise) >> _SIXTEEN)
+@overload(_widen, inline="always")
+def _overload_widen(stored):
+    def bf16(stored):
+        return np.uint32(np.uint32(stored) << _SIXTEEN).view(np.float32)
+
+    return (lambda stored: stored) if stored == numba.float32 else bf16
+
+
+@overload(_narrow, inline="always")
+def _overload_narrow(value, stored, counter, stream, stochastic):
+    def bf16(value, stored, counter, stream, stochastic):
+        bits = np.float32(value).view(np.uint32)
+        if stochastic:
+            noise = np.uint32(random_bits(stream, counter) & np.uint64(0xFFFF))
+            return np.uint16((bits + noise) >> _SIXTEEN)
+        return np.uint16((bits + _HALF + ((bits >> _SIXTEEN) & _ONE)) >> _SIXTEEN)
+
+    return (lambda value, stored, counter, stream, stochastic: value) if stored == numba.float32 else bf16
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def summed_gradient(i, order, starts, gradients, scratch):
+def _gradient(i, order, starts, gradients, scratch):
     """The sum of row i's contributions: their only one itself, or added up in `scratch` [D] in their order."""
     if starts[i + 1] - starts[i] == 1:
         return gradients[order[starts[i]]]
@@ -54,7 +66,152 @@ def summed_gradient(i, order, starts, gradients, scratch):
     return scratch
 
 
-@compiled
+@_compiled
+def adam(
+    weights, at_w, first, at_m, second, at_v, rows, order, starts, gradients, decays_m, decays_v, decays_w, sizes,
+    scale, rate_m, rate_v, inverse_root, eps, first_row, stream, stochastic,
+):  # fmt: skip
+    """One step. rows [U] int64; gradients [W, D] fp32 (times `scale`), those of row i at order[starts[i]:starts[i +
+    1]]; decays and sizes of the step [U] fp32; `first_row` is the table's number of local row 0, for the random stream
+    of rounding, which is for bf16."""
+    dim = gradients.shape[1]
+    scratch = np.empty(dim, np.float32)
+    for i in range(rows.shape[0]):
+        w, m, v = weights[rows[i]], first[rows[i]], second[rows[i]]
+        g = _gradient(i, order, starts, gradients, scratch)
+        decay_m, decay_v, decay_w, size = decays_m[i], decays_v[i], decays_w[i], sizes[i]
+        counter = np.uint64(first_row + rows[i]) * np.uint64(dim)
+        for column in range(dim):
+            j = np.uintp(column)
+            stored, gradient = w[at_w + j], g[j] * scale
+            mean = m[at_m + j] * decay_m
+            mean = mean + (gradient - mean) * rate_m
+            square = v[at_v + j] * decay_v
+            square = square + (gradient * gradient - square) * rate_v
+            value = _widen(stored) * decay_w
+            value = value - (mean / (np.sqrt(square) * inverse_root + eps)) * size
+            w[at_w + j] = _narrow(value, stored, counter + np.uint64(j), stream, stochastic)
+            m[at_m + j], v[at_v + j] = mean, square
+
+
+@_compiled
+def rowwise_adagrad(
+    weights, at_w, second, at_v, rows, order, starts, gradients, scale, rate, eps, first_row, stream, stochastic
+):
+    """One step; one accumulator per row."""
+    dim = gradients.shape[1]
+    scratch = np.empty(dim, np.float32)
+    for i in range(rows.shape[0]):
+        w, g = weights[rows[i]], _gradient(i, order, starts, gradients, scratch)
+        root = _accumulate(second[rows[i]], at_v, g, scale) + eps
+        counter = np.uint64(first_row + rows[i]) * np.uint64(dim)
+        for column in range(dim):
+            j = np.uintp(column)
+            stored = w[at_w + j]
+            value = _widen(stored) - ((g[j] * scale) / root) * rate
+            w[at_w + j] = _narrow(value, stored, counter + np.uint64(j), stream, stochastic)
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _accumulate(second, at, g, scale):
+    """Add the mean square of a gradient row to its accumulator second[at]; the root of the result."""
+    total = 0.0
+    for j in range(g.shape[0]):
+        value = np.float64(g[j] * scale)
+        total += value * value
+    second[at] = second[at] + np.float32(total / g.shape[0])
+    return np.sqrt(second[at])
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest):
+    """h [D] fp64 = beta * M + (1 - beta) * G of a row, rounded to fp32 at every operation."""
+    m = momentum[rows[i]]
+    if sources[i] < 0:
+        for column in range(h.shape[0]):
+            j = np.uintp(column)
+            h[j] = np.float64(m[at + j] * beta)
+    else:
+        g = gradients[sources[i]]
+        for column in range(h.shape[0]):
+            j = np.uintp(column)
+            h[j] = np.float64(m[at + j] * beta + (g[j] * scale) * rest)
+
+
+@numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc"})
+def _norm(h):
+    """The 2-norm of a row [D] in fp64, added up in the order of vector lanes."""
+    total = 0.0
+    for j in range(h.shape[0]):
+        total += h[j] * h[j]
+    return np.sqrt(total)
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _sinkhorn_balance(h, scales, least, eps):
+    """Scale the columns of a row, in place; the factor that makes it one of norm 1, 0 if its own norm is at most
+    `least`."""
+    if not _norm(h) > least:
+        return 0.0
+    for j in range(h.shape[0]):
+        h[j] = h[j] * scales[j]
+    return 1.0 / (_norm(h) + eps)
+
+
+@_compiled
+def sinkhorn_first(momentum, at, rows, sources, gradients, decays, scale, beta, rest):
+    """M <- decay * M + (1 - beta) * G for the rows [n], decays [n] fp32, whose gradients are gradients[sources], none
+    where -1; returns the sum of the norms of beta * M + (1 - beta) * G, fp64."""
+    h = np.empty(gradients.shape[1], np.float64)
+    total = 0.0
+    for i in range(rows.shape[0]):
+        m, decay = momentum[rows[i]], decays[i]
+        for column in range(h.shape[0]):
+            j = np.uintp(column)
+            m[at + j] = m[at + j] * decay
+        if sources[i] >= 0:
+            g = gradients[sources[i]]
+            for column in range(h.shape[0]):
+                j = np.uintp(column)
+                m[at + j] = m[at + j] + (g[j] * scale) * rest
+        _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest)
+        total += _norm(h)
+    return total
+
+
+@_compiled
+def sinkhorn_columns(squares, momentum, at, rows, sources, gradients, scale, beta, rest, scales, least, eps):
+    """Add the squares of the balanced rows to squares [D] fp64."""
+    h = np.empty(gradients.shape[1], np.float64)
+    for i in range(rows.shape[0]):
+        _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest)
+        factor = _sinkhorn_balance(h, scales, least, eps)
+        for j in range(h.shape[0]):
+            squares[j] += (h[j] * factor) * (h[j] * factor)
+
+
+@_compiled
+def sinkhorn_move(
+    weights, at_w, momentum, at, rows, sources, gradients, scale, beta, rest, scales, least, eps, size, first_row,
+    stream, stochastic,
+):  # fmt: skip
+    """Add the balanced rows times `size` to the rows."""
+    dim = gradients.shape[1]
+    h = np.empty(dim, np.float64)
+    for i in range(rows.shape[0]):
+        _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest)
+        factor = _sinkhorn_balance(h, scales, least, eps)
+        if factor == 0:
+            continue
+        w, counter = weights[rows[i]], np.uint64(first_row + rows[i]) * np.uint64(dim)
+        for column in range(dim):
+            j = np.uintp(column)
+            stored = w[at_w + j]
+            value = _widen(stored) + np.float32((h[j] * factor) * size)
+            w[at_w + j] = _narrow(value, stored, counter + np.uint64(j), stream, stochastic)
+
+
+@_compiled
 def rounding_noise(rows, dim, first_row, stream):
     """[U, D] uint16: the random bits with which the bf16 kernels round those rows."""
     noise = np.empty((rows.shape[0], dim), np.uint16)
@@ -65,7 +222,7 @@ def rounding_noise(rows, dim, first_row, stream):
     return noise
 
 
-@compiled
+@_compiled
 def square_norms(gradients):
     """[U] fp64: `reference.square_norms`."""
     columns = gradients.shape[1]
@@ -98,7 +255,7 @@ def _pairwise(values):
     return values[0]
 
 
-@compiled
+@_compiled
 def gather(table, at, rows, out):
     """out[i] [D] = table[rows[i], at : at + D], in the table's own type."""
     for i in range(rows.shape[0]):
@@ -108,7 +265,7 @@ def gather(table, at, rows, out):
             target[j] = source[at + j]
 
 
-@compiled
+@_compiled
 def add_segments(total, order, values):
     """total[order[i]] += values[i] for i from 0 on: a sum whose order is the order of `values`."""
     for i in range(order.shape[0]):
@@ -117,7 +274,7 @@ def add_segments(total, order, values):
             target[j] += source[j]
 
 
-@compiled
+@_compiled
 def sum_segments(total, order, starts, values):
     """total[i] = the sum of values[order[starts[i]:starts[i + 1]]], in that order."""
     for i in range(total.shape[0]):

@@ -94,12 +94,13 @@ class RowOptimizer(ABC):
         return np.uint64(counter_random.random_bits(self._stream, np.uint64(step)))
 
     def _host_rounding(self, update: RowUpdate, first_row: int) -> tuple[int, np.uint64, bool]:
-        """What loops over bf16 rows take last."""
+        """What compiled loops take last: the table's number of the store's row 0, the random stream, and whether it is
+        used, all for bf16 rows."""
         return first_row, self._step_stream(update.step), self.settings.stochastic_rounding
 
     def _run(
         self,
-        loops: tuple[Callable[..., None], Callable[..., None]],
+        loop: Callable[..., None],
         store: Store,
         update: RowUpdate,
         first_row: int,
@@ -108,24 +109,22 @@ class RowOptimizer(ABC):
         per_row: Sequence[np.ndarray] = (),
     ) -> None:
         """Run a compiled loop over the rows of a step: loop(table and column of the rows, and of each array, row
-        numbers, order, starts, gradients, *per_row, scale, *scalars), for bf16 rows with their rounding.
+        numbers, order, starts, gradients, *per_row, scale, *scalars, *_host_rounding).
 
         Args:
-            loops: over fp32 and over bf16 rows.
             arrays: of the state.
             per_row: arrays [U], of which each thread takes its part.
         """
-        in_bf16, (rows, segments) = store["rows"].dtype == torch.bfloat16, (update.rows, update.segments)
+        segments, rounding = update.segments, self._host_rounding(update, first_row)
         columns = [part for array in ("rows", *arrays) for part in host_columns(store, array)]
         numbers = [np.float32(number) for number in (update.scale, *scalars)]
-        rounding = self._host_rounding(update, first_row) if in_bf16 else ()
 
         def run(part: slice) -> None:
             starts = segments.starts[part.start : part.stop + 1]
             own = (array[part] for array in per_row)
-            loops[in_bf16](*columns, rows[part], segments.order, starts, update.gradients, *own, *numbers, *rounding)
+            loop(*columns, update.rows[part], segments.order, starts, update.gradients, *own, *numbers, *rounding)
 
-        self._threads.run(len(rows), run)
+        self._threads.run(len(update.rows), run)
 
     def _gradients(self, update: RowUpdate) -> "Gradients":
         """What kernels take for the gradients of a step."""

@@ -8,14 +8,13 @@ squares, which the ranks of the table sum.
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-import numba
 import numpy as np
 import torch
 from kmem_kernels.row_update.reference import missed_steps_decay, write_rows
 from torch import Tensor
 
 from kmem.config import RowOptimizerConfig
-from kmem.tables.row_optimizers.kernels import compiled, narrow, narrow_randomly, widen
+from kmem.tables.row_optimizers import kernels
 from kmem.tables.row_optimizers.row_optimizer import RowOptimizer
 from kmem.tables.row_optimizers.update import RowUpdate, host_columns, take_missed_steps
 from kmem.tables.stores import ArrayLayout, Store, chunk_ranges
@@ -102,26 +101,26 @@ class HostSweep:
                 decay = np.full(len(rows), self._settings.momentum, np.float32)
             else:
                 decay = decays[part]
-            sums[0] += sinkhorn_first(*self._momentum, rows, sources, self._update.gradients, decay, *self._scalars)
+            sums[0] += kernels.sinkhorn_first(
+                *self._momentum, rows, sources, self._update.gradients, decay, *self._scalars
+            )
             sums[1] += len(rows)
         return sums
 
     def column_squares(self, scales: np.ndarray, least: float) -> np.ndarray:
         squares = np.zeros(self.dim)
         for _, rows, sources in self._chunks():
-            sinkhorn_columns(
+            kernels.sinkhorn_columns(
                 squares, *self._momentum, rows, sources, self._update.gradients, *self._scalars, scales, least, _EPS
             )
         return squares
 
     def move(self, scales: np.ndarray, least: float, factor: float) -> None:
         table = host_columns(self._store, "rows")
-        in_bf16 = self._store["rows"].dtype == torch.bfloat16
-        move, rounding = (sinkhorn_move_bf16, self._rounding) if in_bf16 else (sinkhorn_move_fp32, ())
         for _, rows, sources in self._chunks():
-            move(
+            kernels.sinkhorn_move(
                 *table, *self._momentum, rows, sources, self._update.gradients, *self._scalars, scales, least, _EPS,
-                factor, *rounding,
+                factor, *self._rounding,
             )  # fmt: skip
 
     def _chunks(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
@@ -212,125 +211,3 @@ class DeviceSweep:
             rows = self._update.rows[start:stop]
             h = self._momentum[touched] * self._settings.momentum + gradients * (1 - self._settings.momentum)
         return h.double(), rows
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest):
-    """h [D] fp64 = beta * M + (1 - beta) * G of a row, rounded to fp32 at every operation."""
-    m = momentum[rows[i]]
-    if sources[i] < 0:
-        for column in range(h.shape[0]):
-            j = np.uintp(column)
-            h[j] = np.float64(m[at + j] * beta)
-    else:
-        g = gradients[sources[i]]
-        for column in range(h.shape[0]):
-            j = np.uintp(column)
-            h[j] = np.float64(m[at + j] * beta + (g[j] * scale) * rest)
-
-
-@numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc"})
-def _norm(h):
-    """The 2-norm of a row [D] in fp64, added up in the order of vector lanes."""
-    total = 0.0
-    for j in range(h.shape[0]):
-        total += h[j] * h[j]
-    return np.sqrt(total)
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def _sinkhorn_balance(h, scales, least, eps):
-    """Scale the columns of a row, in place; the factor that makes it one of norm 1, 0 if its own norm is at most
-    `least`."""
-    if not _norm(h) > least:
-        return 0.0
-    for j in range(h.shape[0]):
-        h[j] = h[j] * scales[j]
-    return 1.0 / (_norm(h) + eps)
-
-
-@compiled
-def sinkhorn_first(momentum, at, rows, sources, gradients, decays, scale, beta, rest):
-    """M <- decay * M + (1 - beta) * G for the rows [n], decays [n] fp32, whose gradients are gradients[sources], none
-    where -1; returns the sum of the norms of beta * M + (1 - beta) * G, fp64."""
-    h = np.empty(gradients.shape[1], np.float64)
-    total = 0.0
-    for i in range(rows.shape[0]):
-        m, decay = momentum[rows[i]], decays[i]
-        for column in range(h.shape[0]):
-            j = np.uintp(column)
-            m[at + j] = m[at + j] * decay
-        if sources[i] >= 0:
-            g = gradients[sources[i]]
-            for column in range(h.shape[0]):
-                j = np.uintp(column)
-                m[at + j] = m[at + j] + (g[j] * scale) * rest
-        _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest)
-        total += _norm(h)
-    return total
-
-
-@compiled
-def sinkhorn_columns(squares, momentum, at, rows, sources, gradients, scale, beta, rest, scales, least, eps):
-    """Add the squares of the balanced rows to squares [D] fp64."""
-    h = np.empty(gradients.shape[1], np.float64)
-    for i in range(rows.shape[0]):
-        _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest)
-        factor = _sinkhorn_balance(h, scales, least, eps)
-        for j in range(h.shape[0]):
-            squares[j] += (h[j] * factor) * (h[j] * factor)
-
-
-@compiled
-def sinkhorn_move_fp32(
-    weights, at_w, momentum, at, rows, sources, gradients, scale, beta, rest, scales, least, eps, size
-):
-    """Add the balanced rows times `size` to fp32 rows."""
-    h = np.empty(gradients.shape[1], np.float64)
-    for i in range(rows.shape[0]):
-        _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest)
-        factor = _sinkhorn_balance(h, scales, least, eps)
-        if factor == 0:
-            continue
-        w = weights[rows[i]]
-        for column in range(h.shape[0]):
-            j = np.uintp(column)
-            w[at_w + j] = w[at_w + j] + np.float32((h[j] * factor) * size)
-
-
-@compiled
-def sinkhorn_move_bf16(
-    weights,
-    at_w,
-    momentum,
-    at,
-    rows,
-    sources,
-    gradients,
-    scale,
-    beta,
-    rest,
-    scales,
-    least,
-    eps,
-    size,
-    first_row,
-    stream,
-    stochastic,
-):
-    """Add the balanced rows times `size` to bf16 rows."""
-    dim = gradients.shape[1]
-    h = np.empty(dim, np.float64)
-    for i in range(rows.shape[0]):
-        _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest)
-        factor = _sinkhorn_balance(h, scales, least, eps)
-        if factor == 0:
-            continue
-        w, counter = weights[rows[i]], np.uint64(first_row + rows[i]) * np.uint64(dim)
-        for column in range(dim):
-            j = np.uintp(column)
-            value = widen(w[at_w + j]) + np.float32((h[j] * factor) * size)
-            if stochastic:
-                w[at_w + j] = narrow_randomly(value, stream, counter + np.uint64(j))
-            else:
-                w[at_w + j] = narrow(value)
