@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -13,13 +13,23 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Observes a run. All methods are called on the first rank only and issue no collectives."""
+    """Observes a run, and may do something besides training.
+
+    Callbacks are called in their order. One that is not collective is called on the first rank only.
+    """
+
+    collective: ClassVar[bool] = False
+    """Whether it is called on every rank, and so may issue collectives; all ranks must then issue the same."""
 
     def on_start(self, trainer: Trainer) -> None:
         """The pipeline is built and loaded; training begins at `trainer.step`."""
 
     def on_step(self, record: StepRecord) -> None:
         """An optimizer step is done."""
+
+    def before_checkpoint(self, trainer: Trainer) -> None:
+        """An optimizer step is done and recorded, and the run was not interrupted. What it adds to `trainer.facts` is
+        part of the checkpoint, if one follows."""
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         """A held-out evaluation is done."""

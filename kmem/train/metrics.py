@@ -1,18 +1,24 @@
 """Figures of a step: arithmetic per token, utilisation, memory, balance of the experts."""
 
+from __future__ import annotations
+
 import math
 import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kmem.config import Config, GroupedQueryAttention
 from kmem.model.parameter_counts import ParameterCounts
 from kmem.parallel.mesh import local_device
+from kmem.parallel.pipeline import StepResult
 from kmem.parallel.routing_ledger import StepRouting
+
+if TYPE_CHECKING:
+    from kmem.train.trainer import Trainer
 
 BALANCE_LOSSES = ("aux_loss", "sequence_aux_loss", "z_loss")
 
@@ -71,6 +77,35 @@ class StepRecord:
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "step", **asdict(self)}
+
+
+def step_record(trainer: Trainer, result: StepResult, lr: float, seconds: float) -> StepRecord:
+    """What the step that a trainer has just done shows on this rank."""
+    config = trainer.config
+    positions = config.train.global_batch_size * config.data.sequence_length
+    speed = positions * flops_per_token(config, trainer.counts) / seconds
+    peak = device_peak_flops(config.train.precision)
+    record = StepRecord(
+        step=trainer.step,
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        lr=lr,
+        tokens=trainer.tokens,
+        consumed_samples=trainer.consumed_samples,
+        seconds=seconds,
+        tokens_per_second=positions / seconds,
+        model_flops=speed,
+        mfu=None if peak is None else speed / (peak * trainer.mesh.world),
+        memory_gib=peak_memory_gib(),
+        memories=result.memories,
+    )
+    if result.routing is not None:
+        moe, means = config.model.moe, result.routing.means
+        assert moe is not None
+        record.aux_loss, record.sequence_aux_loss, record.z_loss = (float(means[name].sum()) for name in BALANCE_LOSSES)
+        record.experts = expert_figures(result.routing, positions * moe.top_k, chained=moe.chain is not None)
+        record.coactivation = coactivation(result.routing)
+    return record
 
 
 def flops_per_token(config: Config, counts: ParameterCounts) -> float:

@@ -1,6 +1,5 @@
 """The training loop. Everything optional is a callback."""
 
-import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -12,31 +11,23 @@ import torch
 
 import kmem
 from kmem.checkpoint.commit import Progress
-from kmem.checkpoint.controls import check_controls, parse_controls
 from kmem.checkpoint.store import CheckpointStore
 from kmem.config import Config, ConfigError, UserError
 from kmem.data.reader import PreparedData
-from kmem.eval.held_out import EvaluationRecord, held_out_loss
+from kmem.eval.held_out import EvaluationRecord
 from kmem.model.parameter_counts import count_parameters
 from kmem.parallel.engine import NonFiniteStepError
 from kmem.parallel.memory_kind import BegunStep
 from kmem.parallel.memory_kinds import kinds_of
 from kmem.parallel.mesh import Mesh, any_rank, lost_peer, raise_on_all_ranks, run_on_all_ranks
-from kmem.parallel.pipeline import Pipeline, StepResult, split_samples
+from kmem.parallel.pipeline import Pipeline, split_samples
 from kmem.parallel.training_state import optimizer_steps
 from kmem.tables.exchange import ExchangeError
 from kmem.train.callback import Callback
+from kmem.train.evaluation import HeldOutEvaluation
 from kmem.train.interruption import Interruption
 from kmem.train.load_plan import LoadPlan, plan_load
-from kmem.train.metrics import (
-    BALANCE_LOSSES,
-    StepRecord,
-    coactivation,
-    device_peak_flops,
-    expert_figures,
-    flops_per_token,
-    peak_memory_gib,
-)
+from kmem.train.metrics import step_record
 from kmem.train.resume_point import ResumePoint, find_resume_point
 from kmem.train.run_folder import RunFolder
 from kmem.train.saving import load_training, save_training
@@ -55,14 +46,15 @@ class Trainer:
         config: the resolved configuration.
         mesh: the joined mesh.
         data: the opened data, the same on every rank.
-        callbacks: observers; the first rank's are called.
+        callbacks: the same on every rank; those that are not collective are called on the first.
     """
 
     def __init__(self, config: Config, mesh: Mesh, data: PreparedData, callbacks: Sequence[Callback] = ()):
         self.config = config
         self.mesh = mesh
         self.data = data
-        self.callbacks = list(callbacks) if mesh.rank == 0 else []
+        every_rank = [*callbacks, HeldOutEvaluation(config)]
+        self.callbacks = [callback for callback in every_rank if callback.collective or mesh.rank == 0]
         self.folder = RunFolder(config)
         self.step = 0
         self.consumed_samples = 0
@@ -71,13 +63,11 @@ class Trainer:
         self.tokens = 0
         self.tracking: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
-        self._counts = count_parameters(config.model.shape)
-        self._flops = flops_per_token(config, self._counts)
+        self.counts = count_parameters(config.model.shape)
         raise_on_all_ranks(self.folder.claim() if mesh.rank == 0 else None, TrainingError)
         self.store = CheckpointStore(self.folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every)
         found = find_resume_point(config.checkpoint, self.store)
         self.kinds = kinds_of(config.model.shape)
-        self._check_controls()
         self.prepared = run_on_all_ranks(
             lambda: {kind.name: kind.prepare(config, data.tokenizer_path) for kind in self.kinds}
         )
@@ -119,16 +109,14 @@ class Trainer:
                     self._notify("on_end", "finished")
                     self.pipeline.close()
                     return "done"
-                if self.step == 0 and config.evaluation.at_start:
-                    self._evaluate()
                 while self.step < config.train.steps and end == "done":
                     self._train_one_step()
                     last = self.step == config.train.steps
                     if self._asked_to_stop(interruption) and not last:
                         end = "interrupted"  # saved at once: an evaluation may outlast the grace of a scheduler
-                    elif self._evaluation_due(self.step):
-                        self._evaluate()
-                    if _due(self.step, config.checkpoint.every) or last or end == "interrupted":
+                    else:
+                        self._notify("before_checkpoint", self)
+                    if due(self.step, config.checkpoint.every) or last or end == "interrupted":
                         self._save()
                 self.store.wait()
                 self._asked_to_stop(interruption)
@@ -171,7 +159,7 @@ class Trainer:
 
     def summary(self) -> str:
         """Model, data and mesh in two lines."""
-        counts, train = self._counts, self.config.train
+        counts, train = self.counts, self.config.train
         return (
             f"{self.config.name}: {counts.total / 1e6:.2f}M parameters, {counts.active / 1e6:.2f}M active per token; "
             f"mesh {self.mesh}; {train.precision} on {self.pipeline.device.type}\n"
@@ -201,7 +189,7 @@ class Trainer:
         read = time.perf_counter() - began
         lr = learning_rate(train, self.step)
         try:
-            result = self.pipeline.train_step(self._begun.popleft(), lr, sampled=self._evaluation_due(self.step + 1))
+            result = self.pipeline.train_step(self._begun.popleft(), lr, sampled=self.evaluation_due(self.step + 1))
         except NonFiniteStepError as error:
             self.store.wait()  # a save in the background decides which checkpoint is the last good one
             raise TrainingError(self._explain(error)) from None
@@ -210,7 +198,7 @@ class Trainer:
         self.positions[self.data.selection] += train.global_batch_size
         self.tokens += result.tokens
         self.facts["loss"] = result.loss
-        record = self._record(result, lr, time.perf_counter() - began)
+        record = step_record(self, result, lr, time.perf_counter() - began)
         record.phases = {"data": read, **self.pipeline.engine.phase_seconds}
         self._notify("on_step", record)
 
@@ -227,62 +215,9 @@ class Trainer:
             batches.append(batch)
         return self.pipeline.begin_step(batches)
 
-    def _record(self, result: StepResult, lr: float, seconds: float) -> StepRecord:
-        train = self.config.train
-        positions = train.global_batch_size * self.config.data.sequence_length
-        speed = positions * self._flops / seconds
-        peak = device_peak_flops(train.precision)
-        record = StepRecord(
-            step=self.step,
-            loss=result.loss,
-            grad_norm=result.grad_norm,
-            lr=lr,
-            tokens=self.tokens,
-            consumed_samples=self.consumed_samples,
-            seconds=seconds,
-            tokens_per_second=positions / seconds,
-            model_flops=speed,
-            mfu=None if peak is None else speed / (peak * self.mesh.world),
-            memory_gib=peak_memory_gib(),
-        )
-        if result.routing is not None:
-            moe, means = self.config.model.moe, result.routing.means
-            assert moe is not None
-            record.aux_loss, record.sequence_aux_loss, record.z_loss = (
-                float(means[name].sum()) for name in BALANCE_LOSSES
-            )
-            record.experts = expert_figures(result.routing, positions * moe.top_k, chained=moe.chain is not None)
-            record.coactivation = coactivation(result.routing)
-        record.memories = result.memories
-        return record
-
-    def _evaluation_due(self, step: int) -> bool:
-        return _due(step, self.config.evaluation.every) or step == self.config.train.steps
-
-    def _evaluate(self) -> None:
-        if not len(self.data.validation):  # of the chosen subtrees
-            return
-        began, settings = time.perf_counter(), self.config.evaluation
-        loss, tokens = held_out_loss(self.pipeline, self.data, settings.sequences)
-        controls: dict[str, dict[str, float]] = {}
-        for control in settings.controls:
-            given = parse_controls([control], "evaluation.controls")
-            other, _ = held_out_loss(self.pipeline, self.data, settings.sequences, given)
-            controls[control] = {"loss": other, "bits_per_byte": self.data.bits_per_byte(other)}
-        record = EvaluationRecord(
-            step=self.step,
-            loss=loss,
-            bits_per_byte=self.data.bits_per_byte(loss),
-            perplexity=math.exp(min(loss, 700)),
-            tokens=tokens,
-            seconds=time.perf_counter() - began,
-            controls=controls,
-        )
-        figures = {"step": self.step, "loss": loss, "bits_per_byte": record.bits_per_byte, "tokens": tokens}
-        self.facts["held_out"] = figures
-        if self.step == 0:
-            self.facts["held_out_at_start"] = figures
-        self._notify("on_evaluation", record)
+    def evaluation_due(self, step: int) -> bool:
+        """Whether the held-out evaluation follows this step."""
+        return due(step, self.config.evaluation.every) or step == self.config.train.steps
 
     def _save(self) -> None:
         if self._saved_at == self.step:
@@ -298,7 +233,7 @@ class Trainer:
             tracking=self.tracking,
             facts={
                 **self.facts,
-                "parameters": {k: v for k, v in asdict(self._counts).items() if k != "layers"},
+                "parameters": {k: v for k, v in asdict(self.counts).items() if k != "layers"},
                 "mesh": str(self.mesh),
                 "kmem": kmem.__version__,
                 "torch": torch.__version__,
@@ -309,18 +244,6 @@ class Trainer:
         folder = save_training(self.store, self.pipeline, progress, self.config.checkpoint.asynchronous)
         self._saved_at = self.step
         self._notify("on_checkpoint", folder, not self.config.checkpoint.asynchronous)
-
-    def _check_controls(self) -> None:
-        """Every control of `evaluation.controls` is one that can be given while training."""
-        shape, option = self.config.model.shape, "evaluation.controls"
-        for control in self.config.evaluation.controls:
-            controls = parse_controls([control], option)
-            check_controls(controls, shape, option)
-            for kind in self.kinds:
-                if controls.get(kind.name, kind.training_controls[0]) not in kind.training_controls:
-                    raise ConfigError(
-                        f"{option}: {control} is for kmem eval; while training: {', '.join(kind.training_controls)}"
-                    )
 
     def _load_plan(self, found: ResumePoint) -> LoadPlan:
         """What the run takes over; refuses text or a model that the checkpoint cannot go on with.
@@ -380,13 +303,23 @@ class Trainer:
         saved = self._saved_at if self.store.last_committed is None else self.store.last_committed
         return f"The checkpoint of step {saved} is valid" if saved >= 0 else "There is no checkpoint yet"
 
+    def announce(self, record: EvaluationRecord) -> None:
+        """An evaluation is done: keep its figures for the checkpoint and tell the callbacks; on every rank."""
+        figures = {name: getattr(record, name) for name in ("step", "loss", "bits_per_byte", "tokens")}
+        self.facts["held_out"] = figures
+        if self.step == 0:
+            self.facts["held_out_at_start"] = figures
+        self._notify("on_evaluation", record)
+
     def _notify(self, event: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             try:
                 getattr(callback, event)(*arguments)
             except OSError as error:  # a full disk; the other ranks learn of it at the end of the step
+                if callback.collective:
+                    raise
                 self._callback_problem = f"{type(callback).__name__}: {error}"
 
 
-def _due(step: int, every: int | None) -> bool:
+def due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
