@@ -146,7 +146,7 @@ def test_banks_are_evaluated_by_what_contexts_fetch_and_asked_questions(comparis
     results = json.loads((out / "report.json").read_text())
     found = {label: contestant["runs"]["1"]["states"] for label, contestant in results["contestants"].items()}
     assert {label: list(own) for label, own in found.items()} == {
-        "moe": ["on"],
+        "moe": ["trained"],
         "bank": ["trained", "bank=generic", "bank=blocked", "bank=none"],
         "generic": ["trained", "bank=none"],
     }
