@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 # %% [markdown]
 # # A look inside a training step
 #
