@@ -1,5 +1,6 @@
 """The examples run as they are written."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,12 @@ SHOWS = {
 @pytest.mark.parametrize("name", SHOWS)
 def test_example(name, tmp_path):
     done = subprocess.run(
-        [sys.executable, FOLDER / f"{name}.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, FOLDER / f"{name}.py"],
+        cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert SHOWS[name] in done.stdout
