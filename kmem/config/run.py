@@ -149,8 +149,8 @@ class Config(Section):
                 "bank.hold=subtrees keeps the blocks of data.addresses.subtrees alone, and none are chosen; name the "
                 "clusters of this job there, or set hold to all"
             )
-        for name in ("engram", "bank"):
-            if getattr(self.model, name) is not None and self.checkpoint.asynchronous:
+        for name in self.tables:
+            if self.checkpoint.asynchronous:
                 raise ValueError(
                     f"checkpoint.asynchronous=true does not go with model.{name}: tables are written from where they "
                     "lie, and a copy of them may not fit; set it to false"
@@ -171,11 +171,15 @@ class Config(Section):
         return self
 
     @property
+    def tables(self) -> dict[str, TableConfig]:
+        """Kind of memory of the model -> how its tables are kept: the section of its name."""
+        sections = {name: section for name, section in self if isinstance(section, TableConfig)}
+        return {name: section for name, section in sections.items() if getattr(self.model, name) is not None}
+
+    @property
     def prefetch_depth(self) -> int:
         """Steps that are begun beyond the running one: those of the tables that are fetched furthest ahead."""
-        depths = [self.engram.prefetch_depth] if self.model.engram is not None else []
-        depths += [self.bank.prefetch_depth] if self.model.bank is not None else []
-        return max(depths, default=0)
+        return max((section.prefetch_depth for section in self.tables.values()), default=0)
 
     def data_parallel_size(self, world_size: int) -> int:
         """Data-parallel ranks of a world, checked against batch and mesh before any process group exists.

@@ -14,3 +14,16 @@ KINDS: dict[str, MemoryKind] = {name: import_module(f"kmem.parallel.{name}_kind"
 def kinds_of(shape: Shape) -> list[MemoryKind]:
     """The kinds of memory that a model has."""
     return [KINDS[kind.name] for kind in model_kinds_of(shape)]
+
+
+def register(kind: MemoryKind) -> None:
+    """Add a kind of one's own, with both halves, in every process before it builds a model.
+
+    Its sections, `model.NAME` and the top-level `NAME`, are fields of subclasses of `ModelConfig` and `Config`.
+
+    Raises:
+        ValueError: there is another kind of this name.
+    """
+    if KINDS.get(kind.name, kind) is not kind:
+        raise ValueError(f"there is a kind of memory named {kind.name}; choose another name")
+    MODEL_KINDS[kind.name], KINDS[kind.name] = kind.model, kind

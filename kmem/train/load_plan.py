@@ -101,7 +101,7 @@ def plan_load(
     kinds = kinds_of(config.model.shape)
     check_manifests(folder, commit, config, prepared, hint)
     for name in KINDS:
-        if stored.get(name) is not None and wanted[name] is None:
+        if stored.get(name) is not None and wanted.get(name) is None:
             raise CheckpointError(f"{folder} holds the rows of model.{name}, which is null here; keep it, or {hint}")
     added = [kind for kind in kinds if stored.get(kind.name) is None]
     for kind in added:

@@ -40,13 +40,13 @@ class ResumePoint:
         Raises:
             CheckpointError: names the field and the remedy.
         """
-        check_manifests(self.folder, self.commit, config, prepared, self.hint)
         stored, run = self.commit.progress.data, self.folder.parent.parent
         if stored.get("tokenizer", data.tokenizer_fingerprint) != data.tokenizer_fingerprint:
             raise CheckpointError(
                 f"data.sources: their tokenizer differs from the one {self.folder} was trained with; prepare the text "
                 f"with --tokenizer {run / 'tokenizer'}, or {self.hint}"
             )
+        check_manifests(self.folder, self.commit, config, prepared, self.hint)
         known = (data.fingerprint, data.sequences_fingerprint)
         if self.kind != "weights" and stored.get("fingerprint", data.fingerprint) not in known:
             fresh = {

@@ -165,7 +165,7 @@ def test_bad_input(tmp_path, capsys):
         assert re.search(complaint, refused(capsys, "erase", path, "--checkpoint", run, "--out", out))
     assert not out.exists()
     memory(capsys, "erase", "0", "--subtree", "--checkpoint", run, "--out", out)
-    assert f"--out {out}: exists" in refused(capsys, "erase", "0.0", "--checkpoint", run, "--out", out)
+    assert f"{out}: exists" in refused(capsys, "erase", "0.0", "--checkpoint", run, "--out", out)
     assert re.search("--from: .*two runs", refused(capsys, "merge", "--from", run, "--out", tmp_path / "merged"))
     write_run(tmp_path / "plain", NATIVE["llama"])
     assert re.search(

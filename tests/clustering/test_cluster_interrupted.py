@@ -173,7 +173,7 @@ def test_a_full_disk_is_one_error(addressed, capsys, monkeypatch):
 
     monkeypatch.setattr("kmem.clustering.applying.write_addresses", full)
     assert main(["data", "cluster", "--data", str(bare), "--tree", str(tree)]) == 2
-    assert f"{bare / 'train.addresses.building'}: {os.strerror(errno.ENOSPC)}" in capsys.readouterr().err
+    assert f"{bare / 'train.addresses.npy.partial'}: {os.strerror(errno.ENOSPC)}" in capsys.readouterr().err
 
 
 def test_trees_made_in_one_place_have_their_own_embedders(corpus, tmp_path):

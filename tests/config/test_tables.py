@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from kmem.config import ConfigError, dump_config, parse_config
+from kmem.config import Config, ConfigError, ModelConfig, TableConfig, dump_config, parse_config
 from kmem.config.engram import PRESETS, EngramConfig
 from tests.distributed.bank_case import bank_config
 from tests.distributed.training_case import small_config
@@ -142,3 +142,18 @@ def test_what_does_not_go_together_is_refused(changes, message):
     with pytest.raises(ConfigError) as error:
         config({"layers": [1], "boundary": "document"}, **changes)
     assert re.match(message, str(error.value))
+
+
+def test_tables_of_a_memory_from_outside_the_package_count():
+    class VectorModel(ModelConfig):
+        vectors: bool | None = None
+
+    class VectorRun(Config):
+        model: VectorModel
+        vectors: TableConfig = TableConfig()
+
+    tree = small_config(model__vectors=True, vectors={"prefetch_depth": 3})
+    assert VectorRun.model_validate(tree).prefetch_depth == 3
+    assert VectorRun.model_validate(small_config(vectors={"prefetch_depth": 3})).tables == {}
+    with pytest.raises(ValueError, match=r"checkpoint\.asynchronous=true\b.*model\.vectors\b"):
+        VectorRun.model_validate({**tree, "checkpoint": {"asynchronous": True}})

@@ -230,7 +230,7 @@ def test_a_full_disk_is_one_clear_error(source, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(preparation, "_manifest", full)
-    with pytest.raises(UserError, match=f"--out {tmp_path / 'out'}: .*{os.strerror(errno.ENOSPC)}"):
+    with pytest.raises(UserError, match=f"{tmp_path / 'out'}: .*{os.strerror(errno.ENOSPC)}"):
         prepared(tmp_path / "out", source)
     assert os.listdir(tmp_path) == ["texts.jsonl"]
 

@@ -99,7 +99,7 @@ REFUSED = [
     ({"model__bank__levels": [5, 2, 0, 2]}, TREE, r"^model\.bank\.levels: .*5, 2, 0, 2"),
     ({"model__bank__kind": "kv"}, TREE, r"^model\.bank\.kind: 'kv' .*'ffn'"),
     ({"model__bank__generic": {}}, TREE, r"^model\.bank\.generic\.probability: 0 "),
-    ({"model__bank": None}, TREE, r"/step-\d+ .*\bmodel\.bank .*null"),
+    ({"model__bank": None}, TREE, r"/step-\d+ .*\bmodel\.bank\b.*null"),
     ({"bank__optimizer__name": "lazy_adam"}, TREE, r"^bank\.optimizer\.name: 'lazy_adam' .*'adam_catchup'"),
     ({"bank__dtype": "bf16"}, TREE, r"^bank\.dtype: 'bf16' .*'fp32'"),
     ({}, OTHER_TREE, rf"^data\.addresses\.tree: .*\bembedder .*'minilm'.*{TREE_REASONS['embedder']}"),

@@ -68,7 +68,7 @@ REFUSED = [
     ({"model__engram__boundary": "none"}, r"^model\.engram: .*\bboundary .*\bnone .*\bdocument "),
     ({"model__engram__compression": False}, r"^model\.engram: .*\bcompression_digest .*\bNone "),
     ({"model__engram__pad_token_id": 7}, r"^model\.engram: .*\bpad_id .*\b3 .*\b0 "),
-    ({"model__engram": None}, r"/step-\d+ .*\bmodel\.engram .*null"),
+    ({"model__engram": None}, r"/step-\d+ .*\bmodel\.engram\b.*null"),
     ({"model__engram__conv_kernel": 0}, r"^model\.engram\.conv_kernel: 0 .*\b4 "),
     ({"engram__optimizer__name": "lazy_adam"}, r"^engram\.optimizer\.name: 'lazy_adam' .*'adam_catchup'"),
     ({"engram__dtype": "bf16"}, r"^engram\.dtype: 'bf16' .*'fp32'"),

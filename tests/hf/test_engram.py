@@ -141,7 +141,7 @@ def test_a_bank_passes_through_in_slices_and_a_context_loads_its_blocks(tmp_path
     write_bank_run(tmp_path / "small", BANKS["ffn"])
     config = model(GQA, None, hidden_size=256, num_layers=4, bank={"children": 4, "levels": [3414, 512], "kind": "ffn"})
     own = make_tree(tmp_path / "large" / "tree", children=4)
-    write_large(tmp_path, config, tree=read_tree_record(own))
+    write_large(tmp_path, config, manifests={"bank": read_tree_record(own)})
     exporting, importing, mapped, from_run = measure(tmp_path)
     layout = BankLayout.of(config.shape)
     bank, fetched = 4 * layout.bank_values, 4 * layout.fetched_values

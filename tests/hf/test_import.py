@@ -293,7 +293,7 @@ DAMAGE = {
     r"/model\.safetensors\.index\.json: .*\.\./away\.safetensors": escaping_index,
     r"model\.safetensors nor model\.safetensors\.index\.json": lambda folder: (folder / "model.safetensors").unlink(),
     r"config\.json: missing": lambda folder: (folder / "config.json").unlink(),
-    r"config\.json: .*JSON: ": lambda folder: (folder / "config.json").write_text("{"),
+    r"config\.json: .*JSON \(.*line 1 column": lambda folder: (folder / "config.json").write_text("{"),
     r"/model\.safetensors: model\.norm\.weight .*fp32, bf16 and fp16": lambda folder: edit_weights(
         folder, lambda weights: weights.update({"model.norm.weight": torch.ones(32).int()})
     ),
@@ -313,7 +313,7 @@ def test_an_occupied_run_folder_is_refused(tmp_path):
     foreign_folder(tmp_path / "from", "llama")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "x").write_text("")
-    with pytest.raises(UserError, match=f"--out {tmp_path / 'run'}: exists"):
+    with pytest.raises(UserError, match=f"{tmp_path / 'run'}: exists"):
         import_folder(tmp_path / "from", tmp_path / "run", say=str)
     with pytest.raises(UserError, match=f"^{tmp_path / 'nowhere'}: no such"):
         import_folder(tmp_path / "nowhere", tmp_path / "run2", say=str)

@@ -72,7 +72,7 @@ def test_engram_rows_are_the_published_ones_up_to_primes(capsys):
     for name, vocabulary in (("engram-27b", 2_262_400), ("engram-40b", 7_239_680)):
         figures = dry_run(name, capsys)
         tables = [table for stage in figures["rank_bytes"] for table in stage["tables"]]
-        assert [table["layer"] for table in tables] == [1, 14]
+        assert [table["number"] for table in tables] == [1, 14]
         assert 0 <= figures["tables"] - 2 * vocabulary * 1280 < 2e-4 * figures["tables"]
 
 
@@ -92,7 +92,7 @@ def test_deepseek_v41_flash(capsys):
     backbone = figures["total"] - figures["tables"] - figures["components"]["engram"]
     assert f"{backbone / 1e9:.0f}" == "552"
     data = figures["mesh"]["data"]
-    owned = {table["layer"]: table["rows"] for stage in figures["rank_bytes"] for table in stage["tables"]}
+    owned = {table["number"]: table["rows"] for stage in figures["rank_bytes"] for table in stage["tables"]}
     assert owned == {1: -(-384_006_168 // data), 14: -(-384_016_682 // data)}
 
 
@@ -109,10 +109,10 @@ def test_memory_bank(name, capsys):
     assert figures["total"] == anchor + figures["tables"] == anchor + components["bank"] + components["generic"]
     assert figures["active"] == anchor + components["fetched"]
     tables = figures["rank_bytes"][0]["tables"]
-    assert [table["level"] for table in tables] == [level for level, rank in enumerate(ranks, 1) if rank]
+    assert [table["number"] for table in tables] == [level for level, rank in enumerate(ranks, 1) if rank]
     for table in tables:
-        assert table["rows"] == 16 ** table["level"] + 1
-        assert table["row_bytes"] == 2 * unit * ranks[table["level"] - 1]  # bf16
+        assert table["rows"] == 16 ** table["number"] + 1
+        assert table["row_bytes"] == 2 * unit * ranks[table["number"] - 1]  # bf16
 
 
 RECIPES = {  # rows of table 1 of arXiv 2510.02375 and section 4: tokens, learning rates, decay, warm-up, anchor

@@ -3,6 +3,7 @@ import sys
 import time
 
 from kmem.config import load_config
+from kmem.parallel.bank_kind import KIND as BANK_KIND
 from kmem.train.run_folder import RunFolder
 
 
@@ -16,13 +17,18 @@ def test_the_tree_of_a_run_is_replaced_whole(tmp_path):
             (tmp_path / name / file).touch(mode=0o600)
     config = load_config("quickstart", [f"folder={tmp_path}/runs"])
     run = RunFolder(config)
+
+    def prepared(tree):
+        addressed = load_config("quickstart", [f"data.addresses.tree={tree}"])
+        return run.prepare(config, tokenizer, BANK_KIND.copied_folders(addressed, run.path))
+
     left = run.path / "tree.partial" / "embedder" / "left"  # by a process that was killed
     left.parent.mkdir(parents=True)
     left.touch()
     for name in ("one", "other", "other"):
-        assert run.prepare(config, tokenizer, tmp_path / name) is None
+        assert prepared(tmp_path / name) is None
         assert [file.name for file in (run.path / "tree" / "embedder").iterdir()] == [f"{name}.safetensors"]
-    assert run.prepare(config, tokenizer, run.path / "tree") is None
+    assert prepared(run.path / "tree") is None
     copied = run.path / "tree" / "embedder" / "other.safetensors"
     assert copied.stat().st_mode == (run.path / "config.yaml").stat().st_mode  # the umask's, for whoever reads the run
     assert {entry.name for entry in run.path.iterdir()} == {"config.yaml", "tokenizer", "tree"}
@@ -62,4 +68,4 @@ def test_a_folder_that_cannot_be_written_is_not_claimed(tmp_path):
     (tmp_path / "runs").write_text("a file")
     run = RunFolder(load_config("quickstart", [f"folder={tmp_path}/runs"]))
     assert run.claim(seconds=0) is None
-    assert "cannot be written" in run.prepare(load_config("quickstart", []), tmp_path)
+    assert "cannot be written" in run.prepare(load_config("quickstart", []), tmp_path, {})
