@@ -232,7 +232,7 @@ def test_bad_input(trained, tmp_path, capsys):
     assert f"--file {texts}: not readable as text" in refused(capsys, *erasing, "--file", texts)
     assert f"--file {tmp_path / 'none'}: not readable" in refused(capsys, *erasing, "--file", tmp_path / "none")
     assert not out.exists()
-    assert "--layer 2: has no n-gram memory; layers that have one: 1, 3" in refused(
+    assert "--layer 2: has no engram; layers with engram: 1, 3" in refused(
         capsys, "inspect", "--checkpoint", run, "--text", "the", "--layer", 2
     )
     out.mkdir()
