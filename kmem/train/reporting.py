@@ -101,9 +101,9 @@ class ProgressReport(Callback):
     def on_end(self, reason: str) -> None:
         self._stop()
         if reason == "finished":
-            self._say(f"nothing to do: the run has its {counted(self._total, 'step')}; raise train.steps to go on")
+            self._say(f"nothing to do: the run has its {counted(self._total, 'step')}; raise train.steps to continue")
         if reason == "interrupted":
-            self._say("interrupted: the state is saved; run the same command again to go on")
+            self._say("interrupted: the state is saved; run the same command again to continue")
 
     def close(self) -> None:
         self._stop()

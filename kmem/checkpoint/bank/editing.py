@@ -336,7 +336,7 @@ def _check_same_bank(one: CheckpointReader, other: CheckpointReader) -> None:
     if first != second:
         names = [name for name in vars(first) if getattr(first, name) != getattr(second, name)]
         raise CheckpointError(
-            f"{other.folder}: its bank differs from the bank of {one.folder} in {', '.join(names)} (model.bank); "
+            f"{other.folder}: the form of its bank differs from {one.folder}: {', '.join(names)} (model.bank); "
             "blocks fit only a bank of the same form"
         )
     if None not in (one.tree, other.tree) and one.tree != other.tree:
