@@ -1,6 +1,7 @@
-"""The JSON file that makes a folder a checkpoint: what was saved, in which files, with which digests.
+"""The JSON file that commits a checkpoint: it lists the saved tensors, their files and the files' digests.
 
-It is written last. A folder without it, or with one that does not match its own digest or its files, is no checkpoint.
+It is written last. A folder is not a checkpoint if this file is missing, or does not match its own digest or the files
+that it lists.
 """
 
 import hashlib
@@ -29,12 +30,12 @@ class StoredTensor:
     """safetensors name, such as F32."""
     size: int
     chunks: list[tuple[int, int, str]]
-    """(start, length, file) of each interval; its entry in the file is `name@start`. Blocks of a memory bank that a job
-    does not hold lie between them."""
+    """(start, length, file) of each interval; its entry in the file is `name@start`. Gaps between intervals are blocks
+    of a bank that the job does not hold."""
 
     @property
     def whole(self) -> bool:
-        """Whether the intervals are all of it."""
+        """Whether the intervals cover the whole tensor."""
         return sum(length for _, length, _ in self.chunks) == self.size
 
 
@@ -48,16 +49,16 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands; everything that is no tensor."""
+    """The state of a run that is not stored as tensors."""
 
     step: int
     """Optimizer steps done."""
     consumed_samples: int
-    """Training sequences consumed, of whichever text."""
+    """Training sequences consumed, over all selections of the text."""
     tokens: int
     """Trained tokens."""
     optimizer_steps: int
-    """Updates behind the Adam moments; 0 when there are none."""
+    """Updates that the Adam moments have accumulated; 0 without moments."""
     data: dict[str, Any] = field(default_factory=dict)
     """Fingerprints of tokenizer and data order."""
     tracking: dict[str, Any] = field(default_factory=dict)
@@ -65,14 +66,14 @@ class Progress:
     facts: dict[str, Any] = field(default_factory=dict)
     """Figures for people: losses, bits per byte, mesh, versions."""
     positions: dict[str, int] = field(default_factory=dict)
-    """How many sequences were read of each selection of the text (`PreparedData.selection`) since the weights were
-    new, or those of `bank_start`; each has an order of its own."""
+    """Selection of the text (`PreparedData.selection`) -> sequences read from it since the weights were new, or were
+    taken from `checkpoint.start`. Each selection has its own order."""
     memories: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Kind of memory -> where its rows come from (`MemoryKind.origin`)."""
+    """Kind of memory -> origin of its rows (`MemoryKind.origin`)."""
 
     @property
     def sequences_read(self) -> dict[str, int]:
-        """`positions`, also of a checkpoint that has none, whose text is all text."""
+        """`positions`. A checkpoint without any was trained on all text, whose selection is ""."""
         return self.positions or {"": self.consumed_samples}
 
 
@@ -82,14 +83,14 @@ class Commit:
 
     progress: Progress
     config: dict[str, Any]
-    """The resolved configuration of the run that saved it; read under the names of today."""
+    """The resolved configuration of the run that saved it. Reading renames old keys to their current names."""
     shapes: dict[str, list[int]]
     """Canonical name -> shape of every model tensor."""
     tensors: dict[str, StoredTensor]
     files: dict[str, StoredFile]
     manifests: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Kind of memory -> what decides which text reads which row, where that is known: of engram
-    `NgramAddressing.to_manifest`, of a bank the tree.json of its tree. Without it rows mean nothing."""
+    """Kind of memory -> what maps text to rows, where it is known: `NgramAddressing.to_manifest` for engram, the
+    tree's tree.json for a bank. Rows are meaningless without it."""
 
     def write(self, folder: Path) -> None:
         """Write the commit file into a folder whose other files are complete and durable."""
@@ -142,7 +143,8 @@ class Commit:
         return commit
 
     def verify(self, folder: Path, share: int = 0, shares: int = 1) -> None:
-        """Compare file contents with their digests; of several callers each can take its share of the files.
+        """Compare file contents with their digests. Several callers can divide the files: each checks part `share` of
+        `shares`.
 
         Raises:
             CheckpointError: names the damaged file.
@@ -165,12 +167,12 @@ def committed_steps(root: Path) -> list[int]:
     """Steps under `root` that have a commit file, ascending; their content is not checked."""
     if not root.is_dir():
         return []
-    found = ((_STEP_FOLDER.fullmatch(entry.name), entry) for entry in root.iterdir())
-    return sorted(int(match[1]) for match, entry in found if match and (entry / COMMIT_FILE).is_file())
+    matches = ((_STEP_FOLDER.fullmatch(entry.name), entry) for entry in root.iterdir())
+    return sorted(int(match[1]) for match, entry in matches if match and (entry / COMMIT_FILE).is_file())
 
 
 def unfinished_folders(root: Path) -> list[Path]:
-    """What killed saves and deletions have left under `root`: temporary folders and steps without a commit file."""
+    """Leftovers of interrupted saves and deletions under `root`: temporary folders and steps without a commit file."""
     return [
         entry
         for entry in root.iterdir()

@@ -1,6 +1,6 @@
-"""Controls: what an evaluation gives a model in place of what its memories read. Does a memory act as memory?
+"""Controls: an evaluation replaces what a memory reads, to show whether the model gains from what it stores.
 
-One table has them all: `ModelKind.controls` of each kind. A control is written KIND=CHOICE, such as `engram=off`.
+`ModelKind.controls` lists the controls of each kind. A control is written KIND=CHOICE, such as `engram=off`.
 """
 
 import argparse
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the memories of a model give it."""
+    """Controls of a model's memories, and how its bank is used."""
 
     controls: Mapping[str, str] = field(default_factory=dict)
-    """Kind -> control; other kinds read what they were trained to read."""
+    """Kind -> control. Kinds that are not named read as in training."""
     bank: BankOptions = field(default_factory=BankOptions)
 
     def given(self, shape: "Shape") -> dict[str, str]:
-        """Kind -> control, for every memory of the model."""
+        """Kind -> control, for every kind that the model has."""
         from kmem.model.memory_kinds import kinds_of
 
         return {kind.name: self.controls.get(kind.name, kind.trained_control(shape)) for kind in kinds_of(shape)}
@@ -34,7 +34,7 @@ def add_control_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of commands that evaluate or run a model with memories."""
     parser.add_argument(
         "--control", action="append", default=[], metavar="KIND=CHOICE",
-        help="what a memory gives the model in place of what it reads: engram=off (layers go without), engram=shuffled "
+        help="replace what a memory reads: engram=off (layers run without it), engram=shuffled "
         "(every n-gram reads another one's row), engram=single-row (all read the first row of a head), bank=generic "
         "(generic blocks), bank=none (no blocks), bank=blocked (blocks of the next nearest clusters), bank=fetched",
     )  # fmt: skip
@@ -46,29 +46,29 @@ def parse_controls(words: Iterable[str], option: str) -> dict[str, str]:
     Raises:
         ConfigError: names the option and the word that is not KIND=CHOICE, or the kind that is named twice.
     """
-    found: dict[str, str] = {}
+    controls: dict[str, str] = {}
     for word in words:
         kind, joined, choice = word.partition("=")
         if not (kind and joined and choice):
             raise ConfigError(f"{option} {word}: write KIND=CHOICE, such as engram=off")
-        if kind in found:
-            raise ConfigError(f"{option} {word}: {kind} is controlled twice; an evaluation has one control of a kind")
-        found[kind] = choice
-    return found
+        if kind in controls:
+            raise ConfigError(f"{option} {word}: {kind} has two controls; give each kind at most one")
+        controls[kind] = choice
+    return controls
 
 
 def check_controls(controls: Mapping[str, str], shape: "Shape", option: str) -> None:
-    """The model has these memories and they have these controls.
+    """Check that the model has these kinds of memory and that they have these controls.
 
     Raises:
-        ConfigError: names the option and what there is.
+        ConfigError: names the option and the valid choices.
     """
     from kmem.model.memory_kinds import KINDS, kinds_of
 
     own = {kind.name: kind for kind in kinds_of(shape)}
     for name, choice in controls.items():
         if name not in KINDS:
-            raise ConfigError(f"{option} {name}={choice}: no such kind of memory; there are {', '.join(KINDS)}")
+            raise ConfigError(f"{option} {name}={choice}: unknown kind of memory; the kinds are {', '.join(KINDS)}")
         if name not in own:
             raise ConfigError(f"{option} {name}={choice}: the model has no {name} (model.{name})")
         try:
@@ -78,12 +78,12 @@ def check_controls(controls: Mapping[str, str], shape: "Shape", option: str) -> 
 
 
 def all_controls(shape: "Shape") -> list[dict[str, str]]:
-    """Every control that the model has, one at a time."""
+    """Every control of the model, one at a time."""
     from kmem.model.memory_kinds import kinds_of
 
     return [{kind.name: choice} for kind in kinds_of(shape) for choice in kind.telling_controls(shape)]
 
 
 def control_name(controls: Mapping[str, str]) -> str:
-    """As users write them; "trained" where nothing is controlled."""
+    """The controls as users write them; "trained" if there are none."""
     return ",".join(f"{kind}={choice}" for kind, choice in controls.items()) or "trained"

@@ -1,4 +1,4 @@
-"""A table is meaningless without its addressing: a checkpoint's is compared with the one in use at every load."""
+"""Rows are meaningless without their addressing: every load compares the checkpoint's addressing with the model's."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,21 +9,21 @@ from kmem.model.engram_ngrams import differences
 from kmem.model.engram_reader import EngramAddresses
 
 REASONS = {
-    "tokenizer_fingerprint": "The tokenizer is another one: use the one that the run was trained with",
-    "compression_digest": "The vocabulary is compressed otherwise: use the tokenizer and the version of the tokenizers "
-    "library, that the run was trained with",
-    "sizes": "Rows per head decide the prime of every hash, so no row of a table of another size keeps its address: "
+    "tokenizer_fingerprint": "The tokenizer differs: use the one that the run was trained with",
+    "compression_digest": "The vocabulary is compressed differently: use the tokenizer, and the version of the "
+    "tokenizers library, that the run was trained with",
+    "sizes": "The number of rows per head sets the prime of every hash, so a table of another size keeps no address: "
     "a table cannot grow",
 }
-ANOTHER_RUN = "start a run of another name"
-"""What can always be done about a checkpoint that a run found in its own folder."""
+ANOTHER_RUN = "start a run under another name"
+"""The remedy that always works for a checkpoint in the run's own folder."""
 
 
 def check_addressing(folder: Path, stored: Mapping[str, Any], used: EngramAddresses, hint: str = ANOTHER_RUN) -> None:
-    """Refuse rows that would be read by other addresses than they were trained with.
+    """Refuse rows that were trained with another addressing.
 
     Args:
-        hint: what to do where another model is meant.
+        hint: remedy for a user who means another model.
 
     Raises:
         CheckpointError: names every field that differs, and why it matters.
@@ -34,31 +34,31 @@ def check_addressing(folder: Path, stored: Mapping[str, Any], used: EngramAddres
         shown = [f"{name} is {_short(here.get(name))} here and {_short(stored.get(name))} there" for name in fields]
         reasons = [reason for name, reason in REASONS.items() if name in fields] or ["Correct model.engram"]
         raise CheckpointError(
-            f"model.engram: addresses differ from those of {folder}: {'; '.join(shown)}. {'. '.join(reasons)}; or "
-            + hint
+            f"model.engram: addresses differ from {folder}: {'; '.join(shown)}. {'. '.join(reasons)}; or {hint}"
         )
 
 
 _SHOWN = 60
-"""Characters of two values that are shown beside each other; lists and digests say nothing to anyone."""
+"""A message shows two values if they have at most this many characters together. Longer ones are lists and digests,
+which help nobody."""
 TREE_REASONS = {
     "tokenizer": "Its embedder counts token ids of another tokenizer",
-    "files": "Its centroids are others, so a leaf holds other documents",
-    "embedder": "Documents are embedded otherwise, so a leaf holds other documents",
-    "unit": "What has an address of its own is another part of the text",
+    "files": "Its centroids differ, so a leaf holds other documents",
+    "embedder": "Its embedder differs, so a leaf holds other documents",
+    "unit": "Its addresses belong to another unit of text",
 }
 
 
 def check_tree(
     folder: Path, stored: Mapping[str, Any] | None, used: Mapping[str, Any] | None, hint: str = ANOTHER_RUN
 ) -> None:
-    """Refuse blocks that would be fetched by the leaves of another tree than they were trained with.
+    """Refuse blocks that were trained with another tree.
 
-    A checkpoint without a bank, or one of which no tree is known, goes with every tree.
+    A checkpoint fits every tree if it has no bank or its tree is unknown.
 
     Args:
         stored, used: contents of tree.json.
-        hint: what to do where another tree is meant.
+        hint: remedy for a user who means another tree.
 
     Raises:
         CheckpointError: names every field that differs, and why it matters.
@@ -77,7 +77,7 @@ def check_tree(
         f"data.addresses.tree: not the tree that {folder} was trained with ({used['fingerprint'][:12]} here, "
         f"{stored['fingerprint'][:12]} there): {'; '.join(shown)}. "
         + "".join(f"{reason}. " for reason in reasons)
-        + f"Name that tree, of which {folder.parent.parent / 'tree'} is a copy, or {hint}"
+        + f"Name the tree of the checkpoint ({folder.parent.parent / 'tree'} is a copy of it), or {hint}"
     )
 
 

@@ -42,10 +42,10 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class ScatteredRows:
-    """An interval of live values whose rows lie apart in memory: elements [start, stop) of `rows` [N, width], counted
-    row by row. It is no view, so its values are copied when they are saved, and written back when they are loaded.
+    """An interval of live values whose rows are not contiguous: elements [start, stop) of `rows` [N, width] in
+    row-major order. It has no flat view, so a save copies the values and a load writes them back.
 
-    `fetch`, if given, is called with the rows [first, last) that are about to be touched.
+    `fetch`, if given, is called with the rows [first, last) before they are read or written.
     """
 
     rows: Tensor
@@ -65,20 +65,20 @@ class ScatteredRows:
         return self.stop - self.start
 
     def copy(self) -> Tensor:
-        """The values, 1-D, where the rows are."""
+        """The values, 1-D, on the device of the rows."""
         values = torch.empty(self.shape, dtype=self.dtype, device=self.rows.device)
         for live, place in self._blocks(0, self.numel()):
             values[place].view_as(live).copy_(live)
         return values
 
     def write(self, first: int, values: Tensor) -> None:
-        """Overwrite the elements from `first` of the interval on."""
+        """Overwrite the interval's elements from `first` on."""
         for live, place in self._blocks(first, first + values.numel()):
             live.copy_(values[place].view_as(live))
 
     def _blocks(self, first: int, last: int) -> Iterator[tuple[Tensor, slice]]:
-        """Elements [first, last) of the interval as blocks of rows, the first and last cut short: views of the live
-        values, and where they lie among these elements."""
+        """Elements [first, last) of the interval in blocks of rows, the first and last of which may be cut short.
+        Yields views of the live values and their slice of these elements."""
         width, begin, end = self.rows.shape[1], self.start + first, self.start + last
         if self.fetch is not None and end > begin:
             self.fetch(begin // width, -(-end // width))
@@ -99,7 +99,7 @@ class Pieces:
 
     Args:
         length: elements of the global tensor.
-        parts: (start, live values) per interval, as a 1-D view where they lie together; loading writes into them.
+        parts: (start, live values) per interval, a 1-D view if the values are contiguous; loading writes into them.
     """
 
     length: int
@@ -109,12 +109,12 @@ class Pieces:
     def interval(
         cls, length: int, start: int, values: Tensor, fetch: Callable[[int, int], object] | None = None
     ) -> "Pieces":
-        """One interval, cut into entries of bounded length at multiples of CHUNK_ELEMENTS of the global tensor, so that
-        equal intervals of several ranks are recognised as copies.
+        """One interval, cut into entries of bounded length. Cuts lie at multiples of CHUNK_ELEMENTS of the global
+        tensor, so that equal intervals of several ranks are recognised as copies.
 
         Args:
             values: contiguous, or [N, width] with contiguous rows.
-            fetch: of `ScatteredRows`.
+            fetch: as in `ScatteredRows`.
         """
         end = start + values.numel()
         cuts = [start, *range((start // CHUNK_ELEMENTS + 1) * CHUNK_ELEMENTS, end, CHUNK_ELEMENTS), end]
@@ -136,11 +136,11 @@ class Pieces:
         return Pieces(self.length, copies)
 
     def find(self, index: MetadataIndex) -> Tensor | ScatteredRows:
-        """The interval a plan entry speaks of."""
+        """The interval that a plan entry refers to."""
         _, wanted = index_key(index)
         return next(part for start, part in self.parts if start == wanted)
 
-    # What torch's default planners ask of an object that is no tensor of theirs.
+    # The interface that torch's default planners expect of an object that is not a tensor.
     def size(self) -> torch.Size:
         return torch.Size([self.length])
 
@@ -167,11 +167,11 @@ def _properties(part: Tensor | ScatteredRows) -> TensorProperties:
 
 
 class PiecesSavePlanner(DefaultSavePlanner):
-    """Saves `Pieces` as they are; names are not flattened. Rows that lie apart are copied when their entry is asked
-    for: a writer that asks for one after another holds one copy.
+    """Saves `Pieces` as they are, without flattening names. Scattered rows are copied when the writer resolves their
+    entry: a writer that resolves one entry at a time holds one copy.
 
     Args:
-        partial: whether the ranks together hold a part of a tensor only.
+        partial: by name, whether the ranks together hold only a part of the tensor.
     """
 
     def __init__(self, partial: Callable[[str], bool] = lambda name: False) -> None:
@@ -179,8 +179,8 @@ class PiecesSavePlanner(DefaultSavePlanner):
         self._partial = partial
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Each interval once, and of every tensor that is not partial all of it: torch's planner, which knows no other
-        tensors, refuses these."""
+        """Plan each interval once, and check that the intervals cover every tensor that is not partial. torch's
+        planner would refuse partial tensors."""
         plans, metadata = create_default_global_save_plan(self._dedup_save_plans(all_plans))
         for name, stored in metadata.state_dict_metadata.items():
             assert isinstance(stored, TensorStorageMetadata)
@@ -202,7 +202,7 @@ class PiecesLoadPlanner(DefaultLoadPlanner):
     """Loads into `Pieces` in place, and checks what torch's planner does not: dtype, size, that nothing is missing.
 
     Args:
-        rounding: values may be of another type than the stored ones, to which they are rounded.
+        rounding: live values may have another dtype, to which the stored values are rounded.
     """
 
     def __init__(self, rounding: bool = False) -> None:
@@ -210,14 +210,14 @@ class PiecesLoadPlanner(DefaultLoadPlanner):
         self._rounding = rounding
 
     def set_up_planner(self, state_dict, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        # The base class would turn objects it does not know into None.
+        # The base class would replace objects that it does not know by None.
         self.state_dict = self.original_state_dict = state_dict
         self.metadata = metadata
         self.is_coordinator = is_coordinator
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         part = self.state_dict[read_item.dest_index.fqn].find(read_item.dest_index)
-        if isinstance(part, ScatteredRows):  # `commit_tensor` brings it to its place
+        if isinstance(part, ScatteredRows):  # `commit_tensor` copies it into the rows
             return torch.empty(read_item.lengths, dtype=part.dtype)
         return part.detach().narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
 

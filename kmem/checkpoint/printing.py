@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table for a terminal, numbers to the right of the first column."""
+    """Print a table; all columns but the first are right-aligned."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -70,12 +70,12 @@ class CheckpointReader:
 
     @property
     def addressing(self) -> dict[str, Any] | None:
-        """Manifest of the n-gram addressing its tables were trained with; None without tables."""
+        """Manifest of the n-gram addressing that the engram was trained with; None without engram."""
         return self.commit.manifests.get("engram")
 
     @property
     def tree(self) -> str | None:
-        """Fingerprint of the cluster tree its memory bank was trained with; None where that is not known."""
+        """Fingerprint of the cluster tree that the bank was trained with; None if it is unknown."""
         tree = self.commit.manifests.get("bank")
         return None if tree is None else str(tree["fingerprint"])
 
@@ -95,13 +95,13 @@ class CheckpointReader:
         return self.read_stored(WEIGHT + name, start * width, stop * width).view(stop - start, *shape[1:])
 
     def read_stored(self, key: str, start: int, stop: int, absent: float | None = None) -> Tensor:
-        """Elements [start, stop) of anything that is stored, such as `weight/NAME` or an optimizer's moments.
+        """Elements [start, stop) of any stored tensor, such as `weight/NAME` or an optimizer moment.
 
         Args:
-            absent: in place of elements that the checkpoint of a part does not hold.
+            absent: value of elements that a partial checkpoint does not hold.
 
         Raises:
-            CheckpointError: it does not hold them, and there is nothing in their place.
+            CheckpointError: it does not hold them, and `absent` is None.
         """
         stored = self.commit.tensors[key]
         out = torch.empty(stop - start, dtype=TORCH_DTYPES[stored.dtype])
@@ -122,10 +122,10 @@ class CheckpointReader:
         return out
 
     def check_whole(self) -> None:
-        """Refuse the checkpoint of a part.
+        """Refuse a partial checkpoint.
 
         Raises:
-            CheckpointError: it does not hold all blocks of its memory bank.
+            CheckpointError: it does not hold all blocks of its bank.
         """
         for key, stored in self.commit.tensors.items():
             if not stored.whole:
@@ -133,24 +133,24 @@ class CheckpointReader:
 
     def _in_part(self, key: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.folder}: holds a part of {key.partition('/')[2]} only: it is of a job that keeps the blocks of its "
-            "subtrees (bank.hold=subtrees); join it with the other parts by kmem bank merge, and name the result"
+            f"{self.folder}: holds only a part of {key.partition('/')[2]}: its job keeps the blocks of its subtrees "
+            "(bank.hold=subtrees); join it with the other parts with kmem bank merge, and name the result"
         )
 
     def row_width(self, key: str) -> int | None:
-        """Elements per row of what is stored of a table, such as `weight/NAME` or its optimizer's moments; None for a
-        number of the whole table, such as the optimizer's step."""
+        """Elements per row of a stored tensor, such as `weight/NAME` of a table or its optimizer moments; None for one
+        number per table, such as the optimizer's step."""
         width, rest = divmod(self.commit.tensors[key].size, self.tensors[key.partition("/")[2]].shape[0])
         return None if rest else width
 
     def map_rows(self, name: str, kind: str = WEIGHT) -> MappedRows:
-        """A tensor [R, D] to fetch rows of, which stay in the checkpoint's files.
+        """A tensor [R, D] whose rows stay in the checkpoint's files until they are fetched.
 
         Args:
-            kind: prefix of what is stored under this name, such as that of moments.
+            kind: prefix of the stored tensor: `weight/`, or the prefix of an optimizer moment.
 
         Raises:
-            CheckpointError: a file is missing or damaged, or the checkpoint holds a part of the tensor only.
+            CheckpointError: a file is missing or damaged, or the checkpoint holds only a part of the tensor.
         """
         key = kind + name
         dim = self.row_width(key)

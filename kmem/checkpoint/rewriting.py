@@ -1,4 +1,4 @@
-"""A checkpoint written again with some of its values changed, an entry of its files at a time."""
+"""Copying a checkpoint with some of its values changed, one entry of its files at a time."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ from kmem.files import atomic_folder
 from kmem.model.bank_export import TREE_FOLDER
 
 Edit = Callable[[str, int, Tensor], Tensor]
-"""(what is stored, such as `weight/NAME`; the first element; values 1-D) -> values of the same type and length."""
+"""(stored tensor, such as `weight/NAME`; first element; 1-D values) -> values of the same dtype and length."""
 
 
 def rewrite_run(
@@ -32,14 +32,14 @@ def rewrite_run(
     progress: Progress | None = None,
     config: Config | None = None,
 ) -> Path:
-    """A new run folder with one checkpoint, a copy of `source` whose values have passed through `edit`; with the
-    tokenizer and the tree, and a configuration of its own name. It appears when it is complete.
+    """Write a new run folder with one checkpoint, a copy of `source` whose values have passed through `edit`. The
+    tokenizer and the tree are copied, and the configuration gets the new name. The folder appears once it is complete.
 
     Args:
         out: a folder that does not exist or is empty.
-        note: what was done, which the facts of the new checkpoint say.
-        progress: of the new checkpoint, but for the note; default: that of `source`.
-        config: its configuration, but for name and folder; default: that of `source`.
+        note: what was done; it is added to the facts of the new checkpoint.
+        progress: progress of the new checkpoint, without the note; default: as in `source`.
+        config: configuration of the new run; name and folder follow from `out`; default: as in `source`.
 
     Returns:
         The folder of the checkpoint.
@@ -68,19 +68,19 @@ def _write(source: CheckpointReader, root: Path, progress: Progress, config: Con
     commit, folder = _completed(source.commit), step_folder(root, progress.step)
     folder.mkdir()
     files: dict[str, StoredFile] = {}
-    entries = _entries_by_file(commit)
-    total = sum(length for found in entries.values() for _, _, length in found)
+    by_file = _entries_by_file(commit)
+    total = sum(length for entries in by_file.values() for _, _, length in entries)
     held = {(key, start) for key, tensor in source.commit.tensors.items() for start, _, _ in tensor.chunks}
     with ProgressBar(f"writing {folder.name}", total) as bar:
-        for file, found in entries.items():
+        for file, entries in by_file.items():
             # The widest types come first, so that every entry is aligned.
-            found = sorted(found, key=lambda entry: -TORCH_DTYPES[commit.tensors[entry[0]].dtype].itemsize)
+            entries = sorted(entries, key=lambda entry: -TORCH_DTYPES[commit.tensors[entry[0]].dtype].itemsize)
             declared = {
                 entry_name(key, start): ((length,), TORCH_DTYPES[commit.tensors[key].dtype])
-                for key, start, length in found
+                for key, start, length in entries
             }
             with SafetensorsWriter(folder / file, declared) as writer:
-                for key, start, length in found:
+                for key, start, length in entries:
                     if (key, start) in held:
                         values = source.read_stored(key, start, start + length)
                     else:
@@ -94,7 +94,7 @@ def _write(source: CheckpointReader, root: Path, progress: Progress, config: Con
 
 
 def _completed(commit: Commit) -> Commit:
-    """With entries, in files of their own, for what the checkpoint of a part does not hold."""
+    """The commit with entries added, in new files, for everything that a partial checkpoint does not hold."""
     tensors, size, number = dict(commit.tensors), 0, 0
     for key, tensor in commit.tensors.items():
         if tensor.whole:
@@ -113,9 +113,9 @@ def _completed(commit: Commit) -> Commit:
 
 
 def _entries_by_file(commit: Commit) -> dict[str, list[tuple[str, int, int]]]:
-    """File -> (what is stored, first element, length) of its entries."""
-    found: dict[str, list[tuple[str, int, int]]] = {file: [] for file in commit.files}
+    """File -> (stored tensor, first element, length) of its entries."""
+    by_file: dict[str, list[tuple[str, int, int]]] = {file: [] for file in commit.files}
     for key, tensor in commit.tensors.items():
         for start, length, file in tensor.chunks:
-            found.setdefault(file, []).append((key, start, length))
-    return found
+            by_file.setdefault(file, []).append((key, start, length))
+    return by_file

@@ -32,7 +32,7 @@ class SafetensorsStorageWriter(StorageWriter):
 
     Args:
         folder: an empty folder, the same on all ranks.
-        rank: number in the file name.
+        rank: this rank; its number is part of the file name.
         commit: called on the coordinator with the stored tensors and files, after every rank's data is durable.
     """
 
@@ -109,7 +109,7 @@ class SafetensorsStorageWriter(StorageWriter):
 
 
 class SafetensorsStorageReader(StorageReader):
-    """Reads a committed folder; the metadata torch needs is rebuilt from the commit file."""
+    """Reads a committed folder; rebuilds the metadata that torch needs from the commit file."""
 
     def __init__(self, folder: Path, commit: Commit):
         self.folder = folder

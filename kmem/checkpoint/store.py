@@ -34,8 +34,8 @@ class CheckpointStore:
         self.root = root
         self.keep_last = keep_last
         self.keep_every = keep_every
-        # An own group, so that a save in the background never meets the collectives of training.
-        self._group = dist.new_group(backend="gloo")  # Pipeline limits its waiting with that of all groups
+        # A group of its own, so that a background save never mixes with the collectives of training.
+        self._group = dist.new_group(backend="gloo")  # `limit_waiting` sets its timeout, as of all groups
         self._writing: threading.Thread | None = None
         self._failure: BaseException | None = None
         self.last_committed: int | None = None
@@ -51,13 +51,13 @@ class CheckpointStore:
         manifests: Mapping[str, dict[str, Any]] | None = None,
         partial: Collection[str] = (),
     ) -> Path:
-        """Save the state after `progress.step` steps; returns the folder it has once committed.
+        """Save the state after `progress.step` steps; returns the folder that the committed checkpoint will have.
 
-        `manifests` are those of `Commit`. `partial` names tensors of which the ranks hold a part only. With
+        `manifests` are `Commit.manifests`. `partial` names tensors that the ranks hold only in part. With
         `asynchronous` the state is copied to host memory and written in the background, one save at a time.
 
         Raises:
-            CheckpointError: on every rank alike; earlier checkpoints stay as they are.
+            CheckpointError: on all ranks alike; earlier checkpoints stay as they are.
         """
         self.wait()
         final = step_folder(self.root, progress.step)
@@ -106,11 +106,11 @@ class CheckpointStore:
         return final
 
     def failure(self) -> str | None:
-        """Why a save in the background has failed on this rank, if one has; `wait` raises it."""
+        """Why a background save failed on this rank, or None; `wait` raises the error."""
         return None if self._failure is None else str(self._failure)
 
     def wait(self) -> None:
-        """Wait for a save in the background.
+        """Wait for a background save.
 
         Raises:
             CheckpointError: that save failed.
@@ -127,10 +127,10 @@ class CheckpointStore:
         return self._agree(lambda: committed_steps(self.root))
 
     def newest(self) -> tuple[Path, Commit] | None:
-        """The newest complete and undamaged checkpoint; damaged ones are reported and passed over.
+        """The newest complete and undamaged checkpoint; damaged ones are logged and skipped.
 
         Raises:
-            CheckpointError: there are checkpoints, but none that can be used: starting afresh would hide that.
+            CheckpointError: there are checkpoints, but all are damaged; starting afresh would hide that.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -142,14 +142,14 @@ class CheckpointStore:
                     log.warning("checkpoint passed over: %s", error)
         if steps:
             raise CheckpointError(
-                f"{self.root}: none of the checkpoints of steps {steps} is undamaged; restore one, or remove the "
-                "folder to start afresh"
+                f"{self.root}: all checkpoints, of steps {steps}, are damaged; restore one, or remove the folder to "
+                "start afresh"
             )
         return None
 
     def continue_from(self, step: int) -> None:
-        """Make the checkpoint of `step` the end of the run's history: later ones, of a trajectory that is given up or
-        damaged, are renamed, so that they are neither resumed from nor counted among those to keep."""
+        """Make the checkpoint of `step` the last of the run. Later checkpoints, which are damaged or belong to an
+        abandoned trajectory, are renamed, so that no run resumes from them and `keep_last` does not count them."""
 
         def set_aside_later() -> list[str]:
             return [_set_aside(step_folder(self.root, later)) for later in committed_steps(self.root) if later > step]
@@ -159,10 +159,10 @@ class CheckpointStore:
                 log.warning("%s continues from step %d; a later checkpoint is set aside as %s", self.root, step, name)
 
     def open(self, folder: Path) -> Commit:
-        """Read and verify a checkpoint, each rank a share of its files.
+        """Read and verify a checkpoint; each rank verifies a share of its files.
 
         Raises:
-            CheckpointError: on every rank alike, naming the file.
+            CheckpointError: on all ranks alike; names the file.
         """
         problem, commit = None, None
         try:
@@ -172,9 +172,9 @@ class CheckpointStore:
             problem = str(error)
         problems: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem, group=self._group)
-        found = next((problem for problem in problems if problem), None)
-        if found is not None:
-            raise CheckpointError(found)
+        first_problem = next((problem for problem in problems if problem), None)
+        if first_problem is not None:
+            raise CheckpointError(first_problem)
         assert commit is not None
         return commit
 
@@ -182,10 +182,10 @@ class CheckpointStore:
         """Fill `state` in place from a verified checkpoint saved on any mesh.
 
         Args:
-            rounding: values may be of another type than the stored ones.
+            rounding: live values may have another dtype, to which the stored values are rounded.
 
         Raises:
-            CheckpointError: a tensor is missing or has another size or dtype; names it.
+            CheckpointError: a tensor is missing or has another size or dtype; names the tensor.
         """
         try:
             dcp.load(
@@ -198,7 +198,7 @@ class CheckpointStore:
             raise _in_words(f"{folder} does not fit this model", error) from error
 
     def _purge(self, saved: int) -> None:
-        """Delete what is not to be kept after the save of a step, and what killed saves have left behind."""
+        """Delete checkpoints that need not be kept after the save of a step, and leftovers of interrupted saves."""
         try:
             kept = committed_steps(self.root)
             for step in [step for step in kept if step <= saved][: -self.keep_last]:
@@ -212,7 +212,7 @@ class CheckpointStore:
             log.warning("an old checkpoint could not be deleted: %s", error)
 
     def _agree(self, action: Callable):
-        """Run an action on rank 0 and give every rank its result, or its error."""
+        """Run an action on rank 0, and return its result or raise its error on every rank."""
         answer: list = [None, None]
         if dist.get_rank() == 0:
             try:
@@ -226,7 +226,7 @@ class CheckpointStore:
 
 
 def _set_aside(folder: Path) -> str:
-    """Rename a checkpoint so that it is none any more; returns the new name."""
+    """Rename a checkpoint so that it no longer counts as one; returns the new name."""
     number = 0
     while (aside := folder.with_name(f"{folder.name}.set-aside-{number}")).exists():
         number += 1
@@ -236,7 +236,7 @@ def _set_aside(folder: Path) -> str:
 
 
 def _in_words(what: str, error: CheckpointException) -> BaseException:
-    """The rank's own words where it had some, instead of torch's dump of every rank's traceback."""
+    """The message of the first rank that raised a known error, instead of torch's dump of every rank's traceback."""
     for rank, (cause, _) in sorted(error.failures.items()):
         if isinstance(cause, UserError | OSError):
             return CheckpointError(f"{what}: rank {rank}: {cause}")

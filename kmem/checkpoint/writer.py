@@ -1,7 +1,7 @@
-"""Writing a checkpoint of weights alone in one process, tensor by tensor: the counterpart of CheckpointReader.
+"""Writing a checkpoint without optimizer state in one process, tensor by tensor: the counterpart of CheckpointReader.
 
 Training saves through CheckpointStore, which needs a process group and the whole sharded state. A converter has
-neither: it streams tensors that may be larger than memory.
+neither: it streams tensors that may be larger than host memory.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ from kmem.config import Config
 from kmem.data.safetensors_file import DTYPE_NAMES, SafetensorsWriter
 from kmem.files import atomic_folder
 
-FILE_BYTES = 4 << 30  # ranks share the verification of a checkpoint by files
+FILE_BYTES = 4 << 30  # ranks divide the files of a checkpoint among them to verify it
 
 
 def write_weights(
@@ -42,7 +42,7 @@ def write_weights(
         manifests: `Commit.manifests`.
 
     Raises:
-        UserError: there is such a checkpoint already, or the folder cannot be written.
+        UserError: the checkpoint exists already, or the folder cannot be written.
         ValueError: the parts of a tensor have more or fewer elements than its shape.
     """
     final = step_folder(root, progress.step)
@@ -74,9 +74,9 @@ def write_weights(
 
 
 def _append(writer: SafetensorsWriter, tensor: str, chunks: list[tuple[int, int]], parts: Iterable[Tensor]) -> None:
-    """Cut consecutive parts at the borders of the entries."""
+    """Write consecutive parts, cut at the borders of the entries."""
     size = sum(length for _, length in chunks)
-    place, done = 0, 0  # entry being written; elements of it written
+    place, done = 0, 0  # the current entry, and its elements written so far
     written = 0
     for part in parts:
         flat = part.reshape(-1)
@@ -99,7 +99,7 @@ def _chunks(size: int) -> list[tuple[int, int]]:
 
 
 def _files(shapes: Mapping[str, Sequence[int]]) -> list[list[str]]:
-    """Names of the tensors of each file, at most FILE_BYTES unless a single tensor is longer."""
+    """Tensor names of each file. A file has at most FILE_BYTES, unless a single tensor is larger."""
     files: list[list[str]] = [[]]
     size = 0
     for name, shape in shapes.items():

@@ -19,14 +19,14 @@ LARGEST_ADDRESS = 2**31 - 1
 
 
 class GenericBlocks(Section):
-    """A block of the fetched size that belongs to no cluster, trained beside the bank: the control for 'more
+    """A block of the fetched size that belongs to no cluster and is trained beside the bank: the control for 'more
     parameters and more tokens'."""
 
     probability: Probability = 0.0
-    """How often it takes the place of the fetched blocks in training (the paper: 1/17). 0: there is none; 1: it is all
-    that is trained."""
+    """How often it replaces the fetched blocks in training (the paper: 1/17). 0: there is no generic block; 1: only the
+    generic block is trained."""
     per: Literal["sequence", "batch"] = "sequence"
-    """Whether each sequence is drawn for itself, or all sequences of an optimizer step together."""
+    """Whether to draw for each sequence, or once for all sequences of an optimizer step."""
 
 
 class BankConfig(Section):
@@ -37,17 +37,17 @@ class BankConfig(Section):
     """
 
     children: Annotated[int, Field(ge=2)] = 16
-    """Children of a node of the tree."""
+    """Children of each node of the tree."""
     levels: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
     """Rank of the blocks of each level, from the root's children to the leaves; 0 leaves a level without blocks."""
     kind: Literal["ffn", "lora_ffn", "lora_qk", "lora_ov", "kv"] = "ffn"
-    """What a block is. ffn: hidden units that widen the SwiGLU. lora_*: low-rank updates of the three matrices of the
-    feed-forward, of the query and key or of the output and value projections. kv: keys and values that the queries
-    attend to."""
+    """What a block is. ffn: hidden units that widen the SwiGLU. lora_ffn: low-rank updates of the three feed-forward
+    matrices. lora_qk: of the query and key projections. lora_ov: of the output and value projections. kv: keys and
+    values that the queries attend to."""
     placement: Literal["uniform", "first", "middle", "last", "listed"] = "uniform"
-    """Layers that have blocks: all, the first, middle or last `placed_layers` of them, or those it lists."""
+    """Layers that have blocks: all layers, the first, middle or last `placed_layers`, or the layers it lists."""
     placed_layers: PositiveInt | Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
-    """first, middle, last: how many layers. listed: which ones, ascending, counted from 0. uniform: nothing."""
+    """first, middle, last: number of layers. listed: the layers, ascending, counted from 0. uniform: not given."""
     alpha: PositiveFloat = 2.0
     """lora_*: an update of rank r is multiplied by alpha / r."""
     anchor: Literal["train", "frozen"] = "train"
@@ -90,7 +90,7 @@ class BankConfig(Section):
         return self
 
     def check_model(self, model: "ModelConfig") -> None:
-        """Whether a model can have this bank.
+        """Check that a model can have this bank.
 
         Raises:
             ValueError: names the field of the model's section, and the remedy.
@@ -119,12 +119,12 @@ class BankConfig(Section):
         for name, size in self._widths(model).items():
             if size % 8:
                 raise ValueError(
-                    f"{name}={size} must be a multiple of 8 for a memory bank of kind={self.kind}: grouped products "
-                    "need aligned rows"
+                    f"{name}={size} must be a multiple of 8 for a bank of kind={self.kind}: grouped products need "
+                    "aligned rows"
                 )
 
     def _widths(self, model: "ModelConfig") -> dict[str, int]:
-        """Field -> width of what blocks are multiplied with."""
+        """Field -> width of the vectors that blocks are multiplied with."""
         widths = {"hidden_size": model.hidden_size}
         if self.kind == "lora_ffn" and model.intermediate_size is not None:
             widths["intermediate_size"] = model.intermediate_size

@@ -21,17 +21,17 @@ class Source(Section):
 
 
 class AddressesConfig(Section):
-    """Memory addresses of the text: the leaf, in a tree of clusters, of the document or window that a token stands
-    in."""
+    """Addresses of the text. The address of a token is a leaf of a tree of clusters: the leaf of the document or window
+    that contains the token."""
 
     tree: str
-    """Folder of a tree written by `kmem data cluster`; all sources must have addresses of it."""
+    """Folder of a tree written by `kmem data cluster`; all sources must have addresses in it."""
     batching: Literal["packed", "leaf"] = "packed"
-    """packed: the sequences are those of a run without addresses, and every document of one has its own. leaf: a
-    sequence holds text of one leaf only, and the last one of each leaf is padded."""
+    """packed: the same sequences as without addresses; every document in a sequence has its own address. leaf: a
+    sequence holds text of one leaf only, and the last sequence of each leaf is padded."""
     subtrees: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Clusters whose text, with that of all clusters below them, is trained and evaluated on, by their paths from the
-    root, as in ["0", "3.7"]; sources keep the shares of it that they have in the whole text. It needs batching: leaf.
+    """Clusters, with all clusters below them, whose text is used for training and evaluation, as paths from the root,
+    such as ["0", "3.7"]. Each source keeps the share of this text that it has in the whole text. Needs batching: leaf.
     Null: all text."""
 
     @field_validator("subtrees", mode="before")
@@ -82,7 +82,7 @@ class DataConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 1234
     """Seed of the order of sequences."""
     addresses: AddressesConfig | None = None
-    """Addresses of the text, by which memory banks are fetched; null reads none."""
+    """Addresses of the text, which select the blocks of a bank; null reads none."""
 
     @model_validator(mode="after")
     def _distinct(self) -> "DataConfig":

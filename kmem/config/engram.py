@@ -58,55 +58,57 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "conv_kernel": 4,
     },
 }
-"""Choices of the published models."""
+"""Settings of the published models."""
 
 
 class EngramConfig(Section):
-    """N-gram lookup memory (Engram, arXiv 2601.07372) at the entrance of the listed layers.
+    """N-gram lookup (Engram, arXiv 2601.07372) at the entrance of the listed layers.
 
-    What is left out comes from the preset; the saved configuration names every choice. `docs/engram.md` explains them.
+    Fields that are left out come from the preset; the saved configuration holds every value. `docs/engram.md` explains
+    the fields.
     """
 
     preset: Literal["deepseek", "deepseek-v4.1", "qwen"] = "deepseek"
-    """Where choices that are left out come from: the paper's demo, DeepSeek-V4.1-Flash or Qwen3.8-Flash-Next."""
+    """Source of the fields that are left out: the paper's demo, DeepSeek-V4.1-Flash or Qwen3.8-Flash-Next."""
     layers: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
-    """Decoder layers that have a memory, counted from 0 (the paper's 2 and 15 are 1 and 14)."""
+    """Decoder layers that have an engram, counted from 0 (the paper's 2 and 15 are 1 and 14)."""
     orders: Annotated[tuple[Order, ...], Field(min_length=1)] | None = None
     """Lengths of the n-grams, ascending."""
     heads: PositiveInt | None = None
-    """Hash heads per order; each has rows of its own."""
+    """Hash heads per order; each has its own rows."""
     rows_per_head: PositiveInt | Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
-    """Rows of a head, one number or one per order. Sizes are rounded up to primes that differ between all heads of all
-    layers."""
+    """Rows of a head: one number, or one number per order. Sizes are rounded up to primes, which differ between all
+    heads of all layers."""
     row_dim: PositiveInt | None = None
     """Values per row; a token reads orders * heads rows."""
     compression: bool | None = None
-    """Address by compressed ids: tokens that read alike but for case, accents and blanks share one."""
+    """Address by compressed ids: tokens that differ only in case, accents and blanks share an id."""
     boundary: Literal["none", "document", "eos"] | None = None
-    """Where look-back ends. none: nowhere within a sequence. document: at a document's first token. eos: after an end
-    of text."""
+    """Where look-back ends. none: nowhere within a sequence. document: at a document's first token. eos: after an
+    end-of-text token."""
     pad_token_id: NonNegativeInt | None = None
-    """Token that stands for missing context, an id of the tokenizer. Default: its end of text."""
+    """Token id of the tokenizer that stands for missing context. Default: its end-of-text token."""
     hash: Literal["pcg64", "splitmix64"] | None = None
-    """How multipliers are drawn: DeepSeek's or Qwen's way."""
+    """How the multipliers of the hash are drawn: as DeepSeek does (pcg64) or as Qwen does (splitmix64)."""
     seed: NonNegativeInt | None = None
     """Seed of the multipliers."""
     seeding_ids: tuple[NonNegativeInt, ...] | None = None
-    """Number of each layer that enters its seed. Default: the layer, counted from 0, or with splitmix64 0, 1, .."""
+    """Number that each layer contributes to its seed. Default: the layer, counted from 0; with splitmix64: 0, 1, .."""
     row_multiple: PositiveInt | None = None
     """Rows of a layer are padded up to a multiple of this."""
     bias: bool | None = None
     """Biases of the key and value projections."""
     zero_centered_norm: bool | None = None
-    """Norms multiply with 1 + weight."""
+    """Norms multiply by 1 + weight."""
     conv_kernel: NonNegativeInt | None = None
     """Taps of the short causal convolution; 0 for none."""
     conv_dilation: PositiveInt | None = None
     """Tokens between two taps. Default: the largest order."""
     conv_within_documents: bool = False
-    """Taps do not reach into another document. The published models' do."""
+    """Whether the taps stop at document boundaries. In the published models they do not."""
     init_std: NonNegativeFloat = 0.02
-    """Standard deviation of the first rows. 0 makes memory that is added to a trained model an exact no-op at first."""
+    """Standard deviation of the initial rows. With 0, an engram that is added to a trained model starts as an exact
+    no-op."""
 
     @model_validator(mode="before")
     @classmethod
@@ -124,7 +126,7 @@ class EngramConfig(Section):
         if list(self.orders) != sorted(set(self.orders)):
             raise ValueError(f"orders={list(self.orders)} must ascend")
         if len(set(self.layers)) < len(self.layers):
-            raise ValueError(f"layers={list(self.layers)} names one twice")
+            raise ValueError(f"layers={list(self.layers)} names a layer twice")
         for name, entries, wanted in (
             ("seeding_ids", self.seeding_ids, len(self.layers)),
             ("rows_per_head", self.rows_per_head, len(self.orders)),

@@ -1,4 +1,4 @@
-"""YAML files, includes and dotted overrides to a checked Config, and back."""
+"""From YAML files, includes and dotted overrides to a checked Config, and back."""
 
 import difflib
 import os
@@ -36,7 +36,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ConfigError(f"--set {override}: expected path.of.field=value")
         try:
             OmegaConf.update(tree, field, OmegaConf.from_dotlist([f"value={value}"]).value, merge=True, force_add=True)
-        except Exception as error:  # bad YAML in the value, or a path through something that is no section
+        except Exception as error:  # bad YAML in the value, or a path through something that is not a section
             raise ConfigError(f"--set {field}: {str(error).splitlines()[0]}") from None
     try:
         plain = OmegaConf.to_container(tree, resolve=True)
@@ -66,7 +66,7 @@ def find_config(path: str | Path) -> Path:
     """The file itself, or a packaged config of that name.
 
     Raises:
-        ConfigError: neither exists; offers names that are near.
+        ConfigError: neither exists; suggests similar names.
     """
     direct = Path(path)
     if direct.is_file():
@@ -90,8 +90,8 @@ def _near(path: Path) -> list[str]:
     if path.parent.is_dir():
         names |= {str(file.with_suffix("")): str(file) for file in path.parent.glob("*.yaml")}
     wanted = str(path.with_suffix("") if path.suffix in (".yaml", ".yml") else path)
-    found = difflib.get_close_matches(wanted, names, n=6)
-    return list(dict.fromkeys(names[name] for name in found))[:3]
+    matches = difflib.get_close_matches(wanted, names, n=6)
+    return list(dict.fromkeys(names[name] for name in matches))[:3]
 
 
 def config_folders() -> list[Path]:
@@ -121,7 +121,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Any:
         tree = OmegaConf.load(path)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error})") from None
-    except Exception as error:  # OmegaConf passes through whichever error the YAML reader raises
+    except Exception as error:  # OmegaConf passes on whatever error the YAML reader raises
         raise ConfigError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"{path}: expected a mapping of sections")

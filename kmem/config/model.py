@@ -79,8 +79,8 @@ class ChainOfExperts(Section):
     """
 
     iterations: PositiveInt
-    """Passes of a token through the experts of a layer (C in eq. 5). Each chooses `moe.top_k` experts, so
-    C * (top_k + shared experts) is what to hold equal in comparisons."""
+    """Passes of a token through the experts of a layer (C in eq. 5). Each chooses `moe.top_k` experts, so fair
+    comparisons keep C * (top_k + shared experts) equal."""
     gates: Literal["independent", "shared", "frozen"] = "independent"
     """independent: a router per iteration (eqs. 4-7). shared: one router, asked again in every iteration (the released
     `use_igate: false`). frozen: one router, asked in the first iteration; its choice and weights serve all (eq. 8)."""
@@ -98,8 +98,8 @@ class ChainOfExperts(Section):
     """What the chain starts from. prenorm: the residual stream. normed: the normalised one, which drops the residual
     stream from the layer's output unless `residual: outer` adds it, as in the released code."""
     retrofit_scale: bool = False
-    """Scale the output of every iteration but the first by a vector that starts at zero, and add it to what the
-    iterations before have made: a trained MoE whose weights are taken over computes at first exactly what it did."""
+    """Scale the output of every iteration but the first by a vector that starts at zero, and add it to the output of
+    the earlier iterations. A chain that takes over the weights of a trained MoE then starts as exactly this MoE."""
 
     @model_validator(mode="after")
     def _exact(self) -> "ChainOfExperts":
@@ -140,13 +140,13 @@ class MixtureOfExperts(Section):
     top_groups: PositiveInt = 1
     """Groups a token may choose experts from."""
     group_score_top_k: PositiveInt = 2
-    """A group's score is the sum of its best this many (biased) expert scores (DeepSeek-V3: 2)."""
+    """A group's score is the sum of this many of its best (biased) expert scores (DeepSeek-V3: 2)."""
     renormalize: bool = True
     """Divide the chosen scores by their sum."""
     scaling_factor: PositiveFloat = 1.0
     """Factor on the chosen (renormalised) scores."""
     selection_bias: bool = False
-    """Loss-free balancing (arXiv 2408.15664): a bias per expert that takes part in the choice, not in the weights."""
+    """Loss-free balancing (arXiv 2408.15664): a bias per expert that affects the choice, but not the weights."""
     bias_update_rate: NonNegativeFloat = 1e-3
     """Step of the selection bias towards underloaded experts, after each optimizer step, on the load of the whole
     global batch."""
@@ -196,18 +196,18 @@ class RopeScaling(Section):
     """Llama 3's scaling of rotary frequencies, as in its reference code: a dimension that turns more than
     `high_freq_factor` times within `original_max_position_embeddings` tokens keeps its frequency, one that turns less
     than `low_freq_factor` times has it divided by `factor`, and in between the two are mixed linearly. The defaults are
-    those of Llama 3.1."""
+    Llama 3.1's."""
 
     kind: Literal["llama3"] = "llama3"
     """Selects this form."""
     factor: Annotated[float, Field(ge=1)] = 8.0
-    """What low frequencies are divided by (Llama 3.2: 32)."""
+    """Divisor of low frequencies (Llama 3.2: 32)."""
     low_freq_factor: PositiveFloat = 1.0
     """Turns below which a frequency is low."""
     high_freq_factor: PositiveFloat = 4.0
     """Turns above which a frequency is high."""
     original_max_position_embeddings: PositiveInt = 8192
-    """Length of the sequences of pretraining."""
+    """Sequence length of pretraining."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "RopeScaling":
@@ -236,7 +236,7 @@ class ModelConfig(Section):
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
-    """Scaling of the rotary frequencies for sequences longer than those of pretraining; null makes none."""
+    """Scaling of the rotary frequencies for sequences longer than in pretraining; null: no scaling."""
     tie_embeddings: bool = False
     """The head is the embedding matrix."""
     init_std: PositiveFloat = 0.02
@@ -250,10 +250,10 @@ class ModelConfig(Section):
     hyper_connections: HyperConnectionsConfig | None = None
     """Branches of the residual stream; null is the plain residual."""
     engram: EngramConfig | None = None
-    """N-gram lookup memory; null makes a model without. Its tables are described in the section `engram`."""
+    """N-gram lookup; null makes a model without it. The section `engram` describes its tables."""
     bank: BankConfig | None = None
-    """Blocks of weights that contexts fetch; null makes a model without. Its tables are described in the section
-    `bank`."""
+    """Blocks of weights that contexts fetch; null makes a model without them. The section `bank` describes their
+    tables."""
 
     @field_validator("attention", mode="before")
     @classmethod
@@ -306,10 +306,10 @@ class ModelConfig(Section):
 
     @property
     def shape(self) -> Shape:
-        """The view of it that the modules of `kmem.model` are made from."""
+        """The description of the model from which the modules of `kmem.model` are built."""
         return Shape(self.model_dump())
 
     @property
     def frozen_anchor(self) -> bool:
-        """Whether only the memory bank is trained."""
+        """Whether only the bank is trained."""
         return self.bank is not None and self.bank.anchor == "frozen"

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a configuration, in the words of its YAML."""
+"""Turns pydantic's errors into messages about the fields of a YAML file."""
 
 import difflib
 import json
@@ -23,19 +23,19 @@ def explain(problems: Sequence[ErrorDetails], top: type[Section]) -> list[str]:
         top: the section that was checked.
     """
     places = [_place(problem["loc"], top) for problem in problems]
-    # Of a field that takes a number or a list both fail, and only one was meant.
+    # For a field that takes a number or a list, pydantic reports both alternatives, and only one was meant.
     lists = {
         place.of_field
         for place, problem in zip(places, problems, strict=True)
         if place.list_meant and problem["type"] != "tuple_type"
     }
-    found = [
+    meant = [
         (place, problem)
         for place, problem in zip(places, problems, strict=True)
         if place.alternative is None or place.list_meant == (place.of_field in lists)
     ]
     # A list that lost a bad element is also too short; the first problem says all.
-    first = [(place, problem) for place, problem in found if problem["type"] != "too_short"] or found
+    first = [(place, problem) for place, problem in meant if problem["type"] != "too_short"] or meant
     return list(dict.fromkeys(_explain(place, problem) for place, problem in first))
 
 
@@ -46,13 +46,13 @@ class _Place:
     path: tuple[str, ...]
     """Keys and numbers of list elements."""
     of_field: tuple[str, ...]
-    """The path as far as it names fields."""
+    """The path up to the last field it names."""
     field: FieldInfo | None
-    """The last one on the path."""
+    """The last field on the path."""
     siblings: tuple[str, ...]
-    """Fields of the section in which the last key stands."""
+    """Fields of the section that contains the last key."""
     alternative: str | None
-    """pydantic's name of the type that was tried, of a field that takes several."""
+    """For a field that takes several types: pydantic's name of the type that was tried."""
 
     @property
     def list_meant(self) -> bool:
@@ -75,10 +75,10 @@ def _place(location: tuple[int | str, ...], top: type[Section]) -> _Place:
         if not sections:
             alternative = part  # below a field without keys
         elif tagged and not fields:
-            sections = tagged  # which kind of a section it is, no key
+            sections = tagged  # the kind of a section, not a key
         else:
             path, siblings = (*path, part), tuple(name for section in sections for name in section.model_fields)
-            sections = [inner for found in fields for inner in sections_in(found.annotation)]
+            sections = [inner for info in fields for inner in sections_in(info.annotation)]
             if fields:
                 field, of_field = fields[0], path
     return _Place(path, of_field, field, siblings, alternative)
@@ -89,7 +89,7 @@ def _explain(place: _Place, problem: ErrorDetails) -> str:
     kind, given = problem["type"], problem.get("input")
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "value_error" and isinstance(given, dict):
-        return ".".join([*place.path, message])  # the rule of a section: its message begins with one of its fields
+        return ".".join([*place.path, message])  # a rule of the section: its message begins with a field
     if kind == "extra_forbidden":
         new = RENAMED.get(where)
         if new is not None and new.key in place.siblings:
@@ -100,7 +100,7 @@ def _explain(place: _Place, problem: ErrorDetails) -> str:
     if kind == "missing":
         if not isinstance(problem["loc"][-1], int):
             return f"{where}: missing; it has no default"
-        where, kind = ".".join(place.of_field), "tuple_type"  # of a list that is shorter than its fixed length
+        where, kind = ".".join(place.of_field), "tuple_type"  # a list that is shorter than its fixed length
     if kind == "too_short":
         fewest = counted(problem.get("ctx", {})["min_length"], "entry", "entries")
         rest = "" if place.field is None or place.field.is_required() else ", or leave it out"

@@ -17,7 +17,7 @@ from kmem.config.section import Section
 _HEAD = """# Configuration
 
 Generated from the docstrings in `kmem/config` by `python -m kmem.config.reference > docs/configuration.md`; a test
-keeps it true.
+checks that it is up to date.
 
 A configuration is a YAML file with the sections below. `kmem train --config FILE` takes a path or the name of a
 packaged config (`configs/`, for example `quickstart`).
@@ -28,11 +28,11 @@ packaged config (`configs/`, for example `quickstart`).
   number (`data.sources.0.path=...`).
 - `--dry-run` prints the resolved configuration, parameter counts and memory per rank, and exits; `--dry-run --json`
   prints the same as one JSON object.
-- An unknown key, a wrong type, a value out of range or an impossible combination is one line that begins with the path
-  of the field, and exit code 2, before any process group starts.
-- Every run folder holds the resolved configuration as `config.yaml`, every checkpoint too.
-- A key that once had another name is an error that says the new one. Run folders, checkpoints and exports that were
-  written under the old one are read as they are.
+- An unknown key, a wrong type, a value out of range or an impossible combination ends the command with exit code 2 and
+  one line that begins with the path of the field, before any process group starts.
+- Every run folder holds the resolved configuration as `config.yaml`; every checkpoint holds it, too.
+- A key that has been renamed is an error that gives the new name. Run folders, checkpoints and exports written with the
+  old name can still be read.
 """
 
 

@@ -1,5 +1,5 @@
-"""Keys that once had another name: files that kmem has saved are read under the names of today, and a user's
-configuration is told the new one."""
+"""Renamed keys. In files that kmem has saved, old names are replaced by the current ones; in a user's configuration, an
+old name is an error that gives the new one."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ def _controls(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class NewName:
-    """What a key has become."""
+    """The new name of a key."""
 
     key: str
-    """In the same section."""
+    """The new key, in the same section."""
     value: Callable[[Any], Any] = _same
-    """From what stood under the old key to what stands under the new one."""
+    """Converts the value of the old key to the value of the new one."""
 
 
 RENAMED: Mapping[str, NewName] = {
@@ -31,7 +31,7 @@ RENAMED: Mapping[str, NewName] = {
     "evaluation.bank_controls": NewName("controls", _controls),
     **{f"model.{old}": NewName(new) for old, new in MODEL_KEYS.items()},
 }
-"""Path of the old key -> what it has become."""
+"""Path of the old key -> its new name."""
 
 
 COMMIT_KEYS: Mapping[str, tuple[str, ...]] = {
@@ -40,36 +40,36 @@ COMMIT_KEYS: Mapping[str, tuple[str, ...]] = {
     "progress.bank_seed": ("progress", "memories", "bank", "seed"),
     "progress.bank_start": ("progress", "memories", "bank", "start"),
 }
-"""Path of an old key in a checkpoint's commit file -> where its value is today."""
+"""Path of an old key in a checkpoint's commit file -> current path of its value."""
 
 
 def saved_commit(body: dict[str, Any]) -> dict[str, Any]:
-    """The content of a commit file, as plain data, under the names of today."""
-    found = {**body, "config": saved_config(body["config"]), "progress": dict(body["progress"])}
+    """The content of a commit file, as plain data, under the current names."""
+    current = {**body, "config": saved_config(body["config"]), "progress": dict(body["progress"])}
     for old, path in COMMIT_KEYS.items():
         *parents, key = old.split(".")
-        section = found["progress"] if parents else found
+        section = current["progress"] if parents else current
         value = section.pop(key, None)
         if value is not None:
-            target = found
+            target = current
             for name in path[:-1]:
                 target = target.setdefault(name, {})
             target[path[-1]] = value
-    return {"manifests": {}, **found}
+    return {"manifests": {}, **current}
 
 
 def saved_config(tree: Any, section: str = "") -> Any:
-    """A configuration that kmem has saved, as plain data, under the names of today.
+    """A configuration that kmem has saved, as plain data, under the current names.
 
     Args:
         section: path of `tree` in the configuration, with a dot at its end.
     """
     if not isinstance(tree, dict):
         return tree
-    found = {}
+    current = {}
     for key, value in tree.items():
         new = RENAMED.get(f"{section}{key}")
-        if new is None or new.key in tree:  # where someone has added the new one, the old one is an error
+        if new is None or new.key in tree:  # next to the new key, the old one stays, as an error
             new = NewName(key)
-        found[new.key] = new.value(saved_config(value, f"{section}{new.key}."))
-    return found
+        current[new.key] = new.value(saved_config(value, f"{section}{new.key}."))
+    return current

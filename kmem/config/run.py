@@ -39,23 +39,23 @@ class CheckpointConfig(Section):
     """When checkpoints are written, which are kept, and where a run starts from."""
 
     every: PositiveInt | None = None
-    """Steps between checkpoints; the last step and an interrupted run are always saved. Null: only those."""
+    """Steps between checkpoints. The last step and an interrupted run are always saved; null saves only these."""
     keep_last: PositiveInt = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: PositiveInt | None = None
     """Checkpoints at multiples of this step are kept for good."""
     asynchronous: bool = False
     """Write in the background from a copy of the state in host memory."""
     resume: str = "auto"
-    """auto: the newest undamaged checkpoint of the run folder, if any. never: refuse a folder that has checkpoints.
-    The folder of another run or of one of its steps: go on from there, with its step, optimizers and place in the text,
-    while this run has no checkpoint of its own. The folder of an earlier step of this run: go back to it; later
-    checkpoints are set aside."""
+    """auto: resume from the newest undamaged checkpoint of the run folder, if any. never: refuse a folder that has
+    checkpoints. The folder of another run or of one of its steps: continue from there, with its step, optimizers and
+    place in the text, while this run has no checkpoint of its own. The folder of an earlier step of this run: go back
+    to it; later checkpoints are set aside."""
     start: str | None = None
-    """Folder of another run or of one of its steps: begin with its weights, and nothing else of it, while this run has
-    no checkpoint of its own. Step, schedule, optimizers and the order of the text are those of a new run, and the text
-    may be another; tokenizer, model, and the tree of a memory bank must be the same, though a memory may be added.
-    Null: weights are drawn from `train.init_seed`."""
+    """Folder of another run or of one of its steps: begin with its weights only, while this run has no checkpoint of
+    its own. Step, schedule, optimizers and the order of the text start anew, and the text may differ. Tokenizer, model
+    and the tree of a bank must be the same, but a memory may be added. Null: weights are drawn from
+    `train.init_seed`."""
 
 
 class EvaluationConfig(Section):
@@ -68,8 +68,8 @@ class EvaluationConfig(Section):
     at_start: bool = True
     """Evaluate before the first step too."""
     controls: tuple[Annotated[str, Field(pattern=r"^[a-z_]+=[a-z-]+$")], ...] = ()
-    """Evaluate the same sequences also with these controls, each KIND=CHOICE as in `kmem eval --control`, such as
-    [engram=off, bank=generic]; each costs another evaluation."""
+    """Evaluate the same sequences again with each of these controls, written KIND=CHOICE as in `kmem eval --control`,
+    such as [engram=off, bank=generic]; each costs another evaluation."""
 
 
 class TrackingConfig(Section):
@@ -97,9 +97,9 @@ class Config(Section):
     train: TrainConfig
     """Optimisation."""
     engram: TableConfig = TableConfig()
-    """Tables of memory layers."""
+    """Tables of the engram."""
     bank: BankTableConfig = BankTableConfig()
-    """Tables of the memory bank."""
+    """Tables of the bank."""
     parallel: ParallelConfig = ParallelConfig()
     """Mesh of ranks."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -133,7 +133,7 @@ class Config(Section):
             )
         if self.model.bank is not None and self.data.addresses is None:
             raise ValueError(
-                "model.bank needs data.addresses, by which blocks are fetched; name the folder of a tree that "
+                "model.bank needs data.addresses, which select its blocks; name the folder of a tree that "
                 "kmem data cluster has written, as in data.addresses.tree=data/tree"
             )
         for control in self.evaluation.controls:
@@ -146,7 +146,7 @@ class Config(Section):
         addresses = self.data.addresses
         if self.bank.hold == "subtrees" and (addresses is None or addresses.subtrees is None):
             raise ValueError(
-                "bank.hold=subtrees keeps the blocks of data.addresses.subtrees alone, and none are chosen; name the "
+                "bank.hold=subtrees keeps only the blocks of data.addresses.subtrees, and none are chosen; name the "
                 "clusters of this job there, or set hold to all"
             )
         for name in self.tables:
@@ -178,7 +178,7 @@ class Config(Section):
 
     @property
     def prefetch_depth(self) -> int:
-        """Steps that are begun beyond the running one: those of the tables that are fetched furthest ahead."""
+        """Steps begun ahead of the running one: the largest prefetch depth of the model's tables."""
         return max((section.prefetch_depth for section in self.tables.values()), default=0)
 
     def data_parallel_size(self, world_size: int) -> int:

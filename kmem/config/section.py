@@ -19,7 +19,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _as_written(cls, values: Any) -> Any:
-        """A flag is no number and text is neither: pydantic alone would read `steps: true` as 1 and `'7'` as 7."""
+        """Refuse flags as numbers, and text as either: pydantic would read `steps: true` as 1 and `'7'` as 7."""
         for name, value in values.items() if isinstance(values, dict) else ():
             allowed = _scalars(cls.model_fields[name].annotation) if name in cls.model_fields else set()
             lenient = type(value) in (bool, str) and type(value) not in allowed

@@ -17,16 +17,16 @@ RowOptimizerName = Literal["lazy_adam", "adam_catchup", "rowwise_adagrad", "sink
 
 @dataclass(frozen=True)
 class RowOptimizerTraits:
-    """What a configuration must know of a row optimizer; the rest is its class in `kmem.tables.row_optimizers`."""
+    """Properties of a row optimizer that the configuration depends on; its class is in `kmem.tables.row_optimizers`."""
 
     by_value: bool = False
-    """Every value is trained on its own; no number is shared by the values of a row."""
+    """Every value is trained on its own; the values of a row share no number."""
     counts_missed_steps: bool = False
-    """A row knows how many steps it has missed, so that its weights can decay for them."""
+    """A row knows how many steps it has missed, so its weights can decay for them."""
     counts_own_updates: bool = False
-    """Where a row is a parameter of its own, its bias correction counts its own updates."""
+    """If a row is a parameter of its own, its bias correction counts its own updates."""
     balances: bool = False
-    """Normalises rows and columns in turn: of all rows, or of the step's alone."""
+    """Normalises rows and columns in turn, over all rows or over the rows of the step."""
 
 
 ROW_OPTIMIZER_TRAITS: dict[RowOptimizerName, RowOptimizerTraits] = {
@@ -42,11 +42,12 @@ def _names(have: Callable[[RowOptimizerTraits], bool]) -> str:
 
 
 class RowOptimizerConfig(Section):
-    """The optimizer of table rows. Under all forms but the dense one, rows outside a step's working set never move."""
+    """The optimizer of table rows. Rows outside a step's working set never move, unless the optimizer is dense."""
 
     name: RowOptimizerName = "lazy_adam"
-    """lazy_adam: Adam on the rows a step touches. adam_catchup: the same, moments first decayed by the steps a row has
-    missed. rowwise_adagrad: one number of state per row. sinkhorn_momentum: balanced momentum (DeepSeek-V4.1)."""
+    """lazy_adam: Adam on the rows that a step touches. adam_catchup: the same, but moments first decay for the steps
+    that a row has missed. rowwise_adagrad: one number of state per row. sinkhorn_momentum: balanced momentum
+    (DeepSeek-V4.1)."""
     lr_multiplier: PositiveFloat = 5.0
     """Factor on the learning rate of the step (5 in the paper)."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -54,15 +55,15 @@ class RowOptimizerConfig(Section):
     eps: PositiveFloat = 1e-8
     """Adam and Adagrad: added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled decay, of adam_catchup, which knows how many steps a row has missed. The blocks of a memory bank may
-    have it with lazy_adam, too: they decay in the steps that fetch them."""
+    """Decoupled decay. It needs adam_catchup, which knows how many steps a row has missed. The blocks of a bank can
+    also use it with lazy_adam: they decay in the steps that fetch them."""
     clip_norm: PositiveFloat | None = None
-    """Largest 2-norm of a table's gradient in a step, over all ranks. The backbone's norm does not contain rows. Of a
-    memory bank, a table holds the blocks of a level in all layers."""
+    """Largest 2-norm of a table's gradient in a step, over all ranks; a table of a bank holds the blocks of one level
+    in all layers. The backbone's norm does not include rows."""
     stochastic_rounding: bool = False
     """Round bf16 rows up or down at random, in proportion, so that small updates are not lost."""
     dense: bool = True
-    """sinkhorn_momentum: move every row that has momentum, as published, or only the working set."""
+    """sinkhorn_momentum: true moves every row that has momentum, as published; false moves only the working set."""
     momentum: Beta = 0.95
     """sinkhorn_momentum: decay rate of the momentum."""
     gamma: PositiveFloat = 0.18
@@ -98,12 +99,12 @@ class RowOptimizerConfig(Section):
 
     @property
     def counts_updates(self) -> bool:
-        """True when the bias correction of a row's moments counts the updates of this row, not those of the table."""
+        """True when the bias correction of a row's moments counts the updates of the row, not of the table."""
         return False
 
 
 class TableConfig(Section):
-    """Tables of the model's memory layers: where rows live, how far ahead they are fetched, how they are trained."""
+    """Tables of the model's engram: where rows live, how far ahead they are fetched, how they are trained."""
 
     store: Literal["device", "host", "mmap"] = "host"
     """Where a rank keeps its rows and their optimizer state: device memory, host memory, or a mapped file."""
@@ -112,12 +113,13 @@ class TableConfig(Section):
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of the rows; optimizer state is fp32."""
     prefetch_depth: Annotated[int, Field(ge=0, le=64)] = 1
-    """Steps whose rows are fetched ahead of the running one. Results do not depend on it while staleness is 0."""
+    """Number of steps whose rows are fetched ahead of the running step. Results do not depend on it while staleness
+    is 0."""
     staleness: NonNegativeInt = 0
-    """Earlier steps whose updates a fetched row may lack; at most prefetch_depth. 0 is exact. Above 0 a resumed run is
-    not bit-identical to an uninterrupted one."""
+    """Number of earlier steps whose updates a fetched row may lack; at most prefetch_depth. 0 is exact. Above 0 a
+    resumed run is not bit-identical to an uninterrupted one."""
     threads: PositiveInt = 1
-    """Host threads of a rank that share the rows of a gather or an update."""
+    """Host threads per rank that divide the rows of a gather or an update."""
     optimizer: RowOptimizerConfig = RowOptimizerConfig()
     """The optimizer of the rows."""
 
@@ -131,14 +133,14 @@ class TableConfig(Section):
                 "per step, which a mapped file cannot serve; set optimizer.dense=false, or store=host"
             )
         if self.optimizer.stochastic_rounding and self.dtype != "bf16":
-            raise ValueError("optimizer.stochastic_rounding=true is for dtype=bf16")
+            raise ValueError("optimizer.stochastic_rounding=true needs dtype=bf16")
         return self
 
 
 class BlockOptimizerConfig(RowOptimizerConfig):
-    """The optimizer of a memory bank's blocks, lazy_adam or adam_catchup. Blocks outside a step's working set never
-    move. With lazy_adam each block counts its own steps, as a parameter of its own; adam_catchup keeps the moments of
-    dense Adam and its count, that of all steps."""
+    """The optimizer of a bank's blocks, lazy_adam or adam_catchup. Blocks outside a step's working set never move. With
+    lazy_adam each block counts its own steps, like a parameter of its own; adam_catchup keeps the moments of dense Adam
+    and, like it, counts all steps."""
 
     lr_multiplier: PositiveFloat = 1.0
     """Factor on the learning rate of the step."""
@@ -147,31 +149,32 @@ class BlockOptimizerConfig(RowOptimizerConfig):
     def _meaning(self) -> "BlockOptimizerConfig":
         if not self.traits.by_value:
             raise ValueError(
-                f"name={self.name} has numbers that all values of a row share, and a row holds a cluster's blocks of "
-                "the layers of one pipeline stage: results would depend on parallel.pipeline; use "
+                f"name={self.name} keeps numbers that all values of a row share, and a row holds a cluster's blocks "
+                "for the layers of one pipeline stage: results would depend on parallel.pipeline; use "
                 f"{_names(lambda traits: traits.by_value)}"
             )
         if self.stochastic_rounding:
             raise ValueError(
-                "stochastic_rounding=true draws by a value's place in its row, and a row holds a cluster's blocks of "
+                "stochastic_rounding=true draws by a value's place in its row, and a row holds a cluster's blocks for "
                 "the layers of one pipeline stage: results would depend on parallel.pipeline; set it to false"
             )
         return self
 
     @property
     def counts_updates(self) -> bool:
-        """A block that text reaches late begins as a parameter of its own would. Caught-up moments are those of dense
-        Adam, whose correction counts all steps."""
+        """With lazy_adam, a block that text reaches late begins like a new parameter. Caught-up moments equal the
+        moments of dense Adam, whose correction counts all steps."""
         return self.traits.counts_own_updates
 
 
 class BankTableConfig(TableConfig):
-    """Tables of the model's memory bank: where blocks live, how far ahead they are fetched, how they are trained."""
+    """Tables of the model's bank: where blocks live, how far ahead they are fetched, how they are trained."""
 
     folder: str | None = None
     """mmap: a folder local to the machine. Default: `bank` in the run folder."""
     hold: Literal["all", "subtrees"] = "all"
-    """all: the tables hold all blocks of the bank. subtrees: they, and checkpoints, hold those that text of
-    data.addresses.subtrees uses, in their clusters, below and above these, for jobs that kmem bank merge joins."""
+    """all: the tables hold all blocks of the bank. subtrees: tables and checkpoints hold only the blocks that the text
+    of data.addresses.subtrees uses: blocks of these clusters, and of the clusters below and above them. kmem bank merge
+    joins the checkpoints of such jobs."""
     optimizer: BlockOptimizerConfig = BlockOptimizerConfig()
     """The optimizer of the blocks."""

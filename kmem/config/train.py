@@ -34,7 +34,7 @@ class ScheduleConfig(Section):
 
     kind: Literal["cosine", "wsd", "step", "constant"] = "cosine"
     """cosine: half a cosine to `min_ratio` at the last step. wsd: constant, then a linear decay to `min_ratio` over the
-    last `decay_steps`. step: times `step_factor` at each of `step_at`. constant: stays."""
+    last `decay_steps`. step: times `step_factor` at each point of `step_at`. constant: no change."""
     warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up from zero."""
     min_ratio: Ratio = 0.1
@@ -59,19 +59,19 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision. bf16 keeps fp32 master weights, gradient accumulation and moments."""
     expert_backend: Literal["grouped_mm", "loop", "deepspeed", "liger"] = "grouped_mm"
-    """What multiplies the experts' matrices; a backend that does not run here is an error. grouped_mm: PyTorch's
+    """Implementation of the experts' matrix products; a backend that cannot run here is an error. grouped_mm: PyTorch's
     grouped product, on every device; one kernel on GPUs of compute capability 9.0 or more. loop: one product per
-    expert, the definition of the others and a check of them. deepspeed: DeepSpeed's Triton kernels, for GPUs of
+    expert, the reference for the other backends. deepspeed: DeepSpeed's Triton kernels, for GPUs of
     capability 8.x, where PyTorch's grouped product is a loop; bf16 only. liger: the Triton kernels of liger-kernel
     (`kmem[liger]`), for GPUs of capability 8.0 or more; bf16 only."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     optimizer: OptimizerConfig
-    """The optimizer of everything but memory tables."""
+    """The optimizer of everything but tables."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning-rate schedule."""
     init_seed: NonNegativeInt = 0
-    """Seed of the initial weights; each tensor is drawn from (seed, its name), so no mesh changes it."""
+    """Seed of the initial weights; each tensor is drawn from (seed, its name), so it does not depend on the mesh."""
 
     @model_validator(mode="after")
     def _lengths(self) -> "TrainConfig":

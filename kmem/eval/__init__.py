@@ -1,1 +1,1 @@
-"""What judges a model: held-out loss, questions, controls, the lm-evaluation-harness adapter."""
+"""Evaluation of models: held-out loss, questions, controls, the lm-evaluation-harness adapter."""

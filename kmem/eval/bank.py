@@ -1,5 +1,5 @@
-"""The memory bank of a checkpoint that is evaluated, and its controls: does a bank know what its clusters' text says,
-or is it more parameters?"""
+"""The bank of an evaluated checkpoint, and its controls: does the bank know what the text of its clusters says, or does
+it only add parameters?"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +27,8 @@ class EvaluatedBank:
     """The bank of a checkpoint, whose rows stay in the checkpoint's files.
 
     Raises:
-        UserError: a control that this bank does not have, a level, or a cluster to block; or nothing is left open.
-        CheckpointError: no tree, or another one.
+        UserError: the bank lacks the control, a level or a cluster to block; or no cluster is left open.
+        CheckpointError: no tree, or another tree.
     """
 
     def __init__(self, reader: CheckpointReader, choices: Choices) -> None:
@@ -46,7 +46,7 @@ class EvaluatedBank:
         self._router: ContextRouter | None = None
         try:
             if choice.blocked:
-                own = range(self._loaded_tree().children) if self._blocked else ()  # of some context, each
+                own = range(self._loaded_tree().children) if self._blocked else ()  # each is blocked for some context
                 for paths in (choice.blocked, *([(cluster,), *choice.blocked] for cluster in own)):
                     self._loaded_tree().check_blocked(paths)
         except ValueError as error:
@@ -54,8 +54,8 @@ class EvaluatedBank:
 
     @property
     def addressing(self) -> Addressing | None:
-        """What evaluated data must have addresses of, with the sequences of the run; None where neither the control nor
-        the sequences need any."""
+        """The addressing that evaluated data must have, with the same batching as the run; None if neither the control
+        nor the sequences need addresses."""
         trained_on = self._reader.config.data.addresses
         batching = "packed" if trained_on is None else trained_on.batching
         if self._bank.control != "fetched" and batching == "packed":
@@ -63,12 +63,12 @@ class EvaluatedBank:
         return Addressing(checkpoint_tree(self._reader, self._choice.tree), batching)
 
     def around(self, held_out: SequenceReader, folder: Path, samples: Sequence[int]) -> SequenceReader:
-        """Held-out sequences whose addresses go around what is blocked: documents, or windows, that may not have their
-        leaf get the one that their own embedding descends to. All others keep the stored one.
+        """Held-out sequences whose addresses avoid blocked clusters. A document or window whose leaf is blocked gets
+        the leaf to which its own embedding then descends; all others keep the stored leaf.
 
         Args:
-            held_out: of the prepared folder alone, opened with `addressing`.
-            samples: what will be read; units of other sequences are not embedded.
+            held_out: sequences of this prepared folder alone, opened with `addressing`.
+            samples: sequences that will be read; units of other sequences are not embedded.
 
         Raises:
             UserError: the tree's embedder is missing or damaged.
@@ -85,7 +85,7 @@ class EvaluatedBank:
         return held_out.with_leaves(leaves)
 
     def of_batch(self, batch: SequenceBatch, like: Tensor) -> dict[int, BankInput]:
-        """What each layer's bank holds for sequences of data, read from what `around` gives."""
+        """Layer -> input of its bank for sequences of data, which are read from the result of `around`."""
         leaves = None
         if self._bank.control == "fetched":
             assert batch.addresses is not None, "data is opened with the addressing that this names"
@@ -93,7 +93,7 @@ class EvaluatedBank:
         return self._inputs(leaves, batch.input_ids, like)
 
     def of_prompts(self, prompts: Sequence[Sequence[int]], ids: Tensor, like: Tensor) -> dict[int, BankInput]:
-        """What it holds for token ids [B, T] whose contexts are these prompts."""
+        """Layer -> input of its bank for token ids [B, T] whose contexts are these prompts."""
         leaves = None
         if self._bank.control == "fetched":
             router = self._loaded_router()

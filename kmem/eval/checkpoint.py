@@ -1,4 +1,4 @@
-"""Held-out loss of a checkpoint, and how it answers questions, in one process."""
+"""Held-out loss of a checkpoint, and its answers to questions, in one process."""
 
 import math
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class EvaluatedModel:
     """The model of a checkpoint on one device. The rows of its memories stay in the checkpoint's files.
 
     Raises:
-        UserError: a control that a memory does not have; or a file is missing or damaged.
+        UserError: a memory lacks its control, or a file is missing or damaged.
     """
 
     def __init__(self, reader: CheckpointReader, choices: Choices) -> None:
@@ -46,10 +46,10 @@ class EvaluatedModel:
 
     @property
     def bank(self) -> EvaluatedBank | None:
-        """The memory whose rows follow from what the data or the prompts are, beside their tokens."""
-        found = self.memories.get("bank")
-        assert found is None or isinstance(found, EvaluatedBank)
-        return found
+        """The bank, whose rows depend on more than the tokens: on the data's addresses or the prompts."""
+        bank = self.memories.get("bank")
+        assert bank is None or isinstance(bank, EvaluatedBank)
+        return bank
 
     def loss(self, batch: SequenceBatch) -> Tensor:
         """Summed cross entropy of sequences of data."""
@@ -76,12 +76,12 @@ def answered(
     batch: int = 8,
     limit: int | None = None,
 ) -> list[Answers]:
-    """How the model answers a file of questions, by their exposures and over all; the contexts are the prompts.
+    """How the model answers a file of questions, by exposures and over all; the contexts are the prompts.
 
     Args:
-        choices: what its memories give it; default: what they were trained to read.
+        choices: controls of its memories; default: as they were trained.
         batch: questions per forward pass.
-        limit: ask at most so many, a sample; None asks all.
+        limit: ask at most this many, a sample; None asks all.
     """
     questions = read_questions(path, load_tokenizer(reader.tokenizer_path))
     asked = questions if limit is None else sample(questions, limit)
@@ -100,14 +100,14 @@ def held_out_figures(
     sequences: int | None = None,
     batch: int = 8,
 ) -> dict[str, dict[str, float]]:
-    """Of each prepared folder: bits_per_byte, loss in nats, perplexity and scored tokens.
+    """Prepared folder -> bits_per_byte, loss in nats, perplexity and scored tokens.
 
     Args:
         reader: the checkpoint.
         folders: prepared data; the held-out split is read.
-        choices: what its memories give it; default: what they were trained to read. The data of a model with a bank
-            must have addresses of the run's tree.
-        sequences: at most this many of a folder, spread over the split; None takes all.
+        choices: controls of its memories; default: as they were trained. The data of a model with a bank must have
+            addresses in the run's tree.
+        sequences: at most this many sequences per folder, spread over the split; None takes all.
         batch: sequences per forward pass.
     """
     model = EvaluatedModel(reader, choices or Choices())
@@ -131,7 +131,7 @@ def held_out_figures(
 def _open(trained_on: DataConfig, folder: str, reader: CheckpointReader, bank: EvaluatedBank | None) -> PreparedData:
     config = trained_on.model_copy(update={"sources": (Source(path=folder),)})
     addressing: Addressing | None = None
-    if bank is not None:  # its control may need no addresses
+    if bank is not None:  # the bank's control may need no addresses
         config, addressing = config.model_copy(update={"addresses": None}), bank.addressing
     elif config.addresses is not None:  # all held-out text, whatever the run has read
         config = config.model_copy(update={"addresses": config.addresses.model_copy(update={"subtrees": None})})

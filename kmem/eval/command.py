@@ -1,4 +1,4 @@
-"""`kmem eval`: held-out loss of a checkpoint, or how it answers questions, in one process."""
+"""`kmem eval`: held-out loss of a checkpoint, or its answers to questions, in one process."""
 
 import argparse
 import json
@@ -28,7 +28,7 @@ Figures = dict[str, dict[str, float]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="PATH", help="run folder or one of its steps")
     parser.add_argument(
-        "--data", nargs="+", metavar="FOLDER", help="prepared folders (default: those the run was trained on)"
+        "--data", nargs="+", metavar="FOLDER", help="prepared folders (default: the folders the run was trained on)"
     )
     parser.add_argument("--sequences", type=int, metavar="N", help="at most N sequences per folder (default: all)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="sequences per forward pass (default: 8)")
@@ -39,12 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bank_arguments(parser)
     parser.add_argument(
         "--questions", type=Path, metavar="FILE",
-        help="instead of the held-out loss: how often the model continues a prompt by the answer, by how often its "
-        "text said so (JSON lines, as `kmem data corpora gazetteer` writes them)",
+        help="instead of the held-out loss: how often the model continues a prompt with the answer, by how often its "
+        "text told it (JSON lines, as `kmem data corpora gazetteer` writes them)",
     )  # fmt: skip
     parser.add_argument(
-        "--questions-limit", type=int, metavar="N", help="of --questions: ask at most N, a sample that is the same "
-        "each time and has as many of every group of exposures (default: all)",
+        "--questions-limit", type=int, metavar="N", help="with --questions: ask at most N, the same sample each "
+        "time, with equally many of every group of exposures (default: all)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
@@ -53,11 +53,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.batch < 1 or (arguments.sequences is not None and arguments.sequences < 1):
         raise ConfigError("--batch and --sequences: at least 1")
     if arguments.questions_limit is not None and arguments.questions is None:
-        raise ConfigError("--questions-limit: goes with --questions; --sequences is for the held-out loss")
+        raise ConfigError("--questions-limit: needs --questions; --sequences is for the held-out loss")
     if arguments.controls and (arguments.control or arguments.questions):
-        raise ConfigError("--controls: goes without --control and --questions")
+        raise ConfigError("--controls: cannot be combined with --control or --questions")
     controls = parse_controls(arguments.control, "--control")
-    from kmem.checkpoint.reader import CheckpointReader  # torch and all that evaluates: not for `--help`
+    from kmem.checkpoint.reader import CheckpointReader  # imports torch, which `--help` does not need
     from kmem.eval.checkpoint import held_out_figures
 
     reader = CheckpointReader(arguments.checkpoint)
@@ -66,11 +66,13 @@ def run(arguments: argparse.Namespace) -> int:
     check_controls(controls, shape, "--control")
     bank = bank_options(arguments.bank_levels, arguments.blocked, arguments.tree, controls.get("bank"))
     if bank != type(bank)() and reader.config.model.bank is None:
-        raise ConfigError("--bank-levels, --blocked and --tree: the model has no memory bank (model.bank)")
+        raise ConfigError("--bank-levels, --blocked and --tree: the model has no bank (model.bank)")
     choices = Choices(controls, bank)
     if arguments.questions is not None:
         if arguments.data or arguments.sequences:
-            raise ConfigError("--questions: goes without --data and --sequences, which are for the held-out loss")
+            raise ConfigError(
+                "--questions: cannot be combined with --data or --sequences, which are for the held-out loss"
+            )
         return _ask(reader, arguments, choices)
     folders = arguments.data or [source.path for source in trained_on.sources]
     given = choices.given(shape)
@@ -83,8 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
         control_name(control): figures_of(control) for control in (all_controls(shape) if arguments.controls else ())
     }
     if arguments.json:
-        found = {"checkpoint": str(reader.folder), "step": reader.step, "memories": given, **bank.chosen()}
-        print(json.dumps(found | {"held_out": held_out} | ({"controls": controlled} if arguments.controls else {})))
+        described = {"checkpoint": str(reader.folder), "step": reader.step, "memories": given, **bank.chosen()}
+        print(json.dumps(described | {"held_out": held_out} | ({"controls": controlled} if arguments.controls else {})))
     else:
         _print_figures(reader, held_out, given | bank.chosen())
         if arguments.controls:
@@ -120,7 +122,7 @@ def _ask(reader: "CheckpointReader", arguments: argparse.Namespace, choices: Cho
         rows,
     )
     if sampled:
-        print("a sample of the questions, the same each time; in `all`, groups weigh what they do in the file")
+        print("a sample of the questions, the same each time; in `all`, groups have the weights of the whole file")
     return 0
 
 
@@ -140,7 +142,7 @@ def _print_figures(reader: "CheckpointReader", figures: Figures, given: Mapping[
 
 
 def _print_controls(trained: Figures, controlled: Mapping[str, Figures]) -> None:
-    """Bits per byte of every control, and how much worse they are than those of the model as it was trained."""
+    """Bits per byte of every control, and how much worse that is than the model as it was trained."""
     rows = []
     for control, figures in controlled.items():
         for folder, row in figures.items():
@@ -153,7 +155,7 @@ def _print_controls(trained: Figures, controlled: Mapping[str, Figures]) -> None
 
 
 def _print(subject: str, given: Mapping[str, Any], columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table below its subject, whose long paths a title would break into lines of the table's width."""
+    """Print a table below its subject. A title of the table would break long paths at the table's width."""
     from rich.console import Console
     from rich.table import Table
 

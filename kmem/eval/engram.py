@@ -1,4 +1,4 @@
-"""The engram of a checkpoint that is evaluated, and its controls: does it act as memory?"""
+"""The engram of an evaluated checkpoint, and its controls: does the model gain from what its rows hold?"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,10 +14,10 @@ from kmem.model.decoder import Decoder
 
 
 class EvaluatedEngram:
-    """Rows stay in the checkpoint's files.
+    """The engram of a checkpoint, whose rows stay in the checkpoint's files.
 
     Raises:
-        CheckpointError: no addressing, another one, or a damaged file.
+        CheckpointError: no addressing, another addressing, or a damaged file.
     """
 
     def __init__(self, reader: CheckpointReader, model: Decoder, choices: Choices) -> None:

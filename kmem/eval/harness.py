@@ -2,8 +2,8 @@
 
     python -m kmem.eval.harness --model kmem --model_args checkpoint=runs/bank --tasks lambada_openai
 
-The harness's own `--model hf` runs exports, too, but calls the model on context and continuation together, and a memory
-bank would fetch for both.
+The harness's own `--model hf` runs exports, too, but it calls the model on context and continuation together, so a bank
+would fetch for both.
 """
 
 import logging
@@ -29,24 +29,25 @@ except ModuleNotFoundError as error:
     raise UserError(f"lm-evaluation-harness: {error}; pip install 'kmem[eval]'") from error
 
 Request = tuple[Any, list[int], list[int]]
-"""(what the harness's cache calls it, token ids of the context, token ids to score)."""
+"""(key in the harness's cache, token ids of the context, token ids to score)."""
 
 
 @register_model("kmem")
 class KmemLM(HFLM):
     """A run, one step of it, or a Hugging Face folder, on one device.
 
-    With a memory bank, log-likelihoods are those given what is fetched for the context alone, generation fetches for
-    the prompt, and windows of a document for the window before; the first window for a context that holds only the
-    token of the beginning.
+    A bank fetches for the context alone when log-likelihoods are computed, and for the prompt when text is generated.
+    For a window of a document it fetches for the tokens before the window; for the first window the context is only the
+    token that stands for the beginning.
 
     Args:
         checkpoint: as in `kmem generate`.
-        control: as `--control`, several joined by `;`, since commas part the arguments: `control=bank=generic`.
-        tree, bank_levels, blocked: as its options; several levels or clusters are joined by `;`.
+        control: as `--control`, such as `control=bank=generic`; several are joined by `;`, since commas separate the
+            arguments.
+        tree, bank_levels, blocked: as in `kmem generate`; several levels or clusters are joined by `;`.
         device: default: a GPU if there is one.
-        dtype: of the weights, such as bfloat16; default: as stored.
-        options: of the harness's `HFLM`, such as batch_size and max_length.
+        dtype: dtype of the weights, such as bfloat16; default: as stored.
+        options: options of the harness's `HFLM`, such as batch_size and max_length.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class KmemLM(HFLM):
             model = model.to(getattr(torch, str(dtype)))
         if not torch.cuda.is_available() and (device or "cuda").startswith("cuda"):
             logging.getLogger(__name__).info("no GPU: the model is on the CPU")
-            device = "cpu"  # the harness names a GPU where its user names nothing
+            device = "cpu"  # the harness names a GPU if its user names no device
         model = model.to(device or "cuda")
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", **options)
 
@@ -102,10 +103,11 @@ class KmemLM(HFLM):
         for (text,) in (request.args for request in requests):
             tokens = self.tok_encode(text)
             rolling = utils.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
-            found = [(None, *utils.make_disjoint_window(window)) for window in rolling]
-            windows += found
-            contexts += preceding(tokens, [len(scored) for *_, scored in found], self.max_length, self.prefix_token_id)
-            counts.append(len(found))
+            of_text = [(None, *utils.make_disjoint_window(window)) for window in rolling]
+            windows += of_text
+            sizes = [len(scored) for *_, scored in of_text]
+            contexts += preceding(tokens, sizes, self.max_length, self.prefix_token_id)
+            counts.append(len(of_text))
         scores = iter(self._scored(windows, contexts, disable_tqdm=disable_tqdm))
         totals = []
         for request, count in zip(requests, counts, strict=True):
@@ -115,7 +117,7 @@ class KmemLM(HFLM):
 
 
 def _joined(name: str, value: str | int | float | None) -> str | None:
-    """Numbers joined by commas, of an argument in which `;` joins them.
+    """The value of an argument, joined by commas instead of `;`.
 
     Raises:
         UserError: the harness has read a path as a number with a fraction, which cannot tell 7.1 from 7.10.

@@ -29,7 +29,7 @@ class EvaluationRecord:
     """Scored tokens."""
     seconds: float
     controls: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By `evaluation.controls`: `loss` and `bits_per_byte` of the same sequences."""
+    """Control of `evaluation.controls` -> `loss` and `bits_per_byte` of the same sequences."""
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "evaluation", **asdict(self)}
@@ -42,7 +42,7 @@ def held_out_loss(
 
     Args:
         sequences: number of validation sequences, spread over the whole split; None takes all.
-        controls: kind of memory -> what it gives the model; others give what they were trained with.
+        controls: kind of memory -> its control; kinds that are not named are evaluated as they were trained.
     """
     given = {}
     for kind in kinds_of(pipeline.shape):
@@ -53,7 +53,7 @@ def held_out_loss(
     micro_batch, ranks = pipeline.config.train.micro_batch_size, pipeline.mesh.data
     unit = micro_batch * ranks
     total, tokens = 0.0, 0
-    # One schedule of bounded length at a time: the batches of a schedule are held in memory.
+    # One schedule of bounded length at a time, since a schedule holds all its batches in memory.
     for begin in range(0, len(samples), unit * pipeline.micro_batches):
         block = samples[begin : begin + unit * pipeline.micro_batches]
         padded = -(-len(block) // unit) * unit
@@ -65,7 +65,7 @@ def held_out_loss(
 
 
 def _padded(data: PreparedData, samples: list[int], rows: int) -> SequenceBatch:
-    """The samples, filled up to `rows` with copies of a sequence whose labels do not count."""
+    """The samples, padded to `rows` with copies of a sequence whose labels do not count."""
     missing = rows - len(samples)
     batch = data.validation.read(samples + [0] * missing)
     if missing:

@@ -27,4 +27,4 @@ OPEN: dict[str, Callable[[CheckpointReader, Decoder, Choices], EvaluatedMemory]]
     "engram": EvaluatedEngram,
     "bank": lambda reader, _, choices: EvaluatedBank(reader, choices),
 }
-"""By kind."""
+"""Kind -> function that opens it."""

@@ -1,7 +1,7 @@
-"""Questions with one right answer: how often a model's most likely continuation is it, by how often its text said so.
+"""Questions with one right answer: how often it is a model's most likely continuation, by how often the text told it.
 
 A file of questions holds JSON lines with `prompt`, `answer` and, for the grouping, `exposures`: how many documents of
-the training text tell the answer. `kmem data prepare` puts them into the folder of corpora that have some.
+the training text tell the answer. `kmem data prepare` puts the file into the folder of a corpus that has questions.
 """
 
 import json
@@ -27,7 +27,7 @@ SAMPLE_SEED = 0
 
 @dataclass(frozen=True)
 class Question:
-    """Token ids; the model is asked to continue the prompt by the answer."""
+    """Token ids of a question; the model should continue the prompt with the answer."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
@@ -43,13 +43,13 @@ class Answers:
     """How a group of questions was answered."""
 
     group: str
-    """Exposures, as in 4-15; `all` for the sum of groups."""
+    """Exposures, such as 4-15; `all` for all groups together."""
     questions: int
-    """Of the group that were asked."""
+    """Questions of the group that were asked."""
     of: int
-    """Of the group in the file."""
+    """Questions of the group in the file."""
     right: float
-    """Share whose greedy continuation is the answer."""
+    """Share of questions whose greedy continuation is the answer."""
     bits: float
     """Mean of -log2 P(answer | prompt)."""
 
@@ -79,13 +79,13 @@ def read_questions(path: Path, tokenizer: Any) -> list[Question]:
         if not sound:
             raise UserError(
                 f"--questions {path}, line {number}: needs a JSON object with the texts `prompt` and `answer`, and "
-                "perhaps the number `exposures`"
+                "optionally the number `exposures`"
             )
         before, both = (tokenizer.encode(text, add_special_tokens=False) for text in (prompt, prompt + answer))
         if both[: len(before)] != before or len(both) == len(before):
             raise UserError(
                 f"--questions {path}, line {number}: the answer begins within a token of the prompt; let the answer "
-                "begin with the blank that parts them"
+                "begin with the blank that separates them"
             )
         questions.append(Question(tuple(before), tuple(both[len(before) :]), exposures))
     if not questions:
@@ -94,8 +94,8 @@ def read_questions(path: Path, tokenizer: Any) -> list[Question]:
 
 
 def sample(questions: Sequence[Question], limit: int) -> list[Question]:
-    """At most `limit` of the questions, in their order and the same ones each time: as many of every group of
-    exposures, and of one that has fewer all, drawn at random within a group.
+    """At most `limit` questions, in their order and the same ones each time. Every group of exposures gives equally
+    many, drawn at random within the group; a group that has fewer gives all.
 
     Raises:
         UserError: the limit leaves out a group.
@@ -106,7 +106,7 @@ def sample(questions: Sequence[Question], limit: int) -> list[Question]:
     if limit < len(groups):
         raise UserError(
             f"--questions-limit {limit}: these questions have {counted(len(groups), 'group')} of exposures; ask "
-            "at least so many"
+            "at least that many"
         )
     left, chosen = limit, set()
     for place, (group, numbers) in enumerate(sorted(groups.items(), key=lambda item: len(item[1]))):
@@ -124,10 +124,10 @@ def answer(
     device: torch.device,
     of: Sequence[Question] | None = None,
 ) -> list[Answers]:
-    """How the questions are answered, by exposures and over all of them, in order of rising exposures.
+    """How the questions are answered, by rising exposures, and last over all of them.
 
     Args:
-        of: all questions, where those are a sample; groups weigh in the mean over all as they do there.
+        of: all questions, if `questions` is a sample; the mean over all then weighs groups by their sizes in `of`.
     """
     sizes = Counter(_group(question.exposures) for question in (questions if of is None else of))
     scores: dict[str, list[tuple[bool, float]]] = {}
@@ -148,7 +148,7 @@ def answer(
                 scores.setdefault(_group(question.exposures), []).append((right, bits))
             progress.advance(len(asked))
     groups = sorted(scores, key=lambda group: int(group.split("-")[0].rstrip("+")) if group != "unknown" else -1)
-    found = [
+    by_group = [
         Answers(
             group,
             len(scores[group]),
@@ -158,9 +158,9 @@ def answer(
         )
         for group in groups
     ]
-    whole = sum(group.of for group in found)
-    right, bits = (sum(group.of * getattr(group, name) for group in found) / whole for name in ("right", "bits"))
-    return [*found, Answers("all", len(questions), whole, right, bits)]
+    whole = sum(group.of for group in by_group)
+    right, bits = (sum(group.of * getattr(group, name) for group in by_group) / whole for name in ("right", "bits"))
+    return [*by_group, Answers("all", len(questions), whole, right, bits)]
 
 
 def _group(exposures: int | None) -> str:

@@ -8,5 +8,5 @@ import torch
 # DeepSpeed chooses its accelerator when it is first imported, which only modules of this package do.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-# A call of DeepSpeed's that users can do nothing about.
+# DeepSpeed makes this call; users can do nothing about it.
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)

@@ -1,4 +1,4 @@
-"""The memory bank in training: a table per level, whose rows hold the blocks of a cluster for all layers of a stage."""
+"""The bank in training: one table per level. A row holds the blocks of one cluster for all layers of a stage."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -41,19 +41,19 @@ if TYPE_CHECKING:
 
 
 class BankTraining(MemoryKind):
-    """Blocks, fetched ahead of the step that reads them, by the addresses of its sequences."""
+    """Blocks are fetched ahead of the step that reads them, by the addresses of its sequences."""
 
     model = BankKind()
     draws_added_rows = True
 
     @property
     def training_controls(self) -> tuple[str, ...]:
-        """Blocked contexts are embedded anew, which takes a tree's embedder."""
+        """All controls but "blocked": blocked contexts are embedded anew, which needs the tree's embedder."""
         return tuple(control for control in self.model.controls if control != "blocked")
 
     def prepare(self, config: Config, tokenizer: Path) -> dict[str, Any]:
-        """The description of the tree whose leaves address the bank (its tree.json). The tree is whole: training needs
-        its leaves alone, but the run keeps a copy, by which contexts are looked up later."""
+        """The tree.json of the tree whose leaves address the bank. The tree must be complete: training needs only its
+        leaves, but the run keeps a copy that later looks up contexts."""
         folder = tree_folder(config)
         try:
             BankLayout.of(config.model.shape).check_tree(read_tree_record(folder), folder)
@@ -75,8 +75,8 @@ class BankTraining(MemoryKind):
         return {} if whole else {TREE_FOLDER: tree}
 
     def training_batch(self, config: Config, batch: SequenceBatch, samples: Sequence[int], step: int) -> SequenceBatch:
-        """With GENERIC in place of the addresses of some sequences, as `model.bank.generic` says. The draw follows from
-        `data.seed` and the global number of the sequence, or of the step, so it is the same on every mesh."""
+        """The batch with the addresses of some sequences replaced by GENERIC, as `model.bank.generic` says. The draw
+        depends only on `data.seed` and the global number of the sequence or of the step: it is equal on every mesh."""
         bank = config.model.bank
         assert bank is not None
         if not bank.generic.probability:
@@ -92,8 +92,8 @@ class BankTraining(MemoryKind):
         return StageBank(parts)
 
     def origin(self, config: Config, stored: Commit | None, folder: Path | None, weights_only: bool) -> dict[str, Any]:
-        """`seed`: what the first blocks were drawn from. `start`: the checkpoint whose blocks, and no state of theirs,
-        the run began with; missing where the bank was new."""
+        """`seed`: seed of the initial blocks. `start`: the checkpoint whose blocks, without their optimizer state, the
+        run began with; missing if the bank was new."""
         if stored is None or stored.config["model"].get(self.name) is None:
             return {"seed": config.train.init_seed}
         known = stored.progress.memories.get(self.name, {})
@@ -109,7 +109,7 @@ class BankTraining(MemoryKind):
         check_held(folder, parse_config(commit.config), config, own_run)
 
     def compared(self, section: dict[str, Any]) -> dict[str, Any]:
-        """Whether there are generic blocks decides about rows; how often they are trained does not."""
+        """Whether there are generic blocks changes the rows; how often they are trained does not."""
         generic = {**section["generic"], "probability": "above 0" if section["generic"]["probability"] > 0 else 0}
         return {**section, "generic": generic}
 
@@ -136,7 +136,7 @@ class BankTraining(MemoryKind):
 
 
 class StageBank(StageMemory):
-    """The layers of a stage that have blocks."""
+    """The bank on a stage: its layers that have blocks."""
 
     kind = BankKind.name
 
@@ -192,9 +192,9 @@ class BankTable:
     """The table of a level.
 
     Args:
-        layout: of this stage's layers, of which at least one has blocks.
+        layout: layout of this stage's layers; at least one layer has blocks.
         norm_group: the ranks of all stages that have blocks, over which the norm of a level's gradient is summed; None
-            where these are the stage's own.
+            if these are only the ranks of this stage.
     """
 
     section = BankKind.name
@@ -227,27 +227,27 @@ class BankTable:
         )
 
     def pieces(self, table: Table) -> dict[str, dict[str, Pieces]]:
-        """By layer: columns of the rows and of their moments. What a row has one number of is the same for all layers,
-        and stands with each."""
+        """By layer: columns of the rows and of their moments. All layers share an array with one number per row; each
+        layer gets it whole."""
         width, arrays = self.layout.block_values(self.level), table.arrays()
-        found = {}
+        by_layer = {}
         for place, layer in enumerate(self.layout.layers):
             columns = {name: slice(place * width, (place + 1) * width) for name, wide in arrays.items() if wide > 1}
-            found[layer_bank_name(layer, self.level)] = table.pieces(columns)
-        return found
+            by_layer[layer_bank_name(layer, self.level)] = table.pieces(columns)
+        return by_layer
 
 
 def stage_table_name(layout: BankLayout, level: int) -> str:
-    """Name of a stage's table of a level, different for all stages.
+    """Name of a stage's table of a level; every stage has another name.
 
     Args:
-        layout: of this stage's layers.
+        layout: layout of this stage's layers.
     """
     return f"{bank_table_name(level)}.layers-{layout.layers[0]}-{layout.layers[-1]}"
 
 
 def tree_folder(config: Config) -> Path:
-    """The tree whose leaves address the bank of a run that has one."""
+    """Folder of the tree whose leaves address the bank of a run that has a bank."""
     assert config.data.addresses is not None
     return Path(config.data.addresses.tree).expanduser()
 
@@ -269,7 +269,8 @@ def _addressed(batch: SequenceBatch, address: int) -> SequenceBatch:
 
 
 def _fetched_rows(config: Config, layout: BankLayout, level: int) -> int:
-    """Rows of a level that text can fetch: all, or those above and below the chosen subtrees, and the generic ones."""
+    """Number of rows of a level that text can fetch: all rows, or the generic row and the rows of the chosen subtrees
+    and of the clusters above them."""
     addresses = config.data.addresses
     if addresses is None or addresses.subtrees is None:
         return layout.rows(level)

@@ -1,5 +1,5 @@
-"""What the tables of a memory bank did in a step, over all ranks: two small all-reduces, and in sampled steps two more,
-of a number for each leaf and two for each row."""
+"""Figures of a bank's tables in a step, over all ranks. They take two small all-reduces; sampled steps add two more, of
+one number per leaf and of two numbers per row."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,56 +21,56 @@ _TIMES = ("stall_ms", "fetch_ms")
 
 @dataclass(frozen=True)
 class LevelBank:
-    """A level of the bank in one step."""
+    """Figures of a level of the bank in one step."""
 
     fetched_blocks: int
     """Distinct clusters whose blocks ranks asked for, summed over the data-parallel ranks."""
     conflict_blocks: int
-    """Of these, clusters that had to wait for the update of an earlier step."""
+    """Fetched clusters that had to wait for the update of an earlier step."""
     touched_blocks: int
     """Distinct clusters of the level, generic blocks included, that the global batch used."""
     touch_density: float
-    """Share of the level's clusters that they are."""
+    """Touched blocks as a share of the level's clusters."""
     bytes: int
-    """Sent between ranks for the updates finished since the last step, with the fetches that belong to them."""
+    """Bytes sent between ranks for the updates finished since the last step, and for their fetches."""
     stall_ms: float
     """Longest time that a rank waited for blocks."""
     fetch_ms: float
-    """Longest time that a rank's worker was on its way from addresses to blocks."""
+    """Longest time that a rank's worker took from addresses to blocks."""
     owner_ms: float
-    """Longest time of the optimizer, of the updates finished since the last step."""
+    """Longest time of the optimizer in the updates finished since the last step."""
     new_blocks: int
-    """Of the touched blocks, those that no step of the run had touched before."""
+    """Touched blocks that no step of the run had touched before."""
     age_mean: float
-    """Mean over the other touched blocks of the steps since the last one that touched, and so trained, them: 1 where
-    that was the step before."""
+    """Mean age of the other touched blocks: steps since the last step that touched, and so trained, them; 1 if that was
+    the step before."""
     age_max: int
-    """Their largest."""
+    """Largest age."""
     hits: dict[str, Any] | None = None
     """In sampled steps: how the tokens since the run began are spread over the level's clusters
     (`kmem.checkpoint.bank.hits.hit_figures`)."""
     write_norms: dict[str, float] | None = None
-    """In sampled steps: mean and max over the touched blocks of the 2-norm, in all layers, of what they write (`down`,
-    `b`, `values`), after the step."""
+    """In sampled steps: mean and max, over the touched blocks, of the 2-norm of the parts that write (`down`, `b`,
+    `values`) in all layers, after the step."""
 
 
 class BankLedger:
-    """Collects what the tables of all stages do. Every rank of the world builds one.
+    """Collects figures of the tables of all stages. Every rank of the world builds one.
 
     Args:
-        tables: of this stage, by level; none where its layers have no blocks.
+        tables: level -> table of this stage; none if its layers have no blocks.
         whole: layout of the model.
         stage: layout of this stage's layers.
     """
 
     def __init__(self, tables: Mapping[int, Table], whole: BankLayout, stage: BankLayout, mesh: Mesh) -> None:
         self.tables, self.layout, self.stage = dict(tables), whole, stage
-        # Every stage uses the same clusters: one of them counts.
+        # All stages use the same clusters, so only one stage counts them.
         self.counted = bool(stage.layers) and stage.layers[0] == whole.layers[0]
         self.usage = BankUsage(whole, self.tables if self.counted else {}, self.counted and mesh.data_rank == 0)
 
     def close_step(self, step: BegunStep, sampled: bool) -> dict[int, LevelBank]:
-        """Sum a step over all ranks, by level; collective over the world, which agrees on `sampled`."""
+        """Level -> figures of a step over all ranks. Collective over the world; all ranks pass the same `sampled`."""
         levels = self.layout.levels
         sums = torch.zeros(len(levels), len(_COUNTS) + 3, dtype=torch.float64)
         times = torch.zeros(len(levels), len(_TIMES) + 2, dtype=torch.float64)
@@ -93,10 +93,10 @@ class BankLedger:
         dist.all_reduce(times, op=dist.ReduceOp.MAX)
         hits = self.usage.whole_hits() if sampled else None
         norms = self._write_norms(step) if sampled else {}
-        found = {}
+        figures = {}
         for level, numbers, (stall, fetch, owner, oldest) in zip(levels, sums.tolist(), times.tolist(), strict=True):
             fetched, conflict, touched, new, total, sent = (int(number) for number in numbers)
-            found[level] = LevelBank(
+            figures[level] = LevelBank(
                 fetched_blocks=fetched,
                 conflict_blocks=conflict,
                 touched_blocks=touched,
@@ -111,10 +111,10 @@ class BankLedger:
                 hits=None if hits is None else hit_figures(self.layout, hits, level),
                 write_norms=norms.get(level),
             )
-        return found
+        return figures
 
     def _write_norms(self, step: BegunStep) -> dict[int, dict[str, float]]:
-        """By level, of the blocks that the step touched: to pass over all of a bank would cost a read of it."""
+        """Level -> write norms of the blocks that the step touched. All blocks would cost a read of the whole bank."""
         levels = self.layout.levels
         squares = {level: torch.zeros(2, self.layout.rows(level), dtype=torch.float64) for level in levels}
         for level, table in self.tables.items():
@@ -124,10 +124,10 @@ class BankLedger:
             squares[level][1, rows] = float(self.counted)
         whole = torch.cat([squares[level] for level in levels], dim=1).to(local_device())
         dist.all_reduce(whole)
-        found = {}
+        figures = {}
         parts = whole.cpu().split([self.layout.rows(level) for level in levels], dim=1)
         for level, part in zip(levels, parts, strict=True):
             norms = part[0, part[1] > 0].sqrt()
             if len(norms):
-                found[level] = {"mean": float(norms.mean()), "max": float(norms.max())}
-        return found
+                figures[level] = {"mean": float(norms.mean()), "max": float(norms.max())}
+        return figures

@@ -1,8 +1,8 @@
-"""Which blocks of a memory bank the micro-batches of a step use.
+"""Which blocks of a bank the micro-batches of a step use.
 
-Addresses are leaves of the tree, one per token; a step's tables hand out each distinct row once, and a micro-batch uses
-some of these rows. All of it follows from the addresses, is the same for all layers of a stage, and is made on the
-host: grouping on a device waits for results.
+Addresses are leaves of the tree, one per token. A step's tables hand out each distinct row once, and a micro-batch uses
+some of these rows. The plan depends only on the addresses and is the same for all layers of a stage. It is made on the
+host, because grouping on a device waits for results.
 """
 
 from collections.abc import Sequence
@@ -22,30 +22,30 @@ class BlockGroups(NamedTuple):
     """The tokens of a micro-batch by the blocks that they use."""
 
     groups: tuple[TokenGroups, ...]
-    """Blocks are numbered as in the index of the step's plan; empty where no token has any."""
+    """Blocks are numbered as in the index of the step's plan; empty if no token has blocks."""
 
     def to(self, device: torch.device) -> "BlockGroups":
         return BlockGroups(tuple(group.to(device) for group in self.groups))
 
 
 def addresses_of(batch: SequenceBatch) -> Tensor:
-    """Addresses of a batch, int64 [n, T], or [n] where every sequence has one only."""
+    """Addresses of a batch, int64 [n, T], or [n] if every sequence has only one address."""
     addresses = batch.addresses
-    assert addresses is not None, "a model with a memory bank needs batches with addresses"
+    assert addresses is not None, "a model with a bank needs batches with addresses"
     return addresses[:, 0] if bool((addresses == addresses[:, :1]).all()) else addresses
 
 
 def rows_of(layout: BankLayout, addresses: Tensor, level: int) -> Tensor:
-    """Rows of a level's table for addresses of any shape, which are leaves, MISSING or GENERIC; MISSING for none."""
+    """Rows of a level's table for addresses of any shape: leaves, MISSING or GENERIC. MISSING where there is no row."""
     generic = addresses == GENERIC
     return layout.row_ids(addresses.masked_fill(generic, MISSING), generic, levels=[level])[level]
 
 
 def plan_blocks(layout: BankLayout, batches: Sequence[SequenceBatch]) -> tuple[dict[int, StepPlan], list[BlockGroups]]:
-    """What the micro-batches of a step look up.
+    """Plan the look-ups of the micro-batches of a step.
 
     Returns:
-        Level -> the distinct rows of the level's table, and which of them each micro-batch uses, ascending; and for
+        Level -> the distinct rows of the level's table, ascending, and the ones that each micro-batch uses; and for
         each micro-batch its tokens by their blocks.
     """
     used: list[dict[int, Tensor]] = []

@@ -1,7 +1,7 @@
-"""How often the clusters of a memory bank have been used since the run began, and how long ago they were last trained.
+"""How often the clusters of a bank have been used since the run began, and how long ago they were last trained.
 
-The ranks of the first stage that has blocks count: tokens, by leaf, of the batches that each reads, and the last steps
-of the rows that each owns. Both are saved with a checkpoint and are the same on every mesh.
+The ranks of the first stage with blocks count. Each counts the tokens per leaf of the batches that it reads, and notes
+the last step of every row that it owns. Checkpoints hold both; they are the same on every mesh.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,23 +23,23 @@ class BankUsage:
     """The counts of one rank.
 
     Args:
-        layout: of the model.
-        tables: of this rank's stage by level; none where it does not count.
-        first: whether this is the rank that saves what all have counted together.
+        layout: layout of the model.
+        tables: level -> table of this rank's stage; none if the stage does not count.
+        first: whether this rank saves the sum of all counts.
     """
 
     def __init__(self, layout: BankLayout, tables: Mapping[int, Table], first: bool) -> None:
         self.layout, self.first = layout, first
         self.hits = torch.zeros(layout.clusters(len(layout.ranks)) + 1, dtype=torch.int64)
-        """Tokens of this rank by leaf; the last are those of generic blocks. Those without blocks and padding are left
-        out."""
+        """Tokens of this rank by leaf, and last the tokens of generic blocks. Tokens without blocks and padding do not
+        count."""
         self.steps = torch.zeros(1, dtype=torch.int64)
         self.tables = dict(tables)
         self.last = {level: torch.zeros(len(table.local), dtype=torch.int32) for level, table in tables.items()}
-        """Level -> last step that used each row of this rank, 0 for none."""
+        """Level -> last step that used each row of this rank; 0: none."""
 
     def count(self, batches: Sequence[SequenceBatch]) -> None:
-        """A step has been trained on these micro-batches."""
+        """Count a step that was trained on these micro-batches."""
         self.steps += 1
         if not self.tables:
             return
@@ -51,22 +51,22 @@ class BankUsage:
             self.hits.index_add_(0, leaves[leaves >= 0], tokens[leaves >= 0])
 
     def ages(self, level: int, rows: Tensor) -> Tensor:
-        """Steps since each of these rows of this rank was used before this step, int64; 0 for the first time. After it
-        they have been used in this step."""
+        """Steps since the previous use of these rows of this rank, int64; 0 on the first use. Marks the rows as used in
+        this step."""
         last = self.last[level]
-        found = torch.where(last[rows] > 0, self.steps - last[rows], 0)
+        ages = torch.where(last[rows] > 0, self.steps - last[rows], 0)
         last[rows] = int(self.steps)
-        return found
+        return ages
 
     def whole_hits(self) -> Tensor:
-        """`hits` of all ranks, int64 on the host; collective over the world."""
+        """Sum of `hits` over all ranks, int64 on the host; collective over the world."""
         total = self.hits.to(local_device(), copy=True)
         dist.all_reduce(total)
         return total.cpu()
 
     def state(self, saving: bool) -> dict[str, Pieces]:
-        """What this rank saves, or loads into in place. Collective over the world when saving: one rank has the counts
-        of all from then on."""
+        """The pieces that this rank saves, or loads into in place. Collective over the world when saving: from then on
+        one rank has the counts of all."""
         if saving:
             total = self.whole_hits()
             self.hits.copy_(total if self.first else torch.zeros_like(total))
@@ -79,12 +79,12 @@ class BankUsage:
 
 
 def written_columns(layout: BankLayout, level: int) -> list[slice]:
-    """Columns of a level's rows that hold what blocks write (down, b, values): the parts that start as zeros."""
-    found, start = [], 0
+    """Columns of a level's rows with the parts that write (down, b, values); these parts start as zeros."""
+    columns, start = [], 0
     for _ in layout.layers:
         for part in layout.parts:
             stop = start + layout.ranks[level - 1] * part.width
             if part.start == "zero":
-                found.append(slice(start, stop))
+                columns.append(slice(start, stop))
             start = stop
-    return found
+    return columns

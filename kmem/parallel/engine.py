@@ -1,8 +1,8 @@
-"""DeepSpeed's pipeline engine, taught which micro-batch it is in and how to clip on every mesh.
+"""DeepSpeed's pipeline engine, which here knows the running micro-batch and clips correctly on every mesh.
 
 The subclass has no constructor: an engine built by `deepspeed.initialize` is given this class, which keeps the coupling
-to one DeepSpeed version small. `_exec_schedule` finds its functions in a class attribute, so overriding a method means
-replacing its entry there too.
+to one DeepSpeed version small. `_exec_schedule` takes its functions from a class attribute, so overriding a method
+means replacing its entry there too.
 """
 
 import functools
@@ -22,7 +22,7 @@ from kmem.parallel.step_context import StepContext
 
 
 class NonFiniteStepError(RuntimeError):
-    """Loss or gradients of a step are not finite. Raised on all ranks alike, before any weight has changed."""
+    """The loss or the gradients of a step are not finite. Raised on all ranks alike, before any weight has changed."""
 
 
 PHASES = {
@@ -37,7 +37,7 @@ PHASES = {
     schedule.ReduceGrads: "reduce",
     schedule.OptimizerStep: "optimizer",
 }
-"""Instruction of DeepSpeed's schedule -> phase under which its time is counted."""
+"""Instruction of DeepSpeed's schedule -> phase that its time counts towards."""
 assert PHASES.keys() == PipelineEngine._INSTRUCTION_MAP.keys(), "this DeepSpeed has other pipeline instructions"
 
 
@@ -45,7 +45,7 @@ def _nothing() -> None: ...
 
 
 def _timed(phase: str, function: Callable[..., None]) -> Callable[..., None]:
-    """The instruction's function, its host time added to a phase of the engine, under whose name a profile shows it."""
+    """Wrap an instruction's function: its host time is added to a phase of the engine, and profiles show the phase."""
 
     @functools.wraps(function)
     def run(engine: "StepEngine", *arguments: Any, **keywords: Any) -> None:
@@ -58,8 +58,8 @@ def _timed(phase: str, function: Callable[..., None]) -> Callable[..., None]:
 
 
 class StepEngine(PipelineEngine):
-    """Numbers the micro-batches of a schedule and guards the optimizer step. Where only a memory bank is trained there
-    is no such step: nothing is reduced, and no weight is written."""
+    """Numbers the micro-batches of a schedule and guards the optimizer step. If only a bank is trained, this step
+    reduces nothing and writes no weight."""
 
     context: StepContext
     gradient_norm: GradientNorm
@@ -67,7 +67,7 @@ class StepEngine(PipelineEngine):
     grad_norm: float
     """Global 2-norm of the last step's gradients before clipping."""
     phase_seconds: dict[str, float]
-    """Host seconds of the last schedule by phase; on a GPU kernels run on while the host goes ahead."""
+    """Host seconds of the last schedule by phase; on a GPU the host runs ahead of the kernels."""
 
     @classmethod
     def adopt(
@@ -89,11 +89,11 @@ class StepEngine(PipelineEngine):
         return engine
 
     def train_step(self, inputs: Iterator[Any], before_optimizer_step: Callable[[], None]) -> float:
-        """The mean loss of one step.
+        """Train one step; returns its mean loss.
 
         Args:
-            inputs: of the first and last stage, a micro-batch at a time.
-            before_optimizer_step: called when all ranks have found the step finite, before any weight changes.
+            inputs: inputs of the first and last stage, one per micro-batch.
+            before_optimizer_step: called once the step is known to be finite on all ranks, before any weight changes.
 
         Raises:
             NonFiniteStepError: on all ranks.
@@ -115,7 +115,7 @@ class StepEngine(PipelineEngine):
             self.context.current, self.context.recording = None, False
 
     def _exec_forward_pass(self, buffer_id):
-        # Buffers are reused within a schedule, so the map is overwritten exactly when the slot is.
+        # Buffers are reused within a schedule: an entry of the map is overwritten exactly when its buffer is.
         self.context.current = self._micro_of_buffer[buffer_id] = self._next_forward
         self._next_forward += 1
         super()._exec_forward_pass(buffer_id)
@@ -144,10 +144,10 @@ class StepEngine(PipelineEngine):
             super()._exec_optimizer_step(lr_kwargs)
 
     def _guard_and_clip(self) -> None:
-        """One all-reduce decides for all ranks: stop before anything is written, or scale and go on.
+        """One all-reduce decides for all ranks: stop before anything is written, or scale and continue.
 
-        DeepSpeed's own clipping is switched off: in fp32 without ZeRO it counts the gradients of the first stage only
-        and averages the norms of expert slices, and with ZeRO it reduces group by group, which hangs when stages have
+        DeepSpeed's own clipping is switched off. In fp32 without ZeRO it counts only the gradients of the first stage
+        and averages the norms of expert slices. With ZeRO it reduces group by group, which hangs when stages have
         different groups.
         """
         loss_ok = self.total_loss is None or bool(torch.isfinite(self.total_loss))
@@ -155,7 +155,7 @@ class StepEngine(PipelineEngine):
         squares, bad_losses, bad_rows = self.gradient_norm.reduce([float(flag) for flag in flags])
         self.grad_norm = squares**0.5
         if bad_losses or bad_rows or not torch.isfinite(torch.tensor(self.grad_norm)):
-            what = "loss" if bad_losses else "gradient of memory rows" if bad_rows else "gradient norm"
+            what = "loss" if bad_losses else "gradient of table rows" if bad_rows else "gradient norm"
             raise NonFiniteStepError(f"the {what} is not finite (gradient norm {self.grad_norm})")
         if self.clip_norm is not None and self.grad_norm > self.clip_norm:
             self.gradient_norm.scale(self.clip_norm / (self.grad_norm + 1e-6))
@@ -175,10 +175,10 @@ StepEngine._INSTRUCTION_MAP = {
 
 
 class UnclippedBF16Optimizer(BF16_Optimizer):
-    """DeepSpeed's bf16 optimizer without its own norm: the engine has computed it and has clipped already.
+    """DeepSpeed's bf16 optimizer without its own norm: the engine has already computed the norm and clipped.
 
-    The norm of the base class runs collectives per expert group over the pipeline, which hangs when one stage has no
-    experts.
+    The base class computes its norm with collectives per expert group over the pipeline, which hangs when one stage has
+    no experts.
     """
 
     @torch.no_grad()

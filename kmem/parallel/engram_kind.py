@@ -1,4 +1,4 @@
-"""Engram in training: a table per layer, whose rows follow from the token ids of a step."""
+"""Engram in training: one table per layer. The token ids of a step determine the rows that it reads."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class EngramTraining(MemoryKind):
-    """Rows of n-grams, fetched ahead of the step that reads them."""
+    """Rows of n-grams are fetched ahead of the step that reads them."""
 
     model = EngramKind()
     restarts_backbone_optimizer = True
@@ -53,7 +53,7 @@ class EngramTraining(MemoryKind):
         assert config.model.engram is not None
         if config.model.engram.init_std:
             raise CheckpointError(
-                f"model.engram.init_std: {config.model.engram.init_std}, and {folder} has no engram; set it to 0, so "
+                f"model.engram.init_std: {config.model.engram.init_std}, but {folder} has no engram; set it to 0, so "
                 "that the added rows change nothing at first"
             )
 

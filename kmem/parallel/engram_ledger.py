@@ -1,4 +1,4 @@
-"""What the memory layers of a step did, over all ranks: two small all-reduces, and two more in sampled steps."""
+"""Figures of the engram layers in a step, over all ranks: two small all-reduces, and two more in sampled steps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,53 +19,53 @@ from kmem.tables.table import Table
 _COUNTS = ("addresses", "unique_rows", "conflict_rows", "owned_rows")
 _TIMES = ("stall_ms", "fetch_ms")
 NORM_SAMPLE = 2048
-"""Rows whose norms are looked at, evenly spaced over a table."""
+"""Number of rows whose norms are sampled, evenly spaced over a table."""
 
 
 @dataclass(frozen=True)
 class LayerEngram:
-    """One layer's memory in one step."""
+    """Figures of one layer's engram in one step."""
 
     addresses: int
     """Rows looked up by all tokens of the global batch."""
     unique_rows: int
     """Distinct rows that ranks asked for, summed over ranks."""
     conflict_rows: int
-    """Of these, rows that had to wait for the update of an earlier step."""
+    """Requested rows that had to wait for the update of an earlier step."""
     touched_rows: int
     """Distinct rows of the table that the global batch looked up."""
     touch_density: float
-    """Share of the table's rows that they are."""
+    """Touched rows as a share of the table's rows."""
     bytes: int
-    """Sent between ranks for the updates finished since the last step, with the fetches that belong to them."""
+    """Bytes sent between ranks for the updates finished since the last step, and for their fetches."""
     stall_ms: float
     """Longest time that a rank waited for rows."""
     fetch_ms: float
-    """Longest time that a rank's worker was on its way from ids to rows."""
+    """Longest time that a rank's worker took from ids to rows."""
     owner_ms: float
-    """Longest time of a row optimizer, of the updates finished since the last step."""
+    """Longest time of a row optimizer in the updates finished since the last step."""
     gate_mean: list[float]
-    """By branch, over the step's tokens."""
+    """Mean gate by branch, over the step's tokens."""
     gate_histogram: list[list[int]]
-    """By branch, tokens in equal parts of 0..1."""
+    """By branch: number of tokens in equal bins of 0..1."""
     value_norm: float
     """Mean RMS of the values that the gates let through."""
     collision_rate: list[float] | None = None
-    """By head, share of a rank's distinct n-grams that share their row with another one; in sampled steps."""
+    """By head: share of a rank's distinct n-grams that share their row with another n-gram; in sampled steps."""
     row_norms: dict[str, float] | None = None
     """Percentiles of row norms; in sampled steps."""
 
     @property
     def dedup_ratio(self) -> float:
-        """Addresses per row that was asked for."""
+        """Addresses per requested row."""
         return self.addresses / max(1, self.unique_rows)
 
 
 class EngramLedger:
-    """Collects what the memory layers of this stage do.
+    """Collects figures of the engram layers of this stage.
 
     Args:
-        modules: of this stage, by layer.
+        modules: layer -> engram module of this stage.
     """
 
     def __init__(
@@ -103,7 +103,8 @@ class EngramLedger:
         return record
 
     def close_step(self, step: BegunStep, sampled: bool) -> dict[int, LayerEngram]:
-        """Sum the step over all ranks and start the next one; collective over the world, which agrees on `sampled`."""
+        """Sum the step over all ranks and start the next one. Collective over the world; all ranks pass the same
+        `sampled`."""
         sums = torch.zeros(len(self.layers), len(_COUNTS) + 1, dtype=torch.float64)
         times = torch.zeros(len(self.layers), len(_TIMES) + 1, dtype=torch.float64)
         for layer, table in self.tables.items():
@@ -155,7 +156,7 @@ class EngramLedger:
         )
 
     def _collisions(self, batches: list[SequenceBatch]) -> list[list[float] | None]:
-        """By table and head, over the ranks' own n-grams."""
+        """Collision rates by table and head, over the n-grams of each rank."""
         addresses = self.addresses
         addressing = addresses.addressing
         counts = torch.zeros(len(self.layers), addressing.total_heads, 2, dtype=torch.float64)
@@ -175,7 +176,7 @@ class EngramLedger:
         return (counts[..., 1] / counts[..., 0].clamp_min(1)).tolist()
 
     def _norms(self) -> list[dict[str, float] | None]:
-        """By table, percentiles of the norms of a sample of rows."""
+        """By table: percentiles of the norms of a sample of rows."""
         norms = torch.zeros(len(self.layers), NORM_SAMPLE, dtype=torch.float64)
         for layer, table in self.tables.items():
             norms[self.layers.index(layer)] = table.row_norms(NORM_SAMPLE)

@@ -1,6 +1,6 @@
-"""The global gradient norm, right on every mesh: each element of the model is counted once.
+"""The global gradient norm, correct on every mesh: each element of the model counts once.
 
-Where gradients lie depends on the optimizer DeepSpeed chose: on the parameters (fp32, ZeRO-0), in this rank's
+Where gradients lie depends on the optimizer that DeepSpeed chose: on the parameters (fp32, ZeRO-0), in this rank's
 partitions (fp32, ZeRO-1), or in flat fp32 buffers (bf16).
 """
 
@@ -33,19 +33,19 @@ class GradientNorm:
         """Sum of squares over the whole model, then the sums of `extra`, over all ranks, in one fp64 all-reduce."""
         norms = [torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in self._counted()]
         total = torch.tensor([0.0, *extra], dtype=torch.float64, device=local_device())
-        if norms:  # a rank may hold copies only
+        if norms:  # a rank may hold only copies
             total[0] = torch.stack(norms).double().square().sum()
         dist.all_reduce(total)
         return total.tolist()
 
     def scale(self, factor: float) -> None:
-        """Multiply every gradient this rank will step with."""
+        """Multiply every gradient that this rank's optimizer step will use."""
         pieces = list(self._local())
         if pieces:
             torch._foreach_mul_(pieces, factor)
 
     def _counted(self) -> Iterator[Tensor]:
-        """Pieces that this rank alone accounts for."""
+        """Gradients that this rank counts, and no other."""
         optimizer = self.optimizer
         if isinstance(optimizer, DeepSpeedZeroOptimizer):
             for group, params in enumerate(optimizer.params_in_partition):

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _GRACE_SECONDS = 10.0
-"""How long ranks may take to end after another one failed."""
+"""How long ranks may take to end after another rank failed."""
 
 
 def launch_local(arguments: Sequence[str], ranks: int) -> int:
-    """Run `python -m kmem.cli ARGUMENTS` once per rank and wait; returns the exit code to leave with.
+    """Run `python -m kmem.cli ARGUMENTS` once per rank and wait; returns the exit code for this process.
 
-    A signal is passed on once to every rank, which finish their step and save. If a rank fails, the others are ended
-    and its exit code is returned.
+    Every rank receives a signal once, finishes its step and saves. If a rank fails, the others are ended and its exit
+    code is returned.
     """
     port = free_port() if ranks > 1 else 0
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
@@ -43,7 +43,7 @@ def launch_local(arguments: Sequence[str], ranks: int) -> int:
 
 
 def free_port() -> int:
-    """A port for rank 0 to listen on: below those that systems give away, so that no other process gets it first."""
+    """A port for rank 0 to listen on, below the ports that systems hand out, so that no other process takes it."""
     while True:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", random.SystemRandom().randrange(20_000, 32_000)))
@@ -64,7 +64,7 @@ def _start(arguments: Sequence[str], rank: int, ranks: int, port: int, threads: 
     return subprocess.Popen(
         [sys.executable, "-m", "kmem.cli", *arguments],
         env=environment,
-        start_new_session=True,  # Ctrl-C then reaches the ranks through this process only, and once
+        start_new_session=True,  # Ctrl-C then reaches the ranks only through this process, and once
         preexec_fn=_stop_with_parent,
     )
 
@@ -93,7 +93,7 @@ def _wait(processes: list[subprocess.Popen]) -> int:
 
 
 def _end(processes: list[subprocess.Popen], grace: float) -> None:
-    """Give those that still run some seconds to report for themselves, then end them."""
+    """Give processes that still run `grace` seconds to report their own errors, then end them."""
     deadline = time.monotonic() + grace
     while time.monotonic() < deadline and any(process.poll() is None for process in processes):
         time.sleep(0.1)

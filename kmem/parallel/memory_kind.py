@@ -1,8 +1,8 @@
 """The training half of a kind of memory: its tables on a stage, what its layers read, what is logged and saved.
 
-The model half (`kmem.model.memory_kind.ModelKind`) says what the memory computes and which tables it has. `KINDS` in
-`memory_kinds.py` joins the halves by the kind's name, which is that of its sections in the configuration:
-`model.NAME` is the memory, and the top-level section `NAME` says how its tables are kept.
+The model half (`kmem.model.memory_kind.ModelKind`) defines what the memory computes and which tables it has. `KINDS` in
+`memory_kinds.py` joins the halves by the kind's name. The sections of the configuration have the same name:
+`model.NAME` describes the memory, the top-level section `NAME` its tables.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,19 +29,19 @@ if TYPE_CHECKING:
 
 
 class StageTable(Protocol):
-    """A table of a stage: what it is, and where its rows lie in checkpoints."""
+    """A table of a stage: its specification, and where its rows lie in checkpoints."""
 
     section: str
-    """Name of its section of the configuration."""
+    """Name of its section in the configuration."""
     settings: TableConfig
-    """How it is kept."""
+    """That section: how the table is kept."""
     optimizer: RowOptimizerConfig | None
-    """Of its rows; None where they are frozen."""
+    """Optimizer of its rows; None if they are frozen."""
     norm_group: dist.ProcessGroup | None
-    """Ranks over which the norm of a gradient that is clipped is summed; None: the ranks of the stage."""
+    """Ranks over which the gradient norm is summed for clipping; None: the ranks of the stage."""
 
     def spec(self, config: Config) -> TableSpec:
-        """The table."""
+        """The specification of the table."""
 
     def pieces(self, table: Table) -> dict[str, dict[str, Pieces]]:
         """Canonical name -> array (`rows`, its optimizer's state, `step`) -> this rank's part of it."""
@@ -49,27 +49,27 @@ class StageTable(Protocol):
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a kind looks up in a step on this rank. The worker makes it, once."""
+    """The look-ups of one kind in a step on this rank. The worker makes the plan, once."""
 
     tables: Mapping[str, StepPlan]
-    """Table -> its rows and, for each micro-batch, the look-ups."""
+    """Table -> its rows, and the look-ups of each micro-batch."""
     beside: Sequence[Any] = ()
-    """For each micro-batch, what layers need besides rows: an object with `to(device)`."""
+    """For each micro-batch, the data that layers need besides rows: an object with `to(device)`."""
 
 
 @dataclass
 class BegunStep:
-    """The micro-batches of a step on this rank, whose rows are on their way."""
+    """The micro-batches of a step on this rank, whose rows are being fetched."""
 
     micro_batches: list[SequenceBatch]
     plans: dict[str, "PlanOnce"] = field(default_factory=dict)
-    """By kind."""
+    """Kind -> its plan."""
     tickets: dict[str, Ticket] = field(default_factory=dict)
-    """By table of this stage."""
+    """Table of this stage -> its ticket."""
 
 
 class PlanOnce:
-    """The plan of one kind for one step, made by the thread that asks first: the worker."""
+    """The plan of one kind for one step. The thread that asks first makes it: the worker."""
 
     def __init__(self, memory: "StageMemory", micro_batches: Sequence[SequenceBatch], control: str | None = None):
         self._arguments = memory, micro_batches, control
@@ -84,7 +84,7 @@ class PlanOnce:
 
 @dataclass(frozen=True)
 class StageParts:
-    """What a kind needs to know of this rank's stage."""
+    """The parts of this rank's stage that a kind needs."""
 
     config: Config
     shape: Shape
@@ -95,36 +95,39 @@ class StageParts:
 
 
 class StageMemory:
-    """One kind of memory on this rank's stage, which may have none of its layers."""
+    """One kind of memory on this rank's stage. The stage may have no layers with this memory."""
 
     kind: str
     tables: Sequence[StageTable] = ()
     layers: Sequence[int] = ()
-    """Of this stage."""
+    """Layers of this stage that have the memory."""
 
     def start(self, tables: Mapping[str, Table]) -> None:
-        """The tables of the stage, by name, are allocated."""
+        """Called once the stage's tables, here by name, are allocated."""
 
     def plan(self, micro_batches: Sequence[SequenceBatch], control: str | None = None) -> MemoryPlan:
-        """What the tables look up for these micro-batches, on the host. Called by the worker.
+        """Plan the look-ups of these micro-batches, on the host. Called by the worker.
 
         Args:
-            control: one of the kind's controls, other than "off"; default: what training reads.
+            control: one of the kind's controls, other than "off"; default: as in training.
         """
         raise NotImplementedError
 
     def read(self, layer: int, context: "StepContext") -> Any:
-        """What a layer of this stage reads for the running micro-batch: the `read` of its `MemoryModule`."""
+        """The input of a layer's memory for the running micro-batch: the `read` argument of its `MemoryModule`."""
         raise NotImplementedError
 
     def close_step(self, step: BegunStep, sampled: bool) -> dict[str, dict[str, Any]]:
-        """Figures of a step over all ranks, by layer or level, as plain data. Collective over the world, which agrees
-        on `sampled`: whether to collect also what is too costly for every step."""
+        """Figures of a step over all ranks, by layer or level, as plain data. Collective over the world.
+
+        Args:
+            sampled: also collect figures that are too costly for every step. The same on all ranks.
+        """
         raise NotImplementedError
 
     def state(self, saving: bool) -> dict[str, Pieces]:
-        """What checkpoints hold besides rows and the state of their optimizer: this rank's part, to be saved or to be
-        loaded into. Collective over the world when saving."""
+        """State in checkpoints besides rows and their optimizer state: this rank's pieces, to save or to load into.
+        Collective over the world when saving."""
         return {}
 
 
@@ -140,14 +143,14 @@ class MemoryKind:
 
     @property
     def training_controls(self) -> tuple[str, ...]:
-        """Controls that a held-out evaluation can give while training."""
+        """Controls that a held-out evaluation can use during training."""
         return self.model.controls
 
     # Before a run starts
 
     def prepare(self, config: Config, tokenizer: Path) -> Any:
-        """What the kind needs beyond the configuration, such as the addresses of a vocabulary. Every rank makes its own
-        and gets the same.
+        """Prepare what the kind needs beyond the configuration, such as the addresses of a vocabulary. Every rank makes
+        its own copy, and all are equal.
 
         Raises:
             UserError: names the field and the remedy.
@@ -155,58 +158,58 @@ class MemoryKind:
         return None
 
     def manifest(self, prepared: Any) -> dict[str, Any] | None:
-        """What decides which text reads which row. Checkpoints hold it; without it rows mean nothing."""
+        """What maps text to rows. Checkpoints hold it, because rows are meaningless without it."""
         return None
 
     def copied_folders(self, config: Config, run: Path) -> dict[str, Path]:
-        """Name in the run folder -> the folder that is copied there when the run starts, where the copy is not there
-        already. Exports find it in the run folder."""
+        """Name in the run folder -> folder to copy there when the run starts, unless the copy exists. Exports read
+        these copies."""
         return {}
 
     def training_batch(self, config: Config, batch: SequenceBatch, samples: Sequence[int], step: int) -> SequenceBatch:
-        """A training batch as this kind reads it, a function of the configuration and these numbers alone.
+        """A training batch as this kind reads it. It depends only on the configuration and these arguments.
 
         Args:
             samples: global numbers of the batch's sequences.
-            step: optimizer steps done.
+            step: number of optimizer steps done before it.
         """
         return batch
 
     # On a stage
 
     def stage(self, parts: StageParts, prepared: Any) -> StageMemory:
-        """The memory on this rank's stage. Collective over the world, also of stages without its layers."""
+        """The memory on this rank's stage. Collective over the world, including stages without its layers."""
         raise NotImplementedError
 
     def settings(self, config: Config) -> TableConfig:
-        """How its tables are kept: the top-level section of its name."""
+        """How its tables are kept: the top-level section with its name."""
         return getattr(config, self.name)
 
     def optimizer(self, config: Config) -> RowOptimizerConfig | None:
-        """Of its rows; None where they are frozen with the rest of the model."""
+        """The optimizer of its rows; None if they are frozen with the rest of the model."""
         return self.settings(config).optimizer
 
-    # Checkpoints; `kmem.train.load_plan` has what follows from these
+    # Checkpoints; `kmem.train.load_plan` acts on these
 
     restarts_backbone_optimizer: bool = False
-    """Whether a model to which the memory is added trains with a new optimizer. It must where layers get parameters:
-    Adam counts the steps of all parameters together, and its corrections would make the steps of new ones too long."""
+    """Whether adding the memory to a model restarts the backbone's optimizer. It must if layers get new parameters:
+    Adam counts one step for all parameters, and its corrections would make the steps of new parameters too long."""
     draws_added_rows: bool = False
-    """Whether rows of an added memory are drawn as those of a new run are, and not left as zeros."""
+    """Whether rows of an added memory are drawn as in a new run; they stay zeros otherwise."""
 
     def check_added(self, config: Config, folder: Path) -> None:
-        """Refuse to add the memory to a checkpoint without it where that would change what the model computes.
+        """Refuse to add the memory to a checkpoint without it if that would change what the model computes.
 
         Raises:
             CheckpointError: names the field and the remedy.
         """
 
     def origin(self, config: Config, stored: Commit | None, folder: Path | None, weights_only: bool) -> dict[str, Any]:
-        """What checkpoints remember of where the run's rows come from, given the checkpoint that it begins with."""
+        """The origin of the run's rows, as checkpoints record it, given the checkpoint that the run begins with."""
         return {}
 
     def partial_tensors(self, config: Config) -> set[str]:
-        """Names of tensors of which the ranks hold a part only, which is all that checkpoints of the run have."""
+        """Names of tensors that the ranks hold only in part. Checkpoints of the run hold the same parts."""
         return set()
 
     def check_manifest(self, folder: Path, stored: dict[str, Any], prepared: Any, hint: str) -> None:
@@ -214,33 +217,33 @@ class MemoryKind:
 
         Args:
             stored: the manifest of a checkpoint.
-            hint: what to do where another model than the checkpoint's is meant.
+            hint: remedy for a user who means another model than the checkpoint's.
 
         Raises:
             CheckpointError: names every field that differs, and the remedy.
         """
 
     def check_stored(self, folder: Path, commit: Commit, config: Config, own_run: bool) -> None:
-        """Refuse a checkpoint that lacks rows of the run, or that the run's own checkpoints would lose rows of.
+        """Refuse a checkpoint that lacks rows of the run, or whose additional rows the run's checkpoints would lose.
 
         Args:
-            own_run: whether it is a checkpoint of this run, which later ones replace.
+            own_run: whether it is a checkpoint of this run, which later checkpoints replace.
 
         Raises:
             CheckpointError: names the field and the remedy.
         """
 
     def compared(self, section: dict[str, Any]) -> dict[str, Any]:
-        """The fields of `model.NAME` that a checkpoint and a run must have in common. Fields that only shape training
-        are left out later."""
+        """The fields of `model.NAME` that must be equal in a checkpoint and a run. Fields that only shape training are
+        left out later."""
         return section
 
     # Dry run
 
     def table_bytes(self, config: Config, mesh: Mesh, layers: Sequence[int]) -> list[TableBytes]:
-        """Its tables on the stage of these layers."""
+        """Costs of its tables on the stage with these layers."""
         raise NotImplementedError
 
     def activation_values(self, config: Config, layer: int) -> int:
-        """Values that a layer with this memory keeps per token for the backward pass: an estimate."""
+        """Estimate of the values per token that the memory of a layer keeps for the backward pass."""
         return 0

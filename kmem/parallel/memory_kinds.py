@@ -8,7 +8,7 @@ from kmem.model.shape import Shape
 from kmem.parallel.memory_kind import MemoryKind
 
 KINDS: dict[str, MemoryKind] = {name: import_module(f"kmem.parallel.{name}_kind").KIND for name in MODEL_KINDS}
-"""By name, in the order in which a layer calls them; `KIND` of the module `NAME_kind` beside this one."""
+"""Name -> kind, in the order in which a layer calls them. Each is `KIND` of the module `NAME_kind` in this package."""
 
 
 def kinds_of(shape: Shape) -> list[MemoryKind]:

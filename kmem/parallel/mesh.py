@@ -47,7 +47,7 @@ class Mesh:
 
     @property
     def expert_group_name(self) -> str:
-        """Name under which DeepSpeed files the expert groups."""
+        """DeepSpeed's name of the expert groups."""
         return f"ep_size_{self.expert}"
 
     @property
@@ -65,15 +65,15 @@ class Mesh:
 
 
 def environment_rank() -> tuple[int, int]:
-    """(rank, world size) as torchrun, the deepspeed launcher and `kmem train --nproc` put them into the environment."""
+    """(rank, world size) from the environment, where torchrun, deepspeed and `kmem train --nproc` put them."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join_mesh(config: Config) -> Mesh:
     """Check the mesh, then start (or join) the process group and every group that later work needs.
 
-    Groups are created on all ranks in one order, also by stages that hold no experts: `new_group` is collective over
-    the world.
+    All ranks create the groups in the same order, including stages without experts: `new_group` is collective over the
+    world.
 
     Raises:
         ConfigError: the world does not fit the configuration; raised before any process group exists.
@@ -88,7 +88,7 @@ def join_mesh(config: Config) -> Mesh:
     from deepspeed import comm, ops
     from deepspeed.utils import groups
 
-    # On a CPU it would compile C++ now, for an all-reduce that only its inference engine uses.
+    # On a CPU DeepSpeed would compile C++ now, for an all-reduce that only its inference engine uses.
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     comm.init_distributed(dist_init_required=False)  # wraps the running group for DeepSpeed
@@ -98,7 +98,7 @@ def join_mesh(config: Config) -> Mesh:
 
 
 def limit_waiting(config: Config) -> None:
-    """Give every process group `parallel.timeout_seconds`, also those DeepSpeed made with a default of its own."""
+    """Set the timeout of every process group to `parallel.timeout_seconds`, including DeepSpeed's groups."""
     from torch.distributed import distributed_c10d
 
     for group in list(distributed_c10d._world.pg_map):
@@ -115,8 +115,8 @@ def any_rank(flags: Sequence[bool]) -> list[bool]:
 
 
 def lost_peer(error: BaseException | None) -> bool:
-    """Whether an error of a collective says that another rank is gone or does not answer: gloo and NCCL have no type
-    of error for it."""
+    """Whether a collective failed because another rank is gone or does not answer. gloo and NCCL have no error type for
+    this, so the message decides."""
     signs = ("Connection closed by", "Connection reset by", "Timed out", "timed out", "timeout", "no answer within")
     return isinstance(error, RuntimeError | TimeoutError) and any(sign in str(error) for sign in signs)
 
@@ -125,14 +125,14 @@ def raise_on_all_ranks(problem: str | None, kind: type[UserError] = UserError) -
     """Raise the problem of the first rank that has one, on every rank; collective over the world."""
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
-    found = [(rank, text) for rank, text in enumerate(problems) if text is not None]
-    if found:
-        rank, text = found[0]
+    reported = [(rank, text) for rank, text in enumerate(problems) if text is not None]
+    if reported:
+        rank, text = reported[0]
         raise kind(text if rank == 0 else f"rank {rank}: {text}")
 
 
 def run_on_all_ranks(action: Callable[[], Result]) -> Result:
-    """The result of an action that every rank does for itself; if it is a UserError on any, all ranks raise one.
+    """Run an action on every rank and return this rank's result. If any rank raises a UserError, all ranks raise one.
     Collective over the world."""
     result, problem = None, None
     try:
@@ -144,7 +144,7 @@ def run_on_all_ranks(action: Callable[[], Result]) -> Result:
 
 
 def leave_mesh() -> None:
-    """Destroy the process groups, also those that DeepSpeed remembers."""
+    """Destroy the process groups, including the ones that DeepSpeed remembers."""
     if dist.is_initialized():
         from deepspeed.comm import comm
         from deepspeed.utils import groups
@@ -170,7 +170,7 @@ def local_device() -> torch.device:
 
 def _start_process_group(config: Config, rank: int, world: int) -> None:
     if world == 1 and "MASTER_PORT" not in os.environ:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # whichever is free when rank 0 listens
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any port that is free when rank 0 listens
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.setdefault("LOCAL_RANK", "0")
     device = local_device()

@@ -17,7 +17,7 @@ class BackboneOptimizer:
 
     Args:
         make: (parameter groups, settings) -> the optimizer.
-        moments: names of the state that it keeps of every parameter beside `step`: fp32 tensors of the same shape.
+        moments: names of its state for every parameter besides `step`: fp32 tensors of the parameter's shape.
     """
 
     make: Callable[[list[dict[str, Any]], OptimizerConfig], torch.optim.Optimizer]
@@ -34,18 +34,18 @@ BACKBONE_OPTIMIZERS = {"adamw": BackboneOptimizer(_adamw, ("exp_avg", "exp_avg_s
 def make_backbone_optimizer(
     named: Sequence[tuple[str, nn.Parameter]], settings: OptimizerConfig, mesh: Mesh
 ) -> torch.optim.Optimizer:
-    """The optimizer that the settings name, of parameters with their canonical names."""
+    """The optimizer that the settings name, for parameters given with their canonical names."""
     return BACKBONE_OPTIMIZERS[settings.name].make(_parameter_groups(named, settings, mesh), settings)
 
 
 def _parameter_groups(
     named: Sequence[tuple[str, nn.Parameter]], settings: OptimizerConfig, mesh: Mesh
 ) -> list[dict[str, Any]]:
-    """Optimizer groups: (matrices, the rest) x (replicated, expert slices), only those that this stage fills."""
+    """Optimizer groups: (matrices, the rest) x (replicated, expert slices), without groups that are empty here."""
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, parameter in named:
         decayed = parameter.ndim >= 2 and (settings.decay_embeddings or not name.startswith(("embedding.", "head.")))
-        decayed = decayed and not name.endswith("_norm.weight")  # a memory has norm weights for each branch
+        decayed = decayed and not name.endswith("_norm.weight")  # an engram has norm weights for each branch
         expert = not getattr(parameter, "allreduce", True)
         if (expert, decayed) not in groups:
             mark = {"moe": True, "name": mesh.expert_group_name} if expert else {}

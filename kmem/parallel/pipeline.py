@@ -80,24 +80,23 @@ class StepResult:
     tokens: int
     """Trained tokens of the global batch (labels that are not masked)."""
     grad_norm: float
-    """Global 2-norm of the gradients before clipping; rows of memory tables are not in it. 0 where only they train."""
+    """Global 2-norm of the gradients before clipping, without table rows; 0 if only table rows are trained."""
     routing: StepRouting | None
     memories: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """Kind of memory -> layer or level -> its figures, as plain data."""
 
 
 class Pipeline:
-    """One rank's stage of the model with its engine and its memory tables.
+    """One rank's stage of the model with its engine and its tables.
 
-    Canonical parameter names are the same on every mesh; see `named_parameters`. `close` gives back what tables hold.
+    Canonical parameter names are the same on every mesh; see `named_parameters`. `close` releases the tables' memory.
 
     Args:
-        prepared: kind of memory -> what its `MemoryKind.prepare` gave.
-        initialise_rows: draw the first rows of tables; False where a checkpoint will be loaded.
+        prepared: kind of memory -> result of its `MemoryKind.prepare`.
+        initialise_rows: draw the initial rows of tables; False if a checkpoint will be loaded.
 
     Raises:
-        UserError: `train.expert_backend` does not run on a rank, or a memory table does not fit its store; on every
-            rank alike.
+        UserError: `train.expert_backend` does not run on a rank, or a table does not fit its store; on all ranks alike.
     """
 
     def __init__(
@@ -131,7 +130,7 @@ class Pipeline:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of one rank in a step."""
+        """Number of micro-batches of one rank in a step."""
         return self.config.train.global_batch_size // (self.config.train.micro_batch_size * self.mesh.data)
 
     def layers(self) -> list[StageLayer]:
@@ -153,8 +152,8 @@ class Pipeline:
                     yield layer.prefix + name, value
 
     def begin_step(self, micro_batches: Sequence[SequenceBatch]) -> BegunStep:
-        """Start fetching the rows of a step to come, at most `prefetch_depth` beyond the running one. Steps are
-        trained in the order in which they are begun, the same on every rank."""
+        """Start fetching the rows of a later step, at most `prefetch_depth` steps ahead of the running one. Steps are
+        trained in the order in which they are begun, which is the same on every rank."""
         assert len(micro_batches) == self.micro_batches
         return self.stage_tables.begin(micro_batches)
 
@@ -164,8 +163,8 @@ class Pipeline:
         Args:
             step: micro-batches, or a step that was begun with them.
             lr: learning rate.
-            sampled: also collect what is too costly for every step: the pairs of experts that tokens visit in
-                neighbouring iterations of a chain, collisions of n-grams and norms of rows. The same on every rank.
+            sampled: also collect figures that are too costly for every step: pairs of experts that tokens visit in
+                consecutive iterations of a chain, collisions of n-grams and norms of rows. The same on every rank.
 
         Raises:
             NonFiniteStepError: on all ranks, before any weight has changed.
@@ -197,10 +196,10 @@ class Pipeline:
     def evaluate(
         self, micro_batches: Sequence[SequenceBatch], controls: Mapping[str, str] = _NOTHING
     ) -> tuple[float, int]:
-        """(sum of cross entropy in nats, tokens) of all ranks' micro-batches; every rank passes equally many.
+        """(summed cross entropy in nats, tokens) over the micro-batches of all ranks; every rank passes equally many.
 
         Args:
-            controls: kind of memory -> what layers read in place of what training reads; one of `ModelKind.controls`.
+            controls: kind of memory -> one of its `ModelKind.controls`, which replaces what training reads.
         """
         looked_up = self.stage_tables.evaluate(micro_batches, controls)
         tokens = self._load(micro_batches, looked_up)
@@ -210,15 +209,18 @@ class Pipeline:
         return float(mean) * len(micro_batches) * self.mesh.data, tokens
 
     def close(self, error: BaseException | None = None) -> None:
-        """Skip the steps that are begun and give back the memory of tables. After an error that other ranks may not
-        share, `error` says so, and nothing is exchanged any more."""
+        """Skip the steps that are begun and release the tables' memory.
+
+        Args:
+            error: an error that other ranks may not share; nothing is exchanged any more after it.
+        """
         self.stage_tables.close(error)
 
     def _load(self, micro_batches: Sequence[SequenceBatch], looked_up: LookedUp) -> int:
         """Make these the running micro-batches; returns the trained tokens over all data-parallel ranks."""
         on_device = []
         for number, batch in enumerate(micro_batches):
-            beside = {kind: found[number] for kind, found in looked_up.beside.items() if found}
+            beside = {kind: by_batch[number] for kind, by_batch in looked_up.beside.items() if by_batch}
             on_device.append(MicroBatch.on_device(batch, self.shape, self.device, beside))
         self.context.load(on_device, looked_up)
         count = torch.stack([(micro.sequences.labels >= 0).sum() for micro in self.context.micro_batches]).sum()
@@ -226,7 +228,7 @@ class Pipeline:
         return int(count)
 
     def _inputs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """What the first and last stage pull from their iterators; labels reach the last layer by the context."""
+        """The iterator that the first and last stage pull from; labels reach the last layer through the context."""
         no_labels = torch.empty(0)
         return ((micro.sequences.input_ids, no_labels) for micro in self.context.micro_batches)
 
@@ -242,13 +244,13 @@ class Pipeline:
         return [kind.stage(parts, prepared.get(kind.name)) for kind in kinds_of(self.shape)]
 
     def _connect_experts(self) -> dict[int, ExpertLayer]:
-        found = {}
+        expert_layers = {}
         backend = find_backend(self.config.train.expert_backend)
         for layer in self.layers():
             for module in layer.modules():
                 if isinstance(module, ExpertLayer):
                     assert isinstance(layer, TransformerLayer)
-                    found[layer.index] = module
+                    expert_layers[layer.index] = module
                     module.loss_scale = 1.0 / self.micro_batches
                     module.padding = self.context.padding
                     module.experts.backend = backend
@@ -257,10 +259,10 @@ class Pipeline:
                         for parameter in module.experts.parameters():  # DeepSpeed's marks of an expert parameter
                             setattr(parameter, "allreduce", False)  # noqa: B010 - not an attribute of its class
                             setattr(parameter, "group_name", self.mesh.expert_group_name)  # noqa: B010
-        if found and self.mesh.expert > 1:
+        if expert_layers and self.mesh.expert > 1:
             assert self.config.model.moe is not None
             self.module.add_module("expert_mark", _ExpertMark(self.config.model.moe.num_experts))
-        return found
+        return expert_layers
 
     def _initialise_engine(self) -> StepEngine:
         train = self.config.train
@@ -272,7 +274,7 @@ class Pipeline:
         if type(engine.optimizer) is BF16_Optimizer:
             engine.optimizer.__class__ = UnclippedBF16Optimizer
         if self.frozen:
-            # Only now: DeepSpeed looks for trainable parameters while it builds, and keeps the masters of bf16 weights.
+            # Only now: while it builds, DeepSpeed looks for trainable parameters and keeps masters of bf16 weights.
             self.module.requires_grad_(False)
         limit_waiting(self.config)
         norm = GradientNorm(self.module, engine.optimizer, self.mesh)
@@ -280,9 +282,9 @@ class Pipeline:
 
 
 def expert_problem(config: Config) -> str | None:
-    """Why this process cannot compute the experts as the configuration has it, and the remedy; None if it can."""
+    """Why this process cannot compute the experts as configured, and the remedy; None if it can."""
     if config.model.moe is not None and local_device().type == "cuda":
-        # The model does without where an export is loaded; a run says what it computes with.
+        # A loaded export may run without these kernels; a training run must use what its configuration names.
         try:
             for kernel in ("route", "permute", "swiglu"):
                 importlib.import_module(f"kmem_kernels.{kernel}.op")
@@ -297,11 +299,11 @@ def expert_problem(config: Config) -> str | None:
 
 
 def engine_config(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """DeepSpeed's configuration. Clipping, schedule, logging and checkpoints are kmem's, so they are off here."""
+    """DeepSpeed's configuration. Clipping, schedule, logging and checkpoints are off here, since kmem does them."""
     train = config.train
     bf16 = train.precision == "bf16"
     # Without data parallelism there is nothing to shard, and fp32 ZeRO-1 would keep every weight twice. A frozen anchor
-    # has no state.
+    # has no optimizer state.
     stage = 1 if bf16 or (config.parallel.zero_stage == 1 and mesh.data > 1 and not config.model.frozen_anchor) else 0
     zero: dict[str, Any] = {
         "stage": stage,
@@ -358,7 +360,7 @@ class _StagedModule(PipelineModule):
 
 
 class _ExpertMark(DeepSpeedMoE):
-    """Tells DeepSpeed that a stage holds expert parameters: it looks for an instance of its own MoE layer."""
+    """Tells DeepSpeed that a stage holds expert parameters: DeepSpeed looks for an instance of its own MoE layer."""
 
     def __init__(self, num_experts: int):
         nn.Module.__init__(self)
@@ -370,7 +372,7 @@ class _ExpertMark(DeepSpeedMoE):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed prints its settings while it builds; errors still show."""
+    """Hide the settings that DeepSpeed prints while it builds; errors still show."""
     logger = logging.getLogger("DeepSpeed")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -382,10 +384,10 @@ def _quiet() -> Iterator[None]:
 
 
 def split_samples(first: int, global_batch: int, micro_batch: int, mesh: Mesh) -> list[list[int]]:
-    """This rank's sample numbers of the step that begins at sample `first`, one list per micro-batch.
+    """This rank's sample numbers in the step that begins at sample `first`, one list per micro-batch.
 
-    Neighbouring samples form a micro-batch, and micro-batches are dealt to the data-parallel ranks in turn, so at an
-    equal micro-batch size the micro-batches themselves are the same on every mesh.
+    Consecutive samples form a micro-batch, and micro-batches are dealt to the data-parallel ranks in turn. With
+    the same micro-batch size, the micro-batches are therefore the same on every mesh.
     """
     starts = itertools.count(first + mesh.data_rank * micro_batch, mesh.data * micro_batch)
     return [

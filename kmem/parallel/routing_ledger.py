@@ -1,4 +1,4 @@
-"""What the routers of a step chose, summed over micro-batches, data-parallel ranks and stages.
+"""The choices of the routers in a step, summed over micro-batches, data-parallel ranks and stages.
 
 One small all-reduce serves the loss-free balancing bias, which needs the load of the whole global batch, and the
 metrics.
@@ -31,13 +31,13 @@ class StepRouting:
     """[L, C, E] fp64: tokens sent to each expert, over the whole global batch."""
     means: dict[str, Tensor]
     """[L, C] fp64, means over micro-batches: `aux_loss`, `sequence_aux_loss`, `z_loss` before their coefficients,
-    `entropy` of the router's scores in nats; of a chain of experts also `update_size` and `overlap` as in
+    `entropy` of the router's scores in nats; for a chain of experts also `update_size` and `overlap` as in
     `IterationStatistics`."""
     excluded: Tensor
-    """[L, C] fp64: choices of padding, which the counts leave out."""
+    """[L, C] fp64: choices of padding, which the counts exclude."""
     coactivation: Tensor | None = None
     """[L, C - 1, E, E] fp64: tokens that chose one expert in an iteration and another in the next, over the whole
-    global batch; None in steps that did not ask for it."""
+    global batch; None in steps that do not collect it."""
 
 
 class RoutingLedger:
@@ -59,7 +59,7 @@ class RoutingLedger:
             layer.on_routing = self._recorder(index)
 
     def begin_step(self, coactivation: bool) -> None:
-        """Observe the co-activation of iterations in this step, or not; every rank asks for the same."""
+        """Choose whether to collect the co-activation of iterations in this step; the same on every rank."""
         size = (self.num_layers, self.iterations - 1, self.num_experts, self.num_experts)
         wanted = coactivation and self.iterations > 1
         self._pairs = torch.zeros(size, dtype=torch.float64, device=local_device()) if wanted else None

@@ -38,7 +38,7 @@ class EmbeddingLayer(StageLayer):
     def forward(self, input_ids: Tensor) -> Tensor:
         hidden = self.module(input_ids)
         if self.context.frozen and torch.is_grad_enabled():
-            hidden.requires_grad_()  # the engine runs a backward pass through every stage, whoever has blocks
+            hidden.requires_grad_()  # the engine runs a backward pass through every stage, with or without blocks
         return expand_branches(hidden, self.branches)
 
 

@@ -1,7 +1,7 @@
-"""The tables of a stage through a step: begun ahead, looked up, committed or skipped.
+"""The tables of a stage in the course of a step: begun ahead, looked up, committed or skipped.
 
-Every rank of a stage owns a range of each table's rows. The ids of a step follow from its batches, which every stage
-reads for itself, so rows are fetched while earlier steps are computed.
+Every rank of a stage owns a range of each table's rows. The batches of a step determine its row ids, and every stage
+reads the batches itself, so rows are fetched while earlier steps are computed.
 """
 
 import os
@@ -30,26 +30,26 @@ from kmem.tables.working_set import StepPlan, WorkingSet
 
 @dataclass
 class LookedUp:
-    """What the memories of a stage have looked up for the micro-batches of a step."""
+    """The look-ups of a stage's memories for the micro-batches of a step."""
 
     working_sets: Mapping[str, WorkingSet] = field(default_factory=dict)
-    """By table."""
+    """Table -> its working set."""
     beside: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    """Kind -> what layers need besides rows, by micro-batch, on the host."""
+    """Kind -> for each micro-batch, the data that layers need besides rows, on the host."""
     off: Collection[str] = ()
-    """Kinds that layers go without."""
+    """Kinds that are switched off."""
 
 
 class StageTables:
-    """The tables of this stage, one worker thread for all of them. Every rank of the world builds one; that of a model
-    without memories has no tables, and does nothing.
+    """The tables of this stage, with one worker thread for all of them. Every rank of the world builds one. Without
+    memories it has no tables and does nothing.
 
     Args:
-        memories: of this stage, in the same order on all of its ranks; they may have no tables.
-        initialise: draw the first rows; False where a checkpoint will be loaded.
+        memories: memories of this stage, in the same order on all its ranks; they may have no tables.
+        initialise: draw the initial rows; False if a checkpoint will be loaded.
 
     Raises:
-        UserError: a table does not fit its store; on every rank alike, with the numbers.
+        UserError: a table does not fit its store; on all ranks alike, with the numbers.
     """
 
     def __init__(
@@ -63,17 +63,17 @@ class StageTables:
         self._scale = 1.0 / mesh.data
         self.memories = list(memories)
         self.tables: dict[str, Table] = {}
-        """By name."""
+        """Name -> table."""
         self._of: dict[str, tuple[StageMemory, StageTable]] = {}
         self._ahead: list[BegunStep] = []
-        """Steps that are begun and not yet active, some of whose tables may not be fetched so far ahead."""
+        """Steps that are begun and not yet active. Tables with a smaller depth may not have begun them."""
         self._worker: TableWorker | None = None
         if memories:
             seconds = config.parallel.timeout_seconds
             stages = [range(stage * mesh.data, (stage + 1) * mesh.data) for stage in range(mesh.pipeline)]
-            group = join_groups(stages, seconds)  # by every rank, also of stages without tables
+            group = join_groups(stages, seconds)  # by every rank, including stages without tables
             if any(memory.tables for memory in memories):
-                # A lost rank shows in the group first, with a better message than a job that never ends.
+                # The group notices a lost rank first, with a better message than a job that never ends.
                 self._worker = TableWorker(Exchange(group), seconds + 60.0)
         try:
             self._build(config, device)
@@ -98,7 +98,7 @@ class StageTables:
                     try:
                         spec.folder.mkdir(parents=True, exist_ok=True)
                     except OSError as error:
-                        problem = f"{table.section}.folder: {spec.folder} cannot be made ({error.strerror})"
+                        problem = f"{table.section}.folder: {spec.folder} cannot be created ({error.strerror})"
                         raise UserError(problem) from error
                 settings = table.settings
                 self._of[spec.name] = memory, table
@@ -110,8 +110,8 @@ class StageTables:
         run_on_all_ranks(build)
 
     def initialise(self, kinds: Collection[str] | None = None) -> None:
-        """Draw the first rows of all tables, or of those of some kinds, however long that takes: ranks that are through
-        with theirs, or have none, wait in short collectives, none of which meets its timeout."""
+        """Draw the initial rows of all tables, or of the tables of some kinds, however long that takes. Ranks that have
+        finished or have no tables wait in short collectives, none of which runs into its timeout."""
         tables = [table for name, table in self.tables.items() if kinds is None or self._of[name][0].kind in kinds]
         jobs = [self._worker.submit(table.initialise) for table in tables if self._worker is not None]
         waiting = True
@@ -122,15 +122,16 @@ class StageTables:
             job.result()
 
     def count_updates(self) -> None:
-        """Of rows that count theirs, after a load from a checkpoint without counts; see `Table.count_updates`."""
+        """Set the counts of rows that count their updates, after loading a checkpoint without counts; see
+        `Table.count_updates`."""
         for name, table in self.tables.items():
             optimizer = self._of[name][1].optimizer
             if optimizer is not None and optimizer.counts_updates:
                 table.count_updates()
 
     def begin(self, micro_batches: Sequence[SequenceBatch]) -> BegunStep:
-        """Start fetching the rows of a step; all ranks of the stage begin the same steps in the same order. A table
-        whose own depth is less than the number of steps begun starts later."""
+        """Start fetching the rows of a step. All ranks of the stage begin the same steps in the same order. A table
+        whose depth is less than the number of steps begun starts later."""
         step = BegunStep(list(micro_batches))
         step.plans = {memory.kind: PlanOnce(memory, step.micro_batches) for memory in self.memories}
         self._ahead.append(step)
@@ -152,17 +153,17 @@ class StageTables:
         return LookedUp(working_sets, self._beside(step.plans))
 
     def commit(self, step: BegunStep, learning_rate: float) -> None:
-        """Queue the update of a step's rows, those of frozen tables excepted. `learning_rate` is the backbone's."""
+        """Queue the update of a step's rows, except in frozen tables. `learning_rate` is the backbone's."""
         for name, ticket in step.tickets.items():
             optimizer = self._of[name][1].optimizer
             rate = 0.0 if optimizer is None else learning_rate * optimizer.lr_multiplier
             ticket.commit(self._scale, rate, skip=optimizer is None)
 
     def evaluate(self, micro_batches: Sequence[SequenceBatch], controls: Mapping[str, str]) -> LookedUp:
-        """Read-only rows as the last commit left them; steps in flight do not notice.
+        """Look up read-only rows as the last commit left them. Steps in flight are not affected.
 
         Args:
-            controls: kind -> what its layers read in place of what training reads.
+            controls: kind -> control that replaces what training reads.
         """
         off = {kind for kind, control in controls.items() if control == "off"}
         plans = {
@@ -178,11 +179,11 @@ class StageTables:
         return LookedUp(working_sets, self._beside(plans), off)
 
     def _plan(self, name: str, plans: Mapping[str, PlanOnce]) -> Callable[[], StepPlan]:
-        """The plan of a table, for the worker to ask for beside the running step."""
+        """A function that gives the plan of a table; the worker calls it while an earlier step runs."""
         return lambda: plans[self._of[name][0].kind]().tables[name]
 
     def _beside(self, plans: Mapping[str, PlanOnce]) -> dict[str, Sequence[Any]]:
-        """Kind -> what layers need besides rows, by micro-batch."""
+        """Kind -> for each micro-batch, the data that layers need besides rows."""
         return {
             memory.kind: plans[memory.kind]().beside
             for memory in self.memories
@@ -191,13 +192,13 @@ class StageTables:
 
     def pieces(self) -> dict[str, dict[str, Pieces]]:
         """Canonical name -> array (`rows`, its optimizer's state, `step`) -> this rank's part of it."""
-        found: dict[str, dict[str, Pieces]] = {}
+        pieces: dict[str, dict[str, Pieces]] = {}
         for name, table in self.tables.items():
-            found |= self._of[name][1].pieces(table)
-        return found
+            pieces |= self._of[name][1].pieces(table)
+        return pieces
 
     def close(self, error: BaseException | None = None) -> None:
-        """Skip what is in flight and give back the memory. After an error that other ranks may not share, nothing is
+        """Skip the steps in flight and release the memory. After an error that other ranks may not share, nothing is
         exchanged any more."""
         if self._worker is None:
             return
@@ -210,10 +211,10 @@ class StageTables:
 
 
 def _check_host_memory(planned: Sequence[tuple[TableSpec, StageTable]], share: float) -> None:
-    """Refuse tables that the ranks of a machine together have no memory for: each alone might fit.
+    """Refuse tables that do not fit into host memory together with the tables of the machine's other ranks.
 
     Args:
-        share: of a table's rows that a rank holds.
+        share: share of a table's rows that one rank holds.
     """
     bytes_of_rank = sum(
         int(spec.rows * share) * row_bytes(spec, table.optimizer) for spec, table in planned if spec.store == "host"
@@ -232,13 +233,13 @@ def _check_host_memory(planned: Sequence[tuple[TableSpec, StageTable]], share: f
 
 
 def mapped_folder(config: Config, settings: TableConfig, section: str) -> Path:
-    """Where the mapped tables of a section of the configuration lie; local to the machine."""
+    """Folder of the mapped tables of a section of the configuration; local to the machine."""
     if settings.folder is None:
         return Path(config.folder) / config.name / section
     return Path(os.path.expanduser(settings.folder)) / config.name
 
 
 def finite(working_sets: Mapping[str, WorkingSet]) -> bool:
-    """Whether no row gradient of this rank is infinite or NaN."""
+    """Whether all row gradients of this rank are finite."""
     flags = [working_set.finite() for working_set in working_sets.values()]
     return bool(torch.stack(flags).all()) if flags else True

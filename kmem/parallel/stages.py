@@ -5,18 +5,18 @@ from kmem.model.parameter_counts import count_parameters
 
 
 def stage_bounds(config: Config) -> list[int]:
-    """Pipeline layer numbers at which stages begin, and the end: [0, ..., layers].
+    """Numbers of the pipeline layers at which stages begin, and the end: [0, ..., layers].
 
-    Pipeline layers are the embedding, the decoder layers and the head; a tied model has its final norm as a layer of
-    its own before the head. The largest stage is made as small as it can be, weighed by the elements a token is
-    multiplied with.
+    Pipeline layers are the embedding, the decoder layers and the head; in a tied model the final norm is a separate
+    layer before the head. The largest stage is as small as possible. A layer's weight is the number of elements that a
+    token is multiplied with.
     """
     counts = count_parameters(config.model.shape)
     head = [0, counts.head] if config.model.tie_embeddings else [counts.head]
     weights = [0, *counts.layers, *head]  # the embedding is a lookup
     stages = config.parallel.pipeline
     low, high = max(weights), sum(weights)
-    while low < high:  # the smallest capacity with which the stages suffice
+    while low < high:  # find the smallest capacity for which the stages suffice
         capacity = (low + high) // 2
         if len(_fill(weights, capacity)) <= stages:
             high = capacity

@@ -1,7 +1,7 @@
 """What the layers of a stage know about the running step.
 
-Nothing but the hidden tensor crosses a stage boundary: every stage reads the step's token ids for itself, and the
-engine says which micro-batch a layer is working on, in the forward pass and in its recomputation.
+Only the hidden tensor crosses a stage boundary. Every stage reads the step's token ids itself, and the engine says
+which micro-batch a layer is computing, in the forward pass and in its recomputation.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -31,14 +31,14 @@ class MicroBatch:
     rotary: Rotation
     """The rotary table of these positions, shared by all layers."""
     beside: dict[str, Any] = field(default_factory=dict)
-    """Kind of memory -> what its layers need besides rows."""
+    """Kind of memory -> data that its layers need besides rows."""
 
     @classmethod
     def on_device(
         cls, sequences: SequenceBatch, shape: Shape, device: torch.device, beside: Mapping[str, Any]
     ) -> "MicroBatch":
-        packed = several_documents(sequences.document_ids)  # on the host, where looking costs no wait
-        # Addresses stay there: `beside` is what they mean.
+        packed = several_documents(sequences.document_ids)  # on the host, where it waits for no kernel
+        # Addresses stay on the host: `beside` holds what follows from them.
         present = {name: value for name, value in vars(sequences).items() if value is not None and name != "addresses"}
         moved = SequenceBatch(**{name: value.to(device) for name, value in present.items()})
         there = {kind: value.to(device) for kind, value in beside.items()}
@@ -47,25 +47,25 @@ class MicroBatch:
 
 @dataclass
 class StepContext:
-    """The micro-batches of the running step and the number of the one being computed.
+    """The micro-batches of the running step, and the number of the micro-batch being computed.
 
-    Plain attributes, not thread-local ones: on CUDA autograd recomputes layers in a thread of its own.
+    Its attributes are not thread-local: on CUDA, autograd recomputes layers in a thread of its own.
     """
 
     micro_batches: list[MicroBatch] = field(default_factory=list)
     current: int | None = None
     recording: bool = False
-    """True while training, False in evaluation, whose statistics do not count."""
+    """True in training; False in evaluation, whose statistics do not count."""
     loss_factor: float = 1.0
     """Factor on the summed cross entropy of a micro-batch."""
     working_sets: Mapping[str, WorkingSet] = field(default_factory=dict)
-    """By table: the rows that the step's micro-batches look up."""
+    """Table -> the rows that the step's micro-batches look up."""
     frozen: bool = False
-    """Only the memory bank is trained: gradients of hidden states are needed, none of weights."""
+    """Only the bank is trained: hidden states need gradients, weights do not."""
     memories: Sequence[StageMemory] = ()
-    """Of this stage."""
+    """Memories of this stage."""
     off: Collection[str] = ()
-    """Kinds of memory that layers go without, as a control."""
+    """Kinds of memory that a control switches off."""
     _mask: tuple[int, Tensor] | None = None
 
     @property
@@ -78,8 +78,8 @@ class StepContext:
         return self.micro_batches[self.running]
 
     def mask(self) -> Tensor | None:
-        """Attention mask of the running micro-batch, [B, 1, T, T] bool, True where attention is allowed; None when
-        plain causal attention is right. One exists at a time: it is T times as large as the micro-batch."""
+        """Attention mask of the running micro-batch, [B, 1, T, T] bool, True where attention is allowed; None if
+        plain causal attention suffices. Only one mask exists at a time: it is T times as large as the micro-batch."""
         micro = self.micro_batch()
         if not micro.packed:
             return None
@@ -89,11 +89,11 @@ class StepContext:
         return self._mask[1]
 
     def padding(self) -> Tensor | None:
-        """[B, T] bool, True where the running micro-batch holds no token; None where it holds one everywhere."""
+        """[B, T] bool, True where the running micro-batch is padded; None if it has no padding."""
         return self.micro_batch().sequences.padding
 
     def read(self, layer: int) -> dict[str, Any]:
-        """What the memories of a layer read for the running micro-batch, by kind."""
+        """Kind -> input of a layer's memory for the running micro-batch."""
         return {
             memory.kind: OFF if memory.kind in self.off else memory.read(layer, self)
             for memory in self.memories
@@ -101,14 +101,14 @@ class StepContext:
         }
 
     def beside(self, kind: str) -> Any:
-        """What layers with this kind of memory need besides rows for the running micro-batch."""
+        """Data that layers with this kind of memory need besides rows, for the running micro-batch."""
         return self.micro_batch().beside[kind]
 
     def load(self, micro_batches: list[MicroBatch], looked_up: LookedUp) -> None:
-        """Make these the micro-batches of the running step, and this what their layers look up."""
+        """Set the micro-batches of the running step and their look-ups."""
         self.micro_batches, self._mask = micro_batches, None
         self.working_sets, self.off = looked_up.working_sets, looked_up.off
 
     def unload(self) -> None:
-        """Let go of the rows of a step that is done."""
+        """Release the rows of a finished step."""
         self.working_sets = {}

@@ -1,4 +1,4 @@
-"""What a table costs a rank: rows, optimizer state, and the rows in use."""
+"""Memory that a table costs a rank: rows, optimizer state, and the rows in use."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,32 +15,32 @@ from kmem.tables.table_spec import DTYPES
 
 @dataclass(frozen=True)
 class TableBytes:
-    """A table of a stage, on the rank that owns most of its rows."""
+    """The cost of a stage's table, on the rank that owns most of its rows."""
 
     kind: str
-    """Of memory."""
+    """Kind of memory."""
     place: Literal["layer", "level"]
     number: int
-    """Of the layer, or of the level."""
+    """Number of the layer or level."""
     rows: int
-    """Of this rank."""
+    """Rows of this rank."""
     row_bytes: int
     state_bytes: int
     """Optimizer state of a row."""
     busy_bytes: int
-    """Count of the steps that hold a row, and what pads its record in a mapped file; beside a device store the count is
+    """Count of the steps that hold a row, and padding of its record in a mapped file. With a device store, the count is
     in host memory."""
     store: StoreKind
     working_set: int
-    """At most, for the running step, on the compute device: unique rows and their gradient in fp32, and an index of
-    all look-ups. Text repeats itself, so a step has fewer unique rows than look-ups, the bound taken here; those of a
-    bank are sequences of single leaves, or else tokens."""
+    """Upper bound for the running step, on the compute device: unique rows and their gradient in fp32, and an index of
+    all look-ups. The bound takes as many unique rows as look-ups; text repeats itself, so a step has fewer. A bank
+    looks up once per sequence if sequences have single leaves, else once per token."""
     prefetched: int
-    """At most, in host memory: rows and indices of the steps that are fetched ahead."""
+    """Upper bound, in host memory: rows and indices of the steps that are fetched ahead."""
 
     @property
     def bytes(self) -> int:
-        """Rows with state and counts. Every array starts at a page, so up to a page for each comes on top."""
+        """Rows with state and counts. Every array starts at a page, which adds up to one page per array."""
         return self.rows * (self.row_bytes + self.state_bytes + self.busy_bytes)
 
     @classmethod
@@ -57,11 +57,11 @@ class TableBytes:
         look_ups: int,
         indexed: int,
     ) -> "TableBytes":
-        """A table of `rows` rows of `dim` values.
+        """The cost of a table of `rows` rows of `dim` values.
 
         Args:
-            look_ups: rows that a step of a rank looks up at most.
-            indexed: entries of its index.
+            look_ups: upper bound of the rows that a rank looks up in a step.
+            indexed: entries of the step's index.
         """
         state = {} if optimizer is None else make_row_optimizer(optimizer, dim, 0, "").state()
         state_bytes = sum(array.row_bytes for array in state.values())

@@ -1,11 +1,11 @@
-"""The training state of one rank as pieces of global tensors, whatever optimizer DeepSpeed chose.
+"""The training state of one rank as pieces of global tensors, for every optimizer that DeepSpeed may choose.
 
     weight/NAME       fp32 master weights, and persistent buffers such as selection biases
     exp_avg/NAME      first moments
     exp_avg_sq/NAME   second moments
-    ARRAY/NAME        of a table: the state of its row optimizer, such as first_moment, and its `step`; of a bank,
-                      whose tables are those of a stage, NAME is that of a layer's blocks
-    hits/bank, ..     what a kind of memory keeps besides (`StageMemory.state`)
+    ARRAY/NAME        for a table: the state of its row optimizer, such as first_moment, and its `step`; for a bank,
+                      whose tables span the layers of a stage, NAME is the name of one layer's blocks
+    hits/bank, ..     other state of a kind of memory (`StageMemory.state`)
 
 NAME is canonical. bf16 weights are not stored: they are the cast of the masters. Adam's step counter is one number,
 since every parameter is updated in every step.
@@ -39,12 +39,12 @@ class _Fragment:
 
 
 def model_state(pipeline: Pipeline, *, saving: bool, moments: bool, row_state: bool | None = None) -> dict[str, Pieces]:
-    """The pieces this rank saves, or the pieces it loads into in place.
+    """The pieces that this rank saves, or loads into in place.
 
     Args:
         saving: leave out copies that another rank of the pipeline saves (tied weights).
-        moments: include optimizer moments; they are created as zeros if no step was made yet. A frozen anchor has none.
-        row_state: include the state of tables' row optimizers; default: as moments.
+        moments: include optimizer moments; before the first step they are created as zeros. A frozen anchor has none.
+        row_state: include the state of the tables' row optimizers; default: as `moments`.
     """
     row_state = moments if row_state is None else row_state
     moments = moments and not pipeline.frozen
@@ -68,12 +68,12 @@ def model_state(pipeline: Pipeline, *, saving: bool, moments: bool, row_state: b
 
 
 def moment_names(pipeline: Pipeline) -> tuple[str, ...]:
-    """Names of the state that the optimizer keeps of every parameter."""
+    """Names of the optimizer's state for every parameter."""
     return BACKBONE_OPTIMIZERS[pipeline.config.train.optimizer.name].moments
 
 
 def optimizer_steps(pipeline: Pipeline) -> int:
-    """Updates behind the moments, the same for every parameter; 0 for a frozen anchor."""
+    """Updates that the moments have accumulated, the same for every parameter; 0 for a frozen anchor."""
     if pipeline.frozen:
         return 0
     counters = {int(state["step"]) for state in _adam(pipeline).state.values() if "step" in state}
@@ -82,7 +82,7 @@ def optimizer_steps(pipeline: Pipeline) -> int:
 
 
 def finish_load(pipeline: Pipeline, steps: int) -> None:
-    """After the pieces were filled: set Adam's counters and bring the compute weights in line with the masters."""
+    """Once the pieces are filled: set Adam's counters, and copy the masters to the compute weights."""
     for state in _adam(pipeline).state.values():
         state["step"].fill_(steps)
     update = getattr(pipeline.engine.optimizer, "update_lp_params", None)
@@ -96,7 +96,7 @@ def _adam(pipeline: Pipeline) -> torch.optim.Optimizer:
 
 
 def _create_moments(pipeline: Pipeline) -> None:
-    """Give the optimizer the state it would create at its first step."""
+    """Give the optimizer the state that it would create at its first step."""
     adam, kinds = _adam(pipeline), moment_names(pipeline)
     for group in adam.param_groups:
         for parameter in group["params"]:

@@ -35,7 +35,7 @@ class Callback:
         """A held-out evaluation is done."""
 
     def on_checkpoint(self, folder: Path, complete: bool) -> None:
-        """A checkpoint was saved, or, not yet complete, is being saved in the background."""
+        """A checkpoint was saved or, if not yet `complete`, is being saved in the background."""
 
     def on_end(self, reason: str) -> None:
         """The run ends without an error: `done`, `interrupted`, or `finished` before it began."""
@@ -44,5 +44,5 @@ class Callback:
         """Release resources; called in every case, also after an error."""
 
     def state(self) -> dict[str, object]:
-        """What the checkpoint remembers for this callback under `tracking`."""
+        """Values that checkpoints store for this callback under `tracking`."""
         return {}

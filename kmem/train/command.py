@@ -70,8 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _checked_data(config: Config, ranks: int) -> "PreparedData":
-    """The data, with the tree of a memory bank looked at: what is wrong with either, or does not fit so many ranks, is
-    one error, before ranks start and before DeepSpeed is imported, which takes seconds."""
+    """Open the data and check the tree of a bank. A problem with either, or a mesh that does not fit the ranks, is one
+    error, before ranks start and before DeepSpeed is imported, which takes seconds."""
     config.data_parallel_size(ranks)
     from kmem.data.reader import open_data
     from kmem.parallel.memory_kinds import kinds_of
@@ -86,8 +86,8 @@ def _train(config: Config, opened: "PreparedData | None") -> int:
     """Train as one rank.
 
     Args:
-        opened: the data; None for ranks of a launcher, which meet before they open it, so that a machine without it is
-            an error and no rank waits.
+        opened: the data; None for ranks of a launcher. They join before they open the data, so that a machine without
+            it is an error on all ranks and no rank waits.
     """
     from kmem.data.reader import open_data
     from kmem.parallel.mesh import join_mesh, leave_mesh, run_on_all_ranks

@@ -1,4 +1,4 @@
-"""`kmem train --dry-run`: what a configuration means, without data, tokenizer or tables."""
+"""`kmem train --dry-run`: the size and memory of a configured run, without data, tokenizer or tables."""
 
 import json
 import sys
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RankBytes:
-    """Bytes of one rank of a stage. Memory of kernels, fragmentation and the framework itself come on top."""
+    """Bytes of one rank of a stage, without the memory of kernels, fragmentation and the framework itself."""
 
     stage: int
     parameters: int
-    """Elements of this rank, without tables."""
+    """Parameters of this rank, without tables."""
     weights: int
     gradients: int
     optimizer: int
@@ -33,7 +33,7 @@ class RankBytes:
     activations: int
     """Estimate for the micro-batches in flight on this stage."""
     tables: tuple[TableBytes, ...] = ()
-    """Of the stage."""
+    """Tables of the stage."""
 
     @property
     def working_set(self) -> int:
@@ -41,7 +41,7 @@ class RankBytes:
 
     @property
     def total(self) -> int:
-        """On the compute device."""
+        """Bytes on the compute device."""
         tables = sum(table.bytes for table in self.tables if table.store == "device")
         return self.weights + self.gradients + self.optimizer + self.activations + self.working_set + tables
 
@@ -77,7 +77,7 @@ def to_json(config: Config, mesh: Mesh, counts: ParameterCounts, ranks: list[Ran
 
 
 def _fetched_components(counts: ParameterCounts) -> dict[str, int]:
-    """Of a model whose contexts fetch rows: the model without tables, and the elements that a context fetches."""
+    """For a model whose contexts fetch rows: the model without tables, and the elements that a context fetches."""
     return {"anchor": counts.anchor, "fetched": counts.fetched} if counts.fetched else {}
 
 
@@ -87,10 +87,10 @@ def _stage_json(stage: RankBytes) -> dict:
 
 
 def rank_bytes(config: Config, mesh: Mesh) -> list[RankBytes]:
-    """Memory of a rank of each stage."""
+    """Memory of one rank, for each stage."""
     bounds, train = stage_bounds(config), config.train
     sizes, kinds = _layer_sizes(config), kinds_of(config.model.shape)
-    moments = 4 * len(BACKBONE_OPTIMIZERS[train.optimizer.name].moments)  # bytes of a parameter
+    moments = 4 * len(BACKBONE_OPTIMIZERS[train.optimizer.name].moments)  # bytes per parameter
     stages = []
     for stage in range(mesh.pipeline):
         layers = range(bounds[stage], bounds[stage + 1])
@@ -138,7 +138,7 @@ def _layer_sizes(config: Config) -> list[tuple[int, int]]:
 
 
 def _activation_bytes(config: Config, layer: int) -> int:
-    """Kept for the backward pass of one micro-batch by one pipeline layer: a rule of thumb, not a measurement."""
+    """Bytes that one pipeline layer keeps for the backward pass of one micro-batch: a rule of thumb, not measured."""
     train, model = config.train, config.model
     tokens, width = train.micro_batch_size * config.data.sequence_length, 2 if train.precision == "bf16" else 4
     branches = 1 if model.hyper_connections is None else model.hyper_connections.branches
@@ -147,7 +147,7 @@ def _activation_bytes(config: Config, layer: int) -> int:
         return tokens * stream * width
     values = 10 * model.hidden_size  # norms, projections, attention output and residuals
     if branches > 1:
-        # The streams around both sublayers, and what a sublayer gave; in bf16 also copies in fp32 to mix in.
+        # The streams around both sublayers, and the output of a sublayer; in bf16 also fp32 copies for mixing.
         values += 2 * (stream + model.hidden_size if width == 4 else 5 * stream + 2 * model.hidden_size)
     for kind in kinds_of(model.shape):
         if layer - 1 in kind.model.layers(model.shape):
@@ -177,7 +177,7 @@ def _print_tables(config: Config, mesh: Mesh, counts: ParameterCounts, ranks: li
         "active per token": counts.active,
         "active without embeddings": counts.active_non_embedding,
     }
-    if counts.tables not in (0, *components.values()):  # the sum of several
+    if counts.tables not in (0, *components.values()):  # the sum of several components
         rows["tables"] = counts.tables
     for section in (rows, components, _fetched_components(counts)):
         for name, count in section.items():

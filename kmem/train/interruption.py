@@ -7,8 +7,8 @@ from types import FrameType
 
 
 class Interruption:
-    """Notes a signal. A second Ctrl-C some seconds later takes its normal effect: launchers forward the first one, so
-    that a process may receive it twice at once."""
+    """Notes a signal. A second Ctrl-C has its normal effect only after some seconds: launchers forward the first one,
+    so a process may receive it twice at once."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     IMPATIENCE_SECONDS = 2.0

@@ -1,4 +1,4 @@
-"""What a run takes over from a checkpoint: decided from names and configurations alone, before a tensor is touched."""
+"""What a run takes over from a checkpoint. Names and configurations alone decide it, before a tensor is touched."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -31,20 +31,20 @@ TRAINED_ONLY = {
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """Which groups of a run's state are loaded, start anew, or are drawn."""
+    """Which parts of a run's state are loaded, start anew or are drawn."""
 
     added: frozenset[str]
     """Kinds of memory that the checkpoint does not have."""
     drawn: frozenset[str]
-    """Of these, the kinds whose rows are drawn as those of a new run are; the rows of others stay zeros."""
+    """Added kinds whose rows are drawn as in a new run; the rows of other added kinds stay zeros."""
     weights_only: bool
-    """All optimizers start anew, and weights may be of another dtype than the stored ones."""
+    """All optimizers start anew, and weights may have another dtype than the stored ones."""
     moments: bool
     """Whether the state of the backbone's optimizer is loaded; it starts anew otherwise."""
     moment_names: tuple[str, ...]
-    """Of that optimizer's state."""
+    """Names of that optimizer's state."""
     stored: Collection[str]
-    """Names of all that the checkpoint holds."""
+    """Names of everything that the checkpoint holds."""
 
     @property
     def row_state(self) -> bool:
@@ -63,12 +63,12 @@ class LoadPlan:
         return self._has_row_state(tensor) and not self.counts_updates(name)
 
     def counts_updates(self, name: str) -> bool:
-        """Whether this is the number of updates of each row, of a checkpoint whose rows did not count theirs."""
+        """Whether this is a table's count of updates per row, and the checkpoint lacks it: its rows did not count."""
         array, _, tensor = name.partition("/")
         return array == "updates" and self._has_row_state(tensor) and name not in self.stored
 
     def _has_row_state(self, table: str) -> bool:
-        """Rows that were frozen with their anchor have none."""
+        """Whether a table's row state is loaded. Rows that were frozen with their anchor have none."""
         return not self.weights_only and f"step/{table}" in self.stored
 
 
@@ -82,20 +82,20 @@ def plan_load(
     hint: str = ANOTHER_RUN,
     own_run: bool = True,
 ) -> LoadPlan:
-    """Check that a run can begin with a checkpoint, and say with what of it.
+    """Check that a run can begin with a checkpoint, and decide what it takes over.
 
-    A checkpoint without moments, as `kmem import` writes, leaves the optimizer as new. A model may have memories that
-    the checkpoint has not: they change nothing at first. The anchor of a bank may be frozen from here on, or trained
-    again, with a new optimizer.
+    If the checkpoint has no moments, as `kmem import` writes it, the optimizer starts anew. A model may have memories
+    that the checkpoint lacks: they change nothing at first. The anchor of a bank may be frozen from here on, or trained
+    again with a new optimizer.
 
     Args:
-        prepared: kind of memory -> what its `MemoryKind.prepare` gave.
+        prepared: kind of memory -> result of its `MemoryKind.prepare`.
         weights_only: all optimizers start anew.
-        hint: what to do where another model than the checkpoint's is meant.
-        own_run: whether it is a checkpoint of this run, which later ones replace.
+        hint: remedy for a user who means another model than the checkpoint's.
+        own_run: whether it is a checkpoint of this run, which later checkpoints replace.
 
     Raises:
-        CheckpointError: the checkpoint is of another model; names the field or tensor.
+        CheckpointError: the checkpoint belongs to another model; names the field or tensor.
     """
     stored, wanted = dict(commit.config["model"]), config.model.model_dump(mode="json")
     kinds = kinds_of(config.model.shape)
@@ -152,7 +152,7 @@ def check_manifests(
 
 
 def same_model(folder: Path, stored: object, wanted: object, path: str, hint: str) -> None:
-    """Two model sections agree in all fields but TRAINED_ONLY.
+    """Check that two model sections agree in all fields but TRAINED_ONLY.
 
     Raises:
         CheckpointError: names the first field that differs.
@@ -163,13 +163,13 @@ def same_model(folder: Path, stored: object, wanted: object, path: str, hint: st
                 same_model(folder, stored.get(key), wanted.get(key), f"{path}.{key}", hint)
     elif stored != wanted:
         raise CheckpointError(
-            f"{path}: {wanted!r} in the configuration, {stored!r} in {folder}; a checkpoint goes on with its own model "
-            f"only: correct the configuration, or {hint}"
+            f"{path}: {wanted!r} in the configuration, {stored!r} in {folder}; a checkpoint continues only with its "
+            f"own model: correct the configuration, or {hint}"
         )
 
 
 def _same_rows(folder: Path, section: str, stored: dict, wanted: dict) -> None:
-    """The state of rows fits one optimizer and one dtype only."""
+    """Check that rows keep their optimizer and dtype: row state fits no others."""
     for path in (("dtype",), ("optimizer", "name"), ("optimizer", "dense")):
         one, other = stored, wanted
         for key in path:
@@ -178,6 +178,6 @@ def _same_rows(folder: Path, section: str, stored: dict, wanted: dict) -> None:
         if one != other and relevant:
             raise CheckpointError(
                 f"{section}.{'.'.join(path)}: {other!r} in the configuration, {one!r} in {folder}, whose rows and "
-                "their state fit no other; correct the configuration, or begin with the weights alone "
+                "row state fit no other; correct the configuration, or begin with only the weights "
                 "(checkpoint.start)"
             )

@@ -1,4 +1,4 @@
-"""Figures of a step: arithmetic per token, utilisation, memory, balance of the experts."""
+"""Figures of a step: FLOPs per token, utilisation, memory, balance of the experts."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ PEAK_FLOPS = {
     "H200": 989e12,
     "B200": 2250e12,
 }
-"""Dense bf16 peak by a part of the device's name (vendor data sheets)."""
+"""Part of the device's name -> dense bf16 peak in FLOP/s (vendor data sheets)."""
 
 
 @dataclass
 class StepRecord:
-    """What one optimizer step shows; a line of metrics.jsonl."""
+    """Figures of one optimizer step; a line of metrics.jsonl."""
 
     step: int
     """Optimizer steps done, this one included."""
     loss: float
     """Mean cross entropy in nats over the step's trained tokens."""
     grad_norm: float
-    """Before clipping."""
+    """Global 2-norm of the gradients before clipping."""
     lr: float
     tokens: int
     """Trained tokens since the run began."""
@@ -52,9 +52,9 @@ class StepRecord:
     tokens_per_second: float
     """Positions computed per second over all ranks, trained or not."""
     model_flops: float
-    """Arithmetic of the model per second over all ranks, recomputation not counted."""
+    """FLOPs of the model per second over all ranks, without recomputation."""
     mfu: float | None
-    """Share of the devices' peak; None where the peak is not known."""
+    """Share of the devices' peak; None if the peak is unknown."""
     memory_gib: float
     """Peak memory of this rank: on the GPU, or resident in the process."""
     phases: dict[str, float] = field(default_factory=dict)
@@ -66,14 +66,14 @@ class StepRecord:
     experts: dict[str, dict[str, float]] = field(default_factory=dict)
     """Per MoE layer: load_max_over_mean, load_entropy, router_entropy, dropped. A chain of experts has an entry
     "layer/iteration" per pass, with its balance losses, update_size (mean of |x_{t+1} - x_t| / |x_t|) and, from the
-    second pass on, overlap (share of choices that the pass before made for the same token)."""
+    second pass on, overlap (share of choices that the previous pass also made for the same token)."""
     coactivation: dict[str, list[list[int]]] = field(default_factory=dict)
-    """Of a chain of experts, in steps that a held-out evaluation follows: "layer/iteration" -> [expert of the pass
-    before][expert of this pass], tokens that chose both."""
+    """For a chain of experts, in steps before a held-out evaluation: "layer/iteration" -> number of tokens that chose
+    both experts, [expert of the previous pass][expert of this pass]."""
 
     memories: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    """Kind of memory -> layer or level -> figures: of engram the fields of `kmem.parallel.engram_ledger.LayerEngram`
-    and dedup_ratio, of a bank those of `kmem.parallel.bank_ledger.LevelBank`."""
+    """Kind of memory -> layer or level -> figures: for engram the fields of `kmem.parallel.engram_ledger.LayerEngram`
+    and dedup_ratio, for a bank the fields of `kmem.parallel.bank_ledger.LevelBank`."""
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "step", **asdict(self)}
@@ -109,8 +109,8 @@ def step_record(trainer: Trainer, result: StepResult, lr: float, seconds: float)
 
 
 def flops_per_token(config: Config, counts: ParameterCounts) -> float:
-    """Arithmetic of one trained token, forward and backward: 6 per active matrix element, and attention scores and sums
-    over a causal context (half the sequence on average)."""
+    """FLOPs of one trained token, forward and backward: 6 per active matrix element, and attention scores and sums over
+    a causal context (half the sequence on average)."""
     attention = config.model.attention
     if isinstance(attention, GroupedQueryAttention):
         width = 2 * (attention.head_dim or config.model.hidden_size // attention.num_heads)
@@ -122,7 +122,7 @@ def flops_per_token(config: Config, counts: ParameterCounts) -> float:
 
 
 def device_peak_flops(precision: str) -> float | None:
-    """Dense peak of this rank's device in bf16, where it is known; None in fp32, whose peak depends on TF32."""
+    """Dense bf16 peak of this rank's device in FLOP/s; None if it is unknown, and in fp32, where it depends on TF32."""
     if precision != "bf16" or local_device().type != "cuda":
         return None
     name = torch.cuda.get_device_name()
@@ -141,8 +141,8 @@ def expert_figures(routing: StepRouting, chosen: int, chained: bool) -> dict[str
     """Balance per MoE layer, or per layer and iteration of a chain of experts.
 
     Args:
-        routing: of the step; rows of dense layers are zero and left out.
-        chosen: expert choices of one pass in the step (positions x top_k); those that reached no expert are dropped.
+        routing: routing of the step; rows of dense layers are zero and left out.
+        chosen: expert choices of one pass in the step (positions x top_k); choices that reached no expert are dropped.
         chained: whether the layers are chains.
 
     load_entropy is the entropy of the load relative to an even one: 1 is perfect balance.
@@ -165,7 +165,7 @@ def expert_figures(routing: StepRouting, chosen: int, chained: bool) -> dict[str
 
 
 def coactivation(routing: StepRouting) -> dict[str, list[list[int]]]:
-    """Pairs of experts of neighbouring iterations per layer and later iteration; empty if the step has none."""
+    """Pairs of experts in consecutive iterations, per layer and later iteration; empty if the step has none."""
     if routing.coactivation is None:
         return {}
     return {

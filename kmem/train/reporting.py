@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar on a terminal, plain lines otherwise, and metrics.jsonl."""
+"""The visible output of a run: a progress bar on a terminal, plain lines otherwise, and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class ProgressReport(Callback):
             )
 
     def _training(self, record: StepRecord) -> str:
-        """The norm of the weights' gradient; of a frozen anchor, which has none, how many blocks the step trained. A
-        norm of their gradients is not to be had here: without clipping nothing needs the sum over ranks."""
+        """The gradient norm of the weights. A frozen anchor has none, so it is the number of blocks that the step
+        trained: the norm of the blocks' gradients is not known here, since only clipping sums it over ranks."""
         if self._bank_alone:
             return f"blocks {sum(level['touched_blocks'] for level in record.memories['bank'].values()):,}"
         return f"grad {record.grad_norm:.2f}"
@@ -101,9 +101,9 @@ class ProgressReport(Callback):
     def on_end(self, reason: str) -> None:
         self._stop()
         if reason == "finished":
-            self._say(f"nothing to do: the run has its {counted(self._total, 'step')}; raise train.steps to go on")
+            self._say(f"nothing to do: the run has its {counted(self._total, 'step')}; raise train.steps to continue")
         if reason == "interrupted":
-            self._say("interrupted: the state is saved; run the same command again to go on")
+            self._say("interrupted: the state is saved; run the same command again to continue")
 
     def close(self) -> None:
         self._stop()

@@ -1,4 +1,4 @@
-"""Where a run begins: with its own checkpoint, with that of another run, or with the weights of one."""
+"""Where a run begins: with its own checkpoint, with another run's checkpoint, or with another run's weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,19 +23,20 @@ class ResumePoint:
     folder: Path
     commit: Commit
     kind: Literal["own", "resumed", "weights"]
-    """own: the run's own. resumed: that of another run, whose history goes on. weights: nothing of it but these."""
+    """own: the run's own checkpoint. resumed: another run's checkpoint, which the run continues. weights: another run's
+    checkpoint, of which only the weights are used."""
 
     @property
     def hint(self) -> str:
-        """What a user can do who wants another model than the checkpoint's."""
+        """Remedy for a user who means another model than the checkpoint's."""
         field = {"resumed": "checkpoint.resume", "weights": "checkpoint.start"}.get(self.kind)
         return ANOTHER_RUN if field is None else f"leave {field} out"
 
     def check(self, data: PreparedData, config: Config, prepared: Mapping[str, Any]) -> None:
-        """Refuse text that the checkpoint cannot go on with.
+        """Refuse text that the checkpoint cannot continue with.
 
-        A selection of subtrees is no part of what must be the same: each has its own place in the text. Sequences
-        without addresses may have some from here on, since a bank may be added.
+        The selection of subtrees may differ: each selection has its own place in the text. Sequences without addresses
+        may have addresses from here on, since a bank may be added.
 
         Raises:
             CheckpointError: names the field and the remedy.
@@ -50,8 +51,8 @@ class ResumePoint:
         known = (data.fingerprint, data.sequences_fingerprint)
         if self.kind != "weights" and stored.get("fingerprint", data.fingerprint) not in known:
             fresh = {
-                "own": f"start a run of another name, with checkpoint.start: {run} to begin with these weights",
-                "resumed": f"begin with its weights alone: checkpoint.start: {run} in place of checkpoint.resume",
+                "own": f"start a run under another name, with checkpoint.start: {run} to begin with these weights",
+                "resumed": f"begin with only its weights: checkpoint.start: {run} in place of checkpoint.resume",
             }[self.kind]
             raise CheckpointError(
                 f"data: fingerprint differs from the one {self.folder} was trained on, so the run would not continue "
@@ -61,19 +62,19 @@ class ResumePoint:
 
 
 def find_resume_point(config: CheckpointConfig, store: CheckpointStore) -> ResumePoint | None:
-    """What `checkpoint.resume` and `checkpoint.start` ask for, if any. Collective.
+    """The checkpoint that `checkpoint.resume` and `checkpoint.start` ask for, if any. Collective.
 
-    Another run is begun with while this run has no checkpoint of its own: a job that is started again with the same
-    command goes on instead of beginning anew.
+    A run begins with another run's checkpoint only while it has none of its own: a job that is started again with the
+    same command continues instead of beginning anew.
 
     Raises:
-        CheckpointError: on every rank alike.
+        CheckpointError: on all ranks alike.
     """
     own, resume, start = store.steps(), config.resume, config.start
     if start is not None and _is_of(Path(start), store):
         raise CheckpointError(
             f"checkpoint.start: {start} is the folder of this run itself; give the run another name, or leave it out: "
-            "checkpoint.resume goes on with a run, and goes back to a step of it"
+            "checkpoint.resume continues a run, or goes back to one of its steps"
         )
     if resume == "never" and own:
         raise CheckpointError(
@@ -86,7 +87,7 @@ def find_resume_point(config: CheckpointConfig, store: CheckpointStore) -> Resum
         if start is not None:
             raise CheckpointError(
                 f"checkpoint.start: {start}, and checkpoint.resume: {resume}: a run begins with one of them; leave "
-                "resume out for the weights alone, or start for all that belongs to a run"
+                "resume out to take only the weights, or start to continue the whole run"
             )
         if not own:
             return ResumePoint(folder, store.open(folder), "resumed")
@@ -104,6 +105,6 @@ def find_resume_point(config: CheckpointConfig, store: CheckpointStore) -> Resum
 
 
 def _is_of(path: Path, store: CheckpointStore) -> bool:
-    """Whether a path is the run's folder, that of its checkpoints, or that of one of them."""
+    """Whether a path is the run's folder, its folder of checkpoints, or one of its checkpoints."""
     root, path = store.root.resolve(), path.resolve()
     return path in (root.parent, root) or path.parent == root

@@ -17,7 +17,7 @@ from kmem.files import atomic_folder, atomic_write
 
 METRICS, LOCK = "metrics.jsonl", "lock"
 SECONDS_TO_LEAVE = 20.0
-"""How long a run waits for another process in its folder: one that was killed a moment ago may still be leaving."""
+"""How long a run waits for another process in its folder: a process killed a moment ago may still be exiting."""
 
 
 class RunFolder:
@@ -31,18 +31,18 @@ class RunFolder:
 
     def claim(self, seconds: float = SECONDS_TO_LEAVE) -> str | None:
         """Create the folder and keep other processes from training in it, until `release` or the end of this process;
-        returns what stands in the way, if anything.
+        returns a problem, or None.
 
-        A lock of fcntl, which also holds between machines that share the folder over NFS. Where the file system has no
-        locks, or the folder cannot be written, nothing is claimed.
+        The fcntl lock also works between machines that share the folder over NFS. If the file system has no locks, or
+        the folder cannot be written, nothing is claimed.
 
         Args:
-            seconds: to wait for another process to end.
+            seconds: how long to wait for another process to end.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / LOCK, "a+")  # noqa: SIM115 (held until release)
-        except OSError:  # `prepare` says so, unless the run is finished and nothing will be written
+        except OSError:  # `prepare` reports it, unless the run is finished and nothing will be written
             return None
         until, told = time.monotonic() + seconds, False
         while True:
@@ -57,8 +57,8 @@ class RunFolder:
             if time.monotonic() >= until:
                 lock.close()
                 return (
-                    f"folder: {holder} is training in {self.path}; wait for its end or stop it, or give this run "
-                    f"another name (if that machine is gone and its lock has stayed, remove {self.path / LOCK})"
+                    f"folder: {holder} is training in {self.path}; wait until it ends, stop it, or give this run "
+                    f"another name (if that machine is gone and its lock remains, remove {self.path / LOCK})"
                 )
             if not told:
                 print(f"waiting for {holder} to leave {self.path}", file=sys.stderr, flush=True)
@@ -77,27 +77,26 @@ class RunFolder:
             self._lock = None
 
     def prepare(self, config: Config, tokenizer: Path, folders: Mapping[str, Path]) -> str | None:
-        """Create the folder, write the resolved configuration and keep copies, for exports; returns what stands in the
-        way, if anything.
+        """Create the folder, write the resolved configuration and keep copies for exports; returns a problem, or None.
 
         Args:
-            folders: name of the copy -> a folder besides the tokenizer.
+            folders: name of the copy -> folder to copy besides the tokenizer.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "config.yaml").write_text(dump_config(config))
             shutil.copytree(tokenizer, self.path / "tokenizer", dirs_exist_ok=True)
             for name, source in folders.items():
-                # Whole in place of what is there: exports would carry files of an earlier source.
+                # Replaced as a whole: exports would otherwise carry files of an earlier source.
                 with atomic_folder(self.path / name, replace=True) as copy:
-                    # With the modes of the umask.
+                    # `copyfile` gives files the modes of the umask.
                     shutil.copytree(source, copy, copy_function=shutil.copyfile, dirs_exist_ok=True)
         except (OSError, UserError) as error:
             return f"folder: {self.path} cannot be written: {error}"
         return None
 
     def forget_after(self, step: int) -> None:
-        """Drop metrics of steps that a run resumed after `step` will repeat; a fresh start repeats all."""
+        """Drop the metrics of steps that a run resumed after `step` will repeat; a fresh start repeats all steps."""
         if self.metrics.exists():
             kept = [line for line in self.metrics.read_text().splitlines(True) if step and _step_of(line) <= step]
             atomic_write(self.metrics, "".join(kept))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class WandbTracking(Callback):
     """Sends metrics to Weights & Biases: online when logged in, otherwise into the run folder.
 
-    A resumed run continues under the id its checkpoint remembers.
+    A resumed run continues under the id that its checkpoint stores.
     """
 
     def __init__(self, config: Config, folder: Path):
@@ -104,7 +104,7 @@ def _stored_login() -> bool:
 
 
 def _flat(path: str, value: Any) -> dict[str, Any]:
-    """Numbers under the paths of their nesting; the gates' histograms as histograms."""
+    """Flatten nested numbers to path -> number; histograms of gates become W&B histograms."""
     if value is None:
         return {}
     if path.endswith("gate_histogram"):

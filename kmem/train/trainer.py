@@ -36,7 +36,7 @@ from kmem.wording import counted
 
 
 class TrainingError(UserError):
-    """Training cannot go on; weights and the last checkpoint are as they were before the failed step."""
+    """Training cannot continue; weights and the last checkpoint are as they were before the failed step."""
 
 
 class Trainer:
@@ -59,35 +59,35 @@ class Trainer:
         self.step = 0
         self.consumed_samples = 0
         self.positions = {data.selection: 0}
-        """Selection of the text -> its sequences consumed."""
+        """Selection of the text -> sequences consumed from it."""
         self.tokens = 0
         self.tracking: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
         self.counts = count_parameters(config.model.shape)
         raise_on_all_ranks(self.folder.claim() if mesh.rank == 0 else None, TrainingError)
         self.store = CheckpointStore(self.folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every)
-        found = find_resume_point(config.checkpoint, self.store)
+        resume_point = find_resume_point(config.checkpoint, self.store)
         self.kinds = kinds_of(config.model.shape)
         self.prepared = run_on_all_ranks(
             lambda: {kind.name: kind.prepare(config, data.tokenizer_path) for kind in self.kinds}
         )
         plan = None
-        if found is not None:
-            plan = run_on_all_ranks(lambda: self._load_plan(found))
+        if resume_point is not None:
+            plan = run_on_all_ranks(lambda: self._load_plan(resume_point))
         elif config.model.frozen_anchor:
             raise ConfigError(
-                "model.bank.anchor: frozen, and the run begins with nothing, so the anchor would stay random: "
-                "name a run with a trained one in checkpoint.start, or train it (anchor: train)"
+                "model.bank.anchor: frozen, but the run begins without a checkpoint, so the anchor would stay random: "
+                "name a run with a trained anchor in checkpoint.start, or train it (anchor: train)"
             )
-        self.pipeline = Pipeline(config, mesh, self.prepared, initialise_rows=found is None)
+        self.pipeline = Pipeline(config, mesh, self.prepared, initialise_rows=resume_point is None)
         self._begun: deque[BegunStep] = deque()
         """Steps whose rows are being fetched, the next one first."""
         self._saved_at = -1
         self._callback_problem: str | None = None
-        self.origins = self._origins(found)
+        self.origins = self._origins(resume_point)
         try:
-            if found is not None and plan is not None:
-                self._begin_with(found, plan)
+            if resume_point is not None and plan is not None:
+                self._begin_with(resume_point, plan)
         except BaseException as error:
             self.pipeline.close(error)
             raise
@@ -127,7 +127,7 @@ class Trainer:
                 if lost_peer(error.__cause__ if isinstance(error, ExchangeError) else error):
                     raise TrainingError(
                         f"after step {self.step}: another rank is gone or does not answer; its own log names the "
-                        f"cause. {self._last_good()}: run the same command again to go on"
+                        f"cause. {self._last_good()}: run the same command again to continue"
                     ) from error
                 raise
             finally:
@@ -149,7 +149,7 @@ class Trainer:
         """Whether any rank was asked to stop; collective, so that all ranks stop after the same step.
 
         Raises:
-            TrainingError: a save in the background or a callback failed on any rank; on every rank alike.
+            TrainingError: a background save or a callback failed on any rank; on all ranks alike.
         """
         problem = self.store.failure() or self._callback_problem
         asked, failed = any_rank([interruption.received is not None, problem is not None])
@@ -170,7 +170,7 @@ class Trainer:
         )
 
     def _selected_text(self) -> str:
-        """What is read and evaluated of the text, where that is not all of it."""
+        """The selected part of the text, if the run does not use all of it."""
         if not self.data.selection:
             return ""
         held_out = len(self.data.validation)
@@ -191,7 +191,7 @@ class Trainer:
         try:
             result = self.pipeline.train_step(self._begun.popleft(), lr, sampled=self.evaluation_due(self.step + 1))
         except NonFiniteStepError as error:
-            self.store.wait()  # a save in the background decides which checkpoint is the last good one
+            self.store.wait()  # a background save decides which checkpoint is the last good one
             raise TrainingError(self._explain(error)) from None
         self.step += 1
         self.consumed_samples += train.global_batch_size
@@ -203,7 +203,7 @@ class Trainer:
         self._notify("on_step", record)
 
     def _begin(self, step: int) -> BegunStep:
-        """Read this rank's micro-batches of a step to come and start fetching their rows."""
+        """Read this rank's micro-batches of a later step and start fetching their rows."""
         train = self.config.train
         first = self.positions[self.data.selection] + (step - self.step) * train.global_batch_size
         plan = split_samples(first, train.global_batch_size, train.micro_batch_size, self.mesh)
@@ -251,44 +251,44 @@ class Trainer:
         Raises:
             CheckpointError: names the field and the remedy.
         """
-        found.check(self.data, self.config, self.prepared)
+        resume_point.check(self.data, self.config, self.prepared)
         return plan_load(
-            found.folder,
-            found.commit,
+            resume_point.folder,
+            resume_point.commit,
             self.config,
             self.prepared,
-            weights_only=found.kind == "weights",
-            hint=found.hint,
-            own_run=found.kind == "own",
+            weights_only=resume_point.kind == "weights",
+            hint=resume_point.hint,
+            own_run=resume_point.kind == "own",
         )
 
-    def _origins(self, found: ResumePoint | None) -> dict[str, dict[str, Any]]:
-        """Kind of memory -> where its rows come from."""
+    def _origins(self, resume_point: ResumePoint | None) -> dict[str, dict[str, Any]]:
+        """Kind of memory -> origin of its rows."""
         stored, folder, weights_only = None, None, False
-        if found is not None:
-            stored, folder, weights_only = found.commit, found.folder, found.kind == "weights"
+        if resume_point is not None:
+            stored, folder, weights_only = resume_point.commit, resume_point.folder, resume_point.kind == "weights"
         origins = {kind.name: kind.origin(self.config, stored, folder, weights_only) for kind in self.kinds}
         return {name: origin for name, origin in origins.items() if origin}
 
-    def _begin_with(self, found: ResumePoint, plan: LoadPlan) -> None:
-        """Fill the pipeline, and go on where the checkpoint stands, or begin with its weights.
+    def _begin_with(self, resume_point: ResumePoint, plan: LoadPlan) -> None:
+        """Fill the pipeline, and continue where the checkpoint stands, or begin with only its weights.
 
         Raises:
             CheckpointError: a tensor is missing or has another size or dtype.
         """
-        progress = load_training(self.store, found.folder, found.commit, self.pipeline, plan)
+        progress = load_training(self.store, resume_point.folder, resume_point.commit, self.pipeline, plan)
         if plan.weights_only:
             return
         self.step, self.consumed_samples, self.tokens = progress.step, progress.consumed_samples, progress.tokens
         self.positions |= progress.sequences_read
         self.facts = dict(progress.facts)
-        if found.kind == "own":
+        if resume_point.kind == "own":
             self.tracking = dict(progress.tracking)
             self._saved_at = self.step
             self.store.continue_from(self.step)
 
     def _data_fingerprints(self) -> dict[str, str]:
-        """What a checkpoint says of the data it was trained on."""
+        """Fingerprints of the training data, as checkpoints store them."""
         return {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer_fingerprint}
 
     def _explain(self, error: NonFiniteStepError) -> str:

@@ -232,7 +232,7 @@ def test_bad_input(trained, tmp_path, capsys):
     assert f"--file {texts}: not readable as text" in refused(capsys, *erasing, "--file", texts)
     assert f"--file {tmp_path / 'none'}: not readable" in refused(capsys, *erasing, "--file", tmp_path / "none")
     assert not out.exists()
-    assert "--layer 2: has no n-gram memory; layers that have one: 1, 3" in refused(
+    assert "--layer 2: has no engram; layers with engram: 1, 3" in refused(
         capsys, "inspect", "--checkpoint", run, "--text", "the", "--layer", 2
     )
     out.mkdir()
@@ -240,7 +240,7 @@ def test_bad_input(trained, tmp_path, capsys):
     assert "is not an empty folder" in refused(capsys, *erasing, "--text", "the state")
     plain = write_run(tmp_path / "plain", NATIVE["llama"]).run_folder
     for words in (["list"], ["inspect", "--text", "the"], ["erase", "--text", "the", "--out", tmp_path / "other"]):
-        assert "has no n-gram memory (model.engram)" in refused(capsys, *words, "--checkpoint", plain)
+        assert "has no engram (model.engram)" in refused(capsys, *words, "--checkpoint", plain)
     damaged = write_run(tmp_path / "damaged", MEMORY["qwen"])
     part = next(damaged.folder.glob("*.safetensors"))
     data = bytearray(part.read_bytes())

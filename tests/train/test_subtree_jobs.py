@@ -333,7 +333,7 @@ def test_what_holds_a_part_is_refused_where_all_is_needed(runs, capsys):
         parse_config(runs.config("no-subtrees", start="anchor", **HELD))
     capsys.readouterr()
     assert main(["bank", "list", "0", "--checkpoint", str(part)]) == 0
-    assert "subtrees 0 alone" in " ".join(capsys.readouterr().out.split())
+    assert "only the blocks of the subtrees 0;" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.full

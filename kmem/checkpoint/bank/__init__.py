@@ -1,1 +1,1 @@
-"""Memory banks in checkpoints: inspecting, erasing, replacing and merging their blocks."""
+"""Banks in checkpoints: inspecting, erasing, replacing and merging their blocks."""

@@ -1,4 +1,4 @@
-"""`kmem bank`: what is in the blocks of a memory bank, and editing them."""
+"""`kmem bank`: lists, erases, replaces and merges the blocks of a bank."""
 
 import argparse
 import json
@@ -25,10 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing.add_argument("paths", nargs="*", metavar="PATH", help=f"and of these and all below: {PATHS}")
     listing.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
-    erasing = _action(actions, "erase", "give clusters back the blocks that they began with, which change nothing")
+    erasing = _action(actions, "erase", "reset clusters to their initial blocks, which change nothing")
     erasing.add_argument("paths", nargs="+", metavar="PATH", help=PATHS)
 
-    replacing = _action(actions, "replace", "give clusters the blocks that they have in another checkpoint")
+    replacing = _action(actions, "replace", "take the blocks of clusters from another checkpoint")
     replacing.add_argument("paths", nargs="+", metavar="PATH", help=PATHS)
     replacing.add_argument(
         "--from", dest="source", required=True, type=Path, metavar="RUN", help="run folder or one of its steps"
@@ -40,13 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     merging = actions.add_parser(
         "merge",
-        help="one checkpoint of several that were trained on different clusters",
-        description="One checkpoint of several that were trained on different clusters with the same frozen anchor.",
+        help="join checkpoints that were trained on different clusters",
+        description="Join checkpoints that were trained on different clusters with the same frozen anchor into one.",
     )
     merging.add_argument(
         "--from", dest="sources", action="append", nargs="+", required=True, metavar=("RUN", "PATH"),
-        help="a run or one of its steps, and the subtrees that are its own; without any, those whose text it has read "
-        "(data.addresses.subtrees), or the clusters that it has trained. Give the option once for each run",
+        help="a run or one of its steps, and the subtrees to take from it; default: the subtrees whose text it has "
+        "read (data.addresses.subtrees), else the clusters that it has trained. Give the option once for each run",
     )  # fmt: skip
     merging.add_argument(
         "--start", type=Path, metavar="RUN", help="checkpoint that all started from, if its bank had been trained"
@@ -96,20 +96,21 @@ def _list(arguments: argparse.Namespace) -> int:
     if reader.config.bank.hold == "subtrees":
         addresses = reader.config.data.addresses
         chosen = ", ".join((addresses and addresses.subtrees) or ())
-        print(f"this checkpoint holds the blocks of the subtrees {chosen} alone; kmem bank merge joins such parts")
+        print(f"this checkpoint holds only the blocks of the subtrees {chosen}; kmem bank merge joins such parts")
     if clusters:
         shown = [
             (
-                found["path"],
-                str(found["level"]),
-                _norm(found),
-                "" if found["tokens"] is None else f"{found['tokens']:,}",
+                cluster["path"],
+                str(cluster["level"]),
+                _norm(cluster),
+                "" if cluster["tokens"] is None else f"{cluster['tokens']:,}",
             )
-            for found in clusters
+            for cluster in clusters
         ]
         print_table("clusters", ("path", "level", "norm", "tokens"), shown)
     print(
-        "norm: of what writes, over all layers, untouched blocks apart. Gini: how unevenly tokens fall on the clusters"
+        "norm: over the weights that write, in all layers; without untouched blocks. Gini: how unevenly tokens are "
+        "spread over the clusters"
     )
     return 0
 
@@ -117,7 +118,7 @@ def _list(arguments: argparse.Namespace) -> int:
 def _figures(
     reader: "CheckpointReader", layout: "BankLayout", paths: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Of each level, and of the named clusters with all below them that have blocks."""
+    """Figures of each level, and of the named clusters and all clusters below them that have blocks."""
     import torch
 
     from kmem.checkpoint.bank.hits import cluster_tokens, hit_figures, stored_hits
@@ -138,8 +139,8 @@ def _figures(
     levels: list[dict[str, Any]] = []
     clusters: list[dict[str, Any]] = []
     for level in layout.levels:
-        found = level_figures(reader, layout, level)
-        norms, untouched = (values[: layout.clusters(level)] for values in (found.norms, found.untouched))
+        figures = level_figures(reader, layout, level)
+        norms, untouched = (values[: layout.clusters(level)] for values in (figures.norms, figures.untouched))
         trained = norms[~untouched]
         stored = reader.commit.tensors[WEIGHT + layer_bank_name(layout.layers[0], level)].dtype
         held = sum(map(len, held_rows(reader.config, layout, level)))
@@ -153,29 +154,29 @@ def _figures(
                 "untouched": int(untouched.sum()),
                 "mean_norm": float(trained.mean()) if len(trained) else 0.0,
                 "largest_norm": float(norms.max()),
-                "generic_norm": float(found.norms[-1]) if layout.generic else None,
+                "generic_norm": float(figures.norms[-1]) if layout.generic else None,
                 "hits": None if hits is None else hit_figures(layout, hits, level),
             }
         )
         tokens = None
-        if hits is not None:  # the last row is that of generic blocks
+        if hits is not None:  # the last row belongs to the generic blocks
             tokens = torch.cat([cluster_tokens(layout, hits, level), hits[-1:]]).tolist()
         clusters += [
             {
                 "path": cluster_path(layout, level, row),
                 "level": level,
-                "norm": float(found.norms[row]),
-                "untouched": bool(found.untouched[row]),
+                "norm": float(figures.norms[row]),
+                "untouched": bool(figures.untouched[row]),
                 "tokens": None if tokens is None else tokens[row],
             }
             for row in chosen[level].nonzero().flatten().tolist()
         ]
     for level, number in sorted({named_cluster(layout, path) for path in paths if path != GENERIC_PATH}):
-        if level not in layout.levels:  # named, and its tokens are counted all the same
+        if level not in layout.levels:  # a named cluster without blocks has tokens all the same
             counted_tokens = None if hits is None else int(cluster_tokens(layout, hits, level)[number])
             bare = {"norm": None, "untouched": None, "tokens": counted_tokens}
             clusters.append({"path": cluster_path(layout, level, number), "level": level, **bare})
-    return levels, sorted(clusters, key=lambda found: int(found["level"]))
+    return levels, sorted(clusters, key=lambda cluster: int(cluster["level"]))
 
 
 def _erase(arguments: argparse.Namespace) -> int:
@@ -200,7 +201,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     from kmem.checkpoint.bank.editing import Source, merge
 
     if len(arguments.sources) < 2:
-        raise UserError("--from: name two runs at least, each with an option --from of its own")
+        raise UserError("--from: name at least two runs, each with its own option --from")
     sources = [Source(_opened(Path(run)), tuple(paths)) for run, *paths in arguments.sources]
     start = None if arguments.start is None else _opened(arguments.start)
     edited, remarks = merge(sources, arguments.out, start)
@@ -227,19 +228,19 @@ def _report(reader: "CheckpointReader", edited: "Edited", done: str) -> None:
     from kmem.model.bank_layout import layer_bank_name
 
     layer = the_layout(reader).layers[0]
-    for found in edited.levels:
-        stored = reader.commit.tensors[WEIGHT + layer_bank_name(layer, found.level)].dtype
-        size = found.values * TORCH_DTYPES[stored].itemsize
+    for changed in edited.levels:
+        stored = reader.commit.tensors[WEIGHT + layer_bank_name(layer, changed.level)].dtype
+        size = changed.values * TORCH_DTYPES[stored].itemsize
         print(
-            f"level {found.level}: blocks of {counted(found.clusters, 'cluster')} {done}, {found.values:,} values, "
-            f"{size / 1e6:,.3f} MB; norm of what they wrote before: {found.norm:.4g}"
+            f"level {changed.level}: blocks of {counted(changed.clusters, 'cluster')} {done}, {changed.values:,} "
+            f"values, {size / 1e6:,.3f} MB; norm of what they wrote before: {changed.norm:.4g}"
         )
     if not edited.levels:
         print("no block has changed")
     print(f"wrote {edited.checkpoint}")
 
 
-def _norm(found: dict[str, Any]) -> str:
-    if found["norm"] is None:
+def _norm(cluster: dict[str, Any]) -> str:
+    if cluster["norm"] is None:
         return "no blocks (rank 0)"
-    return "untouched" if found["untouched"] else f"{found['norm']:.4g}"
+    return "untouched" if cluster["untouched"] else f"{cluster['norm']:.4g}"

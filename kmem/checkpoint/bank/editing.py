@@ -1,7 +1,7 @@
-"""Erasing, replacing and merging blocks of a memory bank, with the state of their optimizer.
+"""Erasing, replacing and merging blocks of a bank, with their optimizer state.
 
-A checkpoint is never changed: the result is a run folder of its own, which training continues from
-(`checkpoint.resume`), and which is evaluated and exported as any other.
+A checkpoint is never changed. The result is a new run folder, which can be trained further (`checkpoint.resume`),
+evaluated and exported like any other.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from kmem.model.bank_layout import BankLayout, layer_bank_name
 from kmem.wording import counted
 
 COMPARED = 1 << 24
-"""Elements that are compared at a time."""
+"""Elements compared at a time."""
 LISTED = 5
 
 
@@ -35,10 +35,10 @@ class Changed:
 
     level: int
     clusters: int
-    """Rows, generic blocks included."""
+    """Changed rows, generic blocks included."""
     values: int
     norm: float
-    """2-norm of what these blocks wrote, before."""
+    """2-norm of what these blocks wrote before the edit."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class Source:
 
     reader: CheckpointReader
     paths: tuple[str, ...] = ()
-    """Subtrees that are its own; none: those whose text it has read, or, of a run on all text, the clusters that it has
-    trained."""
+    """Subtrees to take from it. None given: the subtrees whose text it has read or, if it ran on all text, the clusters
+    that it has trained."""
 
     def own_paths(self, start: CheckpointReader | None) -> tuple[str, ...]:
-        """The subtrees that are its own, where these are named or known.
+        """The subtrees to take from it, where they are named or known; else none.
 
         Args:
-            start: the checkpoint that it has gone on from.
+            start: the checkpoint that it continued from.
         """
         if self.paths:
             return self.paths
@@ -75,31 +75,31 @@ class Source:
 
 
 def goes_on_from(progress: Progress, start: CheckpointReader) -> bool:
-    """Whether a run that began with a checkpoint's bank has taken all of the checkpoint, or else its weights alone."""
+    """Whether a run that began with the bank of `start` took over the whole checkpoint, not only its weights."""
     return bank_origin(progress)["start"] == bank_origin(start.commit.progress)["start"]
 
 
 def bank_origin(progress: Progress) -> dict[str, Any]:
-    """`seed` of the first blocks of a checkpoint's bank, and the checkpoint whose blocks it began with, `start`; None
-    where not known, and of a bank that began new."""
+    """Origin of a checkpoint's bank: `seed` of its initial blocks, and `start`, the checkpoint whose blocks it began
+    with. None where unknown; `start` is also None for a bank that began new."""
     return {"seed": None, "start": None, **progress.memories.get("bank", {})}
 
 
 def the_layout(reader: CheckpointReader) -> BankLayout:
-    """The blocks of a checkpoint's bank.
+    """The layout of a checkpoint's bank.
 
     Raises:
-        CheckpointError: it has none.
+        CheckpointError: it has no bank.
     """
     layout = bank_layout(reader.config)
     if layout is None:
-        raise CheckpointError(f"{reader.folder}: has no memory bank (model.bank)")
+        raise CheckpointError(f"{reader.folder}: has no bank (model.bank)")
     return layout
 
 
 def erase(reader: CheckpointReader, out: Path, paths: list[str], subtree: bool) -> Edited:
-    """Give clusters the blocks that they began with, which change nothing, and no optimizer state: as if no text had
-    reached them.
+    """Reset clusters to their initial blocks, which change nothing, without optimizer state: as if no text had reached
+    them.
 
     Raises:
         UserError: a path outside the tree, or a folder that cannot be written.
@@ -114,35 +114,35 @@ def erase(reader: CheckpointReader, out: Path, paths: list[str], subtree: bool) 
 def replace_blocks(
     reader: CheckpointReader, out: Path, paths: list[str], subtree: bool, other: CheckpointReader
 ) -> Edited:
-    """Give clusters the blocks that they have in another checkpoint, with their optimizer state.
+    """Take the blocks of clusters, with their optimizer state, from another checkpoint.
 
     Raises:
-        UserError: a path outside the tree, another bank, tree or anchor, or a folder that cannot be written.
+        UserError: a path outside the tree, a different bank, tree or anchor, or a folder that cannot be written.
     """
     layout = the_layout(reader)
-    for found in (reader, other):
-        found.check_whole()
+    for checkpoint in (reader, other):
+        checkpoint.check_whole()
     chosen = select(layout, paths, subtree)
     _check_same_bank(reader, other)
     _check_same_anchor(reader, other)
     owners = {level: torch.where(rows, 0, KEPT) for level, rows in chosen.items()}
-    note = f"replaced {_named(paths, subtree)} by those of {other.folder.parent.parent.name}"
+    note = f"replaced {_named(paths, subtree)} by the blocks of {other.folder.parent.parent.name}"
     return _written(reader, out, layout, owners, [other], note)
 
 
 def merge(sources: Sequence[Source], out: Path, start: CheckpointReader | None = None) -> tuple[Edited, list[str]]:
-    """One checkpoint of several that were trained on different clusters with the same frozen anchor: each gives the
-    rows that are its own.
+    """Join checkpoints that were trained on different clusters with the same frozen anchor into one. Each gives its own
+    rows.
 
     Args:
         start: the checkpoint that all started from, if its bank had been trained.
 
     Returns:
-        What was taken, and remarks.
+        The edit, and remarks for the user.
 
     Raises:
-        UserError: other banks, trees or anchors, a cluster of two sources, a path outside the tree, a start that is
-            not named, or a folder that cannot be written.
+        UserError: different banks, trees or anchors, a cluster claimed by two sources, a path outside the tree, a start
+            that is not named, or a folder that cannot be written.
     """
     readers = [source.reader for source in sources]
     layout = the_layout(readers[0])
@@ -150,14 +150,14 @@ def merge(sources: Sequence[Source], out: Path, start: CheckpointReader | None =
         reader = source.reader
         if _trained_elsewhere(reader, layout):
             raise CheckpointError(
-                f"{reader.folder}: holds the blocks of its subtrees alone, and went on from a checkpoint that had "
-                "trained others, too; name that with --start"
+                f"{reader.folder}: holds only the blocks of its subtrees, and continued from a checkpoint that had "
+                "trained others, too; name that checkpoint with --start"
             )
         began_with = bank_origin(reader.commit.progress)["start"]
         if began_with is not None:
             raise CheckpointError(
-                f"{reader.folder}: began with the blocks of {began_with}; name that checkpoint, "
-                "or where it is now, with --start, so that what the run itself has trained is known"
+                f"{reader.folder}: began with the blocks of {began_with}; name that checkpoint, where it is now, with "
+                "--start, to tell which blocks the run itself has trained"
             )
     for other in (*readers[1:], *([] if start is None else [start])):
         _check_same_bank(readers[0], other)
@@ -165,21 +165,21 @@ def merge(sources: Sequence[Source], out: Path, start: CheckpointReader | None =
     own, remarks = [], []
     trained: list[Selection] = []
     for source in sources:
-        found = {level: _trained(source.reader, start, layout, level) for level in layout.levels}
-        trained.append(found)
+        its_rows = {level: _trained(source.reader, start, layout, level) for level in layout.levels}
+        trained.append(its_rows)
         paths = source.own_paths(start)
         if not paths:
-            own.append(found)
+            own.append(its_rows)
             continue
         for path in source.paths:
             named = select(layout, [path])
-            if not any(bool((named[level] & found[level]).any()) for level in layout.levels):
+            if not any(bool((named[level] & its_rows[level]).any()) for level in layout.levels):
                 raise CheckpointError(
-                    f"cluster {path}: {source.reader.folder} has not trained it; name the clusters that it has, which "
-                    "kmem bank list says, or none for all of them"
+                    f"cluster {path}: {source.reader.folder} has not trained it; name clusters that it has trained, "
+                    "as kmem bank list shows, or none to take them all"
                 )
         own.append(select(layout, list(paths)))
-        outside = [path for level in layout.levels for path in _paths(layout, level, found[level] & ~own[-1][level])]
+        outside = [path for level in layout.levels for path in _paths(layout, level, its_rows[level] & ~own[-1][level])]
         if outside:
             remarks.append(
                 f"{source.reader.folder}: {counted(len(outside), 'cluster')} that it trained outside "
@@ -192,7 +192,7 @@ def merge(sources: Sequence[Source], out: Path, start: CheckpointReader | None =
     owners = {}
     for level in layout.levels:
         owner = torch.full((layout.rows(level),), KEPT)
-        # Rows that the copied checkpoint trained and does not own, or does not hold, are what they began as.
+        # Rows that the base trained but does not own, and rows that it does not hold, get their first values.
         elsewhere = trained[base][level] | ~held_mask(readers[base].config, layout, level)
         owner[elsewhere] = FIRST if start is None else len(readers)
         for number, rows in enumerate(own):
@@ -201,27 +201,27 @@ def merge(sources: Sequence[Source], out: Path, start: CheckpointReader | None =
     note = "merged " + ", ".join(reader.run_folder.name for reader in readers)
     progress = _joined_progress(readers, base, start)
     config = _whole(readers[base].config, _joined_subtrees(readers))
-    # A run that began with the start's weights alone had none of the state of its rows.
+    # A run that began with only the weights of the start did not have the optimizer state of its rows.
     weights_of = None if start is None or goes_on_from(progress, start) else len(readers)
     return _written(readers[base], out, layout, owners, given, note, progress, config, weights_of), remarks
 
 
 def _trained_elsewhere(reader: CheckpointReader, layout: BankLayout) -> bool:
-    """Whether text has reached clusters whose blocks the checkpoint does not hold: those of a run before."""
+    """Whether text has reached clusters whose blocks the checkpoint does not hold: an earlier run trained them."""
     hits = stored_hits(reader)
     if hits is None:
         return False
-    leaves = len(hits) - 1  # the last count is that of generic blocks
+    leaves = len(hits) - 1  # the last count belongs to generic blocks
     held = held_mask(reader.config, layout, len(layout.ranks))[:leaves]
     return bool((hits[:leaves][~held] > 0).any())
 
 
 def _joined_progress(readers: Sequence[CheckpointReader], base: int, start: CheckpointReader | None) -> Progress:
-    """That of the run whose step is kept, with the text of all."""
+    """Progress of the base run, with the text that all runs have read."""
     of_runs = [reader.commit.progress for reader in readers]
 
     def summed(count: str) -> int:
-        """What all have read, and once what they went on from."""
+        """The sum over all runs; what they continued from counts once."""
         before = 0 if start is None else getattr(start.commit.progress, count)
         since = [before if start is not None and goes_on_from(progress, start) else 0 for progress in of_runs]
         return max(since) + sum(getattr(progress, count) for progress in of_runs) - sum(since)
@@ -234,7 +234,7 @@ def _joined_progress(readers: Sequence[CheckpointReader], base: int, start: Chec
 
 
 def _joined_subtrees(readers: Sequence[CheckpointReader]) -> tuple[str, ...] | None:
-    """`data.addresses.subtrees` of a merged run that is trained on with its own configuration: the text of all."""
+    """`data.addresses.subtrees` with which a merged run trains on: the text of all runs."""
     chosen: set[str] = set()
     for reader in readers:
         addresses = reader.config.data.addresses
@@ -247,7 +247,7 @@ def _joined_subtrees(readers: Sequence[CheckpointReader]) -> tuple[str, ...] | N
 
 
 def _whole(config: Config, subtrees: tuple[str, ...] | None) -> Config:
-    """The configuration of a run with all blocks, on the text of these subtrees if it was on that of some."""
+    """The configuration of a run that holds all blocks. If the run was on subtrees, `subtrees` replace them."""
     if config.data.addresses is None or config.data.addresses.subtrees is None:
         return config
     tree = config.model_dump(mode="json")
@@ -257,7 +257,7 @@ def _whole(config: Config, subtrees: tuple[str, ...] | None) -> Config:
 
 
 def _trained(reader: CheckpointReader, start: CheckpointReader | None, layout: BankLayout, level: int) -> Tensor:
-    """Rows that were trained: they write, or differ from the start. bool [rows]."""
+    """bool [rows]: rows that were trained. They differ from `start` or, without a start, write anything."""
     if start is None:
         return ~level_figures(reader, layout, level).untouched
     return changed_rows(reader, start, layout, level)
@@ -274,12 +274,12 @@ def _written(
     config: Config | None = None,
     weights_of: int | None = None,
 ) -> Edited:
-    """Copy `base` with the rows that come from elsewhere.
+    """Copy `base`, and take the rows that `owners` names from elsewhere.
 
     Args:
         owners: level -> [rows] KEPT, FIRST, or the number of a source.
-        progress, config: of the new checkpoint; default: those of `base`.
-        weights_of: number of a source of which the state of rows is not taken, but none.
+        progress, config: progress and configuration of the new checkpoint; default: as in `base`.
+        weights_of: number of a source that gives only weights; its rows get no optimizer state.
     """
     figures = []
     for level, owner in owners.items():
@@ -292,8 +292,8 @@ def _written(
     lists = {level: owner.tolist() for level, owner in owners.items()}
     seed = bank_origin(base.commit.progress)["seed"]
     seed = base.config.train.init_seed if seed is None else seed
-    counted = [None if number == weights_of else source for number, source in enumerate(sources)]
-    usage = edited_usage(base, counted, layout, owners)
+    with_usage = [None if number == weights_of else source for number, source in enumerate(sources)]
+    usage = edited_usage(base, with_usage, layout, owners)
 
     def edit(key: str, start: int, values: Tensor) -> Tensor:
         if key in usage:
@@ -323,32 +323,32 @@ def _written(
 
 
 def _runs(owners: list[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """(where they come from, first, end) of consecutive rows in [start, stop) that do not stay."""
-    for owner, found in groupby(range(start, stop), key=owners.__getitem__):
+    """(owner, first, end) of consecutive rows in [start, stop) that are not kept."""
+    for owner, group in groupby(range(start, stop), key=owners.__getitem__):
         if owner != KEPT:
-            rows = list(found)
+            rows = list(group)
             yield owner, rows[0], rows[-1] + 1
 
 
 def _check_same_bank(one: CheckpointReader, other: CheckpointReader) -> None:
-    """Both have blocks of the same form, for clusters of the same tree."""
+    """Check that both have blocks of the same form, for clusters of the same tree."""
     first, second = the_layout(one), the_layout(other)
     if first != second:
         names = [name for name in vars(first) if getattr(first, name) != getattr(second, name)]
         raise CheckpointError(
-            f"{other.folder}: its memory bank has another form than that of {one.folder}: {', '.join(names)} "
-            "(model.bank); blocks of one bank fit no other"
+            f"{other.folder}: the form of its bank differs from {one.folder}: {', '.join(names)} (model.bank); "
+            "blocks fit only a bank of the same form"
         )
     if None not in (one.tree, other.tree) and one.tree != other.tree:
         raise CheckpointError(
-            f"{other.folder}: its bank was trained with another cluster tree than that of {one.folder}: the same path "
-            "names other documents"
+            f"{other.folder}: its bank was trained with another cluster tree than {one.folder}: the same path names "
+            "other documents"
         )
     optimizers = [reader.config.bank.optimizer.name for reader in (one, other)]
     if optimizers[0] != optimizers[1] and all(_has_row_state(reader) for reader in (one, other)):
         raise CheckpointError(
-            f"{other.folder}: bank.optimizer.name is {optimizers[1]}, and {optimizers[0]} in {one.folder}: the state "
-            "of one means nothing to the other; begin with the weights of one alone (checkpoint.start)"
+            f"{other.folder}: bank.optimizer.name is {optimizers[1]}, and {optimizers[0]} in {one.folder}: neither can "
+            "use the state of the other; begin with only the weights of one (checkpoint.start)"
         )
     for key in one.commit.tensors.keys() & other.commit.tensors.keys():
         types = [reader.commit.tensors[key].dtype for reader in (one, other)]
@@ -357,12 +357,12 @@ def _check_same_bank(one: CheckpointReader, other: CheckpointReader) -> None:
 
 
 def _has_row_state(reader: CheckpointReader) -> bool:
-    """Whether the checkpoint has more of its blocks than their values."""
+    """Whether the checkpoint stores more than the values of its blocks."""
     return any(not key.startswith(WEIGHT) for key in reader.commit.tensors if ".bank." in key)
 
 
 def _check_same_anchor(one: CheckpointReader, other: CheckpointReader) -> None:
-    """Everything but the bank is the same to the bit: blocks are trained for one anchor."""
+    """Check that everything but the bank is equal to the bit: blocks are trained for one anchor."""
     bank = bank_tensors(the_layout(one))
     keys = {name for name in one.tensors if name not in bank} ^ {name for name in other.tensors if name not in bank}
     differing = sorted(keys)
@@ -380,8 +380,8 @@ def _check_same_anchor(one: CheckpointReader, other: CheckpointReader) -> None:
                 break
     if differing:
         raise CheckpointError(
-            f"{other.folder}: its anchor differs from that of {one.folder} ({_some(differing)}); blocks are trained "
-            "for one anchor: train with model.bank.anchor=frozen from one checkpoint"
+            f"{other.folder}: its anchor differs from the anchor of {one.folder} ({_some(differing)}); blocks are "
+            "trained for one anchor: train with model.bank.anchor=frozen from one checkpoint"
         )
 
 
@@ -394,8 +394,8 @@ def _check_disjoint(layout: BankLayout, sources: Sequence[Source], own: Sequence
                     folders = " and by ".join(str(sources[number].reader.folder) for number in (first, second))
                     raise CheckpointError(
                         f"level {level}, cluster {_some(shared)}: claimed by {folders}; each cluster has one source: "
-                        "name the subtrees of each after its checkpoint, as in --from RUN 0 1 --from RUN 2, or the "
-                        "trained checkpoint that all went on from with --start"
+                        "name subtrees after each checkpoint, as in --from RUN 0 1 --from RUN 2, or name the trained "
+                        "checkpoint that all continued from with --start"
                     )
 
 

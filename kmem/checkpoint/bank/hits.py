@@ -1,4 +1,4 @@
-"""How the tokens of a run are spread over the clusters of its memory bank, and when these were last trained."""
+"""How the tokens of a run are spread over the clusters of its bank, and when each cluster was last trained."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,33 +9,35 @@ from kmem.checkpoint.reader import CheckpointReader
 from kmem.model.bank_layout import BankLayout, bank_table_name
 
 HITS = "hits/bank"
-"""Name of the counts in a checkpoint: tokens since the run began by leaf, and last those of generic blocks."""
+"""Name of the token counts in a checkpoint: tokens per leaf since the run began, and last the tokens of generic
+blocks."""
 LAST_STEP, STEPS = "last_use", "steps/bank"
-"""Prefix of the last step that used each row of a level, 0 for none, and name of the number of steps."""
+"""Prefix of the last step that used each row of a level (0: none), and name of the number of steps."""
 KEPT, FIRST = -1, -2
-"""Where a row of an edited checkpoint comes from: the one that is copied, or its first values; else the number of
-another checkpoint."""
+"""Where a row of an edited checkpoint comes from: the copied checkpoint, or its initial values. Any other number is the
+number of another checkpoint."""
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
-"""Edges of the histogram of hits, in even shares of a level's tokens."""
+"""Edges of the histogram of hits. The unit is the even share: a level's tokens divided by its clusters."""
 
 
 def stored_hits(reader: CheckpointReader) -> Tensor | None:
-    """int64 [leaves + 1]; None of a checkpoint that has not counted."""
-    found = reader.commit.tensors.get(HITS)
-    return None if found is None else reader.read_stored(HITS, 0, found.size)
+    """int64 [leaves + 1]; None if the checkpoint has no counts."""
+    stored = reader.commit.tensors.get(HITS)
+    return None if stored is None else reader.read_stored(HITS, 0, stored.size)
 
 
 def cluster_tokens(layout: BankLayout, hits: Tensor, level: int) -> Tensor:
-    """int64 [clusters of the level], generic blocks left out."""
+    """int64 [clusters of the level], without generic blocks."""
     return hits[:-1].view(layout.clusters(level), -1).sum(1)
 
 
 def hit_figures(layout: BankLayout, hits: Tensor, level: int) -> dict[str, object]:
-    """Of the clusters of a level, generic blocks left out.
+    """How evenly tokens are spread over the clusters of a level, without generic blocks.
 
     Returns:
-        gini: of their tokens, 0 where all have as many, 1 where one has all. histogram: clusters without tokens, then
-        by their tokens in even shares, up to SHARES[0], .., more than SHARES[-1]. largest: in even shares.
+        gini: Gini coefficient of the tokens per cluster: 0 if all have equally many, 1 if one has all. histogram:
+        number of clusters without tokens, then with up to SHARES[0] even shares, .., more than SHARES[-1]. largest:
+        tokens of the largest cluster, in even shares.
     """
     tokens = cluster_tokens(layout, hits, level).double()
     total, count = tokens.sum().clamp_min(1), len(tokens)
@@ -58,26 +60,27 @@ def edited_usage(
     layout: BankLayout,
     owners: Mapping[int, Tensor],
 ) -> dict[str, Tensor]:
-    """What a copy of `base` whose rows come from elsewhere says of their use: that of where they come from. A leaf's
-    tokens come with the row of the deepest level, and steps are counted back from the last.
+    """Usage statistics of an edited copy of `base`: each row brings the statistics of the checkpoint it comes from. A
+    leaf's tokens come with its row of the deepest level. Last steps are shifted, so that a row was used as many steps
+    ago as in its own checkpoint.
 
     Args:
-        sources: None for one that counts as new, of which weights alone were taken.
+        sources: None for a source that gave only weights; its rows count as new.
         owners: level -> int64 [rows] KEPT, FIRST, or the number of a source.
 
     Returns:
-        Name in the checkpoint -> values, of what `base` has counted.
+        Name in the checkpoint -> values, for the statistics that `base` has.
     """
-    found, stored, deepest = {}, base.commit.tensors, layout.levels[-1]
+    usage, stored, deepest = {}, base.commit.tensors, layout.levels[-1]
     if HITS in stored:
         clusters, leaves = layout.clusters(deepest), layout.clusters(len(layout.ranks))
         of_leaf = owners[deepest][:clusters].repeat_interleave(leaves // clusters)
         of_generic = owners[deepest][clusters:] if layout.generic else torch.tensor([KEPT])
-        found[HITS] = _from_owners(base, sources, HITS, torch.cat([of_leaf, of_generic]))
+        usage[HITS] = _from_owners(base, sources, HITS, torch.cat([of_leaf, of_generic]))
     for level in layout.levels:
         if last_step_name(level) in stored:
-            found[last_step_name(level)] = _from_owners(base, sources, last_step_name(level), owners[level], True)
-    return found
+            usage[last_step_name(level)] = _from_owners(base, sources, last_step_name(level), owners[level], True)
+    return usage
 
 
 def _from_owners(

@@ -1,4 +1,4 @@
-"""The memory bank of a checkpoint for use in one process: its tree checked, its rows left in the checkpoint's files."""
+"""The bank of a checkpoint for use in one process: its tree is checked, its rows stay in the checkpoint's files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from kmem.model.mapped_rows import MappedRows
 
 
 class Banked(Protocol):
-    """What a `CheckpointReader` says about a checkpoint's bank."""
+    """The part of `CheckpointReader` that describes a bank."""
 
     @property
     def config(self) -> Config: ...
@@ -39,7 +39,7 @@ class Banked(Protocol):
 
 
 def bank_layout(config: Config) -> BankLayout | None:
-    """The blocks of a model's bank, None for a model without."""
+    """The layout of a model's bank; None for a model without a bank."""
     shape = config.model.shape
     return None if shape.bank is None else BankLayout.of(shape)
 
@@ -48,10 +48,10 @@ def checkpoint_tree(reader: Banked, given: Path | None = None) -> Path:
     """The folder of the tree that a checkpoint's bank was trained with.
 
     Args:
-        given: `--tree`; default: `tree` in the run folder, else the one that the run's data was addressed by.
+        given: `--tree`; default: `tree` in the run folder, else the tree that addressed the run's data.
 
     Raises:
-        CheckpointError: there is none, or it is another tree, or one for another tokenizer.
+        CheckpointError: there is no tree, it is another tree, or it belongs to another tokenizer.
     """
     layout = bank_layout(reader.config)
     assert layout is not None
@@ -64,28 +64,28 @@ def checkpoint_tree(reader: Banked, given: Path | None = None) -> Path:
     if reader.tree is not None and record["fingerprint"] != reader.tree:
         raise CheckpointError(
             f"{folder}: not the tree that {reader.folder} was trained with ({record['fingerprint'][:12]} instead of "
-            f"{reader.tree[:12]}): its leaves, or its embedder, are others; name that of the training data with --tree"
+            f"{reader.tree[:12]}): its leaves or its embedder differ; name the tree of the training data with --tree"
         )
     if record.get("tokenizer") is not None and reader.tokenizer_path.is_dir():
-        found = tokenizer_fingerprint(reader.tokenizer_path)
-        if found != record["tokenizer"]:
+        fingerprint = tokenizer_fingerprint(reader.tokenizer_path)
+        if fingerprint != record["tokenizer"]:
             raise CheckpointError(
                 f"{folder}: its embedder counts token ids of another tokenizer ({record['tokenizer'][:12]}) than "
-                f"{reader.tokenizer_path} ({found[:12]}); name the tree of the training data with --tree"
+                f"{reader.tokenizer_path} ({fingerprint[:12]}); name the tree of the training data with --tree"
             )
     return folder
 
 
 def _known_tree(reader: Banked) -> Path:
     own, addresses = reader.run_folder / TREE_FOLDER, reader.config.data.addresses
-    found = [own] if addresses is None else [own, Path(addresses.tree).expanduser()]
-    for folder in found:
+    candidates = [own] if addresses is None else [own, Path(addresses.tree).expanduser()]
+    for folder in candidates:
         if folder.is_dir():
             return folder
-    looked = " and ".join(map(str, found))
+    looked = " and ".join(map(str, candidates))
     raise CheckpointError(
-        f"{reader.folder}: the cluster tree of its memory bank was looked for in {looked}, and is not there; name that "
-        "of the training data with --tree"
+        f"{reader.folder}: the cluster tree of its bank was looked for in {looked}, and is not there; name the tree of "
+        "the training data with --tree"
     )
 
 
@@ -103,7 +103,7 @@ def checkpoint_router(reader: Banked, given: Path | None = None) -> ContextRoute
 
 
 def mapped_bank(reader: CheckpointReader, layout: BankLayout) -> dict[int, RowSource]:
-    """Every level's rows, fetched from the checkpoint's mapped files."""
+    """Level -> its rows, fetched from the checkpoint's mapped files."""
     return {
         level: _SideBySide([reader.map_rows(layer_bank_name(layer, level)) for layer in layout.layers])
         for level in layout.levels
@@ -119,7 +119,7 @@ def bank_tensors(layout: BankLayout | None) -> set[str]:
 
 @dataclass(frozen=True)
 class _SideBySide:
-    """Tables whose rows are parts of one."""
+    """Tables whose rows are joined into one."""
 
     tables: list[MappedRows]
 

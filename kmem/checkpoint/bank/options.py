@@ -1,4 +1,4 @@
-"""Options of the commands that run a model with a memory bank."""
+"""Options of the commands that run a model with a bank."""
 
 import argparse
 from collections.abc import Sequence
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
     from kmem.model.bank_tree import ClusterPath
 
 FETCHING = (None, "fetched", "blocked")
-"""Controls of a bank under which contexts look up their clusters."""
+"""Controls of a bank under which contexts look up clusters."""
 
 
 @dataclass(frozen=True)
 class BankOptions:
-    """How a bank is used, whatever its control."""
+    """How a bank is used, under any control."""
 
     levels: tuple[int, ...] | None = None
-    """Levels that are on; None: all."""
+    """Levels in use; None: all."""
     blocked: "tuple[ClusterPath, ...]" = ()
     """Clusters that contexts may not use; the next nearest take their place."""
     tree: Path | None = None
-    """Folder of the tree; None: that of the run or export."""
+    """Folder of the tree; None: the tree of the run or export."""
 
     def chosen(self) -> dict[str, list[Any]]:
-        """Those of `bank_levels` and `blocked` that are not the default, as plain data."""
+        """`bank_levels` and `blocked` as plain data, without defaults."""
         from kmem.model.bank_tree import format_path
 
         levels = {} if self.levels is None else {"bank_levels": list(self.levels)}
@@ -36,24 +36,22 @@ class BankOptions:
 
 
 def add_bank_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of commands that run a model with a memory bank."""
+    """The options of commands that run a model with a bank."""
+    parser.add_argument("--bank-levels", metavar="L,L", help="levels of a bank to use, such as 1,2 (default: all)")
     parser.add_argument(
-        "--bank-levels", metavar="L,L", help="levels of a memory bank that are on, such as 1,2 (default: all)"
-    )
-    parser.add_argument(
-        "--blocked", metavar="PATH,PATH", help="clusters of a memory bank that contexts may not use, such as 3,7.2; "
+        "--blocked", metavar="PATH,PATH", help="clusters of a bank that contexts may not use, such as 3,7.2; "
         "the next nearest take their place",
     )  # fmt: skip
     parser.add_argument(
-        "--tree", type=Path, metavar="TREE", help="cluster tree of a run's memory bank (default: that of the run)"
+        "--tree", type=Path, metavar="TREE", help="cluster tree of a run's bank (default: the run's own)"
     )
 
 
 def bank_options(levels: str | None, blocked: str | None, tree: Path | None, control: str | None) -> BankOptions:
-    """What `--bank-levels`, `--blocked` and `--tree` say; whether the bank has it is for the bank to say.
+    """Parse `--bank-levels`, `--blocked` and `--tree`. Whether the bank has these levels and clusters is checked later.
 
     Args:
-        control: of the bank, None for what it was trained with.
+        control: control of the bank; None: as it was trained.
 
     Raises:
         UserError: names the option.
@@ -62,10 +60,10 @@ def bank_options(levels: str | None, blocked: str | None, tree: Path | None, con
 
 
 def set_controls(bank: "InferenceBank", control: str, levels: Sequence[int] | None) -> None:
-    """Give contexts what a control and `--bank-levels` say.
+    """Set the control and the levels of a bank.
 
     Raises:
-        UserError: names the option that does not go with this bank.
+        UserError: names the option that does not fit this bank.
     """
     try:
         bank.choose(control, None)

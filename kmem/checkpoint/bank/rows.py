@@ -1,4 +1,4 @@
-"""Rows of a checkpoint's memory bank by the paths of their clusters, and what is in them."""
+"""Rows of a checkpoint's bank: choosing them by the paths of their clusters, and figures of what they hold."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ Selection = dict[int, Tensor]
 
 
 def held_rows(config: Config, layout: BankLayout, level: int) -> list[range]:
-    """Rows of a level's table that a run keeps, ascending: all, or those that the text of its subtrees uses."""
+    """Rows of a level's table that a run holds, ascending: all rows, or the rows that the text of its subtrees uses."""
     addresses = config.data.addresses
     if config.bank.hold == "all" or addresses is None or addresses.subtrees is None:
         return [range(layout.rows(level))]
@@ -32,17 +32,17 @@ def held_rows(config: Config, layout: BankLayout, level: int) -> list[range]:
 def held_mask(config: Config, layout: BankLayout, level: int) -> Tensor:
     """`held_rows` as bool [rows]."""
     mask = torch.zeros(layout.rows(level), dtype=torch.bool)
-    for found in held_rows(config, layout, level):
-        mask[found.start : found.stop] = True
+    for rows in held_rows(config, layout, level):
+        mask[rows.start : rows.stop] = True
     return mask
 
 
 def check_held(folder: Path, stored: Config, config: Config, own_run: bool) -> None:
-    """Refuse a checkpoint that lacks blocks that a run holds, or has more and would lose them.
+    """Refuse a checkpoint that lacks blocks of this run, or whose additional blocks this run would lose.
 
     Args:
-        stored: configuration of the checkpoint, which has the bank of `config`.
-        own_run: whether it is a checkpoint of this run, which later ones replace.
+        stored: configuration of the checkpoint, with the same bank as `config`.
+        own_run: whether it is a checkpoint of this run, which later checkpoints replace.
 
     Raises:
         CheckpointError: names the field and the remedy.
@@ -53,13 +53,14 @@ def check_held(folder: Path, stored: Config, config: Config, own_run: bool) -> N
         chosen = ", ".join((stored.data.addresses and stored.data.addresses.subtrees) or ())
         if bool((ours & ~theirs).any()):
             raise CheckpointError(
-                f"bank.hold: {folder} holds the blocks of the subtrees {chosen} alone, and this run has others; choose "
-                "these subtrees with bank.hold=subtrees, or join the parts by kmem bank merge and begin with that"
+                f"bank.hold: {folder} holds only the blocks of the subtrees {chosen}, and this run has others; choose "
+                "these subtrees with bank.hold=subtrees, or join the parts with kmem bank merge and begin with the "
+                "result"
             )
         if own_run and bool((theirs & ~ours).any()):
             raise CheckpointError(
-                f"bank.hold: {folder} holds more blocks than the chosen subtrees have, and the next checkpoints of "
-                "this run would take its place without them; give the run another name and begin with it "
+                f"bank.hold: {folder} holds more blocks than the chosen subtrees use, and the next checkpoints of "
+                "this run would replace it without them; give the run another name and begin with this checkpoint "
                 "(checkpoint.resume or checkpoint.start), or restore bank.hold and data.addresses.subtrees"
             )
 
@@ -69,11 +70,11 @@ def select(layout: BankLayout, paths: list[str], subtree: bool = True, with_bloc
 
     Args:
         paths: such as `3` or `3.11`, from the root down, or `generic`.
-        subtree: with all clusters below them.
-        with_blocks: refuse clusters that have none, instead of giving no rows for them.
+        subtree: include all clusters below them.
+        with_blocks: refuse clusters without blocks; if False, they have no rows.
 
     Raises:
-        UserError: a path outside the tree, or of a cluster without blocks.
+        UserError: a path outside the tree, or a cluster without blocks.
     """
     chosen = {level: torch.zeros(layout.rows(level), dtype=torch.bool) for level in layout.levels}
     for path in paths:
@@ -95,7 +96,7 @@ def select(layout: BankLayout, paths: list[str], subtree: bool = True, with_bloc
 
 
 def cluster_path(layout: BankLayout, level: int, row: int) -> str:
-    """How a row's cluster is written."""
+    """The path of a row's cluster, as users write it."""
     if layout.generic and row == layout.generic_row(level):
         return GENERIC_PATH
     return format_path(path_of(row, level, layout.children))
@@ -115,20 +116,20 @@ def named_cluster(layout: BankLayout, text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class LevelFigures:
-    """The blocks of a level."""
+    """Figures of the blocks of a level."""
 
     norms: Tensor
     """fp64 [rows]: 2-norm, over all layers, of the parts that write (down, b, values), which start as zeros."""
 
     @property
     def untouched(self) -> Tensor:
-        """bool [rows]: blocks that are the no-op they began as."""
+        """bool [rows]: blocks that still are the no-op they began as."""
         return self.norms == 0
 
 
 def level_figures(reader: CheckpointReader, layout: BankLayout, level: int) -> LevelFigures:
-    """Read once, a slice of the rows of one layer at a time. Blocks that the checkpoint does not hold count as
-    untouched."""
+    """Figures of a level, read once, a slice of one layer's rows at a time. Blocks that the checkpoint does not hold
+    count as untouched."""
     squares = torch.zeros(layout.rows(level), dtype=torch.float64)
     for start, stop, layer in _slices(reader, layout, level):
         parts = layout.by_part(reader.read_rows(layer_bank_name(layer, level), start, stop))
@@ -139,17 +140,17 @@ def level_figures(reader: CheckpointReader, layout: BankLayout, level: int) -> L
 
 
 def changed_rows(reader: CheckpointReader, start_from: CheckpointReader, layout: BankLayout, level: int) -> Tensor:
-    """Rows that differ from those of another checkpoint, among those that are held; bool [rows]."""
+    """bool [rows]: rows held by `reader` that differ from the same rows of `start_from`."""
     changed = torch.zeros(layout.rows(level), dtype=torch.bool)
     for start, stop, layer in _slices(reader, layout, level):
         name = layer_bank_name(layer, level)
-        one, other = (found.read_rows(name, start, stop) for found in (reader, start_from))
+        one, other = (checkpoint.read_rows(name, start, stop) for checkpoint in (reader, start_from))
         changed[start:stop] |= (one != other).any(dim=1)
     return changed
 
 
 def _slices(reader: CheckpointReader, layout: BankLayout, level: int) -> Iterator[tuple[int, int, int]]:
-    """(first row, end, layer) of pieces of what a checkpoint holds of a level that fit into memory."""
+    """(first row, end, layer) of the held rows of a level, in slices of about SLICE_BYTES."""
     rows = max(1, SLICE_BYTES // (layout.block_values(level) * torch.float32.itemsize))
     for layer in layout.layers:
         for held in held_rows(reader.config, layout, level):

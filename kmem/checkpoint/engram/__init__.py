@@ -1,1 +1,1 @@
-"""N-gram memory in checkpoints: reading, inspecting and erasing its rows."""
+"""Engram in checkpoints: reading, inspecting and erasing its rows."""

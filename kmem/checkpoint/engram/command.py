@@ -1,4 +1,4 @@
-"""`kmem engram`: what is in the rows of an n-gram memory, which ones a text reads, and erasing these."""
+"""`kmem engram`: lists the tables of an engram, shows the rows that a text reads, and erases them."""
 
 import argparse
 import json
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     described = {
-        "list": "sizes of the tables, how much of them was ever updated, and norms of rows",
+        "list": "sizes of the tables, the share of rows that was ever updated, and norms of rows",
         "inspect": "the rows that the n-grams of a text read",
-        "erase": "set the rows to zero that the n-grams of texts read",
+        "erase": "set the rows that the n-grams of texts read to zero",
     }
     listing, inspecting, erasing = (
         actions.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
@@ -53,21 +53,21 @@ def _list(arguments: argparse.Namespace) -> int:
     orders, heads = addressing.orders, addressing.heads
     if arguments.json:
         tables = [
-            {"layer": layer, "orders": orders, "heads": heads, **asdict(found)} for layer, found in figures.items()
+            {"layer": layer, "orders": orders, "heads": heads, **asdict(table)} for layer, table in figures.items()
         ]
         print(json.dumps({"checkpoint": str(reader.folder), "step": reader.step, "tables": tables}))
         return 0
     rows = [
         (
             str(layer),
-            f"{found.rows:,}",
-            str(found.dim),
-            f"{found.bytes / 1e6:,.1f}",
-            "" if found.updated is None else f"{found.updated / found.rows:.2%}",
-            f"{found.mean_norm:.4g}",
-            f"{found.largest_norm:.4g}",
+            f"{table.rows:,}",
+            str(table.dim),
+            f"{table.bytes / 1e6:,.1f}",
+            "" if table.updated is None else f"{table.updated / table.rows:.2%}",
+            f"{table.mean_norm:.4g}",
+            f"{table.largest_norm:.4g}",
         )
-        for layer, found in figures.items()
+        for layer, table in figures.items()
     ]
     columns = ("layer", "rows", "values each", "MB", "updated", "mean norm", "largest")
     print_table(
@@ -75,7 +75,7 @@ def _list(arguments: argparse.Namespace) -> int:
         columns,
         rows,
     )
-    print("updated: rows that training has moved, as far as the checkpoint has the state of their optimizer")
+    print("updated: rows that training has moved, if the checkpoint has their optimizer state")
     return 0
 
 
@@ -88,7 +88,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.layer is not None:
         if arguments.layer not in layers:
             known = ", ".join(map(str, layers))
-            raise UserError(f"--layer {arguments.layer}: has no n-gram memory; layers that have one: {known}")
+            raise UserError(f"--layer {arguments.layer}: has no engram; layers with engram: {known}")
         layers = (arguments.layer,)
     ngrams = list(text_ngrams(reader, Phrase(arguments.text), layers))
     if arguments.json:
@@ -126,7 +126,7 @@ def _erase(arguments: argparse.Namespace) -> int:
     erased = erase(reader, arguments.out, phrases)
     for layer, count in erased.rows.items():
         print(f"layer {layer}: {count:,} of {counted(reader.tensors[table_name(layer)].shape[0], 'row')} erased")
-    print("other n-grams that are hashed to these rows have lost them, too")
+    print("other n-grams that hash to these rows have lost them, too")
     print(f"wrote {erased.checkpoint}")
     return 0
 
@@ -140,9 +140,9 @@ def _phrases(arguments: argparse.Namespace) -> "list[Phrase]":
         lines = arguments.file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--file {arguments.file}: not readable as text: {error}") from None
-    found = [
+    phrases = [
         Phrase(line, f"--file {arguments.file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
     ]
-    if not found:
+    if not phrases:
         raise UserError(f"--file {arguments.file}: no text in it; write one on each line")
-    return found
+    return phrases

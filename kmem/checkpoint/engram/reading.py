@@ -1,4 +1,4 @@
-"""The n-gram memory of a checkpoint for use in one process: addresses checked, rows left in its files."""
+"""The engram of a checkpoint for use in one process: its addressing is checked, its rows stay in the files."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from kmem.model.mapped_rows import MappedRows
 
 
 class Addressed(Protocol):
-    """What a `CheckpointReader` says about a checkpoint's rows."""
+    """The part of `CheckpointReader` that describes an engram's addressing."""
 
     @property
     def config(self) -> Config: ...
@@ -31,17 +31,19 @@ class Addressed(Protocol):
 
 
 def checkpoint_addresses(reader: Addressed) -> EngramAddresses | None:
-    """The addresses that its tables were trained with; None for a model without engram.
+    """The addresses that a checkpoint's tables were trained with; None for a model without engram.
 
     Raises:
-        CheckpointError: it holds no addressing, or its tokenizer now gives another one.
+        CheckpointError: it holds no addressing, or its tokenizer now gives a different one.
     """
     if reader.config.model.engram is None:
         return None
     if reader.addressing is None:
-        raise CheckpointError(f"{reader.folder}: has no addressing of its model.engram; its rows cannot be found")
+        raise CheckpointError(f"{reader.folder}: has no addressing of model.engram, so its rows cannot be found")
     if not reader.tokenizer_path.is_dir():
-        raise CheckpointError(f"{reader.tokenizer_path}: no tokenizer here, which addresses rows; copy the data's")
+        raise CheckpointError(
+            f"{reader.tokenizer_path}: no tokenizer here, and rows are addressed by its ids; copy the data's"
+        )
     addresses = model_addresses(reader.config.model, reader.tokenizer_path)
     assert addresses is not None
     check_addressing(reader.folder, reader.addressing, addresses)
@@ -49,15 +51,15 @@ def checkpoint_addresses(reader: Addressed) -> EngramAddresses | None:
 
 
 def mapped_tables(reader: CheckpointReader, addresses: EngramAddresses) -> dict[int, MappedRows]:
-    """Every layer's rows, fetched from the checkpoint's mapped files."""
+    """Layer -> its rows, fetched from the checkpoint's mapped files."""
     return {layer: reader.map_rows(table_name(layer)) for layer in addresses.layers}
 
 
 def checkpoint_engram(reader: CheckpointReader, decoder: Decoder) -> EngramReader:
-    """The engram of a checkpoint's model that has one, given its layers.
+    """The engram of a checkpoint whose model has one, for the modules of `decoder`.
 
     Raises:
-        CheckpointError: as `checkpoint_addresses`, or a file is missing or damaged.
+        CheckpointError: as in `checkpoint_addresses`, or a file is missing or damaged.
     """
     addresses = checkpoint_addresses(reader)
     assert addresses is not None

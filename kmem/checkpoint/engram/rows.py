@@ -1,6 +1,6 @@
-"""Rows of a checkpoint's n-gram memory: what is in them, which ones the n-grams of a text read, and erasing these.
+"""Rows of a checkpoint's engram: what they hold, which rows the n-grams of a text read, and erasing them.
 
-Rows are addressed by hashes, so a text leads to its rows, and a row to no text.
+Rows are addressed by hashes: a text leads to its rows, but a row leads to no text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,35 +29,35 @@ SLICE_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class TableFigures:
-    """The rows of a layer, as they are stored."""
+    """Figures of a layer's rows, as they are stored."""
 
     rows: int
     dim: int
     bytes: int
     updated: int | None
-    """Rows that training has moved, by the state of their optimizer; None where the checkpoint has no such state."""
+    """Rows that training has moved, judged by their optimizer state; None if the checkpoint has no such state."""
     mean_norm: float
-    """2-norm."""
+    """Mean 2-norm of a row."""
     largest_norm: float
 
 
 @dataclass(frozen=True)
 class Ngram:
-    """An n-gram that ends at a token of a text, and what a layer has for it."""
+    """An n-gram that ends at a token of a text, and the rows of one layer for it."""
 
     layer: int
     position: int
-    """Of its last token, from 0."""
+    """Position of its last token, from 0."""
     order: int
     text: str
-    """Of its tokens that the text has."""
+    """Text of those of its tokens that lie inside the text."""
     missing: int
-    """Tokens that would stand before the text; the pad id takes their place."""
+    """Tokens that would lie before the text; the pad id replaces them."""
     rows: tuple[int, ...]
     """The row of each head."""
     norms: tuple[float, ...]
     updated: tuple[bool, ...] | None
-    """As in `TableFigures`."""
+    """Whether training has moved each row; None as in `TableFigures`."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Erased:
 
     checkpoint: Path
     rows: dict[int, int]
-    """Layer -> rows that are zeros now."""
+    """Layer -> number of rows that are zeros now."""
 
 
 @dataclass(frozen=True)
@@ -78,19 +78,19 @@ class Phrase:
 
 
 def the_addresses(reader: CheckpointReader) -> EngramAddresses:
-    """Which n-gram reads which rows of a checkpoint.
+    """The addressing of a checkpoint: which n-gram reads which rows.
 
     Raises:
-        CheckpointError: it has no n-gram memory, or its tokenizer is another one.
+        CheckpointError: it has no engram, or its tokenizer is another one.
     """
     addresses = checkpoint_addresses(reader)
     if addresses is None:
-        raise CheckpointError(f"{reader.folder}: has no n-gram memory (model.engram)")
+        raise CheckpointError(f"{reader.folder}: has no engram (model.engram)")
     return addresses
 
 
 def table_figures(reader: CheckpointReader, layers: Sequence[int]) -> Iterator[TableFigures]:
-    """Of each layer's table, read once, a slice of its rows at a time."""
+    """Figures of each layer's table, read once, a slice of its rows at a time."""
     stored = {layer: [WEIGHT + table_name(layer), *_moments(reader, layer)] for layer in layers}
     total = sum(reader.commit.tensors[key].size for keys in stored.values() for key in keys)
     with Progress("reading rows", total) as bar:
@@ -100,8 +100,8 @@ def table_figures(reader: CheckpointReader, layers: Sequence[int]) -> Iterator[T
             step = max(1, SLICE_BYTES // (dim * torch.float32.itemsize))
             for start in range(0, rows, step):
                 stop = min(start + step, rows)
-                found = _rows(reader, weight, start, stop).double().norm(dim=1)
-                norms, largest = norms + float(found.sum()), max(largest, float(found.max()))
+                of_slice = _rows(reader, weight, start, stop).double().norm(dim=1)
+                norms, largest = norms + float(of_slice.sum()), max(largest, float(of_slice.max()))
                 moved = torch.zeros(stop - start, dtype=torch.bool)
                 for key in moments:
                     moved |= (_rows(reader, key, start, stop) != 0).any(dim=1)
@@ -112,7 +112,7 @@ def table_figures(reader: CheckpointReader, layers: Sequence[int]) -> Iterator[T
 
 
 def text_ngrams(reader: CheckpointReader, phrase: Phrase, layers: Sequence[int]) -> Iterator[Ngram]:
-    """The n-grams that end at each token of a text that begins a document.
+    """The n-grams that end at each token of a text. The text is read as the beginning of a document.
 
     Raises:
         UserError: the text has no token.
@@ -125,7 +125,7 @@ def text_ngrams(reader: CheckpointReader, phrase: Phrase, layers: Sequence[int])
         for position, rows_K in enumerate(addresses.row_ids(layer, torch.tensor([ids]))[0]):
             norms_K = table(rows_K).double().norm(dim=1)
             moved_K = (
-                torch.stack([(found(rows_K) != 0).any(dim=1) for found in moments]).any(dim=0) if moments else None
+                torch.stack([(moment(rows_K) != 0).any(dim=1) for moment in moments]).any(dim=0) if moments else None
             )
             heads = addresses.addressing.heads
             for number, order in enumerate(orders):
@@ -144,11 +144,11 @@ def text_ngrams(reader: CheckpointReader, phrase: Phrase, layers: Sequence[int])
 
 
 def erase(reader: CheckpointReader, out: Path, phrases: Sequence[Phrase]) -> Erased:
-    """Write a checkpoint in which the rows that n-grams wholly inside the texts read are zeros, with no optimizer
-    state. Everything else stays to the bit.
+    """Write a checkpoint in which some rows are zeros, without optimizer state: the rows that are read by n-grams which
+    lie wholly inside the texts. Everything else is equal to the bit.
 
     Raises:
-        UserError: a text that is shorter than every n-gram, or a folder that cannot be written.
+        UserError: a text that is shorter than the shortest n-grams, or a folder that cannot be written.
     """
     addresses, tokenizer = the_addresses(reader), load_tokenizer(reader.tokenizer_path)
     reader.check_whole()
@@ -184,7 +184,7 @@ def erase(reader: CheckpointReader, out: Path, phrases: Sequence[Phrase]) -> Era
 
 
 def _moments(reader: CheckpointReader, layer: int) -> list[str]:
-    """What the optimizer of a layer's rows has stored of each of them, counts of steps apart."""
+    """Names of the optimizer state that is stored for each row of a layer, without counts of steps."""
     return [
         key
         for key, stored in reader.commit.tensors.items()
@@ -202,7 +202,7 @@ def _rows(reader: CheckpointReader, key: str, start: int, stop: int) -> Tensor:
 
 
 def _tokens(tokenizer: Any, phrase: Phrase) -> list[int]:
-    """As the text of a document: what spells a special token is characters."""
+    """Token ids of a phrase, as text of a document: the spelling of a special token is ordinary characters."""
     ids: list[int] = tokenizer.encode(phrase.text, add_special_tokens=False, split_special_tokens=True)
     if not ids:
         raise UserError(f"{phrase.source}: {phrase.text!r} has no token; give a longer text")
