@@ -48,7 +48,7 @@ class EngramDescription:
         if rows_by_layer != expected or vocabulary != shape.vocab_size:
             raise ValueError(
                 f"config.json: engram_addressing has tables of {rows_by_layer} rows for {vocabulary} token ids, but "
-                f"`model` has tables of {expected} rows for {shape.vocab_size} token ids"
+                f"`model` has tables of {expected} rows for {shape.vocab_size}"
             )
         cut = {
             layer: read_parts(parts.get(str(layer)), rows, "engram_parts", f"layer {layer}")

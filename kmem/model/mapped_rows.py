@@ -270,7 +270,7 @@ def _entries(header: bytes, data: int, path: Path) -> tuple[dict[str, StoredEntr
             end = max(end, data + stop)
             size = np.dtype(DTYPES[entry["dtype"]][0]).itemsize if entry["dtype"] in DTYPES else None
             if size is not None and int(np.prod(entry["shape"], dtype=np.int64)) * size != stop - start:
-                raise ValueError(f"the length of {name} does not match its shape")
+                raise ValueError(f"{name} has a length that does not match its shape")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: its safetensors header cannot be read: {error}") from error
     return entries, end
