@@ -115,12 +115,12 @@ def embedder_files(record: Mapping[str, Any], folder: str | Path) -> Mapping[str
     """File name -> digest of the tree's embedder, as tree.json records them.
 
     Raises:
-        ValueError: tree.json records none.
+        ValueError: tree.json names none.
     """
     files = record["embedder"].get("files")
     if not files:
         raise ValueError(
-            f"{Path(folder) / TREE_FILE}: records no files of the embedder, so the embedder cannot be verified; run "
+            f"{Path(folder) / TREE_FILE}: names no files of the embedder, so the embedder cannot be verified; run "
             "kmem data cluster again"
         )
     return dict(files)
