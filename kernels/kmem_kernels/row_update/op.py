@@ -175,4 +175,4 @@ def _check(weights: Tensor, gradients: Gradients, rounding: RandomRounding | Non
     if gradients.values.shape[1] != weights.shape[1] or gradients.values.dtype != torch.float32:
         raise ValueError(f"gradients {tuple(gradients.values.shape)} do not fit rows of {weights.shape[1]} values")
     if count != (len(gradients.values) if gradients.starts is None else len(gradients.starts) - 1):
-        raise ValueError(f"{count} rows, but gradients for another number of rows")
+        raise ValueError(f"{count} rows were given with gradients for another number of rows")
