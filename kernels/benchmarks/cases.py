@@ -1,4 +1,4 @@
-"""What is timed: shapes, inputs, the bytes or FLOP of each case and its goal on an H200-class GPU."""
+"""The benchmark cases: shapes, inputs, the bytes or FLOP of each case, and its goal on an H200-class GPU."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ from kmem.model.engram_ngrams import NgramAddressing
 from kmem.model.moe import MoE
 from kmem.model.shape import Shape
 
-# Shape letters: T tokens, E experts, K experts per token, H hidden size, I width of an expert, D columns of a table.
+# Shape letters: B sequences, T tokens, E experts, K experts per token, H hidden size, I width of an expert, N rows or
+# ids, U distinct ids, D columns of a table.
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,18 @@ class Case:
     shape: str
     dtype: str
     prepare: Callable[[], list[Callable[[], Any]]]
-    """Makes inputs; the calls do the same work, each on its own."""
+    """Makes the inputs; returns calls that do the same work, each on its own inputs."""
     bytes: int = 0
     flop: int = 0
     goal: Goal | None = None
     timing: Literal["graph", "events"] = "events"
     profiled: bool = False
     over_the_bus: bool = False
-    """The bytes are read from host memory; what is written on the device is not counted."""
+    """Whether `bytes` are read from host memory; writes on the device then do not count."""
 
     @property
     def ceiling(self) -> Literal["GEMM", "copy", "host copy"]:
-        """What bounds it."""
+        """The operation that bounds the case."""
         return "GEMM" if self.flop else "host copy" if self.over_the_bus else "copy"
 
 
@@ -72,18 +73,19 @@ class Sizes:
     route: tuple[int, int, int]
     """Tokens, experts, experts per token."""
     copies: int
-    """Sets of inputs for kernels of microseconds: together larger than the L2 cache."""
+    """Number of input sets for kernels of microseconds; together, they are larger than the L2 cache."""
     fine: Layer
     coarse: Layer
     lookups: tuple[int, int, int]
-    """Rows, ids they are drawn from, columns."""
+    """Number of lookups, number of ids from which they are drawn, columns."""
     ngrams: tuple[int, int]
-    """Sequences, tokens of each."""
+    """Sequences, tokens per sequence."""
     table_bytes: int
-    """Of tables whose rows are gathered and updated; far more than the L2 cache holds."""
+    """Size of the tables whose rows are gathered and updated; far larger than the L2 cache."""
     touched_bytes: int
+    """Size of the rows that a gather or an update touches."""
     row_types: tuple[tuple[torch.dtype, int], ...]
-    """Type and columns."""
+    """Dtype and columns of the rows."""
 
 
 SIZES = {
@@ -251,7 +253,7 @@ def permute_cases(device: torch.device, layer: Layer) -> list[Case]:
 
 
 def swiglu_cases(device: torch.device, layer: Layer) -> list[Case]:
-    """The activation between the experts' products; gate and up are the halves of one matrix."""
+    """The activation between the two products of the experts; gate and up are the halves of one matrix."""
     rows, width, dtype = layer.tokens * layer.top_k, layer.width, torch.bfloat16
 
     def normal(columns: int) -> Tensor:
@@ -282,7 +284,7 @@ def swiglu_cases(device: torch.device, layer: Layer) -> list[Case]:
 def segment_cases(device: torch.device, lookups: tuple[int, int, int]) -> list[Case]:
     count, vocabulary, columns = lookups
     generator = torch.Generator().manual_seed(0)
-    # Log-uniform ranks: ids as frequent as Zipf's law with exponent 1 has them.
+    # Log-uniform ranks: the frequencies of the ids follow Zipf's law with exponent 1.
     ids = (vocabulary ** torch.rand(count, generator=generator, dtype=torch.float64)).long() - 1
     unique, inverse = ids.unique(return_inverse=True)
     segments = len(unique)
@@ -351,7 +353,7 @@ def ngram_case(device: torch.device, sizes: Sizes) -> Case:
 
 
 def layer_cases(device: torch.device, name: str, layer: Layer, forward: Goal, both: Goal) -> list[Case]:
-    """kmem's MoE layer with softmax routing and `F.grouped_mm`, router and dispatch included."""
+    """kmem's MoE layer with softmax routing and `F.grouped_mm`, including router and dispatch."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
     def build() -> tuple[MoE, Tensor]:

@@ -1,4 +1,4 @@
-"""Reads pinned host memory from the device as fast as a kernel can: the ceiling of gathers from there."""
+"""Reads pinned host memory from the device as fast as a kernel can: the ceiling for gathers from host memory."""
 
 import torch
 import triton
@@ -7,7 +7,7 @@ from kmem_kernels.backend import interpreted
 from torch import Tensor
 
 BLOCK = 2048
-"""Values of one turn of a program: 16 in each of 128 threads."""
+"""Values per iteration of a program: 16 in each of 128 threads."""
 
 
 @triton.jit
@@ -18,8 +18,8 @@ def _copy(source_ptr, target_ptr, count, BLOCK: tl.constexpr):
 
 
 def host_copy(source: Tensor, target: Tensor) -> None:
-    """target = source, fp32, from front to back; the source in pinned host memory, the target on the device. Accesses
-    have 16 bytes where the number of values is a multiple of 16."""
+    """Copy the fp32 source, in pinned host memory, to the target, on the device, from front to back. Each access has 16
+    bytes if the number of values is a multiple of 16."""
     block = 1 << 14 if interpreted() else BLOCK
     programs = triton.cdiv(source.numel(), block)
     assert (2 * programs + 1) * block < 2**31, "places are counted in 32 bits"

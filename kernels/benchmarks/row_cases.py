@@ -1,4 +1,4 @@
-"""Cases of table rows: gathered from device memory and from pinned host memory, and updated."""
+"""Benchmark cases for table rows: gathers from device memory and from pinned host memory, and updates."""
 
 from collections.abc import Callable
 from typing import Any
@@ -98,7 +98,7 @@ def updates(device: torch.device, sizes: Sizes) -> list[Case]:
         second = torch.ones(rows, 1, device=device)
         return [lambda: rowwise_adagrad_(table, second, gradients, 1e-3, 1e-8, backend="triton")]
 
-    # How many distinct rows are drawn: expected, which is exact enough for a rate.
+    # The expected number of distinct rows that are drawn; accurate enough for a rate.
     unique = round(rows * (1 - (1 - 1 / rows) ** touched))
     shape = f"R{rows} D{columns} U{unique}"
     fp32, bf16 = torch.float32, torch.bfloat16
@@ -109,8 +109,8 @@ def updates(device: torch.device, sizes: Sizes) -> list[Case]:
         ("row_update rowwise_adagrad", fp32, lambda: adagrad(fp32), 4 + 8),
     ]
     return [
-        Case(name, shape, NAMES[dtype], prepare, bytes=unique * (columns * of_value + 8))
-        for name, dtype, prepare, of_value in kinds
+        Case(name, shape, NAMES[dtype], prepare, bytes=unique * (columns * value_bytes + 8))
+        for name, dtype, prepare, value_bytes in kinds
     ]
 
 

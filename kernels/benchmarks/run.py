@@ -1,12 +1,13 @@
-"""Times the kernels and the MoE layer against what the same process copies and multiplies: one table, and JSON.
+"""Times the kernels and the MoE layer, and compares them with the copy and GEMM rates of the same process. Prints a
+table and writes JSON.
 
     python kernels/benchmarks/run.py --out kernels.json         # on a GPU, within eight minutes
-    python kernels/benchmarks/run.py --tiny --out tiny.json     # anywhere: on a CPU kernels are interpreted
+    python kernels/benchmarks/run.py --tiny --out tiny.json     # anywhere: on a CPU, kernels are interpreted
 
-Bytes are those that an operation cannot avoid: every input read once, every output written once. Gathers from the host
-count the bytes of its rows alone, against a kernel that reads host memory from front to back. FLOP are those of the
-experts' products, 2 * T * K * 3 * H * I forward and three times that with backward; router, permutation and activation
-count as time alone.
+Bytes count what an operation cannot avoid: every input is read once, and every output is written once. Gathers from the
+host count only the bytes of the rows; their ceiling is a kernel that reads host memory from front to back. FLOP count
+the experts' products: 2 * T * K * 3 * H * I forward, and three times that with backward. Router, permutation and
+activation add time but no FLOP.
 """
 
 import argparse
@@ -35,19 +36,19 @@ from row_cases import row_cases
 
 ROUNDS = 5
 LONGEST_ROUND = 0.5
-"""Seconds; short calls are repeated up to this."""
+"""Seconds; short calls are repeated for about this long."""
 PROFILED_KERNELS = 15
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this process reaches without any of the kernels."""
+    """The rates that this process reaches without the benchmarked kernels."""
 
     copy_bytes_per_second: float
-    """Read and written, of one large copy."""
+    """Bytes read and written by one large copy."""
     gemm_flop_per_second: float
     host_copy_bytes_per_second: float
-    """Read from pinned host memory, by a kernel."""
+    """Bytes that a kernel reads from pinned host memory."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Measurement:
     reason: str = ""
 
     def share(self, ceilings: Ceilings) -> float | None:
-        """Of the ceiling that bounds the case."""
+        """The measured rate as a share of the case's ceiling; None if not measured."""
         if self.seconds is None:
             return None
         rates = {
@@ -76,7 +77,7 @@ class Measurement:
         return rates[unit]
 
     def meets_goal(self, ceilings: Ceilings) -> bool | None:
-        """None where there is no goal or no figure."""
+        """Whether the case meets its goal; None without a goal or a measurement."""
         goal = self.case.goal
         value = None if goal is None else self.value(goal.unit, ceilings)
         if goal is None or value is None:
@@ -85,7 +86,8 @@ class Measurement:
 
 
 class TimeLeft:
-    """Whether one more case ends in time, taken to be as long as the longest one so far, its profile included."""
+    """Tells whether one more case will end in time. It assumes the duration of the longest case so far, including its
+    profile."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._seconds = clock, seconds
@@ -93,11 +95,11 @@ class TimeLeft:
         self._longest = 0.0
 
     def passed(self) -> float:
-        """Seconds."""
+        """Seconds since the start."""
         return self._clock() - self._began
 
     def for_one_more(self) -> bool:
-        """To be asked before each case."""
+        """Whether one more case will end in time; call it before each case."""
         now = self._clock()
         self._longest, self._last = max(self._longest, now - self._last), now
         return now - self._began + self._longest <= self._seconds
@@ -169,15 +171,15 @@ def measure(case: Case, device: torch.device) -> Measurement:
         return Measurement(case, seconds_of(case.prepare(), device, case.timing))
     except torch.cuda.OutOfMemoryError:
         return Measurement(case, None, "out of memory")
-    except Exception as error:  # the other cases of a rare hour on a GPU are still wanted; the exit status tells
+    except Exception as error:  # GPU time is rare, so the other cases still run; the exit status reports the failure
         return Measurement(case, None, f"failed: {type(error).__name__}: {error}")
 
 
 def seconds_of(calls: Sequence[Callable[[], Any]], device: torch.device, timing: Literal["graph", "events"]) -> float:
-    """Median time of one of the calls, which do the same work on different data.
+    """Median time of one call; all calls do the same work on different data.
 
-    `graph` replays all of them as one CUDA graph: no launch shows in a time of microseconds, and data of many calls
-    together does not fit the L2 cache. `events` runs them as they are.
+    `graph` replays all calls as one CUDA graph: launches do not show in a time of microseconds, and the data of all
+    calls together does not fit the L2 cache. `events` launches the calls one by one.
     """
     for call in calls:
         call()
@@ -187,7 +189,7 @@ def seconds_of(calls: Sequence[Callable[[], Any]], device: torch.device, timing:
     if timing == "graph":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            kept = [call() for call in calls]  # or each would write where the one before did
+            kept = [call() for call in calls]  # otherwise each call would reuse the memory of the previous outputs
         run: Callable[[], Any] = graph.replay
     else:
         kept = []
@@ -221,16 +223,17 @@ def _on_gpu(run: Callable[[], Any], repeats: int) -> float:
 
 
 def profiled(measurement: Measurement, device: torch.device) -> tuple[Measurement, list[dict[str, Any]]]:
-    """A measurement with the profile of its case, which is empty and the measurement's reason where it failed."""
+    """The measurement and the profile of its case. If profiling fails, the profile is empty and the measurement's
+    reason tells why."""
     try:
         return measurement, profile(measurement.case, device)
-    except Exception as error:  # what is measured is kept
+    except Exception as error:  # the measurement itself is kept
         reason = f"failed while it was profiled: {type(error).__name__}: {error}"
         return Measurement(measurement.case, measurement.seconds, reason), []
 
 
 def profile(case: Case, device: torch.device) -> list[dict[str, Any]]:
-    """Where the time of one call goes: the longest kernels (operators on a CPU) and their share."""
+    """The time of one call by kernel (by operator on a CPU): the longest ones and their shares."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 

@@ -1,5 +1,5 @@
 """Triton kernels of kmem, one folder per operation: reference.py (the definition), triton.py, op.py (backends).
 
-Imports nothing of kmem. Without Triton the references can be imported and no op can: kmem's own torch code then serves
-every device.
+The package imports nothing of kmem. Without Triton, the references can be imported but the ops cannot; kmem then uses
+its own torch code on every device.
 """

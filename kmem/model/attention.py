@@ -12,23 +12,28 @@ from .norm import RMSNorm
 from .rope import Rotation, rotate
 from .shape import Shape
 
+# Shape letters: B sequences, T tokens (queries), S tokens with keys, the cached ones included, H hidden size, D width
+# of a head.
+
 
 class KeyValueCache(Protocol):
-    """What attention needs of a cache; Transformers' `Cache` classes have it."""
+    """The method of a key-value cache that attention calls; Transformers' `Cache` classes have it."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Append keys and values [B, heads, T, D] of a layer and return all of them so far [B, heads, S, D]."""
+        """Append keys and values [B, heads, T, D] of a layer and return all its keys and values [B, heads, S, D]."""
 
 
 def build_attention(shape: Shape, index: int) -> nn.Module:
-    """The attention of layer `index`, of the kind the shape names."""
+    """The attention of layer `index`; `shape.attention.kind` chooses the class."""
     return {"gqa": GroupedQueryAttention, "mla": LatentAttention}[shape.attention.kind](shape, index)
 
 
 class GroupedQueryAttention(nn.Module):
-    """Attention whose query heads share key/value heads in groups (arXiv 2305.13245), optionally with RMSNorm of the
-    queries and keys before the rotation, over each head (Qwen3) or over all of them (OpenLM), and with the rotation on
-    a part of the head only (GLM-4)."""
+    """Attention whose query heads share key/value heads in groups (arXiv 2305.13245).
+
+    Optionally, an RMSNorm acts on the queries and keys before the rotation, over each head (Qwen3) or over all heads
+    together (OpenLM). Optionally, only a part of each head is rotated (GLM-4).
+    """
 
     def __init__(self, shape: Shape, index: int) -> None:
         super().__init__()
@@ -71,8 +76,8 @@ class GroupedQueryAttention(nn.Module):
 class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
-    Head layouts: query [nope | rope], kv_b [key nope | value], kv_a [compressed | key rope]. The rotated part of the
-    key is shared by all heads.
+    Head layouts: query [nope | rope], kv_b [key nope | value], kv_a [compressed | key rope]. All heads share the
+    rotated part of the key.
     """
 
     def __init__(self, shape: Shape, index: int) -> None:
@@ -127,18 +132,18 @@ class LatentAttention(nn.Module):
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cache: KeyValueCache | None, index: int
 ) -> Tensor:
-    """Softmax attention of heads [B, T, heads, D]; returns [B, T, heads * D of the values]."""
+    """Softmax attention of heads [B, T, heads, D]; returns [B, T, heads * value width]."""
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if cache is not None:
         key, value = cache.update(key, value, index)
     if query.dtype == torch.bfloat16 and query.device.type == "cpu" and not HAS_AMX:
-        # Without matrix units torch's bf16 attention takes twice the time of its fp32 attention on a CPU.
+        # On a CPU without matrix units, torch's bf16 attention takes twice as long as its fp32 attention.
         return _attend_heads(query.float(), key.float(), value.float(), mask).to(query.dtype)
     return _attend_heads(query, key, value, mask)
 
 
 def _attend_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """The same for heads [B, heads, T, D], the queries being the last T of S positions."""
+    """As `_attend`, for heads [B, heads, T, D]; the queries are the last T of S positions."""
     if mask is None:
         return _attend_causally(query, key, value)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=query.shape[1] != key.shape[1])
@@ -146,10 +151,10 @@ def _attend_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 
 
 def _attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The queries [B, heads, T, D] are the last T of S positions; returns [B, T, heads * D of the values]."""
+    """Causal attention of queries [B, heads, T, D], the last T of S positions; returns [B, T, heads * value width]."""
     queries, past = query.shape[2], key.shape[2] - query.shape[2]
-    # Torch's CPU kernels compute the whole square of a few hundred tokens. Four blocks of queries leave out most of the
-    # future: a quarter less time for attention to 256 tokens.
+    # Torch's CPU kernels compute all scores of a few hundred tokens, masked ones included. Four blocks of queries skip
+    # most of the masked scores: attention over 256 tokens takes a quarter less time.
     step = -(-queries // 4) if query.device.type == "cpu" and queries >= 256 else queries
     outs_BThD = []
     for start in range(0, queries, step):

@@ -1,4 +1,4 @@
-"""Keeping the experts evenly loaded: auxiliary losses, loss-free bias, and what is observed of a routing."""
+"""Keeping the experts evenly loaded: auxiliary losses, loss-free bias, and routing statistics."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class RoutingStatistics:
     counts_E: Tensor
     """int64, tokens of each expert."""
     excluded: Tensor
-    """int64 scalar: choices of padding, which nothing here counts."""
+    """int64 scalar: choices made by padding positions; nothing else here counts them."""
     aux_loss: Tensor
     sequence_aux_loss: Tensor
     z_loss: Tensor
@@ -25,7 +25,7 @@ class RoutingStatistics:
 
 
 def normalised_scores(scores_TE: Tensor, score_function: str) -> Tensor:
-    """Scores that sum to one over the experts (DeepSeek-V3, eq. 19)."""
+    """Scores scaled to sum to one over the experts (DeepSeek-V3, eq. 19)."""
     return scores_TE if score_function == "softmax" else scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
 
 
@@ -33,9 +33,9 @@ def load_balancing_loss(scores_BTE: Tensor, experts_BTK: Tensor, real_BT: Tensor
     """E * sum_i f_i * P_i for each of B groups of tokens, [B]; it is 1 at perfect balance.
 
     f_i is the share of choices that fall on expert i, P_i the mean of its normalised score. With the whole micro-batch
-    as one group this is the Switch Transformer's loss (arXiv 2101.03961, eq. 4); with a group per sequence it is
-    DeepSeek-V3's (arXiv 2412.19437, eqs. 17-20). real_BT: bool, False where a position holds no token and does not
-    count; None where all do.
+    as one group this is the loss of the Switch Transformer (arXiv 2101.03961, eq. 4); with one group per sequence it is
+    the loss of DeepSeek-V3 (arXiv 2412.19437, eqs. 17-20). real_BT: bool, False where a position holds no token and
+    does not count; None: every position counts.
     """
     ones_BTK = torch.ones_like(experts_BTK, dtype=scores_BTE.dtype)
     tokens_B1: int | Tensor = scores_BTE.shape[1]
@@ -54,12 +54,12 @@ def z_loss(logits_TE: Tensor, real_T: Tensor | None = None) -> Tensor:
 
 
 def mean_of_tokens(values_T: Tensor, real_T: Tensor | None) -> Tensor:
-    """Mean over the positions that hold a token; over all with None."""
+    """Mean over the positions that hold a token; with None, over all positions."""
     return values_T.mean() if real_T is None else (values_T * real_T).sum() / real_T.sum().clamp_min(1)
 
 
 def updated_selection_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:
-    """The bias after one step of loss-free balancing (arXiv 2408.15664, algorithm 1): up by `rate` for experts with
-    fewer than the mean of the counts, down for those with more."""
+    """The bias after one step of loss-free balancing (arXiv 2408.15664, algorithm 1): experts with fewer tokens than
+    the mean go up by `rate`, experts with more go down by it."""
     counts_E = counts_E.to(bias_E.dtype)
     return bias_E + rate * (counts_E.mean() - counts_E).sign()

@@ -1,18 +1,18 @@
-"""What the fetched blocks of a memory bank compute in a layer.
+"""The computation of fetched bank blocks in a layer.
 
-Tokens are sorted by block, and every level is a grouped product: [tokens of a block, width] x [width, r]. Equal blocks
-are one group, however their tokens are spread over sequences, and their gradients arrive summed. The grouping is that
-of all layers; it is made once for a batch of tokens.
+Tokens are sorted by block, and every level is a grouped product: [tokens of a block, width] x [width, r]. All tokens
+that use the same block are one group, whichever sequences they are in, and the gradient of the block is the sum over
+the group. All layers use the same groups, which are made once per batch of tokens.
 
-With x the sublayer's normed input, l the levels that a token has blocks of, W the projection that a block updates and q
-the attention's queries, normed but not rotated:
+x is the normed input of the sublayer, l runs over the levels on which the token has a block, W is the projection that a
+block updates, and q are the attention's queries, normed but not rotated:
 
     ffn      FFN(x) + sum_l down_l^T (silu(gate_l x) * (up_l x))     as one FFN with all levels' units beside its own
     lora_*   W x + sum_l alpha / r_l  b_l^T (a_l x)
     kv       heads(q) + sum_l softmax(q keys_l^T / sqrt(e)) values_l   before the output projection
 
-For kv every head has keys and values of its own, there is no causal mask and no position, and every level has a softmax
-of its own, so that a level adds the same whatever the others do.
+For kv, every head has its own keys and values, and there is no causal mask and no position. Every level has its own
+softmax, so its contribution does not depend on the other levels.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,20 +27,20 @@ from .bank_layout import ADAPTED, BankLayout
 from .matmul import MOST_GROUPS, grouped_linear
 from .swiglu import swiglu
 
-# Shape letters: B sequences, T tokens, N tokens in an order, U blocks of a level, r rank, D width, h heads,
+# Shape letters: B sequences, T tokens, N tokens sorted by block, U blocks of a level, r rank, D width, h heads,
 # e head width.
 
 ALIGNMENT = 8
-"""Units of a block are padded up to a multiple of this: grouped_mm needs rows of a multiple of 16 bytes."""
+"""The rank of a block is padded up to a multiple of this: grouped_mm needs rows of a multiple of 16 bytes."""
 
 
 class TokenGroups(NamedTuple):
-    """Tokens in the order of their blocks, which is the same for some levels: usually for all."""
+    """Tokens sorted by block. Several levels can share one order; usually all levels do."""
 
     tokens: Tensor | None
-    """int64 [N], tokens b * T + t; None: all of them, in their own order."""
+    """int64 [N], token numbers b * T + t; None: all tokens, in the order of the batch."""
     counts: dict[int, Tensor]
-    """Level -> int64 [U], how many tokens in this order belong to each block; they add up to N."""
+    """Level -> int64 [U], number of consecutive tokens of each block; the counts of a level add up to N."""
 
     def to(self, device: torch.device | str) -> "TokenGroups":
         tokens = None if self.tokens is None else self.tokens.to(device)
@@ -48,11 +48,11 @@ class TokenGroups(NamedTuple):
 
 
 def group_tokens(index: Mapping[int, Tensor], blocks: Mapping[int, int], tokens: int) -> tuple[TokenGroups, ...]:
-    """Sort the tokens of a batch by their blocks. On the host: on a device it waits for results.
+    """Sort the tokens of a batch by block. Call it with host tensors: on a device it would synchronise.
 
     Args:
-        index: level -> which of the level's blocks each sequence [B] or each token [B, T] uses, int64, MISSING for
-            none; all levels alike.
+        index: level -> int64, the number of the block that each sequence [B] or each token [B, T] uses; MISSING for
+            none. All levels have the same shape.
         blocks: level -> U.
         tokens: T.
     """
@@ -60,7 +60,7 @@ def group_tokens(index: Mapping[int, Tensor], blocks: Mapping[int, int], tokens:
     if not flat:
         return ()
     repeats = tokens if next(iter(index.values())).dim() == 1 else 1
-    # Blocks of a level in the order of their clusters make one order of paths right for every level.
+    # Blocks of a level are numbered in the order of their clusters, so one order of the paths sorts every level.
     paths = torch.zeros_like(next(iter(flat.values())))
     for level, values in flat.items():
         _, paths = torch.unique(paths * (blocks[level] + 1) + values + 1, return_inverse=True)
@@ -72,41 +72,42 @@ def group_tokens(index: Mapping[int, Tensor], blocks: Mapping[int, int], tokens:
         counts = torch.bincount(values[values >= 0], minlength=blocks[level]) * repeats
         if torch.equal(values >= 0, first) and bool((values[shared].diff() >= 0).all()):
             groups[0].counts[level] = counts
-        else:  # such as a path with a gap: an order of its own
-            own = values.argsort(stable=True)
-            groups.append(TokenGroups(_tokens(own[values[own] >= 0], len(paths), repeats), {level: counts}))
+        else:  # the level needs its own order, for example where a path has a gap
+            order = values.argsort(stable=True)
+            groups.append(TokenGroups(_tokens(order[values[order] >= 0], len(paths), repeats), {level: counts}))
     return tuple(groups)
 
 
 def _tokens(order: Tensor, units: int, repeats: int) -> Tensor | None:
-    """The tokens of sequences (or tokens) in this order, `repeats` of each; None for all of them as they are."""
+    """Token numbers of the sequences (or tokens) in `order`, `repeats` tokens of each; None if the order changes
+    nothing."""
     if len(order) == units and bool((order.diff() > 0).all()):
         return None
     return (order[:, None] * repeats + torch.arange(repeats, device=order.device)).flatten()
 
 
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(rows [N, ..] in order of their blocks, blocks [U, values], counts [U]) -> [N, ..]."""
+"""(rows [N, ..] sorted by block, blocks [U, values], counts [U]) -> [N, ..]."""
 
 
 @dataclass(frozen=True)
 class BankInput:
-    """What a layer's bank holds for a batch of tokens. Without groups: nothing, the model as it is without memory.
+    """The blocks that a layer reads for a batch of tokens. Without groups, the layer computes as without a bank.
 
-    `widen` and `adapt` return `out` itself where the bank's kind is another.
+    `widen` and `adapt` return `out` unchanged if the bank has another kind.
     """
 
     layout: BankLayout
     groups: tuple[TokenGroups, ...] = ()
     blocks: Mapping[int, Tensor] = field(default_factory=dict)
-    """Level -> [U, values of a block] of this layer, in any floating type; gradients flow to them."""
+    """Level -> this layer's blocks [U, values of a block], in any floating type; gradients flow to them."""
 
     def widen(self, x: Tensor, out: Tensor) -> Tensor:
-        """The feed-forward's output [B, T, d], for its normed input x [B, T, d], with what the blocks add."""
+        """Add the blocks' contribution to the feed-forward's output [B, T, d]; x [B, T, d] is its normed input."""
         return self._added(x, out, _swiglu) if self.layout.kind == "ffn" else out
 
     def adapt(self, projection: str, x: Tensor, out: Tensor) -> Tensor:
-        """The output [B, T, D'] of a projection of x [B, T, D], with its low-rank updates."""
+        """Add the low-rank updates to the output [B, T, D'] of a projection of x [B, T, D]."""
         if projection not in ADAPTED.get(self.layout.kind, ()):
             return out
 
@@ -119,8 +120,8 @@ class BankInput:
         return self._added(x, out, product)
 
     def attend(self, query: Tensor) -> Tensor | None:
-        """What queries [B, T, h, e], normed and not rotated, find in the blocks: [B, T, h * e'], which is added to the
-        heads' output; None where blocks are no keys and values."""
+        """Attention of queries [B, T, h, e], normed and not rotated, over the blocks' keys and values: [B, T, h * e'],
+        to be added to the heads' output. None for other kinds of bank."""
         if self.layout.kind != "kv":
             return None
 
@@ -128,16 +129,16 @@ class BankInput:
             parts = self.layout.by_part(blocks.to(rows.dtype))
             heads = rows.shape[1]
             keys, values = (parts[name].unflatten(2, (heads, -1)) for name in ("keys", "values"))
-            step = max(1, MOST_GROUPS // len(counts))  # so that a product need not be cut
-            ranges = [slice(start, start + step) for start in range(0, heads, step)]
-            found = [_attention(rows[:, some], keys[:, :, some], values[:, :, some], counts) for some in ranges]
-            return torch.cat(found, dim=1).flatten(1)
+            step = max(1, MOST_GROUPS // len(counts))  # as many heads as one grouped product can take
+            head_ranges = [slice(start, start + step) for start in range(0, heads, step)]
+            outs = [_attention(rows[:, part], keys[:, :, part], values[:, :, part], counts) for part in head_ranges]
+            return torch.cat(outs, dim=1).flatten(1)
 
         nothing = query.new_zeros(*query.shape[:2], self.layout.parts[1].width)
         return self._added(query, nothing, product)
 
     def _added(self, x: Tensor, out: Tensor, product: Product) -> Tensor:
-        """out [B, T, ..] with the sum over levels of `product` of x [B, T, ..]."""
+        """out [B, T, ..] plus, for every level, `product` of x [B, T, ..]."""
         flat, total = x.flatten(0, 1), out.flatten(0, 1)
         for tokens, counts in self.groups:
             rows = flat if tokens is None else flat.index_select(0, tokens)
@@ -152,7 +153,7 @@ def _swiglu(rows: Tensor, blocks: Tensor, counts: Tensor) -> Tensor:
     width = rows.shape[1]
     units = blocks.shape[1] // (3 * width)
     gate_up, down = blocks.to(rows.dtype).split((2 * units * width, units * width), dim=1)
-    # One product for gate and up, which stand together.
+    # One product for gate and up, which are stored side by side.
     gate_up = _aligned(gate_up.unflatten(1, (2, units, width))).flatten(1, 2)
     down = _aligned(down.unflatten(1, (units, width))).transpose(1, 2)
     return grouped_linear(swiglu(grouped_linear(rows, gate_up, counts)), down, counts)
@@ -161,26 +162,26 @@ def _swiglu(rows: Tensor, blocks: Tensor, counts: Tensor) -> Tensor:
 def _attention(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> Tensor:
     """query [N, h, e], keys [U, r, h, e], values [U, r, h, e'] -> [N, h, e'].
 
-    Every head of a block is a group of the products.
+    Every head of every block is one group of the grouped products.
     """
     tokens, heads, width = query.shape
     rank = keys.shape[1]
     keys, values = (_aligned(part.transpose(1, 2).flatten(0, 1)) for part in (keys, values))  # [U * h, r, e]
-    # Token n of block u stands, for head j, after the blocks before u, and in u after the heads before j.
+    # Row of (token n of block u, head j): after all rows of the blocks before u, and within u after the heads before j.
     before = (counts.cumsum(0) - counts).repeat_interleave(counts, output_size=tokens)
     size = counts.repeat_interleave(counts, output_size=tokens)
     number, head = (torch.arange(count, device=query.device) for count in (tokens, heads))
     place = ((before * heads + number - before)[:, None] + head * size[:, None]).flatten()
     rows = query.flatten(0, 1)
     rows = torch.zeros_like(rows).index_copy(0, place, rows)
-    of_heads = counts.repeat_interleave(heads, output_size=heads * len(counts))
-    scores = grouped_linear(rows, keys, of_heads)[:, :rank] * width**-0.5
+    head_counts = counts.repeat_interleave(heads, output_size=heads * len(counts))
+    scores = grouped_linear(rows, keys, head_counts)[:, :rank] * width**-0.5
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
-    found = grouped_linear(F.pad(weights, (0, keys.shape[1] - rank)), values.transpose(1, 2), of_heads)
-    return found.index_select(0, place).view(tokens, heads, -1)
+    out = grouped_linear(F.pad(weights, (0, keys.shape[1] - rank)), values.transpose(1, 2), head_counts)
+    return out.index_select(0, place).view(tokens, heads, -1)
 
 
 def _aligned(part: Tensor) -> Tensor:
-    """[.., r, D] with units of zeros up to a multiple of ALIGNMENT."""
+    """[.., r, D], with r padded with zeros up to a multiple of ALIGNMENT."""
     missing = -part.shape[-2] % ALIGNMENT
     return F.pad(part, (0, 0, 0, missing)) if missing else part

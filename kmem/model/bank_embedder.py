@@ -1,11 +1,11 @@
-"""Embeddings of contexts, from which their cluster is found: what training data and an exported model's prompts share.
+"""Embeddings of contexts. The embedding decides the cluster of a context, in training data and in prompts alike.
 
-A context is a run of token ids of the model's tokenizer. An embedding is a float32 vector, of length 1 (or 0, where a
-context says nothing) unless its encoder leaves lengths as they are. It depends on its own context alone, to the last
-bit: not on what else is embedded in the call.
+A context is a run of token ids of the model's tokenizer. An embedding is a float32 vector of norm 1 (norm 0 for a
+context without countable tokens), unless its encoder does not normalise. It depends on its own context alone, to the
+last bit, and not on the other contexts of the call.
 
-An embedder is a folder with embedder.json: its kind, dimension and settings. Another kind is a class with the methods
-of `ContextEmbedder` under its name in `EMBEDDERS`.
+An embedder is a folder with embedder.json: its kind, dimension and settings. To add a kind, write a class with the
+methods of `ContextEmbedder` and register it under its name in `EMBEDDERS`.
 """
 
 import json
@@ -21,57 +21,59 @@ from torch import Tensor
 
 from .one_thread import with_one_thread
 
+# Shape letters: N contexts, D embedding dimension, V vocabulary, T word pieces.
+
 EMBEDDER_FILE = "embedder.json"
 EMBEDDER_FORMAT, EMBEDDER_VERSION = "kmem-embedder", 1
 TFIDF_FILE = "tfidf.safetensors"
 POOLINGS = ("mean", "cls")
-"""From the states of a text's tokens to its vector."""
+"""Ways to pool the hidden states of a text into one vector."""
 
 
 class ContextEmbedder(Protocol):
-    """Contexts to vectors."""
+    """Turns contexts into vectors."""
 
     dim: int
-    """D."""
+    """Dimension of the embeddings, D."""
 
     @classmethod
     def load(cls, folder: Path, record: Mapping[str, Any], tokenizer: Any, device: str) -> "ContextEmbedder":
-        """From a folder and its embedder.json; `tokenizer` decodes the ids of contexts, None where there is none."""
+        """Load it from a folder; `record` is its embedder.json. `tokenizer` decodes token ids; None without one."""
         ...
 
     def embed(self, contexts: Sequence[Tensor]) -> Tensor:
-        """float32 [N, D], on the CPU; contexts are int64 vectors of token ids, each possibly empty."""
+        """Embeddings float32 [N, D], on the CPU. Each context is an int64 vector of token ids and may be empty."""
         ...
 
 
 class TfidfEmbedder:
-    """Token counts, weighted and projected: TF-IDF over the model's own token ids, and a truncated SVD.
+    """TF-IDF over the model's own token ids, projected by a truncated SVD and normalised to norm 1.
 
-    A token that occurs c times weighs (1 + ln c) * idf. The projection's columns are right singular vectors, so
-    that vectors are near where the contexts' tokens occur in like contexts. Normalised to length 1.
+    A token that occurs c times weighs (1 + ln c) * idf. The columns of the projection are right singular vectors, so
+    two contexts get near vectors if their tokens tend to occur in similar contexts.
     """
 
     def __init__(self, idf_V: Tensor, projection_VD: Tensor):
-        """float32. Tokens that do not count, such as the end of a document, have an idf of 0."""
+        """Both float32. Tokens that do not count, such as the end of a document, have an idf of 0."""
         self._idf = idf_V
         self._projection = projection_VD
         self.dim = projection_VD.shape[1]
 
     @classmethod
     def load(cls, folder: Path, record: Mapping[str, Any], tokenizer: Any, device: str) -> "TfidfEmbedder":
-        """From a folder with tfidf.safetensors; needs no tokenizer, and computes on the CPU."""
+        """Load it from a folder with tfidf.safetensors. It needs no tokenizer and computes on the CPU."""
         from safetensors.torch import load_file
 
         tensors = load_file(str(folder / TFIDF_FILE))
         if tensors["projection"].shape != (len(tensors["idf"]), record["dim"]):
-            raise ValueError(f"{folder / TFIDF_FILE}: not the tensors that {EMBEDDER_FILE} describes")
+            raise ValueError(f"{folder / TFIDF_FILE}: its tensors do not match {EMBEDDER_FILE}")
         return cls(tensors["idf"], tensors["projection"])
 
     def embed(self, contexts: Sequence[Tensor]) -> Tensor:
-        """float32 [N, D].
+        """Embeddings float32 [N, D].
 
         Raises:
-            ValueError: a token id beyond the vocabulary that was counted.
+            ValueError: a token id lies outside the vocabulary that was counted.
         """
         if not len(contexts):
             return torch.empty(0, self.dim)
@@ -85,48 +87,49 @@ class TfidfEmbedder:
         key, count = torch.unique(context * vocabulary + ids, return_counts=True)
         token = key % vocabulary
         weight = term_weights(count) * self._idf[token]
-        # One bag after the other, each in the order of its token ids: sums do not depend on the other contexts.
+        # One bag per context, each in the order of its token ids: a sum does not depend on the other contexts.
         starts = torch.searchsorted(key, torch.arange(len(contexts)) * vocabulary)
         summed = F.embedding_bag(token, self._projection, starts, mode="sum", per_sample_weights=weight)
         return F.normalize(summed, dim=-1)
 
 
 def term_weights(counts: Tensor) -> Tensor:
-    """1 + ln(count), float32. By a table, since vectorised logarithms round by their place in the vector."""
+    """1 + ln(count), float32. One scalar logarithm per distinct count: the rounding of vectorised logarithms depends on
+    the position in the vector."""
     distinct, place = torch.unique(counts, return_inverse=True)
     return torch.tensor([1 + math.log(count) for count in distinct.tolist()], dtype=torch.float32)[place]
 
 
 class SentenceEncoder:
-    """A sentence encoder of BERT's form, such as all-MiniLM-L6-v2: its last hidden states, pooled.
+    """A sentence encoder with BERT's architecture, such as all-MiniLM-L6-v2; it pools the last hidden states.
 
-    A context is decoded to text and cut into pieces of at most `max_word_pieces` (what the encoder reads at a time, its
-    two marks included). The mean is over all tokens of all pieces, or with `cls` over the first mark of each. Of more
-    than `max_pieces` that many are read, evenly spread. Pieces are encoded one by one, so that a vector does not depend
-    on what else is in a batch.
+    A context is decoded to text and cut into pieces of at most `max_word_pieces` word pieces (the encoder's input
+    length, its two special tokens included). The embedding is the mean over all tokens of all pieces, or with `cls`
+    over the first special token of each piece. If there are more than `max_pieces` pieces, `max_pieces` evenly spread
+    ones are read. Pieces are encoded one by one, so a vector does not depend on the rest of a batch.
     """
 
     def __init__(self, model: Any, word_pieces: Any, tokenizer: Any, settings: Mapping[str, Any]):
         """Args:
         model: a Transformers BertModel.
-        word_pieces: its tokenizer, from tokenizers.
-        tokenizer: the model's tokenizer, whose ids contexts are, from Transformers.
-        settings: `max_word_pieces`, `max_pieces`, and where they are not those of all-MiniLM-L6-v2 `pooling` (mean or
-            cls; mean), `normalize` (whether vectors have length 1; true) and `lower_case` (texts are lower-cased before
-            the tokenizer reads them; false).
+        word_pieces: the encoder's tokenizer, from tokenizers.
+        tokenizer: the model's tokenizer, from Transformers; contexts are its ids.
+        settings: `max_word_pieces` and `max_pieces`; optionally `pooling` (mean or cls; default mean), `normalize`
+            (whether vectors have norm 1; default true) and `lower_case` (lower-case texts before tokenizing; default
+            false). The defaults are the settings of all-MiniLM-L6-v2.
         """
         self._model, self._word_pieces, self._tokenizer = model, word_pieces, tokenizer
         self._first, self._last = word_pieces.encode("").ids
         self._room, self._max_pieces = settings["max_word_pieces"] - 2, settings["max_pieces"]
         self._pooling, self._normalize = settings.get("pooling", "mean"), settings.get("normalize", True)
         if self._pooling not in POOLINGS:
-            raise ValueError(f"pooling {self._pooling!r}: none of {', '.join(POOLINGS)}")
+            raise ValueError(f"pooling {self._pooling!r} is not one of {', '.join(POOLINGS)}")
         self._lower_case = settings.get("lower_case", False)
         self.dim = int(model.config.hidden_size)
 
     @classmethod
     def load(cls, folder: Path, record: Mapping[str, Any], tokenizer: Any, device: str) -> "SentenceEncoder":
-        """From a folder with the encoder's config.json, model.safetensors and tokenizer.json."""
+        """Load it from a folder with the encoder's config.json, model.safetensors and tokenizer.json."""
         if tokenizer is None:
             raise ValueError(f"{folder}: this embedder reads text; pass the tokenizer that decodes the token ids")
         model = _load_bert(folder)
@@ -134,8 +137,9 @@ class SentenceEncoder:
         return cls(model.to(device), word_pieces, tokenizer, record)
 
     def embed(self, contexts: Sequence[Tensor]) -> Tensor:
-        """float32 [N, D]. On the CPU one thread computes, whatever the process has: products of matrices round by the
-        number of threads, and what trained with an address must find it again."""
+        """Embeddings float32 [N, D]. On the CPU one thread computes, however many the process has: the rounding of
+        matrix products depends on the number of threads, and a context must always get the address it was trained
+        with."""
         texts = [self._tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in contexts]
         if self._lower_case:
             texts = [text.lower() for text in texts]
@@ -154,7 +158,7 @@ class SentenceEncoder:
             pieces = [pieces[number * len(pieces) // self._max_pieces] for number in range(self._max_pieces)]
         device = self._model.device
         total, count = torch.zeros(self.dim, dtype=torch.float32, device=device), 0
-        with torch.autocast(device.type, enabled=False):  # the model that asks may run under one
+        with torch.autocast(device.type, enabled=False):  # the calling model may run under autocast
             for piece in pieces:
                 row = torch.tensor([[self._first, *piece, self._last]], device=device)
                 states_TD = self._model(input_ids=row).last_hidden_state[0]
@@ -166,25 +170,25 @@ class SentenceEncoder:
 
 
 def _load_bert(folder: Path) -> Any:
-    """The BertModel of a folder, without the layer that pools for BERT's own tasks.
+    """The BertModel of a folder, without BERT's pooling layer.
 
     Raises:
-        ValueError: weights that are not all there; names the file.
+        ValueError: tensors are missing; names the file.
     """
     from transformers import BertModel
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the file may hold position ids, a pooler and heads, which are not needed
+    logging.set_verbosity_error()  # no warnings about position ids, a pooler and heads, which are not needed
     try:
         with without_progress_bars():
-            model, found = BertModel.from_pretrained(
+            model, loading_info = BertModel.from_pretrained(
                 str(folder), add_pooling_layer=False, local_files_only=True, use_safetensors=True,
                 dtype=torch.float32, output_loading_info=True,
             )  # fmt: skip
     finally:
         logging.set_verbosity(verbosity)
-    missing = sorted(found["missing_keys"])  # Transformers draws them at random
+    missing = sorted(loading_info["missing_keys"])  # Transformers would draw them at random
     if missing:
         raise ValueError(
             f"{folder / 'model.safetensors'}: lacks {len(missing)} tensors of a BERT, such as {missing[0]}"
@@ -193,10 +197,11 @@ def _load_bert(folder: Path) -> Any:
 
 
 def _load_word_pieces(path: Path, vocab_size: int) -> Any:
-    """An encoder's tokenizer, which neither cuts texts nor pads them.
+    """An encoder's tokenizer, set to neither truncate nor pad texts.
 
     Raises:
-        ValueError: it is not one of an encoder with so many word pieces; names the file.
+        ValueError: it does not add BERT's two special tokens, or has more than `vocab_size` word pieces; names the
+            file.
     """
     from tokenizers import Tokenizer
 
@@ -205,7 +210,7 @@ def _load_word_pieces(path: Path, vocab_size: int) -> Any:
     word_pieces.no_padding()
     marks, size = len(word_pieces.encode("").ids), word_pieces.get_vocab_size()
     if marks != 2:
-        raise ValueError(f"{path}: puts {marks} marks around a text, where BERT has two, [CLS] and [SEP]")
+        raise ValueError(f"{path}: adds {marks} special tokens to a text; BERT adds two, [CLS] and [SEP]")
     if size > vocab_size:
         raise ValueError(f"{path}: has {size} word pieces, and the vocab_size of config.json is {vocab_size}")
     return word_pieces
@@ -213,7 +218,7 @@ def _load_word_pieces(path: Path, vocab_size: int) -> Any:
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Transformers loads weights without its bars, which are a switch of the process; warnings are not touched."""
+    """Hide Transformers' progress bars while weights load. The switch is global to the process; warnings stay on."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -230,14 +235,14 @@ EMBEDDERS: dict[str, type[ContextEmbedder]] = {
     "minilm": SentenceEncoder,
     "encoder": SentenceEncoder,
 }
-"""Name -> what reads the folder. kmem.clustering.embedders.register_embedder adds to it."""
+"""Name -> class that loads the folder. `kmem.clustering.embedders.register_embedder` adds to it."""
 
 
 def read_embedder_record(folder: str | Path) -> dict[str, Any]:
     """Contents of embedder.json.
 
     Raises:
-        ValueError: missing, damaged, or of a kind or format that this kmem does not know.
+        ValueError: it is missing or damaged, or this kmem does not know its kind or format.
     """
     path = Path(folder) / EMBEDDER_FILE
     try:
@@ -250,8 +255,8 @@ def read_embedder_record(folder: str | Path) -> dict[str, Any]:
         known = False
     if not known:
         raise ValueError(
-            f"{path}: not an embedder that this kmem knows ({', '.join(EMBEDDERS)}); one of your own is known to a "
-            "script that calls register_embedder (docs/bank.md)"
+            f"{path}: not an embedder that this kmem knows ({', '.join(EMBEDDERS)}); for your own embedder, call "
+            "register_embedder in a script (docs/bank.md)"
         )
     return dict(record)
 
@@ -264,7 +269,7 @@ def load_embedder(folder: str | Path, tokenizer: Any = None, device: str = "cpu"
         device: where an encoder computes.
 
     Raises:
-        ValueError: missing or damaged files, or no tokenizer where one is needed.
+        ValueError: a file is missing or damaged, or a tokenizer is needed and was not given.
     """
     record = read_embedder_record(folder)
     return EMBEDDERS[record["name"]].load(Path(folder), record, tokenizer, device)

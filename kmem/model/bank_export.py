@@ -1,4 +1,4 @@
-"""The memory bank of a Hugging Face folder: what its config.json says of it, and where its rows and its tree lie."""
+"""The bank of a Hugging Face folder: its description in config.json, and the files of its rows and its tree."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from .export_tables import ExportedTable, read_parts
 from .shape import Shape
 
 BANK_TABLES = r"^bank\.level\d+\.parts\."
-"""How the names of the tensors that hold rows begin, as a pattern."""
+"""Regular expression for the start of the names of the tensors that hold rows."""
 TREE_FOLDER = "tree"
 
 
 @dataclass(frozen=True)
 class BankDescription:
-    """Tables and tree of a model."""
+    """The bank's tables and tree, as config.json describes them."""
 
     layout: BankLayout
     parts: Mapping[int, list[int]]
@@ -29,7 +29,7 @@ class BankDescription:
 
     @classmethod
     def read(cls, shape: Shape, parts: Mapping[str, list[int]], tree: str | None) -> "BankDescription":
-        """The description of a model with a bank; what config.json holds.
+        """The description of a model with a bank, from the contents of config.json.
 
         Raises:
             ValueError: the parts contradict `model`.
@@ -51,32 +51,34 @@ class BankDescription:
         }
 
     def check_tree(self, tree: ClusterTree | Mapping[str, Any], where: str | Path) -> None:
-        """Refuse a tree whose leaves are not those that the rows were trained with.
+        """Refuse a tree other than the one that the bank was trained with.
 
         Raises:
-            ValueError: names the tree and what differs.
+            ValueError: names the tree and the difference.
         """
         record = tree.record if isinstance(tree, ClusterTree) else tree
         self.layout.check_tree(record, where)
         if self.tree is not None and record["fingerprint"] != self.tree:
             raise ValueError(
                 f"{where}: this is not the tree that the bank was trained with ({str(record['fingerprint'])[:12]} "
-                f"instead of {self.tree[:12]}): its leaves, or its embedder, are others; bring the tree of the "
-                "training data"
+                f"instead of {self.tree[:12]}): its leaves or its embedder differ; use the tree of the training data"
             )
 
     def find_tree(self, find: Callable[[str], str | None]) -> Path:
-        """The folder of the tree, all files of which have been fetched.
+        """The folder of the tree, after all its files have been fetched.
+
+        Args:
+            find: gives the path of a file of the model's folder, None if it is missing.
 
         Raises:
             ValueError: names the file that is missing.
         """
 
         def path(file: str) -> Path:
-            found = find(f"{TREE_FOLDER}/{file}")
-            if found is None:
+            local = find(f"{TREE_FOLDER}/{file}")
+            if local is None:
                 raise ValueError(f"{TREE_FOLDER}/{file}: missing beside the weights; fetch or export the folder again")
-            return Path(found)
+            return Path(local)
 
         folder = path(TREE_FILE).parent
         record = read_tree_record(folder)
@@ -88,7 +90,7 @@ class BankDescription:
         """The tree and the embedder of a folder.
 
         Raises:
-            ValueError: damaged, or not those of this bank.
+            ValueError: they are damaged, or belong to another bank.
         """
         router = ContextRouter.load(folder, tokenizer)
         self.check_tree(router.tree, folder)

@@ -1,12 +1,12 @@
-"""The memory bank of a model that generates or scores: which contexts its sequences have, and the blocks that were
-fetched for them. Ships beside exported weights.
+"""The bank of a model that generates or scores: the contexts of its sequences, and the blocks fetched for them. Ships
+beside exported weights.
 
-Rows that lie in files are kept until other contexts are fetched, and of those only what is not there yet is read: where
-the topic changes below a cluster of level 1, that cluster's row stays.
+Rows read from files are held until other contexts are fetched. Then only the rows that are not held yet are read: if
+the topic changes below a cluster of level 1, the row of that cluster stays.
 
-Threads may use one model at once. What is set on it, fetched contexts included, is the model's and so all threads'; a
-call (a forward pass, or a `generate` with all of its) goes by what was set when it began, and holds the rows that it
-uses. So calls compute what they compute one after another.
+Several threads may use one model at once. Settings, fetched contexts included, belong to the model, so all threads
+share them. A session (one forward pass, or one `generate` with all its forward passes) keeps the settings with which it
+began, and holds the rows that it uses. So concurrent sessions give the same results as sessions run one after another.
 """
 
 import copy
@@ -28,45 +28,48 @@ from .bank_router import Context, ContextRouter
 from .bank_tree import ClusterPath
 from .engram_reader import RowSource
 
+# Shape letters: B sequences or contexts, T tokens, n fetched contexts, U distinct rows, V values of a row.
+
 BANK_CONTROLS = ("fetched", "generic", "none")
 """What a bank gives all contexts: the blocks of their clusters, the generic blocks, or nothing."""
 
 
 class LevelFetch(NamedTuple):
-    """What fetching did on a level."""
+    """The cost of a fetch on one level."""
 
     rows: int
     """Distinct clusters of the contexts."""
     read: int
-    """Of these, how many were not there yet."""
+    """Clusters whose rows were not held yet and had to be read."""
     bytes: int
-    """That were read."""
+    """Bytes read."""
     seconds: float
-    """For reading, and moving to the model's device."""
+    """Time to read the rows and move them to the model's device."""
 
 
 @dataclass(frozen=True)
 class Fetch:
-    """What `fetch` found and read."""
+    """The result of `fetch`."""
 
     leaves: Tensor
     """int64 [B], the leaf of each context."""
     levels: Mapping[int, LevelFetch]
     route_seconds: float = 0.0
-    """For embedding the contexts and descending the tree."""
+    """Time to embed the contexts and descend the tree."""
 
     @property
     def bytes(self) -> int:
+        """Bytes read on all levels."""
         return sum(level.bytes for level in self.levels.values())
 
     @property
     def seconds(self) -> float:
-        """Routing included."""
+        """Time of the whole fetch, routing included."""
         return self.route_seconds + sum(level.seconds for level in self.levels.values())
 
 
 class Rows(NamedTuple):
-    """Rows of a level that are held; never changed, since several calls may have them."""
+    """Rows held for one level; never modified, since several sessions may share them."""
 
     ids: Tensor
     """int64 [U], ascending, on the host."""
@@ -74,46 +77,48 @@ class Rows(NamedTuple):
     """[U, V]."""
 
     def alike(self, like: Tensor) -> bool:
-        """Whether they have the type and device of a tensor."""
+        """Whether the rows have the dtype and device of a tensor."""
         return (self.values.dtype, self.values.device) == (like.dtype, like.device)
 
 
 @dataclass(frozen=True)
 class Controls:
-    """What is set on a bank; never changed but replaced, so that a call keeps what it began with."""
+    """The settings of a bank. They are replaced, never modified, so a session keeps the settings with which it
+    began."""
 
     control: str = "fetched"
     """One of BANK_CONTROLS."""
     levels: tuple[int, ...] | None = None
     """Levels that are on; None: all."""
     blocked: tuple[ClusterPath, ...] = ()
-    """Clusters that no context may use where its leaf is looked up; the next nearest takes their place."""
+    """Clusters that the look-up of a leaf may not enter; it takes the next nearest instead."""
     leaves: Tensor | None = None
-    """int64 [n] of the contexts that were fetched by hand."""
+    """int64 [n], leaves of the contexts given to `fetch`; None: none are fetched."""
     fetched_levels: tuple[int, ...] | None = None
-    """Levels that were named with them."""
+    """Levels given to that `fetch`; None: none were given."""
 
     @property
     def levels_on(self) -> tuple[int, ...] | None:
-        """Levels that were named with fetched contexts stay theirs; otherwise those of now count."""
+        """The levels given to `fetch` if it got any, otherwise `levels`."""
         return self.levels if self.fetched_levels is None else self.fetched_levels
 
 
 class InferenceBank:
-    """The bank of a model, and what its sequences use of it.
+    """The bank of a model, and the settings and held rows of its sequences.
 
-    Addresses of a forward pass are, whichever is there first: its own argument; those of `fetch`, until `forget`; those
-    that the key-value cache began with; the running generation's prompt; the tokens of the forward pass themselves.
+    A forward pass takes its addresses from the first of these that exists: its own argument; the leaves of `fetch`,
+    until `forget`; the leaves with which the key-value cache began; the prompt of the running generation; its own
+    tokens.
 
-    Threads that compute on CUDA streams of their own are not provided for: rows that one has fetched serve another.
+    Threads may not compute on separate CUDA streams: they share fetched rows, and nothing synchronises the streams.
     """
 
     def __init__(self, layout: BankLayout, sources: Mapping[int, RowSource] | None = None) -> None:
         self.layout = layout
         self.sources = dict(sources or {})
-        """Level -> where its rows are read."""
+        """Level -> function that reads its rows."""
         self.router: ContextRouter | Callable[[], ContextRouter] | None = None
-        """Or how to load it when it is first needed."""
+        """The router, or a function that loads it when it is first needed."""
         self._controls = Controls()
         self._begin()
 
@@ -124,13 +129,13 @@ class InferenceBank:
         self._thread = threading.local()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "InferenceBank":
-        """A bank for itself, with the tree and its embedder in common."""
+        """An independent bank that shares the tree and its embedder."""
         copied = memo[id(self)] = InferenceBank(self.layout, copy.deepcopy(self.sources, memo))
         copied.router, copied._loaded, copied._controls = self.router, self._loaded, self._controls
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        """For other processes, which load the tree from where it lies, and the rows."""
+        """State for another process, which loads the tree and the rows from their files."""
         return {name: vars(self)[name] for name in ("layout", "sources", "router", "_controls")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -139,7 +144,7 @@ class InferenceBank:
 
     @property
     def controls(self) -> Controls:
-        """What is set; in a thread that generates, for its generation."""
+        """The current settings; in a thread that generates, the settings of its generation."""
         running = self._running()
         return running[-1].controls if running else self._controls
 
@@ -160,13 +165,13 @@ class InferenceBank:
         return self.controls.leaves
 
     def choose(self, control: str, levels: Iterable[int] | None) -> None:
-        """What all contexts are given.
+        """Choose what all contexts are given.
 
         Raises:
-            ValueError: no such control or level, or generic blocks of a bank without.
+            ValueError: the bank has no such control or level, or no generic blocks.
         """
         if control not in BANK_CONTROLS:
-            raise ValueError(f"bank_control={control!r}: one of {', '.join(BANK_CONTROLS)}")
+            raise ValueError(f"bank_control={control!r}: choose one of {', '.join(BANK_CONTROLS)}")
         if control == "generic" and not self.layout.generic:
             raise ValueError(
                 "this bank has no generic blocks: model.bank.generic.probability was 0 when it was trained"
@@ -174,12 +179,12 @@ class InferenceBank:
         self._set(control=control, levels=self._checked(levels))
 
     def choose_control(self, control: str) -> None:
-        """As `choose`; levels stay."""
+        """As `choose`, without changing the levels."""
         with self._setting:
             self.choose(control, self.levels)
 
     def choose_levels(self, levels: Iterable[int] | None) -> None:
-        """As `choose`; what contexts are given stays."""
+        """As `choose`, without changing the control."""
         with self._setting:
             self.choose(self.control, levels)
 
@@ -191,7 +196,8 @@ class InferenceBank:
         blocked: Iterable[ClusterPath | str] | None,
         like: Tensor,
     ) -> Fetch:
-        """Fetch for contexts, or for leaves, and keep it until `forget`; `like` has the model's type and device."""
+        """Fetch the blocks of contexts, or of leaves, and use them until `forget`; `like` has the model's dtype and
+        device."""
         with self._setting:
             controls = self.controls
             if controls.control != "fetched":
@@ -201,7 +207,7 @@ class InferenceBank:
             given = leaves if contexts is None else contexts
             assert given is not None
             if not len(given):
-                raise ValueError("no contexts to fetch for; to let go of those that were fetched: forget()")
+                raise ValueError("no contexts to fetch for; to drop the fetched contexts, call forget()")
             chosen = controls.levels if levels is None else self._checked(levels)
             paths = controls.blocked if blocked is None else cluster_paths(blocked)
             began = time.perf_counter()
@@ -214,12 +220,14 @@ class InferenceBank:
             ids = self.layout.row_ids(leaves, levels=chosen)
             with self._sharing:
                 self._held = {level: rows for level, rows in self._held.items() if level in ids}
-                figures = {level: self.read(level, distinct_rows(found)[0], like)[1] for level, found in ids.items()}
+                figures = {
+                    level: self.read(level, distinct_rows(level_ids)[0], like)[1] for level, level_ids in ids.items()
+                }
             self._set(leaves=leaves, fetched_levels=None if levels is None else chosen)
         return Fetch(leaves, figures, routed)
 
     def forget(self) -> None:
-        """Let go of fetched contexts and held rows."""
+        """Drop the fetched contexts and the held rows."""
         self._set(leaves=None, fetched_levels=None)
         with self._sharing:
             self._held = {}
@@ -228,46 +236,47 @@ class InferenceBank:
         """The leaf of each context, int64 [B].
 
         Args:
-            blocked: clusters that may not be used; default: what is set.
+            blocked: clusters that may not be used; default: the clusters set by `block`.
         """
         return self.loaded_router().leaves(contexts, self.blocked if blocked is None else cluster_paths(blocked))
 
     def block(self, paths: Iterable[ClusterPath | str] | None) -> None:
-        """Name the clusters that no context may use; None or nothing: all may be used.
+        """Set the clusters that no context may use; None or an empty list allows all.
 
         Raises:
-            ValueError: one is not there, or nothing would be left; or there is no tree.
+            ValueError: a cluster does not exist, no cluster would be left, or the model has no tree.
         """
         blocked = cluster_paths(() if paths is None else paths)
         if blocked:
             self.loaded_router().tree.check_blocked(blocked)
         self._set(blocked=blocked)
 
-    def call(self) -> "Call":
-        """What a forward pass goes by: the generation that runs in this thread, or what is set."""
+    def session(self) -> "InferenceSession":
+        """The session of a forward pass: the generation that runs in this thread, or a new one with the current
+        settings."""
         running = self._running()
-        return running[-1] if running else Call(self, self._controls)
+        return running[-1] if running else InferenceSession(self, self._controls)
 
     @contextmanager
     def generation(self, prompt: Sequence[Context] | None) -> Iterator[None]:
-        """All forward passes in it, of this thread, are one call, whose contexts are the prompts where nothing comes
-        before them."""
+        """Within it, all forward passes of this thread are one session. `prompt` gives its contexts, unless a source
+        with priority exists (see the class docstring)."""
         running = self._running()
-        running.append(Call(self, self.controls, prompt))
+        running.append(InferenceSession(self, self.controls, prompt))
         try:
             yield
         finally:
             running.pop()
 
     def inputs(self, leaves: Tensor | None, batch: int, tokens: int, like: Tensor) -> dict[int, BankInput]:
-        """As `Call.inputs`, of a call for itself."""
-        return self.call().inputs(leaves, batch, tokens, like)
+        """As `InferenceSession.inputs`, for the current session."""
+        return self.session().inputs(leaves, batch, tokens, like)
 
     def loaded_router(self) -> ContextRouter:
         """The tree and its embedder.
 
         Raises:
-            ValueError: none was given, or it is not the one that the bank was trained with.
+            ValueError: the model has no tree, or not the tree that the bank was trained with.
         """
         with self._sharing:
             if self.router is None:
@@ -281,13 +290,13 @@ class InferenceBank:
             return self._loaded
 
     def read(self, level: int, ids: Tensor, like: Tensor) -> tuple[Rows, LevelFetch]:
-        """Rows of ascending ids, of which those that are not there are read."""
+        """The rows of ascending ids; rows that are not held are read."""
         if level not in self.sources:
             raise ValueError(
                 'tables="mmap": the rows of the bank stay in weight files; load the model with from_pretrained'
             )
         source = self.sources[level]
-        if isinstance(source, nn.Module):  # parameters, which may be trained: nothing is held
+        if isinstance(source, nn.Module):  # parameters may be trained, so their values are not held
             return Rows(ids, source(ids.to(like.device))), LevelFetch(len(ids), 0, 0, 0.0)
         with self._sharing:
             held = self._held.get(level)
@@ -296,32 +305,32 @@ class InferenceBank:
             if held is not None and torch.equal(held.ids, ids):
                 return held, LevelFetch(len(ids), 0, 0, 0.0)
             began = time.perf_counter()
-            with torch.inference_mode(False), torch.no_grad():  # what is held serves later forwards of any mode
+            with torch.inference_mode(False), torch.no_grad():  # later forward passes in any mode use the held rows
                 ids = ids.clone()
-                there = torch.zeros_like(ids, dtype=torch.bool) if held is None else torch.isin(ids, held.ids)
-                found = source(ids[~there])
-                rows = found.to(like.device, like.dtype)
-                if held is not None and bool(there.any()):
-                    kept = held.values[torch.searchsorted(held.ids, ids[there]).to(like.device)]
+                is_held = torch.zeros_like(ids, dtype=torch.bool) if held is None else torch.isin(ids, held.ids)
+                read_rows = source(ids[~is_held])
+                rows = read_rows.to(like.device, like.dtype)
+                if held is not None and bool(is_held.any()):
+                    kept = held.values[torch.searchsorted(held.ids, ids[is_held]).to(like.device)]
                     merged = rows.new_empty(len(ids), rows.shape[1])
-                    merged[there.to(like.device)], merged[~there.to(like.device)] = kept, rows
+                    merged[is_held.to(like.device)], merged[~is_held.to(like.device)] = kept, rows
                     rows = merged
             self._held[level] = Rows(ids, rows)
-            figures = LevelFetch(len(ids), len(found), found.nbytes, time.perf_counter() - began)
+            figures = LevelFetch(len(ids), len(read_rows), read_rows.nbytes, time.perf_counter() - began)
             return self._held[level], figures
 
-    def _running(self) -> list["Call"]:
-        """Generations of this thread, each begun in the one before."""
+    def _running(self) -> list["InferenceSession"]:
+        """The running generations of this thread, each nested in the one before."""
         if not hasattr(self._thread, "running"):
             self._thread.running = []
         return self._thread.running
 
     def _set(self, **changes: Any) -> None:
-        """For calls that begin from now on, and those that run in this thread."""
+        """Change settings, for all sessions that begin from now on and for the running ones of this thread."""
         with self._setting:
             self._controls = replace(self._controls, **changes)
-            for call in self._running():
-                call.controls = replace(call.controls, **changes)
+            for session in self._running():
+                session.controls = replace(session.controls, **changes)
 
     def _checked(self, levels: Iterable[int] | None) -> tuple[int, ...] | None:
         if levels is None:
@@ -334,8 +343,9 @@ class InferenceBank:
         return chosen
 
 
-class Call:
-    """A forward pass, or a `generate` with all of its: what it goes by, whatever other threads do meanwhile."""
+class InferenceSession:
+    """One forward pass, or one `generate` with all its forward passes. It keeps its settings and rows, whatever other
+    threads do meanwhile."""
 
     def __init__(self, bank: InferenceBank, controls: Controls, prompt: Sequence[Context] | None = None) -> None:
         self.controls = controls
@@ -344,7 +354,7 @@ class Call:
         self._held: dict[int, Rows] = {}
 
     def prompt_leaves(self) -> Tensor | None:
-        """Leaves of the prompts' contexts, int64 [n], looked up once; None where there are none."""
+        """The leaves of the prompts, int64 [n], looked up once; None without prompts."""
         if self._prompt is not None and not isinstance(self._prompt, Tensor):
             self._prompt = self.route(self._prompt)
         return self._prompt
@@ -354,11 +364,11 @@ class Call:
         return self._bank.route(contexts, self.controls.blocked)
 
     def inputs(self, leaves: Tensor | None, batch: int, tokens: int, like: Tensor) -> dict[int, BankInput]:
-        """What the bank of each layer holds for the next `tokens` tokens of `batch` sequences.
+        """Layer -> the blocks that it reads for the next `tokens` tokens of `batch` sequences.
 
         Args:
-            leaves: int64 [B] or [B, T]; of no matter where the memory is generic or none.
-            like: a tensor of the model's type and device.
+            leaves: int64 [B] or [B, T]; ignored if the control is generic or none.
+            like: a tensor of the model's dtype and device.
         """
         layout, controls = self._bank.layout, self.controls
         if controls.control == "none":
@@ -368,12 +378,12 @@ class Call:
         else:
             assert leaves is not None
             ids = layout.row_ids(leaves.cpu(), levels=controls.levels_on)
-        distinct = {level: distinct_rows(found) for level, found in ids.items()}
-        rows = {level: self._rows(level, found, like) for level, (found, _) in distinct.items()}
+        distinct = {level: distinct_rows(level_ids) for level, level_ids in ids.items()}
+        rows = {level: self._rows(level, unique, like) for level, (unique, _) in distinct.items()}
         return FetchedBlocks(layout, rows, {level: places for level, (_, places) in distinct.items()}).inputs(tokens)
 
     def _rows(self, level: int, ids: Tensor, like: Tensor) -> Tensor:
-        """Rows [U, V]. A generation keeps its own: other threads may fetch between its tokens."""
+        """Rows [U, V]. A generation holds its own rows: other threads may fetch between its tokens."""
         held = self._held.get(level)
         if held is None or not held.alike(like) or not torch.equal(held.ids, ids):
             held = self._bank.read(level, ids, like)[0]

@@ -1,4 +1,4 @@
-"""The memory bank as a kind of memory: blocks of weights in some layers, fetched for a context."""
+"""The bank as a kind of memory: blocks of weights in some layers, fetched for a context."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from .shape import Shape
 
 
 class BankModule(MemoryModule):
-    """Blocks have no parameters in the layer: all of them are in the tables."""
+    """The bank in one layer. It has no parameters: all blocks are in the tables."""
 
     def project(self, name: str, x: Tensor, out: Tensor, read: BankInput) -> Tensor:
         return read.adapt(name, x, out)
@@ -22,11 +22,11 @@ class BankModule(MemoryModule):
 
 
 class BankKind(ModelKind):
-    """A table per level and layer, whose rows are the blocks of the clusters of that level."""
+    """One table per level and layer; its rows are the blocks of the clusters of that level."""
 
     name = "bank"
     controls = ("fetched", "generic", "none", "blocked")
-    """generic: generic blocks in place of those of the clusters. none: no blocks. blocked: the blocks of the next
+    """generic: the generic blocks instead of the clusters' blocks. none: no blocks. blocked: the blocks of the next
     nearest clusters, as if the bank had nothing below the context's own cluster of level 1."""
 
     def trained_control(self, shape: Shape) -> str:
@@ -36,7 +36,8 @@ class BankKind(ModelKind):
         return control != "generic" or shape.bank.generic.probability > 0
 
     def telling_controls(self, shape: Shape) -> tuple[str, ...]:
-        """Where generic blocks alone were trained, the blocks of clusters are those of the beginning."""
+        """If only generic blocks were trained, the clusters' blocks still have their initial values and tell
+        nothing."""
         return ("none",) if self.trained_control(shape) == "generic" else super().telling_controls(shape)
 
     def layers(self, shape: Shape) -> tuple[int, ...]:
@@ -54,7 +55,7 @@ class BankKind(ModelKind):
         }
 
     def exported_rows(self, shape: Shape) -> dict[int, ExportedRows]:
-        """By level; a row holds the blocks of all layers, so that a context reads one piece of a file per level."""
+        """Level -> table. A row holds the blocks of all layers, so a context reads one piece of a file per level."""
         layout = BankLayout.of(shape)
         return {
             level: ExportedRows(

@@ -1,13 +1,13 @@
-"""What the blocks of a memory bank hold, in which order, under which names and with which first values.
+"""The layout of a bank's blocks: contents, order, names and initial values.
 
 A tree has p levels of k children: level l, from 1, has k^l clusters, numbered so that the children of node n are
 n * k .. n * k + k - 1. Leaves are clusters of level p, and a leaf's cluster of level l is leaf // k^(p-l). Each cluster
 of a level owns one block in each of the bank's layers.
 
-Rows. A table of level l has a row for every cluster, and one more, the last, for the generic blocks if the bank has
-them. Row order of values: layer, part, unit of the rank r, value of the unit. So a row is [layers, parts.., r, width];
-where all parts have the width d, as in the FFN, it is [layers, parts, r, d]. Matrices that produce hidden values are
-stored transposed, one row per unit, so that every part has this form:
+Rows. The table of level l has one row per cluster. If the bank has generic blocks, they are one more row, the last. The
+values of a row are ordered by layer, part, unit of the rank r, value of the unit. So a row is [layers, parts.., r,
+width]; if all parts have the width d, as in the FFN, it is [layers, parts, r, d]. Matrices that produce hidden values
+are stored transposed, one row per unit, so that every part has this form:
 
     kind        parts of a block, each [r, width], in this order                 width
     ffn         gate, up, down                                                   d
@@ -16,17 +16,17 @@ stored transposed, one row per unit, so that every part has this form:
     lora_ov     {o_proj, v_proj} x {a, b}                                        h e, d, d, g e
     kv          keys, values                                                     h e, h e'
 
-with d the hidden size, f the dense feed-forward's, h query heads, g key/value heads, e the width of a query head and e'
-that of a value head.
+d is the hidden size, f the width of the dense feed-forward, h the number of query heads, g the number of key/value
+heads, e the width of a query head and e' the width of a value head.
 
-Names. Checkpoints hold one tensor per layer and level, `layers.{i}.bank.level{l}` [rows, values of a block]: a stage of
-a pipeline holds a range of columns of the whole rows, which are whole tensors under these names, and a rank of it an
-interval of their rows. So they load on any mesh. Optimizer state of a row must be kept per layer, too: a number per row
-of a stage would depend on which layers the stage has. Exports hold whole rows, `bank.level{l}` [rows, layers * values],
-in row ranges `bank.level{l}.parts.{j}`: a context then reads one piece of a file per level.
+Names. Checkpoints hold one tensor per layer and level, `layers.{i}.bank.level{l}` [rows, values of a block]. A pipeline
+stage holds a range of columns of the rows, which is one or more of these tensors as a whole; a rank of the stage holds
+an interval of their rows. So a checkpoint loads on any mesh. The optimizer state of a row must be kept per layer, too:
+one number per row of a stage would depend on the layers of the stage. Exports hold whole rows, `bank.level{l}` [rows,
+layers * values], in row ranges `bank.level{l}.parts.{j}`: a context then reads one piece of a file per level.
 
-First values. Blocks start as a no-op: what writes (down, b, values) is zero. The rest is drawn from a generator per
-seed, layer, level, cluster and part, so that it does not depend on how tables are sharded.
+Initial values. Blocks start as a no-op: the parts that write to the layer (down, b, values) are zero. All others are
+drawn from a generator per seed, layer, level, cluster and part, so they do not depend on how tables are sharded.
 """
 
 import math
@@ -41,30 +41,32 @@ from torch import Tensor
 from .init import generator_of, truncated_normal
 from .shape import Shape
 
+# Shape letters: B sequences, T tokens, U blocks of a level, r rank.
+
 MISSING = -1
-"""In place of a leaf or a row: no block."""
+"""Stands for a leaf or a row that is missing: no block."""
 GENERIC = -2
-"""In place of a leaf among the addresses of a training batch: the generic blocks."""
+"""Stands for a leaf in the addresses of a training batch: use the generic blocks."""
 ADAPTED = {
     "lora_ffn": ("gate_proj", "up_proj", "down_proj"),
     "lora_qk": ("q_proj", "k_proj"),
     "lora_ov": ("o_proj", "v_proj"),
 }
-"""Projections that have low-rank updates, by kind."""
+"""Kind -> projections that have low-rank updates."""
 
 
 def bank_table_name(level: int) -> str:
-    """Name of the table of a level over all layers, [rows, layers * values of a block]; exports have its parts."""
+    """Name of the table of a level over all layers, [rows, layers * values of a block]; exports hold its parts."""
     return f"bank.level{level}"
 
 
 def bank_table_part_name(level: int, part: int) -> str:
-    """Name of one of the row ranges in which an export holds the table of a level."""
+    """Name of one row range of a level's table in an export."""
     return f"{bank_table_name(level)}.parts.{part}"
 
 
 def layer_bank_name(layer: int, level: int) -> str:
-    """Name of the blocks of a level for one layer in a checkpoint, [rows, values of a block]."""
+    """Name of the blocks of one level and layer in a checkpoint, [rows, values of a block]."""
     return f"layers.{layer}.bank.level{level}"
 
 
@@ -74,24 +76,25 @@ class Part(NamedTuple):
     name: str
     width: int
     start: str
-    """First values. zero; normal: truncated, of the model's deviation; uniform: within 1 / sqrt(width), LoRA's."""
+    """Distribution of the initial values. zero; normal: truncated, with the model's standard deviation; uniform: within
+    1 / sqrt(width), as in LoRA."""
 
 
 @dataclass(frozen=True)
 class BankLayout:
-    """The blocks of a model's bank, or of the layers of a stage."""
+    """The layout of a model's bank, or of the part that belongs to the layers of a stage."""
 
     kind: str
     children: int
     ranks: tuple[int, ...]
-    """Of the blocks of every level, 0 for none."""
+    """Rank of the blocks of every level; 0: the level has no blocks."""
     layers: tuple[int, ...]
     """Layers that have blocks, ascending."""
     parts: tuple[Part, ...]
-    """Of one block, in order."""
+    """Parts of one block, in order."""
     alpha: float
     generic: bool
-    """Whether tables have a row of generic blocks, the last."""
+    """Whether the last row of every table holds generic blocks."""
     init_std: float
 
     @classmethod
@@ -110,30 +113,32 @@ class BankLayout:
         )
 
     def of_layers(self, layers: Sequence[int]) -> "BankLayout":
-        """The layout of a table that holds those of these layers that have blocks."""
+        """The layout for the given layers only; layers without blocks are left out."""
         return replace(self, layers=tuple(layer for layer in self.layers if layer in layers))
 
     def check_tree(self, record: Mapping[str, Any], where: str | Path) -> None:
-        """Refuse a cluster tree whose leaves cannot address the bank: it has as many levels and children as the bank.
+        """Refuse a cluster tree unless it has the bank's numbers of levels and children: others cannot address it.
 
         Args:
-            record: contents of its tree.json.
-            where: its folder, for the message.
+            record: contents of the tree's tree.json.
+            where: the tree's folder, for the message.
 
         Raises:
             ValueError: names the field of the model's section, both numbers and the remedy.
         """
-        children, deep, levels = record["children"], record["levels"], len(self.ranks)
+        children, tree_levels, levels = record["children"], record["levels"], len(self.ranks)
         if children != self.children:
             raise ValueError(
-                f"model.bank.children: {self.children}, but the tree has {children} ({where}); take its number, "
-                f"or a tree that kmem data cluster made with --children {self.children}"
+                f"model.bank.children: {self.children}, but the tree has {children} ({where}); set {children}, or "
+                f"make a tree with kmem data cluster --children {self.children}"
             )
-        if deep != levels:
-            change = "write a rank of 0 for each level without blocks" if levels < deep else "drop the last ranks"
+        if tree_levels != levels:
+            change = (
+                "write a rank of 0 for each level without blocks" if levels < tree_levels else "drop the last ranks"
+            )
             raise ValueError(
-                f"model.bank.levels: {levels}, but the tree has {deep} ({where}); {change}, or take a "
-                f"tree that kmem data cluster made with --levels {levels}"
+                f"model.bank.levels: {levels}, but the tree has {tree_levels} ({where}); {change}, or make a tree "
+                f"with kmem data cluster --levels {levels}"
             )
 
     @property
@@ -142,31 +147,31 @@ class BankLayout:
         return tuple(level for level, rank in enumerate(self.ranks, 1) if rank)
 
     def clusters(self, level: int) -> int:
-        """Of a level of the tree."""
+        """Number of clusters of a level of the tree."""
         return self.children**level
 
     def rows(self, level: int) -> int:
-        """Of a level's table."""
+        """Number of rows of a level's table, the generic row included."""
         return self.clusters(level) + self.generic
 
     def subtree_rows(self, level: int, paths: Sequence[Sequence[int]]) -> list[range]:
-        """Rows of a level's table that text of some subtrees uses, ascending: those of the clusters below them, of the
-        clusters that they lie in, and the generic ones.
+        """Rows of a level's table that text of the given subtrees uses, ascending and joined where they touch: the rows
+        of all clusters inside the subtrees, of the clusters above them, and the generic row.
 
         Args:
-            paths: of the subtrees, from the root down, as in (3, 7).
+            paths: paths of the subtrees from the root down, such as (3, 7).
         """
-        found = []
+        used = []
         for path in paths:
             number = 0
             for child in path[:level]:
                 number = number * self.children + child
             below = self.children ** max(0, level - len(path))
-            found.append(range(number * below, (number + 1) * below))
+            used.append(range(number * below, (number + 1) * below))
         if self.generic:
-            found.append(range(self.generic_row(level), self.rows(level)))
+            used.append(range(self.generic_row(level), self.rows(level)))
         joined: list[range] = []
-        for rows in sorted(found, key=lambda rows: rows.start):
+        for rows in sorted(used, key=lambda rows: rows.start):
             if joined and rows.start <= joined[-1].stop:
                 joined[-1] = range(joined[-1].start, max(joined[-1].stop, rows.stop))
             else:
@@ -174,34 +179,34 @@ class BankLayout:
         return joined
 
     def generic_row(self, level: int) -> int:
-        """The row of the generic blocks of a bank that has them."""
+        """The row of the generic blocks; the bank must have them."""
         assert self.generic, "this bank has no generic blocks"
         return self.clusters(level)
 
     def block_values(self, level: int) -> int:
-        """Values of a cluster's block in one layer."""
+        """Number of values of a cluster's block in one layer."""
         return self.ranks[level - 1] * sum(part.width for part in self.parts)
 
     def row_values(self, level: int) -> int:
-        """Values of a cluster in all layers: a row."""
+        """Number of values of a row: a cluster's blocks in all layers."""
         return len(self.layers) * self.block_values(level)
 
     @property
     def fetched_values(self) -> int:
-        """Values that a context fetches, a block of each level in each layer."""
+        """Number of values that a context fetches: one block per level and layer."""
         return sum(self.row_values(level) for level in self.levels)
 
     @property
     def bank_values(self) -> int:
-        """Values of all clusters; generic blocks are `fetched_values` more."""
+        """Number of values of all clusters; the generic blocks have `fetched_values` more."""
         return sum(self.clusters(level) * self.row_values(level) for level in self.levels)
 
     def by_layer(self, rows: Tensor, level: int) -> dict[int, Tensor]:
-        """Rows [.., row values] of a level's table -> each layer's blocks [.., values], views of them."""
+        """Rows [.., row values] of a level's table -> layer -> its blocks [.., values], as views."""
         return dict(zip(self.layers, rows.split(self.block_values(level), dim=-1), strict=True))
 
     def by_part(self, blocks: Tensor) -> dict[str, Tensor]:
-        """Blocks [U, values] of one layer and level -> each part [U, r, width], views of them."""
+        """Blocks [U, values] of one layer and level -> name of the part -> [U, r, width], as views."""
         rank = blocks.shape[1] // sum(part.width for part in self.parts)
         pieces = blocks.split([rank * part.width for part in self.parts], dim=1)
         return {
@@ -211,37 +216,37 @@ class BankLayout:
     def row_ids(
         self, leaves: Tensor, generic: Tensor | bool = False, levels: Sequence[int] | None = None
     ) -> dict[int, Tensor]:
-        """Rows of every level's table for leaves int64, one per sequence [B] or token [B, T]; the same shape.
+        """Level -> row ids of its table, int64, in the shape of the leaves.
 
         Args:
-            leaves: MISSING where there is none: no level gives a block.
-            generic: bool that broadcasts to the leaves, or one for all: where generic blocks take the place of the
-                leaf's, also of a missing one.
-            levels: those that are switched on; default all. Others are left out of the result.
+            leaves: int64, one per sequence [B] or token [B, T]; MISSING: no block on any level.
+            generic: bool tensor that broadcasts to the leaves, or one bool for all: True takes the generic blocks
+                instead of the leaf's blocks, also for a missing leaf.
+            levels: levels that are on; default: all. The others are left out of the result.
 
         Raises:
-            ValueError: a leaf outside the tree, or generic blocks of a bank without.
+            ValueError: a leaf lies outside the tree, or the bank has no generic blocks and they are asked for.
         """
         last = self.clusters(len(self.ranks)) - 1
         if leaves.numel() and not MISSING <= int(leaves.min()) <= int(leaves.max()) <= last:
             raise ValueError(
-                f"addresses from {int(leaves.min())} to {int(leaves.max())}: leaves of this bank's tree count from 0 "
-                f"to {last}; use addresses of a tree with {len(self.ranks)} levels of {self.children} children"
+                f"addresses from {int(leaves.min())} to {int(leaves.max())}: the leaves of this bank's tree are 0 to "
+                f"{last}; use addresses of a tree with {len(self.ranks)} levels of {self.children} children"
             )
-        drawn = torch.as_tensor(generic, device=leaves.device)
-        if not self.generic and bool(drawn.any()):
+        is_generic = torch.as_tensor(generic, device=leaves.device)
+        if not self.generic and bool(is_generic.any()):
             raise ValueError("this bank has no generic blocks; train it with bank.generic.probability above 0")
-        found = {}
+        ids = {}
         for level in self.levels if levels is None else sorted(set(levels) & set(self.levels)):
-            # Rounding down keeps MISSING, which is -1, what it is.
+            # Rounding down maps MISSING (-1) to itself.
             rows = leaves.div(self.children ** (len(self.ranks) - level), rounding_mode="floor")
-            found[level] = torch.where(drawn, self.generic_row(level), rows) if self.generic else rows
-        return found
+            ids[level] = torch.where(is_generic, self.generic_row(level), rows) if self.generic else rows
+        return ids
 
     def initial_rows(self, seed: int, level: int, start: int, stop: int) -> Tensor:
-        """First values of rows [start, stop) of a level's table, fp32 [stop - start, row values].
+        """Initial values of rows [start, stop) of a level's table, fp32 [stop - start, row values].
 
-        They follow from the seed, the level, the numbers of the rows and those of the layers alone.
+        They depend on the seed, the level, the row numbers and the layer numbers alone.
         """
         out = torch.zeros(stop - start, self.row_values(level))
         for layer, blocks in self.by_layer(out, level).items():

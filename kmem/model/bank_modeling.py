@@ -1,5 +1,5 @@
-"""Contexts of a model with a memory bank in Transformers: which blocks its sequences use, and when they are fetched.
-Ships beside exported weights."""
+"""The contexts of a model with a bank in Transformers: which blocks its sequences use, and when they are fetched. Ships
+beside exported weights."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,15 +9,17 @@ from torch import Tensor
 
 from .bank_blocks import BankInput
 from .bank_contexts import Contexts, as_contexts
-from .bank_inference import Call, Fetch, InferenceBank
+from .bank_inference import Fetch, InferenceBank, InferenceSession
 from .bank_tree import ClusterPath
 from .carried_cache import bank_cache_layer
 
+# Shape letters: B sequences, T tokens, n contexts.
+
 
 class BankContexts:
-    """The part of `KmemForCausalLM` that fetches; it stands before Transformers' classes, whose `generate` it extends.
+    """The part of `KmemForCausalLM` that fetches. It comes before Transformers' base classes, to extend `generate`.
 
-    Without a memory bank `contexts` is None, and everything is as in Transformers.
+    Without a bank, `contexts` is None and everything works as in Transformers.
     """
 
     contexts: InferenceBank | None
@@ -27,7 +29,7 @@ class BankContexts:
 
     @property
     def bank_control(self) -> str:
-        """What the bank gives all contexts: "fetched", "generic" or "none"; can be set."""
+        """What the bank gives all contexts: "fetched", "generic" or "none". Can be set."""
         return self._contexts().control
 
     @bank_control.setter
@@ -36,7 +38,7 @@ class BankContexts:
 
     @property
     def bank_levels(self) -> tuple[int, ...] | None:
-        """Levels of the bank that are on, None for all; can be set. `fetch` can choose others."""
+        """Levels of the bank that are on; None: all. Can be set; `fetch` can choose others for its contexts."""
         return self._contexts().levels
 
     @bank_levels.setter
@@ -45,8 +47,8 @@ class BankContexts:
 
     @property
     def bank_blocked(self) -> tuple[ClusterPath, ...]:
-        """Clusters of the bank that no context may use where its leaf is looked up; can be set, as in ["3.7"]. `fetch`
-        can choose others; what was fetched before stays."""
+        """Clusters that the look-up of a leaf may not enter. Can be set, for example to ["3.7"]; `fetch` can choose
+        others for its contexts. Contexts that are already fetched do not change."""
         return self._contexts().blocked
 
     @bank_blocked.setter
@@ -64,28 +66,29 @@ class BankContexts:
     ) -> Fetch:
         """Fetch the blocks of contexts, and use them in all forward passes until the next `fetch` or `forget`.
 
-        A forward pass over B sequences takes those of B contexts in their order; of fewer, each for B / n sequences
-        that follow one another, as beams and samples do.
+        A forward pass over B sequences uses B contexts in order. With n < B contexts, each serves B / n consecutive
+        sequences, which is how beams and samples are laid out.
 
-        What is fetched is the model's, as `bank_control` is, and so for calls of all its threads that begin from then
-        on, such as a `generate` with a streamer; one that runs in another thread goes on with what it began with.
-        Threads that have contexts of their own give them to their calls: `generate(.., addresses=model.route(..))`.
+        Fetched contexts belong to the model, like `bank_control`. They apply to every forward pass and `generate` that
+        begins afterwards in any thread, such as a `generate` with a streamer. One that already runs in another thread
+        continues with its own contexts. A thread with contexts of its own passes them along instead:
+        `generate(.., addresses=model.route(..))`.
 
         Args:
-            context: a text, texts, lists of token ids, or token ids int64 [B, T].
+            context: a text, several texts, lists of token ids, or token ids int64 [B, T].
             attention_mask: [B, T], 0 where a token id is padding.
-            addresses: leaves of the tree instead, int64 [B].
-            levels: those that are on; default: `bank_levels`.
-            blocked: clusters that may not be used, such as "3" or "3.7": the next nearest is; default: `bank_blocked`.
-                Of an address, that is the next nearest to its leaf's centroid, from the first blocked cluster on its
-                way down.
+            addresses: leaves of the tree, int64 [B], instead of contexts.
+            levels: levels that are on; default: `bank_levels`.
+            blocked: clusters that may not be used, such as "3" or "3.7"; the next nearest is used instead. Default:
+                `bank_blocked`. For an address, the descent restarts at its first blocked cluster, with the centroid of
+                its leaf.
 
         Returns:
-            The leaves; and by level what was read, in bytes and seconds.
+            The leaves, and for each level the bytes read and the seconds spent.
 
         Raises:
-            ValueError: no contexts, no bank, no tree, a damaged file, a cluster or level that is not there, or nothing
-                left that is not blocked.
+            ValueError: no contexts, no bank, no tree, a damaged file, an unknown cluster or level, or every cluster is
+                blocked.
         """
         leaves = None if addresses is None else torch.as_tensor(addresses, dtype=torch.int64).cpu().view(-1)
         contexts = None if context is None else as_contexts(context, attention_mask)
@@ -98,8 +101,8 @@ class BankContexts:
         *,
         blocked: Iterable[ClusterPath | str] | None = None,
     ) -> Tensor:
-        """The leaf of each context, int64 [n], for `addresses` of calls; the arguments are those of `fetch`. Nothing is
-        fetched yet, and the model is what it was.
+        """The leaf of each context, int64 [n], to pass as `addresses`. Takes the arguments of `fetch`, but fetches
+        nothing and does not change the model.
 
         Raises:
             ValueError: as `fetch`.
@@ -107,13 +110,13 @@ class BankContexts:
         return self._contexts().route(as_contexts(context, attention_mask), blocked)
 
     def forget(self) -> None:
-        """Let go of what was fetched: contexts are found anew, by `generate` or a forward pass."""
+        """Drop the fetched contexts: `generate` and forward passes look up their own contexts again."""
         self._contexts().forget()
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers; the contexts of a memory bank are the prompts, and are looked up once, unless `addresses`
-        are given, `fetch` was called, or a cache is given that began with some. Several threads may generate at once,
-        each with contexts and a cache of its own."""
+        """As in Transformers. The prompts are the contexts of the bank and are looked up once, unless `addresses` are
+        given, `fetch` was called, or the given cache already has contexts. Several threads may generate at once, each
+        with its own contexts and cache."""
         bank, ids = self.contexts, kwargs.get("input_ids") if inputs is None else inputs
         if bank is None:
             return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
@@ -133,13 +136,13 @@ class BankContexts:
         addresses: Tensor | None,
         cache: Any,
     ) -> dict[int, BankInput]:
-        """What the bank of each layer holds for the tokens [B, T]; nothing for a model without."""
+        """Layer -> the blocks that it reads for the tokens [B, T]; empty for a model without a bank."""
         if self.contexts is None:
             return {}
-        call, (batch, tokens) = self.contexts.call(), hidden.shape[:2]
+        session, (batch, tokens) = self.contexts.session(), hidden.shape[:2]
         leaves = None
-        if call.controls.control == "fetched":
-            leaves = self._addresses(call, input_ids, token_mask, addresses, cache)
+        if session.controls.control == "fetched":
+            leaves = self._addresses(session, input_ids, token_mask, addresses, cache)
             if leaves.dim() == 1 and len(leaves) != batch:
                 leaves = _spread(leaves, batch)
             if leaves.shape not in ((batch,), (batch, tokens)):
@@ -150,11 +153,11 @@ class BankContexts:
             carried = None if cache is None else bank_cache_layer(cache, self.shape.num_layers)
             if carried is not None and carried.leaves is None and leaves.dim() == 1:
                 carried.leaves = leaves
-        return call.inputs(leaves, batch, tokens, hidden)
+        return session.inputs(leaves, batch, tokens, hidden)
 
     def _addresses(
         self,
-        call: Call,
+        session: InferenceSession,
         input_ids: Tensor | None,
         token_mask: Tensor | None,
         addresses: Tensor | None,
@@ -163,34 +166,34 @@ class BankContexts:
         """Leaves [n] or [B, T], on the host."""
         if addresses is not None:
             return addresses.cpu()
-        if call.controls.leaves is not None:
-            return call.controls.leaves
+        if session.controls.leaves is not None:
+            return session.controls.leaves
         carried = None if cache is None else bank_cache_layer(cache, self.shape.num_layers)
         if carried is not None and carried.leaves is not None:
             return carried.leaves
-        prompt = call.prompt_leaves()
+        prompt = session.prompt_leaves()
         if prompt is not None:
             return prompt
         if cache is not None and cache.get_seq_length():
             raise ValueError(
-                "past_key_values holds tokens of contexts that this model has not looked up: continue a cache that "
-                "this model filled, or fetch(context)"
+                "past_key_values holds tokens whose contexts this model has not looked up: continue a cache that this "
+                "model filled, or call fetch(context) first"
             )
         if input_ids is None:
-            raise ValueError("a memory bank looks up token ids: give input_ids or addresses, or fetch(context) first")
-        return call.route(as_contexts(input_ids, token_mask))
+            raise ValueError("a bank looks up token ids: give input_ids or addresses, or call fetch(context) first")
+        return session.route(as_contexts(input_ids, token_mask))
 
     def _contexts(self) -> InferenceBank:
         if self.contexts is None:
-            raise ValueError("this model has no memory bank (model.bank)")
+            raise ValueError("this model has no bank (model.bank)")
         return self.contexts
 
     def _like(self) -> Tensor:
-        """A tensor of the type and on the device of what layers read."""
+        """A tensor with the dtype and device that the layers compute with."""
         return self.embedding.get_parameter("weight")
 
     def _padding(self, ids: Tensor, generation_config: Any, options: Mapping[str, Any]) -> Tensor | None:
-        """Which tokens of prompts [B, T] are none of theirs where no mask says so, by Transformers' own rule."""
+        """Mask [B, T] of prompts given without one, False for padding, by Transformers' own rule; None: no padding."""
         config = self.generation_config if generation_config is None else generation_config
         pad, end = (options.get(f"{name}_token_id", getattr(config, f"{name}_token_id")) for name in ("pad", "eos"))
         ends = end if isinstance(end, list | tuple) else [end]
@@ -198,10 +201,10 @@ class BankContexts:
 
 
 def _spread(leaves: Tensor, batch: int) -> Tensor:
-    """Leaves [n] for a batch, each for as many sequences that follow one another; int64 [B]."""
+    """Leaves [n] repeated for a batch, each for B / n consecutive sequences; int64 [B]."""
     if batch % len(leaves):
         raise ValueError(
-            f"{len(leaves)} contexts were fetched, and {batch} sequences are given: fetch the contexts of these, or "
-            "forget()"
+            f"{len(leaves)} contexts were fetched, but {batch} sequences are given: fetch the contexts of these "
+            "sequences, or call forget()"
         )
     return leaves.repeat_interleave(batch // len(leaves))

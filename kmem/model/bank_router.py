@@ -1,5 +1,5 @@
-"""From a context to the leaf whose blocks it uses: the tree and the embedder that the training data's addresses were
-made with. Ships beside exported weights."""
+"""Finds the leaf of a context, with the tree and the embedder that also made the addresses of the training data. Ships
+beside exported weights."""
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,12 +13,14 @@ from .bank_embedder import ContextEmbedder, load_embedder
 from .bank_tree import EMBEDDER_FOLDER, TREE_FILE, ClusterPath, ClusterTree
 from .file_digest import file_digest
 
+# Shape letters: N contexts, D embedding dimension.
+
 Context = str | Sequence[int] | Tensor
 """Text, or token ids of the model's tokenizer."""
 
 
 class DeferredTokenizer:
-    """A tokenizer that is loaded when text is first read: contexts may be token ids, and embedders that count ids."""
+    """A tokenizer that is loaded on first use: contexts given as token ids may never need it."""
 
     def __init__(self, load: Callable[[], Any]) -> None:
         self._load, self._loaded = load, None
@@ -39,7 +41,7 @@ class ContextRouter:
     """A tree with its embedder.
 
     Args:
-        tokenizer: the model's, from Transformers; None: contexts are token ids, and the embedder does not read text.
+        tokenizer: the model's tokenizer, from Transformers. With None, contexts must be token ids.
     """
 
     def __init__(self, tree: ClusterTree, embedder: ContextEmbedder, tokenizer: Any = None) -> None:
@@ -48,17 +50,17 @@ class ContextRouter:
 
     @classmethod
     def load(cls, folder: str | Path, tokenizer: Any = None, device: str = "cpu") -> "ContextRouter":
-        """From a tree's folder, as `kmem data cluster` writes it and exports hold it.
+        """Load it from a tree's folder, as `kmem data cluster` writes it and exports hold it.
 
         Raises:
-            ValueError: missing, damaged, or another embedder than the tree's; names the file.
+            ValueError: a file is missing, damaged, or from another embedder than the tree's; names the file.
         """
         tree = tree_with_embedder(folder)
         return cls(tree, load_embedder(Path(folder) / EMBEDDER_FOLDER, tokenizer, device), tokenizer)
 
     def embed(self, contexts: Sequence[Context]) -> Tensor:
-        """float32 [N, D], on the CPU. Of several threads one at a time: an embedder, and the tokenizers that it reads
-        with, may not bear more."""
+        """Embeddings float32 [N, D], on the CPU. One thread at a time: embedders and tokenizers need not be
+        thread-safe."""
         with self._lock:
             return self._embedder.embed([self._ids(context) for context in contexts])
 
@@ -71,18 +73,18 @@ class ContextRouter:
         return self.tree.descend(self.embed(contexts), blocked)
 
     def other_leaves(self, contexts: Sequence[Context], blocked: Iterable[ClusterPath] = ()) -> Tensor:
-        """The leaf of each context if its own cluster of level 1 is blocked, int64 [N]: the control that fetches what
-        the nearest other part of the corpus owns.
+        """The leaf of each context when its own cluster of level 1 is blocked, int64 [N]: the control `blocked`, which
+        fetches the blocks of the nearest other part of the corpus.
 
         Args:
-            blocked: clusters that may not be entered either.
+            blocked: further clusters that may not be entered.
         """
         return descend_elsewhere(self.tree, self.embed(contexts), blocked)
 
     def _ids(self, context: Context) -> Tensor:
         if isinstance(context, str):
             if self._tokenizer is None:
-                raise ValueError("contexts as text need the model's tokenizer; give token ids")
+                raise ValueError("contexts given as text need the model's tokenizer; give token ids instead")
             context = self._tokenizer(context, add_special_tokens=False)["input_ids"]
         return torch.as_tensor(context, dtype=torch.int64).cpu()
 
@@ -94,32 +96,32 @@ class ContextRouter:
 
 
 def tree_with_embedder(folder: str | Path) -> ClusterTree:
-    """The tree of a folder that also has the files of its embedder.
+    """The tree of a folder, after its embedder's files have been verified.
 
     Raises:
-        ValueError: missing, damaged, or another embedder than the tree's; names the file.
+        ValueError: a file is missing, damaged, or from another embedder than the tree's; names the file.
     """
-    tree, beside = ClusterTree.load(folder), Path(folder) / EMBEDDER_FOLDER
+    tree, embedder = ClusterTree.load(folder), Path(folder) / EMBEDDER_FOLDER
     for name, digest in embedder_files(tree.record, folder).items():
-        if not (beside / name).is_file() or file_digest(beside / name) != digest:
+        if not (embedder / name).is_file() or file_digest(embedder / name) != digest:
             raise ValueError(
-                f"{beside / name}: missing, or not the file of the embedder that the tree was made with; copy the "
+                f"{embedder / name}: missing, or not the file of the embedder that the tree was made with; copy the "
                 "tree again, with its embedder"
             )
     return tree
 
 
 def embedder_files(record: Mapping[str, Any], folder: str | Path) -> Mapping[str, str]:
-    """The files of the embedder of a tree, and their digests, as its tree.json names them.
+    """File name -> digest of the tree's embedder, as tree.json records them.
 
     Raises:
-        ValueError: it names none.
+        ValueError: tree.json names none.
     """
     files = record["embedder"].get("files")
     if not files:
         raise ValueError(
-            f"{Path(folder) / TREE_FILE}: names no files of the embedder, so none can be told from another; run "
-            "kmem data cluster anew"
+            f"{Path(folder) / TREE_FILE}: names no files of the embedder, so the embedder cannot be verified; run "
+            "kmem data cluster again"
         )
     return dict(files)
 
@@ -127,15 +129,15 @@ def embedder_files(record: Mapping[str, Any], folder: str | Path) -> Mapping[str
 def descend_elsewhere(
     tree: ClusterTree, embeddings_ND: Tensor, blocked: Iterable[ClusterPath] = (), leaves_N: Tensor | None = None
 ) -> Tensor:
-    """Leaves of float32 embeddings, each with its own cluster of level 1 blocked, and the clusters named; int64 [N].
+    """Leaves of float32 embeddings when each one's own cluster of level 1 is blocked, as well as `blocked`; int64 [N].
 
     Args:
-        leaves_N: their own leaves, int64; default: by descent.
+        leaves_N: the embeddings' own leaves, int64; default: found by descent.
     """
     paths = list(blocked)
-    own = tree.level_ids(tree.descend(embeddings_ND) if leaves_N is None else leaves_N, 1)
-    found = torch.empty_like(own)
-    for cluster in own.unique().tolist():
-        here = own == cluster
-        found[here] = tree.descend(embeddings_ND[here], [(cluster,), *paths])
-    return found
+    own_clusters = tree.level_ids(tree.descend(embeddings_ND) if leaves_N is None else leaves_N, 1)
+    leaves = torch.empty_like(own_clusters)
+    for cluster in own_clusters.unique().tolist():
+        members = own_clusters == cluster
+        leaves[members] = tree.descend(embeddings_ND[members], [(cluster,), *paths])
+    return leaves

@@ -25,15 +25,15 @@ TREE_FORMAT, TREE_VERSION = "kmem-cluster-tree", 1
 ClusterPath = tuple[int, ...]
 
 _DISTANCES_AT_ONCE = 1 << 21
-"""Differences that are held at once, in float64: 16 MB, which stays in a CPU's caches."""
+"""Number of float64 differences held at once: 16 MB, which fits a CPU's caches."""
 
 
 @dataclass(frozen=True)
 class ClusterTree:
-    """Centroids of every level, and what tree.json says of them."""
+    """The centroids of every level, and the contents of tree.json."""
 
     centroids: tuple[Tensor, ...]
-    """Level l (from 1) at l - 1: float32 [k^l, D]."""
+    """Entry l - 1 holds level l (from 1): float32 [k^l, D]."""
     record: Mapping[str, Any]
     """Contents of tree.json."""
 
@@ -42,9 +42,9 @@ class ClusterTree:
         """The tree of a folder written by `kmem data cluster`.
 
         Raises:
-            ValueError: missing, unfinished, damaged, or of another format; names the file and the remedy.
+            ValueError: it is missing, unfinished, damaged, or has another format; names the file and the remedy.
         """
-        from safetensors.torch import load_file  # every environment with Transformers has it
+        from safetensors.torch import load_file  # Transformers requires it
 
         folder = Path(folder)
         record = read_tree_record(folder)
@@ -56,7 +56,7 @@ class ClusterTree:
         centroids = tuple(tensors[f"level{level}"] for level in range(1, levels + 1))
         for level, rows in enumerate(centroids, 1):
             if rows.shape != (k**level, dim) or rows.dtype != torch.float32:
-                raise ValueError(f"{path}: level{level} is not float32 [{k**level}, {dim}] as {TREE_FILE} says")
+                raise ValueError(f"{path}: level{level} is not float32 [{k**level}, {dim}], as {TREE_FILE} states")
         return cls(centroids, record)
 
     @property
@@ -71,7 +71,7 @@ class ClusterTree:
 
     @property
     def leaves(self) -> int:
-        """k^p."""
+        """Number of leaves, k^p."""
         return self.children**self.levels
 
     @property
@@ -81,27 +81,27 @@ class ClusterTree:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the tree, its embedder included: equal fingerprints give equal addresses."""
+        """Identity of the tree and its embedder: equal fingerprints give equal addresses."""
         return str(self.record["fingerprint"])
 
     def descend(self, embeddings_ND: Tensor, blocked: Iterable[ClusterPath] = ()) -> Tensor:
         """The leaf of each context: int64 [N], on the device of the embeddings.
 
-        At each level the nearest child by L2 distance is taken, of equally near ones the lowest. Embeddings and
-        centroids are float32; distances are summed in float64, one context at a time, so that neither the other
-        contexts of the call nor the device decides between near neighbours.
+        Each level takes the nearest child by L2 distance, and the lowest number among equally near ones. Embeddings and
+        centroids are float32. Distances are summed in float64, separately per context, so the choice between near
+        neighbours depends neither on the other contexts of the call nor on the device.
 
         Args:
             embeddings_ND: float32, N may be 0.
-            blocked: paths of clusters that may not be entered; where the nearest is blocked, or all that is below it,
-                the next nearest is taken.
+            blocked: paths of clusters that may not be entered. If the nearest child is blocked, or everything below it
+                is, the next nearest is taken.
 
         Raises:
-            ValueError: another dimension, or everything is blocked.
+            ValueError: the embeddings have another dimension, or everything is blocked.
         """
         if embeddings_ND.dtype != torch.float32 or embeddings_ND.dim() != 2 or embeddings_ND.shape[1] != self.dim:
             raise ValueError(
-                f"embeddings are {embeddings_ND.dtype} {list(embeddings_ND.shape)}, the tree descends float32 "
+                f"embeddings are {embeddings_ND.dtype} {list(embeddings_ND.shape)}, but the tree needs float32 "
                 f"[N, {self.dim}]: use the embedder of the tree"
             )
         barred = self._barred(blocked)
@@ -113,11 +113,11 @@ class ClusterTree:
         return node_N
 
     def detour(self, leaves: Tensor, blocked: Iterable[ClusterPath]) -> Tensor:
-        """The leaves that contexts of these leaves have where clusters are blocked; int64 of the same shape.
+        """Reroute leaves that lie in blocked clusters; int64 of the same shape.
 
-        Down to the first cluster that is blocked, a context goes where it went. From there its leaf's centroid descends
-        in its place: for addresses of data whose embeddings are not at hand. Negative numbers, which are no leaves,
-        stay.
+        This is for addresses of data whose embeddings are not available. Above its first blocked cluster, a leaf keeps
+        its path. From there on, the centroid of the leaf descends in place of the embedding. Negative numbers are not
+        leaves and stay unchanged.
 
         Raises:
             ValueError: as `descend`.
@@ -126,19 +126,21 @@ class ClusterTree:
         if barred is None:
             return leaves
         distinct, places = leaves.unique(return_inverse=True)
-        own = distinct[distinct >= 0]
-        centroids_ND = self.centroids[-1][own.cpu()].to(leaves.device)
-        node, off = torch.zeros_like(own), torch.zeros_like(own, dtype=torch.bool)
+        old_leaves = distinct[distinct >= 0]
+        centroids_ND = self.centroids[-1][old_leaves.cpu()].to(leaves.device)
+        node, diverted = torch.zeros_like(old_leaves), torch.zeros_like(old_leaves, dtype=torch.bool)
         for level, (centroids, closed) in enumerate(zip(self.centroids, barred, strict=True), 1):
-            here = self.level_ids(own, level)
-            off |= closed.to(leaves.device)[here]
-            here[off] = nearest_children(centroids_ND[off], node[off], centroids, self.children, closed)
-            node = here
+            cluster = self.level_ids(old_leaves, level)
+            diverted |= closed.to(leaves.device)[cluster]
+            cluster[diverted] = nearest_children(
+                centroids_ND[diverted], node[diverted], centroids, self.children, closed
+            )
+            node = cluster
         distinct[distinct >= 0] = node
         return distinct[places]
 
     def blocked_leaves(self, blocked: Iterable[ClusterPath]) -> Tensor:
-        """bool [k^p]: leaves that contexts may not have where clusters are blocked; all others keep theirs.
+        """bool [k^p]: True for leaves that become unreachable when these clusters are blocked.
 
         Raises:
             ValueError: as `descend`.
@@ -152,28 +154,29 @@ class ClusterTree:
         """Refuse paths of clusters that cannot be blocked.
 
         Raises:
-            ValueError: one is not there, or nothing would be left.
+            ValueError: a cluster does not exist, or no cluster would be left.
         """
         self._barred(blocked)
 
     def level_ids(self, leaves: Tensor, level: int) -> Tensor:
-        """Clusters of a level (1..p) that leaves belong to; int64 of the same shape."""
+        """The clusters of a level (1..p) that the leaves belong to; int64 of the same shape."""
         return level_ids(leaves, level, self.children, self.levels)
 
     def cluster(self, path: ClusterPath) -> tuple[int, int]:
         """Level and number of the cluster that a path names.
 
         Raises:
-            ValueError: the path is empty, longer than the tree is deep, or names a child that is not there.
+            ValueError: the path is empty, longer than the tree is deep, or names a child that does not exist.
         """
         return cluster_of(path, self.children, self.levels)
 
     def path(self, level: int, number: int) -> ClusterPath:
-        """The path of a cluster, the reverse of `cluster`."""
+        """The path of a cluster, the inverse of `cluster`."""
         return path_of(number, level, self.children)
 
     def _barred(self, blocked: Iterable[ClusterPath]) -> list[Tensor] | None:
-        """For each level, bool [k^l]: clusters that are blocked, or have nothing below them that is not."""
+        """For each level, bool [k^l]: True for clusters that are blocked or whose children are all blocked; None if
+        nothing is blocked."""
         clusters = [self.cluster(tuple(path)) for path in blocked]
         if not clusters:
             return None
@@ -190,47 +193,48 @@ class ClusterTree:
 def nearest_children(
     embeddings_ND: Tensor, node_N: Tensor, centroids: Tensor, children: int, barred: Tensor | None = None
 ) -> Tensor:
-    """One step of the descent: the nearest child of each context's node; int64 [N], numbered on the children's level.
+    """One step of the descent: the nearest child of each context's node; int64 [N], numbers on the children's level.
 
     Args:
         embeddings_ND: float32.
         node_N: int64, a cluster of the level above, 0 for the root.
         centroids: float32 [nodes * children, D].
-        barred: bool [nodes * children], children that may not be taken; one at least of each node in use is open.
+        barred: bool [nodes * children], True for children that may not be taken; every node in `node_N` must have at
+            least one open child.
     """
     dim = centroids.shape[1]
     centroids_nKD = centroids.to(embeddings_ND.device).view(-1, children, dim)
-    open_nK = None if barred is None else barred.to(embeddings_ND.device).view(-1, children)
-    found = torch.empty_like(node_N)
+    barred_nK = None if barred is None else barred.to(embeddings_ND.device).view(-1, children)
+    nearest = torch.empty_like(node_N)
     step = max(_DISTANCES_AT_ONCE // (children * dim), 1)
     for start in range(0, len(node_N), step):
-        here = slice(start, start + step)
-        node = node_N[here]
-        apart = centroids_nKD[node].double().sub_(embeddings_ND[here, None].double())
-        distance = apart.square_().sum(dim=-1)
-        if open_nK is not None:
-            distance.masked_fill_(open_nK[node], torch.inf)
-        # torch.argmin gives the first of several minima.
-        found[here] = node * children + distance.argmin(dim=-1)
-    return found
+        chunk = slice(start, start + step)
+        node = node_N[chunk]
+        difference = centroids_nKD[node].double().sub_(embeddings_ND[chunk, None].double())
+        distance = difference.square_().sum(dim=-1)
+        if barred_nK is not None:
+            distance.masked_fill_(barred_nK[node], torch.inf)
+        # torch.argmin returns the first of several minima.
+        nearest[chunk] = node * children + distance.argmin(dim=-1)
+    return nearest
 
 
 def level_ids(leaves: Tensor, level: int, children: int, levels: int) -> Tensor:
-    """Clusters of a level (1..levels) that leaves belong to: leaf // k^(p - l)."""
+    """The clusters of a level (1..levels) that the leaves belong to: leaf // k^(p - l)."""
     assert 1 <= level <= levels, f"level {level} of a tree of {levels}"
     return leaves.div(children ** (levels - level), rounding_mode="floor")
 
 
 def path_of(cluster: int, level: int, children: int) -> ClusterPath:
-    """The children taken from the root to a cluster of a level (1 or deeper)."""
+    """The path of a cluster of a level (1 or deeper): the children taken from the root down to it."""
     return tuple(cluster // children ** (level - 1 - part) % children for part in range(level))
 
 
 def cluster_of(path: ClusterPath, children: int, levels: int) -> tuple[int, int]:
-    """Level and number of the cluster that a path names, the reverse of `path_of`.
+    """Level and number of the cluster that a path names, the inverse of `path_of`.
 
     Raises:
-        ValueError: the path is empty, longer than the tree is deep, or names a child that is not there.
+        ValueError: the path is empty, longer than the tree is deep, or names a child that does not exist.
     """
     shown = format_path(path)
     if not 1 <= len(path) <= levels:
@@ -251,7 +255,7 @@ def parse_path(text: str) -> ClusterPath:
     """A path written as `3` or `3.7`.
 
     Raises:
-        ValueError: not numbers joined by points.
+        ValueError: the text is not numbers joined by dots.
     """
     parts = text.strip().split(".")
     if not all(part.isascii() and part.isdigit() for part in parts):
@@ -260,15 +264,15 @@ def parse_path(text: str) -> ClusterPath:
 
 
 def format_path(path: Sequence[int]) -> str:
-    """A path as `parse_path` reads it."""
+    """A path as text that `parse_path` reads."""
     return ".".join(str(part) for part in path)
 
 
 def read_tree_record(folder: str | Path) -> dict[str, Any]:
-    """Contents of a tree's tree.json, whose fingerprint has been verified.
+    """Contents of a tree's tree.json, with the fingerprint verified.
 
     Raises:
-        ValueError: missing, unfinished, damaged, or of another format; names the file and the remedy.
+        ValueError: it is missing, unfinished, damaged, or has another format; names the file and the remedy.
     """
     path = Path(folder) / TREE_FILE
     if not path.is_file():
@@ -277,18 +281,18 @@ def read_tree_record(folder: str | Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
         version = record["version"] if record["format"] == TREE_FORMAT else None
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: not the description of a cluster tree; run kmem data cluster anew") from None
+        raise ValueError(f"{path}: not the description of a cluster tree; run kmem data cluster again") from None
     if version != TREE_VERSION:
         raise ValueError(
-            f"{path}: format version {version}, this kmem reads {TREE_VERSION}; run kmem data cluster anew or use the "
+            f"{path}: format version {version}, this kmem reads {TREE_VERSION}; run kmem data cluster again or use the "
             f"kmem that wrote it ({record.get('kmem_version', 'unknown')})"
         )
     if record.get("fingerprint") != record_fingerprint(record):
-        raise ValueError(f"{path}: changed since it was written; copy the tree again or run kmem data cluster anew")
+        raise ValueError(f"{path}: changed since it was written; copy the tree again or run kmem data cluster again")
     return dict(record)
 
 
 def record_fingerprint(record: Mapping[str, Any]) -> str:
-    """Digest of a tree.json, which holds the digests of the tree's other files."""
+    """Digest of a tree.json. It covers the tree's other files, since tree.json holds their digests."""
     rest = {name: value for name, value in record.items() if name != "fingerprint"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

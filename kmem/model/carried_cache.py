@@ -1,5 +1,5 @@
-"""What memories keep in Transformers' key-value cache: the state of an n-gram memory, and the contexts of a memory
-bank. Ships beside exported weights."""
+"""The state that memories keep in Transformers' key-value cache: an engram's look-back, and a bank's contexts. Ships
+beside exported weights."""
 
 from typing import Any, TypeVar
 
@@ -9,17 +9,19 @@ from transformers import cache_utils
 
 from .engram_reader import EngramReader, EngramState
 
-# Offloading passes over layers of this class; Transformers before 5.19 has none.
+# Shape letters: B sequences.
+
+# Offloading skips layers of this class; Transformers before 5.19 does not have it.
 _Keyless: Any = getattr(cache_utils, "DummyLayer", object)
 AnyLayer = TypeVar("AnyLayer", bound="CarriedLayer")
 
 
 class CarriedLayer(_Keyless):
-    """A cache layer without keys behind those of the decoder: what beam search, repetition or assisted decoding do to
-    the sequences of a cache is done to what it carries."""
+    """A cache layer without keys, placed after the decoder's layers. Beam search, repetition and assisted decoding
+    reorder or cut the sequences of a cache; this layer applies the same to the state it carries."""
 
     supports_early_init = False
-    is_compileable = True  # it decides about the masks of caches of fixed length, which a memory does not touch
+    is_compileable = True  # it affects only the masks of caches of fixed length, which a memory does not use
     is_croppable = True
     is_sliding = False
 
@@ -28,7 +30,7 @@ class CarriedLayer(_Keyless):
         self.is_initialized = True
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        assert key_states is None, "the memory's layer holds no keys"
+        assert key_states is None, "this cache layer holds no keys"
         return None, None
 
     def get_max_length(self) -> int:
@@ -39,7 +41,7 @@ class CarriedLayer(_Keyless):
 
 
 class EngramCacheLayer(CarriedLayer):
-    """The state of an n-gram memory."""
+    """The state of an engram."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,24 +49,28 @@ class EngramCacheLayer(CarriedLayer):
         self.state: EngramState | None = None
 
     def begun(self, reader: EngramReader, batch: int, device: torch.device) -> EngramState:
-        """The state before the next tokens of `batch` sequences."""
+        """The state before the next tokens of `batch` sequences.
+
+        Raises:
+            ValueError: the cache holds another number of sequences.
+        """
         if self.state is None:
             self.state = reader.start(batch, device)
         if self.state.batch != batch:
-            raise ValueError(f"the cache holds {self.state.batch} sequences, and {batch} are given")
+            raise ValueError(f"the cache holds {self.state.batch} sequences, but {batch} are given")
         self.state.record(self.record_past)
         return self.state
 
     def activate_past_recording(self) -> None:
-        """Keep what `crop` needs from now on."""
+        """From now on, record what `crop` needs."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back -tokens_to_remove tokens, which is 0 or negative as in all cache layers."""
+        """Remove the last -tokens_to_remove tokens; the argument is 0 or negative, as in all cache layers."""
         if tokens_to_remove > 0:
             raise ValueError(
-                f"crop({tokens_to_remove}): give the tokens to take back as a negative number; assisted decoding with "
-                "n-gram memory needs a Transformers whose caches have activate_past_recording()"
+                f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number; assisted "
+                "decoding with an engram needs a Transformers whose caches have activate_past_recording()"
             )
         if self.state is not None:
             self.state.crop(-tokens_to_remove)
@@ -86,7 +92,7 @@ class EngramCacheLayer(CarriedLayer):
 
 
 class BankCacheLayer(CarriedLayer):
-    """The contexts of a memory bank: a cache keeps those that it began with, since its keys were made with their
+    """The contexts of a bank. A cache keeps the contexts with which it began, since its keys were computed with their
     blocks."""
 
     def __init__(self) -> None:
@@ -95,7 +101,7 @@ class BankCacheLayer(CarriedLayer):
         """int64 [B] on the host, or None before the first token."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Tokens that are taken back leave the context what it is."""
+        """Nothing to do: removing tokens does not change the context."""
 
     def reset(self) -> None:
         self.leaves = None
@@ -116,7 +122,8 @@ class BankCacheLayer(CarriedLayer):
 
 
 def bank_cache_layer(cache: Any, decoder_layers: int) -> BankCacheLayer | None:
-    """The bank's layer of a cache, appended where it has none yet; None for a cache that holds tokens and has none."""
+    """The bank's layer of a cache, appended if the cache is empty; None if the cache holds tokens but has no such
+    layer."""
     for layer in cache.layers:
         if isinstance(layer, BankCacheLayer):
             return layer
@@ -126,24 +133,24 @@ def bank_cache_layer(cache: Any, decoder_layers: int) -> BankCacheLayer | None:
 
 
 def engram_cache_layer(cache: Any, decoder_layers: int) -> EngramCacheLayer:
-    """The memory's layer of a cache, appended where it has none yet.
+    """The engram's layer of a cache, appended if the cache is empty.
 
     Raises:
-        ValueError: the cache holds tokens that no memory has read.
+        ValueError: the cache holds tokens but has no such layer.
     """
     for layer in cache.layers:
         if isinstance(layer, EngramCacheLayer):
             return layer
     if cache.get_seq_length():
         raise ValueError(
-            "past_key_values holds tokens whose n-grams this model's memory has not read: continue a cache that this "
+            "past_key_values holds tokens whose n-grams this model's engram has not read: continue a cache that this "
             "model filled"
         )
     return _appended(cache, EngramCacheLayer(), decoder_layers)
 
 
 def _appended(cache: Any, layer: AnyLayer, decoder_layers: int) -> AnyLayer:
-    while len(cache.layers) < decoder_layers:  # a cache that was made without a configuration grows as it is used
+    while len(cache.layers) < decoder_layers:  # a cache made without a configuration grows as it is used
         cache.layers.append(cache.layer_class_to_replicate())
     cache.layers.append(layer)
     return layer

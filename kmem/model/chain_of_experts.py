@@ -1,8 +1,8 @@
 """Chain-of-Experts: a token passes C times through the experts of its layer (arXiv 2506.18945).
 
-With h the residual stream, n_t the norm of iteration t (n_0 is the decoder layer's feed_forward_norm), F_t the weighted
-sum of the experts that iteration t chooses plus the shared experts where they run, w_t the retrofit scale (all ones
-without one, and for t = 0), and t = 0 .. C-1:
+h is the residual stream, n_t the norm of iteration t (n_0 is the decoder layer's feed_forward_norm), F_t the weighted
+sum of the experts that iteration t chooses, plus the shared experts where they run, and w_t the retrofit scale (all
+ones without a retrofit scale, and for t = 0). For t = 0 .. C-1:
 
     x_0     = h                                        stream: prenorm
             = n_0(h)                                   stream: normed
@@ -18,14 +18,15 @@ without one, and for t = 0), and t = 0 .. C-1:
 
 So the layer's residual connection is part of the chain, and `DecoderLayer` adds nothing. With C = 1, prenorm and inner,
 out = h + F_0(n_0(h)): the MoE layer, operation by operation. The released code is `stream: normed, norm: once`, where
-x_t and u_t are the same. For outer and none the stream makes no difference.
+x_t and u_t are the same. With outer and none, the stream makes no difference.
 
 With `retrofit_scale`, x_{t+1} = x_t + y_t and u_{t+1} = u_t + y_t for t >= 1 under every residual: at w = 0 the output
-is h + F_0(n_0(h)) to the last bit, the layer that the experts were trained in. `residual: outer, norm: once` then is
+is h + F_0(n_0(h)) to the last bit, the layer in which the experts were trained. `residual: outer, norm: once` is then
 the published conversion (branch convert_moe_to_coe: the first iteration without inner residual, the rest with it).
 
-Gates: with `independent`, F_t asks router t; with `shared`, one router reads u_t anew; with `frozen`, it is asked once
-and its choice and weights serve every iteration. Balance losses are added per routing: C times, or once when frozen.
+Gates: with `independent`, iteration t has its own router t; with `shared`, one router routes u_t in every iteration;
+with `frozen`, it routes once, and all iterations use its choice and weights. Balance losses are added per routing: C
+times, or once when frozen.
 
 Canonical names below layers.{i}.feed_forward: experts.* and shared_experts.* as in a MoE layer; routers.{t}.weight and
 routers.{t}.selection_bias for independent gates, router.* otherwise; norms.{t}.weight and retrofit_scale.{t} [H] for
@@ -49,22 +50,22 @@ from .shape import Shape
 
 @dataclass(frozen=True)
 class IterationStatistics(RoutingStatistics):
-    """The routing of one iteration. Where the choice is frozen, later iterations repeat its counts with losses of zero:
+    """The routing of one iteration. With frozen gates, later iterations repeat its counts with losses of zero, since
     the losses act once."""
 
     iteration: int
     update_size: Tensor
     """Mean over tokens of |x_{t+1} - x_t| / |x_t|."""
     overlap: Tensor
-    """Share of this iteration's choices that the iteration before made for the same token; zero in the first one."""
+    """Share of this iteration's choices that the previous iteration made for the same token; zero in the first one."""
     coactivation_EE: Tensor | None
-    """int64 [experts of the iteration before, experts of this one]: tokens that chose both; None in the first iteration
-    and where it is not observed."""
+    """int64 [experts of the previous iteration, experts of this one]: number of tokens that chose both; None in the
+    first iteration and if it is not observed."""
 
 
 class ChainOfExperts(ExpertLayer):
-    """C passes through one set of experts, the layer's residual connection included; the module docstring has the
-    algebra. `on_routing` receives `IterationStatistics`, iteration by iteration."""
+    """C passes through one set of experts, the layer's residual connection included; the module docstring gives the
+    equations. `on_routing` receives one `IterationStatistics` per iteration."""
 
     def __init__(self, shape: Shape, local_experts: range | None = None) -> None:
         super().__init__(shape, local_experts)
@@ -132,7 +133,7 @@ class ChainOfExperts(ExpertLayer):
         previous: Tensor,
         state: Tensor,
     ) -> IterationStatistics:
-        # In fp32 also where the states are not: the difference of near ones would vanish.
+        # Always in fp32: in a lower precision, the difference of two near states would vanish.
         size = torch.linalg.vector_norm(state.float() - previous.float(), dim=-1)
         scale = torch.linalg.vector_norm(previous, dim=-1, dtype=torch.float32).clamp_min(1e-12)
         overlap, coactivation = size.new_zeros(()), None

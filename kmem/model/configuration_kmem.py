@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 from .renamed import renamed_keys
 
-# Transformers' name -> where the model section has it
+# Transformers' name -> path of the field in the model section
 DERIVED = {
     "vocab_size": ("vocab_size",),
     "hidden_size": ("hidden_size",),
@@ -19,17 +19,17 @@ DERIVED = {
 
 
 class KmemConfig(PretrainedConfig):
-    """`model` is kmem's model section as plain data and the only source: the names that Transformers and its users look
-    for are read from it, and written into config.json for tools that read only that.
+    """`model` is kmem's model section as plain data, and the only source of truth. The names that Transformers expects
+    are read from it, and written to config.json for tools that read nothing else.
 
     Args:
-        engram_addressing: for a model with n-gram memory, which n-gram reads which row: `NgramAddressing.to_manifest`.
-        engram_parts: layer, as text -> rows of each of the tensors that hold its table, in their order. Default: one.
-        bank_parts: for a model with a memory bank, level, as text -> rows of each tensor of its table. Default: one.
-        bank_tree: fingerprint of the cluster tree that the bank was trained with, which lies in the folder `tree`.
+        engram_addressing: for a model with an engram, which n-gram reads which row: `NgramAddressing.to_manifest`.
+        engram_parts: layer, as text -> rows of each tensor of its table, in order. Default: one tensor.
+        bank_parts: for a model with a bank, level, as text -> rows of each tensor of its table. Default: one tensor.
+        bank_tree: fingerprint of the cluster tree that the bank was trained with; the folder `tree` holds the tree.
 
     Raises:
-        ValueError: config.json gives one of those names another value than `model` does.
+        ValueError: config.json gives one of those names a value that contradicts `model`.
     """
 
     model_type = "kmem"
@@ -63,7 +63,7 @@ class KmemConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything of config.json, the derived names included."""
+        """The contents of config.json, derived names included."""
         return {**super().to_dict(), **{name: getattr(self, name) for name in DERIVED if self.model}}
 
     def _read(self, name: str) -> Any:

@@ -19,6 +19,9 @@ from .norm import RMSNorm
 from .rope import Rotation, rotation
 from .shape import Shape
 
+# Shape letters: B sequences, T tokens, S tokens with keys, H hidden size, M branches of the residual stream, V
+# vocabulary.
+
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -30,11 +33,11 @@ class Embedding(nn.Embedding):
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)), with memories at the places that `memory_kind` names. The
-    feed-forward is dense, a MoE or a chain of experts, which contains its residual connection.
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), with memories at the places that `memory_kind` lists. The
+    feed-forward is dense, a MoE, or a chain of experts. A chain of experts contains its own residual connection.
 
-    With hyper-connections x has M branches: attention and feed-forward read a mixture of them.
-    `local_experts` are the global numbers of the experts held here (default: all).
+    With hyper-connections, x has M branches, and attention and feed-forward read a mixture of them. `local_experts`:
+    global numbers of the experts held here (default: all).
     """
 
     def __init__(self, shape: Shape, index: int, local_experts: range | None = None) -> None:
@@ -60,9 +63,9 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """hidden [B, T, H] or [B, T, M, H], position_ids int64 [B, T] -> the same shape.
 
-        mask: bool [B, 1, T, S], True where a query may attend; None is plain causal attention. `rotary` is
-        `rotation(shape, position_ids)` where the caller computes it once for all layers. `memories` has what each kind
-        of memory of this layer reads, by the name of the kind.
+        `mask`: bool [B, 1, T, S], True where a query may attend; None means plain causal attention. `rotary`:
+        `rotation(shape, position_ids)`, if the caller computes it once for all layers. `memories`: name of each kind of
+        memory of this layer -> the input that it reads.
         """
         rotated = rotation(self.shape, position_ids) if rotary is None else rotary
         read = LayerMemories(self.memories, memories)
@@ -78,7 +81,7 @@ class DecoderLayer(nn.Module):
 
     @property
     def memories(self) -> dict[str, MemoryModule]:
-        """The modules of this layer's memories by their kind, in the order in which they are called."""
+        """Name of the kind -> module of each memory of this layer, in the order in which they are called."""
         return {name: module for name, module in self.named_children() if isinstance(module, MemoryModule)}
 
     def _feed_forward(self, x: Tensor, memories: LayerMemories) -> Tensor:
@@ -94,7 +97,7 @@ class DecoderLayer(nn.Module):
 
 
 def build_connection(shape: Shape) -> HyperConnection:
-    """The connection around a sublayer; with one branch the plain residual, without parameters."""
+    """The connection around a sublayer. With one branch it is the plain residual and has no parameters."""
     section = shape.get("hyper_connections")
     chosen = {} if section is None else {name: value for name, value in section.items() if name != "branches"}
     return HyperConnection(shape.hidden_size, shape.branches, norm_eps=shape.norm_eps, **chosen)
@@ -108,16 +111,16 @@ def build_feed_forward(shape: Shape, index: int, local_experts: range | None) ->
 
 
 class Head(nn.Module):
-    """Final norm and projection to the vocabulary. With tied embeddings the projection is the given embedding's matrix,
-    which stays that module's parameter."""
+    """Final norm and projection to the vocabulary. With tied embeddings, the projection is the matrix of the given
+    embedding, which keeps the parameter."""
 
     def __init__(self, shape: Shape, embedding: Embedding | None = None) -> None:
         super().__init__()
-        assert shape.tie_embeddings == (embedding is not None), "a tied head, and no other, is given the embedding"
+        assert shape.tie_embeddings == (embedding is not None), "give the embedding to a tied head, and to no other"
         self.branches = shape.branches
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.head = None if shape.tie_embeddings else Linear(shape.hidden_size, shape.vocab_size, bias=False)
-        self._tied_to = (embedding,)  # in a tuple, so that it is not registered as a second owner
+        self._tied_to = (embedding,)  # in a tuple, so that it is not registered as a submodule
 
     @property
     def projection_weight(self) -> Tensor:
@@ -127,16 +130,16 @@ class Head(nn.Module):
         return owner.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [B, T, H] or [B, T, M, H] of the last layer -> logits [B, T, V]."""
+        """The last layer's hidden [B, T, H] or [B, T, M, H] -> logits [B, T, V]."""
         return linear(self.normed(hidden), self.projection_weight)
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Summed cross entropy (fp32 scalar) of the last layer's hidden against labels int64 [B, T]; -100 is left
-        out."""
+        """Summed cross entropy (fp32 scalar) of the last layer's hidden against labels int64 [B, T]; -100 does not
+        count."""
         return linear_cross_entropy(self.normed(hidden), self.projection_weight, labels)
 
     def normed(self, hidden: Tensor) -> Tensor:
-        """The branches of hidden [B, T, H] or [B, T, M, H] collapsed and normed, [B, T, H]."""
+        """Collapse the branches of hidden [B, T, H] or [B, T, M, H] and apply the norm; [B, T, H]."""
         return self.norm(collapse_branches(hidden, self.branches))
 
 
@@ -159,7 +162,7 @@ class Decoder(Head):
         memories: Mapping[str, Mapping[int, Any]] = _NOTHING,
     ) -> Tensor:
         """Token ids and positions [B, T] -> the last layer's hidden [B, T, H] or, with M branches, [B, T, M, H], for
-        `logits` or `loss`. `memories` has what each kind of memory reads for these tokens, by kind and layer."""
+        `logits` or `loss`. `memories`: kind -> layer -> the input that the memory reads for these tokens."""
         hidden = expand_branches(self.embedding(input_ids), self.branches)
         rotary = rotation(self.shape, position_ids)
         for index, layer in enumerate(self.layers):

@@ -1,4 +1,4 @@
-"""Bringing tokens to their experts and the experts' outputs back."""
+"""Dispatch of tokens to their experts, and combination of the experts' outputs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from .router import Routing
 
 
 Shared = Callable[[Tensor], Tensor]
-"""What every token visits beside its chosen experts, [T, H] -> [T, H]."""
+"""The shared experts, which every token visits beside its chosen ones: [T, H] -> [T, H]."""
 
 
 class Routes(Protocol):
-    """The ways of a routing's tokens to their experts and back; passes that keep their choice share one."""
+    """Carries the tokens of one routing to their experts and back. Passes with the same choice share one object."""
 
     def __call__(self, hidden_TH: Tensor, experts: Experts, shared: Shared | None = None) -> Tensor:
         """The weighted sum of the chosen experts' outputs for every token, plus its `shared` output; [T, H]."""
@@ -30,12 +30,12 @@ class Dispatcher(Protocol):
     """Where a MoE layer runs its experts."""
 
     def __call__(self, routing: Routing) -> Routes:
-        """All that is known from the choices alone, before any token moves."""
+        """The routes of a routing: everything that can be computed from the choices, before any token moves."""
 
 
 @dataclass(frozen=True)
 class LocalDispatcher:
-    """All experts on this device: sort by expert, run, bring back, combine. Dropless and deterministic."""
+    """All experts on this device: sort rows by expert, run the experts, combine. Dropless and deterministic."""
 
     def __call__(self, routing: Routing) -> Routes:
         return LocalRoutes(routing, *sort_by_expert(routing.experts_TK, len(routing.counts_E)))
@@ -57,10 +57,10 @@ class LocalRoutes:
 
 
 def sort_by_expert(experts_TK: Tensor, num_experts: int | None = None) -> tuple[Tensor, Tensor]:
-    """The choices in order of expert, then token, as (choice_of_row_N, row_of_choice_TK).
+    """Sort the choices by expert, then by token; returns int64 (choice_of_row_N, row_of_choice_TK).
 
-    choice_of_row_N: which choice t * K + k stands at row n; row_of_choice_TK: at which row the choice (t, k) stands.
-    With `num_experts` the kernel on CUDA counts instead of sorting; the result is the same.
+    choice_of_row_N: the choice t * K + k at each row; row_of_choice_TK: the row of each choice (t, k). With
+    `num_experts`, the CUDA kernel counts instead of sorting; the result is the same.
     """
     if num_experts is not None and kernels_serve(experts_TK):
         return kmem_kernels.permute.op.sort_by_expert(experts_TK, num_experts, backend="triton")
@@ -86,7 +86,8 @@ def combine_rows(rows_NH: Tensor, weights_TK: Tensor, choice_of_row_N: Tensor, r
 
 
 class _Gather(torch.autograd.Function):
-    """Both directions read: the gradient of a token gathers its K rows instead of adding to shared memory."""
+    """Forward and backward are both gathers: a token's gradient is read from its K rows, so no two threads add to the
+    same address."""
 
     @staticmethod
     def forward(ctx, hidden_TH: Tensor, choice_of_row_N: Tensor, row_of_choice_TK: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ class _Combine(torch.autograd.Function):
         ctx.save_for_backward(rows_NH, weights_TK, choice_of_row_N, row_of_choice_TK)
         if rows_NH.dtype == weights_TK.dtype:
             return F.embedding_bag(row_of_choice_TK, rows_NH, mode="sum", per_sample_weights=weights_TK)
-        # embedding_bag would want the weights in the rows' dtype.
+        # embedding_bag needs the weights in the rows' dtype.
         out_TH = weights_TK.new_zeros(len(weights_TK), rows_NH.shape[1])
         for place_T, weight_T in zip(row_of_choice_TK.unbind(1), weights_TK.unbind(1), strict=True):
             out_TH += rows_NH.index_select(0, place_T) * weight_T[:, None]
@@ -120,7 +121,8 @@ class _Combine(torch.autograd.Function):
             weights_TK.flatten().index_select(0, choice_of_row_N),
         )
         if rows_NH.dtype == weights_TK.dtype:
-            # One pass each, without memory for products: its first touch would cost more than the arithmetic.
+            # One pass each, without a tensor of products: the first touch of its memory would cost more than the
+            # arithmetic.
             grad_NH = F.embedding_bag(token_N[:, None], grad_TH, mode="sum", per_sample_weights=weight_N[:, None])
             if ctx.needs_input_grad[1]:
                 grad_weights = _dots(grad_TH, rows_NH, row_of_choice_TK).view_as(weights_TK)
@@ -135,7 +137,8 @@ class _Combine(torch.autograd.Function):
 
 
 def _dots(grad_TH: Tensor, rows_NH: Tensor, row_of_choice_TK: Tensor) -> Tensor:
-    """The product of each token's gradient with each of its rows, [T * K]: embedding_bag's gradient of its weights."""
+    """Dot products of each token's gradient with each of its rows, [T * K]: embedding_bag's gradient of its
+    weights."""
     tokens, choices = row_of_choice_TK.shape
     token_N = torch.arange(tokens, device=row_of_choice_TK.device).repeat_interleave(choices)
     starts_T = torch.arange(0, tokens * choices, choices, device=row_of_choice_TK.device)

@@ -1,7 +1,7 @@
-"""Engram's path from looked-up rows to the residual stream (arXiv 2601.07372, section 2).
+"""The engram layer: from looked-up rows to the residual stream (arXiv 2601.07372, section 2).
 
-The concatenated rows of a token give one value and, for each residual branch, a key. A gate compares the branch with
-its key and scales the value; a short causal convolution may add the values of tokens just before.
+The concatenated rows of a token are projected to one value and, for each residual branch, one key. A gate compares the
+branch with its key and scales the value. An optional short causal convolution adds the values of preceding tokens.
 """
 
 from collections.abc import Callable
@@ -21,47 +21,48 @@ from .recomputation import recomputing
 # K kernel of the convolution.
 
 GATE_FLOOR = 1e-6
-"""Scores nearer to 0 than this are taken as this far away: the square root has no finite slope at 0."""
+"""Smallest magnitude of a score in the gate: the slope of the square root is infinite at 0."""
 HISTOGRAM_BINS = 20
 
 
 class EngramInput(NamedTuple):
-    """What a layer's memory holds for a batch of tokens."""
+    """The input of one engram layer for a batch of tokens."""
 
     rows: Tensor
-    """[B, T, E], the rows of each token one after another."""
+    """[B, T, E], the rows of each token, concatenated."""
     present: Tensor | None = None
-    """bool [B, T], False where a token is missing; None: all are there."""
+    """bool [B, T], False where a token is missing; None: no token is missing."""
     document_ids: Tensor | None = None
-    """int64 [B, T], read by a convolution that keeps within documents."""
+    """int64 [B, T], used by a convolution that stays within documents."""
     state: "ConvolutionState | None" = None
-    """In generation, the convolution's inputs of the tokens before; advanced in place."""
+    """In generation, the convolution's inputs at the preceding tokens; advanced in place."""
 
 
 @dataclass(frozen=True)
 class GateStatistics:
-    """How far one layer's gates were open for one micro-batch, detached; missing tokens are left out."""
+    """Statistics of one layer's gates for one micro-batch, detached, without missing tokens."""
 
     mean_M: Tensor
-    """fp32 [M]."""
+    """fp32 [M], mean gate of each branch."""
     histogram: Tensor
-    """int64 [M, HISTOGRAM_BINS] over equal parts of 0..1."""
+    """int64 [M, HISTOGRAM_BINS], counts of gates in equal parts of 0..1."""
     value_norm: Tensor
     """fp32 scalar, mean over tokens of the value's RMS before the gate."""
 
 
 class Engram(MemoryModule):
-    """Rows of each token [B, T, E] -> what is added to the residual stream.
+    """Rows of each token [B, T, E] -> the update of the residual stream.
 
     With one branch the stream is [B, T, D], with more [B, T, M, D]; the update has the stream's shape and dtype.
 
     Args:
-        width: E, numbers of all rows of a token.
-        conv_dilation: tokens between two taps; the published models take the largest n-gram order.
-        bias: biases of the key and value projections.
-        zero_centered_norm: norms multiply with 1 + weight and start from 0, in place of weight from 1.
-        conv_kernel: taps of the convolution, 0 for none.
-        conv_within_documents: taps do not reach into another document. Off in the published models.
+        width: E, the number of values in all rows of a token.
+        conv_dilation: distance between two taps, in tokens; the published models use the largest n-gram order.
+        bias: whether the key and value projections have biases.
+        zero_centered_norm: norms multiply by 1 + weight, with weight starting at 0, instead of by a weight starting
+            at 1.
+        conv_kernel: number of taps of the convolution; 0: no convolution.
+        conv_within_documents: taps do not reach into another document. False in the published models.
     """
 
     def __init__(
@@ -92,13 +93,14 @@ class Engram(MemoryModule):
             self.conv_norm = BranchNorm(branches, hidden_size, norm_eps, zero_centered_norm)
             self.conv = ShortConvolution(branches * hidden_size, conv_kernel, conv_dilation)
         self.on_gate: Callable[[GateStatistics], None] | None = None
-        """Called in forward, when set, but not in a recomputation."""
+        """If set, called in every forward pass that is not a recomputation."""
 
     def enter(self, hidden: Tensor, read: EngramInput) -> Tensor:
         return hidden + self(hidden, read)
 
     def forward(self, hidden: Tensor, looked_up: EngramInput) -> Tensor:
-        """The update of `hidden` [B, T, D] or [B, T, M, D]; a missing token gets none and gives none to later ones."""
+        """The update of `hidden` [B, T, D] or [B, T, M, D]. It is zero for a missing token, which also contributes
+        nothing to later tokens."""
         rows, present = looked_up.rows.to(self.key_proj.weight.dtype), looked_up.present
         batch, tokens = hidden.shape[:2]
         streams = hidden.reshape(batch, tokens, self.branches, self.hidden_size)
@@ -111,7 +113,7 @@ class Engram(MemoryModule):
         if self.on_gate is not None and not recomputing():
             self.on_gate(_statistics(gate, value, present))
         if self.conv is not None and self.conv_norm is not None:
-            # A missing token's norm is 0 because its value is: the norm has no bias.
+            # A missing token stays 0 through the norm, which has no bias.
             normed = self.conv_norm(gated).flatten(2)
             documents = looked_up.document_ids if self.conv_within_documents else None
             recent = F.silu(self.conv(normed, documents, looked_up.state)).view_as(gated)
@@ -124,7 +126,7 @@ class Engram(MemoryModule):
 
 
 class BranchNorm(nn.Module):
-    """RMSNorm over the last dimension of [.., M, D] with weights of its own for each branch; statistics in fp32."""
+    """RMSNorm over the last dimension of [.., M, D], with separate weights per branch; statistics in fp32."""
 
     def __init__(self, branches: int, width: int, eps: float, zero_centered: bool) -> None:
         super().__init__()
@@ -134,7 +136,7 @@ class BranchNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((branches, width), self.initial_values["weight"]))
 
     def factor(self) -> Tensor:
-        """What the normed input is multiplied with, [M, D], in at least fp32."""
+        """The factor on the normed input, [M, D], in at least fp32."""
         weight = self.weight.to(_wide(self.weight))
         return 1 + weight if self.zero_centered else weight
 
@@ -147,7 +149,7 @@ class BranchNorm(nn.Module):
 class ConvolutionState:
     """The last (K-1) * dilation inputs of a convolution, [B, (K-1) * dilation, C], for generation.
 
-    While `recording` it keeps the inputs before them too, until `crop` takes back what turned out wrong.
+    While `recording` is True, it also keeps earlier inputs, so that `crop` can remove the latest ones.
     """
 
     def __init__(self, batch: int, length: int) -> None:
@@ -157,7 +159,7 @@ class ConvolutionState:
         self.inputs: Tensor | None = None
 
     def extend(self, x: Tensor) -> Tensor:
-        """Inputs x [B, T, C] with those before them, [B, length + T, C]; the last `length` are kept."""
+        """The preceding inputs followed by x [B, T, C], [B, length + T, C]; keeps the last `length` inputs."""
         assert len(x) == self.batch, f"a state of {self.batch} sequences met {len(x)}"
         before = x.new_zeros(len(x), self.length, x.shape[2]) if self.inputs is None else self.inputs
         history = torch.cat((before, x), dim=1)
@@ -166,23 +168,23 @@ class ConvolutionState:
         return history[:, before.shape[1] - self.length :]
 
     def crop(self, tokens: int) -> None:
-        """Forget the inputs of the last `tokens` tokens, and what was recorded before."""
+        """Remove the inputs of the last `tokens` tokens, and drop the earlier recorded inputs."""
         if self.inputs is not None:
             stop = self.inputs.shape[1] - tokens
             assert stop >= self.length, "more tokens were cropped than recorded"
             self.inputs = self.inputs[:, stop - self.length : stop].clone()
 
     def reorder(self, order: Tensor) -> None:
-        """Keep the sequences `order` int64 [B'], as beam search asks; one may be taken several times."""
+        """Select the sequences `order` int64 [B'] for beam search; a sequence may occur several times."""
         self.batch = len(order)
         if self.inputs is not None:
             self.inputs = self.inputs.index_select(0, order.to(self.inputs.device))
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise causal convolution of [B, T, C] with dilation, without bias; zero at first.
+    """Depthwise causal convolution of [B, T, C] with dilation, without bias; its weight starts at zero.
 
-    weight [C, K]: the last tap meets the token itself, the one before it the token `dilation` earlier, and so on.
+    weight [C, K]: the last tap multiplies the token itself, the tap before it the token `dilation` earlier, and so on.
     """
 
     def __init__(self, channels: int, kernel: int, dilation: int) -> None:
@@ -194,14 +196,15 @@ class ShortConvolution(nn.Module):
 
     @property
     def reach(self) -> int:
-        """Tokens of look-back."""
+        """Number of tokens of look-back."""
         return (self.kernel - 1) * self.dilation
 
     def start(self, batch: int) -> ConvolutionState:
         return ConvolutionState(batch, self.reach)
 
     def forward(self, x: Tensor, document_ids: Tensor | None = None, state: ConvolutionState | None = None) -> Tensor:
-        """document_ids int64 [B, T]: taps keep within documents; what `state` holds belongs to the first token's."""
+        """Convolve x [B, T, C]. With `document_ids` int64 [B, T], taps stay within documents; the inputs in `state`
+        belong to the document of the first token."""
         tokens = x.shape[1]
         history = F.pad(x, (0, 0, self.reach, 0)) if state is None else state.extend(x)
         weight = self.weight.to(_wide(x))
@@ -221,9 +224,9 @@ class ShortConvolution(nn.Module):
 def branch_gate(hidden: Tensor, keys: Tensor, value: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """sigmoid(signed square root of <norm(hidden), norm(keys)> / sqrt(D)) * value, and the gate itself, detached.
 
-    hidden, keys [.., M, D]; value [.., D]; weight [M, D], the product of the two norms' factors; returns [.., M, D] in
-    the value's dtype and the gate [.., M] in at least fp32. The backward is the closed form, which saves the inputs and
-    four numbers for each token and branch. A score nearer to 0 than GATE_FLOOR passes no gradient through the gate.
+    hidden, keys [.., M, D]; value [.., D]; weight [M, D], the product of the two norms' factors. Returns [.., M, D] in
+    the value's dtype and the gate [.., M] in at least fp32. The backward pass is in closed form; it saves the inputs
+    and four numbers per token and branch. If |score| < GATE_FLOOR, no gradient passes through the gate.
     """
     return _BranchGate.apply(hidden, keys, value, weight, eps)
 

@@ -1,7 +1,9 @@
-"""One id for all tokens that read alike (Engram, arXiv 2601.07372, section 2): 'Apple', ' apple' and 'APPLE' share one.
+"""Compression of the vocabulary (Engram, arXiv 2601.07372, section 2): tokens with the same normalised text, such as
+'Apple', ' apple' and 'APPLE', share one id.
 
-The number of compressed ids enters the multipliers of the hashes, so another tokenizer, or another version of the
-tokenizers library, gives a table another meaning: a run keeps the map's digest and refuses a different one.
+The number of compressed ids affects the multipliers of the hashes. So with another tokenizer, or another version of the
+tokenizers library, the rows of a table mean something else: a run keeps the digest of the map and refuses a different
+one.
 """
 
 import hashlib
@@ -13,8 +15,10 @@ from torch import Tensor
 
 from .engram_ngrams import MISSING
 
+# Shape letters: V token ids.
+
 REPLACEMENT = "\ufffd"
-"""What decoding puts in place of bytes that are not a whole character."""
+"""Character that decoding inserts for bytes that are not a whole character."""
 SENTINEL = "\ue000"
 """Private-use character that keeps a blank text from being stripped to nothing."""
 
@@ -24,13 +28,13 @@ class TokenCompression:
     """The map from token ids to compressed ids."""
 
     lookup: Tensor
-    """int64 [V]; contiguous ids from 0, numbered by first appearance."""
+    """int64 [V], token id -> compressed id; compressed ids are contiguous from 0, in order of first appearance."""
     vocab_size: int
-    """Compressed ids in use, V'."""
+    """Number of compressed ids."""
 
     def __post_init__(self) -> None:
         if self.lookup.dtype != torch.int64 or self.lookup.dim() != 1 or not len(self.lookup):
-            raise ValueError("a compression's lookup must be an int64 vector with an entry for each token id")
+            raise ValueError("a compression's lookup must be an int64 vector with one entry per token id")
         if int(self.lookup.min()) < 0 or int(self.lookup.max()) >= self.vocab_size:
             raise ValueError(f"a compression's lookup must hold ids from 0 to {self.vocab_size - 1}")
 
@@ -40,7 +44,7 @@ class TokenCompression:
         return hashlib.sha256(self.lookup.cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """Compressed ids of token ids int64 [..]; an id below 0 is a missing token and stays one."""
+        """Compressed ids of token ids int64 [..]; an id below 0 is a missing token and becomes MISSING."""
         lookup = self.lookup.to(ids.device)
         return torch.where(ids < 0, MISSING, lookup[ids.clamp_min(0)])
 
@@ -50,10 +54,14 @@ def compress_vocabulary(tokenizer: Any, vocab_size: int | None = None) -> TokenC
 
     Args:
         tokenizer: from Transformers or from tokenizers.
-        vocab_size: entries of the map, where a model has more ids than its tokenizer; the surplus maps to id 0.
+        vocab_size: number of entries of the map, for a model with more ids than its tokenizer; the surplus ids map to
+            compressed id 0.
 
-    A token's key is its normalised text, or the text itself where nothing is left of it; a token that is part of a
-    character only has its name in the vocabulary for a key.
+    The key of a token is its normalised text, or the text itself if normalisation leaves nothing. For a token that is
+    only a part of a character, the key is its name in the vocabulary.
+
+    Raises:
+        ValueError: `vocab_size` is smaller than the tokenizer's vocabulary.
     """
     normalizer = _normalizer()
     if hasattr(tokenizer, "convert_ids_to_tokens"):
@@ -72,12 +80,12 @@ def compress_vocabulary(tokenizer: Any, vocab_size: int | None = None) -> TokenC
 
 
 def normalized(text: str) -> str:
-    """The key of a text: compatibility forms, accents, case and runs of blanks put away, and blanks at its ends."""
+    """The key of a text: without compatibility forms, accents, case, runs of blanks, or blanks at the ends."""
     return _normalizer().normalize_str(text) or text
 
 
 def _normalizer() -> Any:
-    from tokenizers import Regex, normalizers  # an exported model carries the finished map and needs no tokenizers
+    from tokenizers import Regex, normalizers  # an exported model holds the finished map and needs no tokenizers
 
     return normalizers.Sequence(
         [

@@ -1,4 +1,4 @@
-"""The n-gram memory of a Hugging Face folder: what its config.json says of the tables, and where their rows lie."""
+"""The engram of a Hugging Face folder: the description of its tables in config.json, and the tensors of their rows."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from .export_tables import ExportedTable, read_parts
 from .shape import Shape
 
 COMPRESSION = "token_compression"
-"""Name of the tensor that maps token ids to compressed ids, int64 [V]."""
+"""Name of the tensor that maps token ids to compressed ids, int64 [V] (V token ids)."""
 TABLES = r"^layers\.\d+\.engram\.table\."
-"""How the names of the tensors that hold rows begin, as a pattern."""
+"""Regular expression for the start of the names of the tensors that hold rows."""
 
 
 @dataclass(frozen=True)
 class EngramDescription:
-    """Addressing and tables of a model."""
+    """The engram's addressing and tables, as config.json describes them."""
 
     addressing: NgramAddressing
     parts: Mapping[int, list[int]]
@@ -29,7 +29,7 @@ class EngramDescription:
     def read(
         cls, shape: Shape, manifest: Mapping[str, Any] | None, parts: Mapping[str, list[int]]
     ) -> "EngramDescription":
-        """The description of a model with n-gram memory; what config.json holds.
+        """The description of a model with an engram, from the contents of config.json.
 
         Raises:
             ValueError: names the field of config.json that is missing or contradicts `model`.
@@ -43,12 +43,12 @@ class EngramDescription:
         except ValueError as error:
             raise ValueError(f"config.json: engram_addressing: {error}") from error
         expected = table_rows(shape)
-        found = {layer: addressing.padded_rows(table) for table, layer in enumerate(addressing.layers)}
+        rows_by_layer = {layer: addressing.padded_rows(table) for table, layer in enumerate(addressing.layers)}
         vocabulary = addressing.raw_vocab_size
-        if found != expected or vocabulary != shape.vocab_size:
+        if rows_by_layer != expected or vocabulary != shape.vocab_size:
             raise ValueError(
-                f"config.json: engram_addressing has tables of {found} rows for {vocabulary} token ids, `model` of "
-                f"{expected} for {shape.vocab_size}"
+                f"config.json: engram_addressing has tables of {rows_by_layer} rows for {vocabulary} token ids, but "
+                f"`model` has tables of {expected} rows for {shape.vocab_size}"
             )
         cut = {
             layer: read_parts(parts.get(str(layer)), rows, "engram_parts", f"layer {layer}")

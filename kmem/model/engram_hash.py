@@ -1,4 +1,4 @@
-"""The numbers of n-gram hashes as published: a prime for each head and a multiplier for each look-back position.
+"""The constants of the published n-gram hashes: a prime for each head and a multiplier for each look-back position.
 
 Sources: deepseek-ai/Engram (arXiv 2601.07372), V4.1 (arXiv 2609.19969), and Transformers' qwen4_exp.
 """
@@ -9,12 +9,12 @@ import numpy as np
 
 INT64_MAX = 2**63 - 1
 LAYER_STRIDE = 10007
-"""What separates the seeds of two layers, in all published variants."""
+"""Difference between the seeds of consecutive layers, in all published variants."""
 
 
 def prime_sizes(tables: int, bases: Sequence[int], heads: int) -> tuple[tuple[int, ...], ...]:
-    """[tables][orders * heads] distinct primes: each head takes the next one from its order's base on that no head of
-    any table took before."""
+    """Distinct primes, [tables][orders * heads]. Each head takes the smallest prime, from its order's base upwards,
+    that no earlier head of any table has taken."""
     used: set[int] = set()
     sizes = []
     for _ in range(tables):
@@ -51,20 +51,20 @@ def is_prime(number: int) -> bool:
 
 
 def multiplier_bound(vocab_size: int) -> int:
-    """A multiplier is 2r + 1 with r below this, so that an id times it stays below 2^63."""
+    """Upper bound of r in a multiplier 2r + 1, so that a token id times the multiplier stays below 2^63."""
     return max(1, INT64_MAX // vocab_size // 2)
 
 
 def pcg64_multipliers(seed: int, layer: int, count: int, vocab_size: int) -> tuple[int, ...]:
-    """DeepSeek's multipliers. NumPy does not promise the stream across versions, so a run keeps the numbers."""
+    """DeepSeek's multipliers. NumPy does not guarantee the stream across versions, so a run stores the numbers."""
     generator = np.random.default_rng(seed + LAYER_STRIDE * layer)
     draws = generator.integers(0, multiplier_bound(vocab_size), size=count, dtype=np.int64)
     return tuple(2 * draw + 1 for draw in draws.tolist())
 
 
 def splitmix64_multipliers(seed: int, ordinal: int, count: int, vocab_size: int) -> tuple[int, ...]:
-    """Qwen's multipliers; `ordinal` counts the layers that have a table. The first one is the second output of the
-    usual splitmix64 stream, whose function adds its increment before it mixes."""
+    """Qwen's multipliers; `ordinal` is the index of the layer among the layers with a table. The first multiplier uses
+    the second output of the usual splitmix64 stream: `_splitmix64` adds the increment before it mixes."""
     base, bound = seed + LAYER_STRIDE * ordinal, multiplier_bound(vocab_size)
     return tuple(2 * (_splitmix64(base + _GOLDEN * (index + 1)) % bound) + 1 for index in range(count))
 

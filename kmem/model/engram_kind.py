@@ -1,4 +1,4 @@
-"""Engram as a kind of memory: rows of hashed n-grams at the entrance of some layers."""
+"""The engram as a kind of memory: rows of hashed n-grams at the entrance of some layers."""
 
 from .engram import Engram
 from .engram_export import COMPRESSION
@@ -8,12 +8,12 @@ from .shape import Shape
 
 
 class EngramKind(ModelKind):
-    """A table per layer, whose rows are addressed by token ids."""
+    """One table per layer; token ids address its rows."""
 
     name = "engram"
     controls = ("on", "off", "shuffled", "single-row")
-    """off: layers go without. shuffled: every n-gram reads the row of another one. single-row: all read the first row
-    of a head."""
+    """off: layers compute without the engram. shuffled: every n-gram reads another n-gram's row. single-row: every
+    n-gram reads the first row of each head."""
 
     def layers(self, shape: Shape) -> tuple[int, ...]:
         return () if shape.engram is None else tuple(sorted(shape.engram.layers))

@@ -1,6 +1,6 @@
-"""The n-gram memory of a whole model in one process: token ids to the rows of every layer that has one.
+"""The engram of a whole model in one process: from token ids to the rows of every layer that has an engram.
 
-Training reads rows from sharded tables instead (`kmem.tables`); both go through the same `EngramAddresses`.
+Training reads rows from sharded tables instead (`kmem.tables`); both use the same `EngramAddresses`.
 """
 
 import random
@@ -18,8 +18,8 @@ from .engram_ngrams import MISSING, NgramAddressing
 from .memory_kind import OFF
 from .shape import Shape
 
-# Shape letters: B sequences, T tokens, K rows per token and layer, R rows of a table, D values of a row, N largest
-# n-gram order.
+# Shape letters: B sequences, T tokens, K rows per token and layer, R rows of a table (R_i of part i), D values of a
+# row, N largest n-gram order.
 
 SHUFFLE_SEED = 0
 
@@ -33,12 +33,12 @@ def table_name(layer: int) -> str:
 
 
 def table_part_name(layer: int, part: int) -> str:
-    """Name of one of the row ranges in which an export holds a layer's table, [R_i, D]; `RowTable` has them."""
+    """Name of one row range of a layer's table in an export, [R_i, D]; a part of `RowTable`."""
     return f"{table_name(layer)}.parts.{part}"
 
 
 def table_rows(shape: Shape) -> dict[int, int]:
-    """Rows of every layer's table, padding included; they do not depend on the tokenizer."""
+    """Layer -> number of rows of its table, padding included; it does not depend on the tokenizer."""
     engram = shape.engram
     if engram is None:
         return {}
@@ -49,16 +49,22 @@ def table_rows(shape: Shape) -> dict[int, int]:
 
 @dataclass(frozen=True)
 class EngramAddresses:
-    """From token ids to row ids: a vocabulary's compression, where the model has one, and the hashes."""
+    """From token ids to row ids: the compression of the vocabulary, if the model has one, and the hashes.
+
+    Raises:
+        ValueError: the addressing was made for another compression.
+    """
 
     addressing: NgramAddressing
     compression: TokenCompression | None = None
 
     def __post_init__(self) -> None:
         stated = self.addressing.compression_digest
-        found = None if self.compression is None else self.compression.digest
-        if stated != found:
-            raise ValueError(f"compression_digest: the addressing was made for {stated}, this vocabulary gives {found}")
+        digest = None if self.compression is None else self.compression.digest
+        if stated != digest:
+            raise ValueError(
+                f"compression_digest: the addressing was made for {stated}, but this vocabulary gives {digest}"
+            )
 
     @classmethod
     def build(
@@ -67,9 +73,9 @@ class EngramAddresses:
         """The addresses of a model.
 
         Args:
-            eos_token_id: the tokenizer's end of text.
-            tokenizer: from Transformers or tokenizers; needed where the model compresses its vocabulary.
-            tokenizer_fingerprint: identity that the manifest records.
+            eos_token_id: the tokenizer's end-of-text id.
+            tokenizer: from Transformers or tokenizers; needed if the model compresses its vocabulary.
+            tokenizer_fingerprint: identity of the tokenizer, recorded in the manifest.
         """
         engram = shape.engram
         compression = None
@@ -107,16 +113,17 @@ class EngramAddresses:
         return ids if self.compression is None else self.compression(ids)
 
     def row_ids(self, layer: int, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Rows of a layer's table for whole sequences of token ids int64 [B, T], none missing: int64 [B, T, K]."""
+        """Row ids int64 [B, T, K] of a layer's table for whole sequences of token ids int64 [B, T] without missing
+        tokens."""
         return self.addressing.row_ids(self.layers.index(layer), self.addressed(input_ids), document_ids)
 
 
 def other_rows(addressing: NgramAddressing, table: int, control: str) -> Callable[[Tensor], Tensor]:
-    """Rows of a table -> rows that their n-grams do not own, as a control.
+    """A function from the row ids of a table to row ids that belong to other n-grams, for a control.
 
     Args:
-        control: single-row: the first row of each head. shuffled: the rows a fixed random distance on in their head, so
-            that each row is read by exactly one other address.
+        control: single-row: the first row of each head. shuffled: rows at a fixed random distance within their head, so
+            each row is read by exactly one other address.
     """
     draw = random.Random(f"{SHUFFLE_SEED} {table}")
     distances = [draw.randrange(1, size) for size in addressing.sizes[table]]
@@ -130,8 +137,8 @@ def other_rows(addressing: NgramAddressing, table: int, control: str) -> Callabl
 
 
 class EngramState:
-    """What a memory keeps of a batch of sequences in generation: the last N-1 addressed ids, and the convolutions'
-    inputs of the layers that have one."""
+    """The engram's state for a batch of sequences in generation: the last N-1 addressed ids, and the inputs of each
+    layer's convolution, if it has one."""
 
     def __init__(self, context: Tensor, convolutions: dict[int, ConvolutionState]) -> None:
         self.context = context
@@ -141,34 +148,34 @@ class EngramState:
 
     @property
     def batch(self) -> int:
-        """Sequences."""
+        """Number of sequences."""
         return len(self.context)
 
     def record(self, on: bool) -> None:
-        """Whether to keep what `crop` needs to take back the tokens that follow."""
+        """Set whether to record what `crop` needs to remove later tokens."""
         if on != (self._recorded is not None):
             self._recorded = self.context if on else None
         for state in self.convolutions.values():
             state.recording = on
 
     def advance(self, ids: Tensor, context: Tensor) -> None:
-        """Addressed ids int64 [B, T] were read; the next ones have this context [B, N-1]."""
+        """Note that the addressed ids int64 [B, T] were read; `context` [B, N-1] is the look-back of the next ones."""
         self.context = context
         if self._recorded is not None:
             self._recorded = torch.cat((self._recorded, ids), dim=1)
 
     def crop(self, tokens: int) -> None:
-        """Take back the last `tokens` tokens, and begin recording anew.
+        """Remove the last `tokens` tokens, and restart recording.
 
         Raises:
-            ValueError: fewer were recorded.
+            ValueError: fewer tokens were recorded.
         """
         length = self.context.shape[1]
         recorded = 0 if self._recorded is None else self._recorded.shape[1] - length
         if tokens > recorded:
             raise ValueError(
-                f"{tokens} tokens are to be taken back and the n-gram memory has recorded {recorded}: call "
-                "activate_past_recording() of the cache before they are read"
+                f"cannot remove {tokens} tokens: the engram has recorded {recorded}; call activate_past_recording() of "
+                "the cache before the tokens are read"
             )
         if self._recorded is None:
             return
@@ -178,7 +185,7 @@ class EngramState:
             state.crop(tokens)
 
     def reorder(self, order: Tensor) -> None:
-        """Keep the sequences `order` int64 [B'], as beam search asks; one may be taken several times."""
+        """Select the sequences `order` int64 [B'] for beam search; a sequence may occur several times."""
         order = order.to(self.context.device)
         self.context = self.context.index_select(0, order)
         if self._recorded is not None:
@@ -188,12 +195,12 @@ class EngramState:
 
 
 class EngramReader:
-    """Addresses and row sources of a whole model.
+    """Reads the engram rows of a whole model.
 
     Args:
-        addresses: of the model.
-        sources: where each layer's rows are read.
-        modules: the layers' Engram modules, asked for the state of their convolutions.
+        addresses: the model's addresses.
+        sources: layer -> function that reads its rows.
+        modules: layer -> its Engram module, which makes the state of its convolution.
     """
 
     def __init__(
@@ -201,7 +208,7 @@ class EngramReader:
     ) -> None:
         self.addresses = addresses
         self.control = "on"
-        """One of `EngramKind.controls`; can be set."""
+        """One of `EngramKind.controls`. Can be set."""
         self.sources = dict(sources)
         self._modules = dict(modules)
 
@@ -218,20 +225,20 @@ class EngramReader:
         present: Tensor | None = None,
         state: EngramState | None = None,
     ) -> dict[int, Any]:
-        """What every engram layer reads for token ids int64 [B, T]: an `EngramInput`, or OFF as a control.
+        """Layer -> its input for token ids int64 [B, T]: an `EngramInput`, or OFF under the control "off".
 
         Args:
-            document_ids: int64 [B, T]; default: a row is one document.
+            document_ids: int64 [B, T]; default: each sequence is one document.
             present: bool [B, T], False where a token is padding.
-            state: of the tokens before; advanced in place.
+            state: the state after the preceding tokens; advanced in place.
         """
         addressing = self.addresses.addressing
         ids = self.addresses.addressed(input_ids, present)
         context = None if state is None else state.context
-        found: dict[int, Any] = {}
+        inputs: dict[int, Any] = {}
         for table, layer in enumerate(addressing.layers):
             if self.control == "off":
-                found[layer] = OFF
+                inputs[layer] = OFF
                 continue
             rows = addressing.row_ids(table, ids, document_ids, context)
             if self.control != "on":
@@ -239,14 +246,14 @@ class EngramReader:
             # A missing token reads row 0, and its update is masked.
             values = self.sources[layer](rows if present is None else rows.clamp_min(0))
             convolution = None if state is None else state.convolutions.get(layer)
-            found[layer] = EngramInput(values.flatten(-2), present, document_ids, convolution)
+            inputs[layer] = EngramInput(values.flatten(-2), present, document_ids, convolution)
         if state is not None:
             state.advance(ids, addressing.next_context(ids, document_ids, context))
-        return found
+        return inputs
 
 
 class RowTable(nn.Module):
-    """A table in device memory, in one or several consecutive parts [R_i, D]."""
+    """A table in device memory, as one or more parameters of consecutive rows [R_i, D]."""
 
     def __init__(self, parts: list[int], dim: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -259,8 +266,8 @@ class RowTable(nn.Module):
         flat = rows.flatten()
         out, start = self.parts[0].new_empty(len(flat), self.parts[0].shape[1]), 0
         for part in self.parts:
-            here = ((flat >= start) & (flat < start + len(part))).nonzero().squeeze(1)
-            out.index_copy_(0, here, part[flat[here] - start])
+            places = ((flat >= start) & (flat < start + len(part))).nonzero().squeeze(1)
+            out.index_copy_(0, places, part[flat[places] - start])
             start += len(part)
         return out.view(*rows.shape, -1)
 

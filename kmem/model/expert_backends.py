@@ -1,8 +1,8 @@
-"""What computes the experts of a training run, by name (`train.expert_backend`). A backend is not part of a model, so
-exports leave this file behind.
+"""The backends that compute the experts of a training run, by name (`train.expert_backend`). A backend is not part of a
+model, so exports do not contain this file.
 
-All backends get rows that are sorted by expert, so each serves every dispatcher and every mesh, and the weighting and
-summing of a token's rows stay kmem's, in a fixed order.
+All backends get rows sorted by expert, so each works with every dispatcher and every mesh. kmem itself weights and sums
+the rows of a token, in a fixed order.
 """
 
 import importlib
@@ -23,7 +23,7 @@ NAMES: tuple[BackendName, ...] = get_args(BackendName)
 
 
 def find_backend(name: str) -> ExpertBackend:
-    """The backend, loaded. Whether it runs on a device is for `problem` to say.
+    """Load a backend by name. `problem` tells whether it runs on a device.
 
     Raises:
         ValueError: the name is unknown.
@@ -41,28 +41,28 @@ def find_backend(name: str) -> ExpertBackend:
 
 
 def available(device: torch.device, dtype: torch.dtype) -> list[BackendName]:
-    """The backends that run here with rows of this type."""
+    """The backends that run on this device with rows of this dtype."""
     return [name for name in NAMES if problem(name, device, dtype) is None]
 
 
 def problem(name: BackendName, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a backend does not run on a device with rows of this type, and the remedy; None if it does."""
+    """Why a backend does not run on a device with rows of this dtype, and the remedy; None if it runs."""
     if name in ("grouped_mm", "loop"):
         return None
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
             return (
-                f"it needs a GPU of compute capability 8.0 or more, and {device} has {'.'.join(map(str, capability))}"
+                f"it needs a GPU of compute capability 8.0 or more, but {device} has {'.'.join(map(str, capability))}"
             )
         if dtype != torch.bfloat16:
             return "on a GPU it would multiply fp32 in TF32: set train.precision=bf16"
     elif not _interpreted():
-        return f"it needs a CUDA device, and this process computes on the {device.type}"
+        return f"it needs a CUDA device, but this process computes on the {device.type}"
     elif dtype != torch.float32:  # the interpreter multiplies the bit patterns of bf16 (triton issue 11584)
-        return "in Triton's interpreter it is right in fp32 alone"
+        return "in Triton's interpreter it is correct in fp32 only"
     package, remedy = _PACKAGES[name]
-    if importlib.util.find_spec("triton") is None:  # DeepSpeed's module can be imported without
+    if importlib.util.find_spec("triton") is None:  # DeepSpeed's module can be imported without Triton
         return f"it needs triton, which is not installed: {remedy}"
     try:
         module = importlib.import_module(package)
@@ -70,17 +70,17 @@ def problem(name: BackendName, device: torch.device, dtype: torch.dtype) -> str 
         return f"it needs {package}, which cannot be imported ({error}): {remedy}"
     if not getattr(module, "_TRITON_AVAILABLE", True):
         return (
-            "DeepSpeed has its kernels only where Triton finds a GPU, and when it was imported there was none: check "
-            "CUDA_VISIBLE_DEVICES and the driver"
+            "DeepSpeed enables its kernels only if Triton finds a GPU, and it found none when DeepSpeed was imported: "
+            "check CUDA_VISIBLE_DEVICES and the driver"
         )
     return None
 
 
 def loop(rows_NH: Tensor, gate_up_proj: Tensor, down_proj: Tensor, counts_E: Tensor) -> Tensor:
-    """Expert by expert: the definition of every backend."""
+    """One expert at a time: the definition that every backend must match."""
     counts = counts_E.tolist()
     assert sum(counts) == len(rows_NH), f"{sum(counts)} rows counted, {len(rows_NH)} given"
-    # unbind, so that the gradients of all experts are stacked once; without any row the first expert sees none.
+    # unbind, so that the gradients of all experts are stacked once. Without any rows, every expert gets an empty batch.
     parts = [
         F.linear(swiglu(F.linear(rows, gate_up)), down)
         for rows, gate_up, down in zip(rows_NH.split(counts), gate_up_proj.unbind(), down_proj.unbind(), strict=True)
@@ -108,8 +108,8 @@ def _deepspeed() -> ExpertBackend:
 
 
 def _liger() -> ExpertBackend:
-    # It could also gather a token's rows and sum them up, but adds the gradients of the routing weights by atomics in
-    # the rows' dtype, in no fixed order. Here every row is a token of its own, whose weight of 1 has no gradient.
+    # Liger could also gather and sum a token's rows, but it adds the gradients of the routing weights by atomics, in
+    # the rows' dtype and in no fixed order. So every row is passed as one token with weight 1, which has no gradient.
     _triton_module("liger_kernel.ops.fused_moe_kernels")
     function = importlib.import_module("liger_kernel.ops.fused_moe").LigerFusedMoEFunction
 
@@ -122,7 +122,8 @@ def _liger() -> ExpertBackend:
 
 
 def _triton_module(name: str) -> Any:
-    """A module of kernels. Their tilings are chosen by time on a GPU; the interpreter takes the first of each."""
+    """A module of kernels. On a GPU, Triton tunes their tilings; in the interpreter, each kernel keeps its first
+    one."""
     module = importlib.import_module(name)
     if _interpreted():
         from triton.runtime.autotuner import Autotuner

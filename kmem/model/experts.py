@@ -14,22 +14,25 @@ from .swiglu import swiglu
 
 ExpertBackend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(rows [N, H] sorted by expert, gate_up_proj [E, 2I, H] with the gate first, down_proj [E, H, I], counts int64 [E]
-summing to N) -> down(silu(gate) * up) of every row, [N, H], differentiable in all but the counts."""
+with sum N) -> down(silu(gate) * up) of every row, [N, H], differentiable in all arguments but the counts."""
 
 
 def grouped_mm(rows_NH: Tensor, gate_up_proj: Tensor, down_proj: Tensor, counts_E: Tensor) -> Tensor:
-    """The expert backend of exported models, and the default of training: `F.grouped_mm` for both products, and on a
-    CPU with AVX-512 oneDNN, group by group."""
+    """The expert backend of exported models, and the default in training. Both products use `F.grouped_mm`, or on a CPU
+    with AVX-512 oneDNN, one group at a time."""
     if rounds_groups(rows_NH, gate_up_proj):
         return GroupedSwiGLU.apply(rows_NH, gate_up_proj, down_proj, counts_E.cumsum(0))
     return grouped_linear(swiglu(grouped_linear(rows_NH, gate_up_proj, counts_E)), down_proj, counts_E)
 
 
 class Experts(nn.Module):
-    """SwiGLU experts, or a contiguous slice of them: `local_experts` are the global numbers of those held here.
+    """SwiGLU experts, or a contiguous slice of them; `local_experts` are the global numbers of the experts held here.
 
-    Rows arrive sorted by expert, none is dropped or padded. `backend` computes them and may be replaced; see
+    Rows arrive sorted by expert; none is dropped or padded. `backend` computes the experts and may be replaced; see
     expert_backends.py.
+
+    Raises:
+        ValueError: `hidden_size` or `moe.intermediate_size` is not a multiple of 8.
     """
 
     def __init__(self, shape: Shape, local_experts: range | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Tables in a Hugging Face folder: each is cut into tensors of consecutive rows, found in its weight files."""
+"""Tables in a Hugging Face folder. Each is cut into tensors of consecutive rows, which lie in the weight files."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,30 +17,32 @@ class ExportedTable:
 
     name: str
     width: int
-    """Values of a row."""
+    """Number of values per row."""
     parts: Mapping[str, int]
-    """Name -> rows of each tensor, in the order of the rows."""
+    """Name of each tensor -> its number of rows, in the order of the rows."""
 
     @classmethod
     def cut(cls, name: str, width: int, rows: Sequence[int], part_name: Callable[[int], str]) -> "ExportedTable":
-        """A table whose tensors have so many rows, and are named by their numbers."""
+        """A table of tensors with these numbers of rows; `part_name` gives the name of tensor 0, 1, .."""
         return cls(name, width, {part_name(part): count for part, count in enumerate(rows)})
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Name -> shape of each tensor."""
+        """Name of each tensor -> its shape."""
         return {name: (rows, self.width) for name, rows in self.parts.items()}
 
 
 def read_parts(recorded: Sequence[int] | None, rows: int, field: str, table: str) -> list[int]:
-    """Rows of each tensor of a table, as config.json has them; one tensor where it says nothing.
+    """The number of rows of each tensor of a table, as config.json records them; one tensor if it records nothing.
 
     Args:
-        field: of config.json.
-        table: which of the field's tables, for the message.
+        recorded: numbers of rows from config.json.
+        rows: rows of the model's table.
+        field: field of config.json, for the message.
+        table: which of the field's tables it is, for the message.
 
     Raises:
-        ValueError: they are not those of the model's table.
+        ValueError: the recorded numbers do not add up to `rows`.
     """
     parts = [rows] if recorded is None else list(recorded)
     if sum(parts) != rows or min(parts) < 1:
@@ -51,10 +53,10 @@ def read_parts(recorded: Sequence[int] | None, rows: int, field: str, table: str
 
 
 def map_tables(tables: Mapping[int, ExportedTable], find: Callable[[str], str | None]) -> dict[int, MappedRows]:
-    """Every table's rows in the folder's weight files.
+    """Map the rows of every table in the folder's weight files.
 
     Args:
-        find: path of a file of the folder, None where there is none.
+        find: gives the path of a file of the folder, None if it does not exist.
 
     Raises:
         ValueError: names the file or tensor that is missing or damaged.
@@ -72,7 +74,7 @@ def weight_files(tensors: Iterable[str], find: Callable[[str], str | None]) -> d
     """Tensor -> path of the folder's weight file that holds it.
 
     Args:
-        find: path of a file of the folder, None where there is none.
+        find: gives the path of a file of the folder, None if it does not exist.
 
     Raises:
         ValueError: names the file that is missing or damaged.
@@ -80,7 +82,7 @@ def weight_files(tensors: Iterable[str], find: Callable[[str], str | None]) -> d
     names = list(tensors)
     index, single = find(INDEX_FILE), find(WEIGHTS_FILE)
     if index is None and single is None:
-        raise ValueError(f"neither {INDEX_FILE} nor {WEIGHTS_FILE} is there: rows are mapped from safetensors files")
+        raise ValueError(f"neither {INDEX_FILE} nor {WEIGHTS_FILE} exists: rows are mapped from safetensors files")
     if index is None:
         assert single is not None
         return dict.fromkeys(names, single)
@@ -89,8 +91,8 @@ def weight_files(tensors: Iterable[str], find: Callable[[str], str | None]) -> d
         files = {name: weight_map[name] for name in names}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index}: names no file for {error}; export the model again") from error
-    found = {file: find(file) for file in set(files.values())}
-    absent = sorted(file for file, path in found.items() if path is None)
-    if absent:
-        raise ValueError(f"{index}: names {absent[0]}, which is not there; fetch the folder again")
-    return {name: found[file] or "" for name, file in files.items()}
+    paths = {file: find(file) for file in set(files.values())}
+    missing = sorted(file for file, path in paths.items() if path is None)
+    if missing:
+        raise ValueError(f"{index}: names {missing[0]}, which does not exist; fetch the folder again")
+    return {name: paths[file] or "" for name, file in files.items()}

@@ -1,7 +1,8 @@
-"""SwiGLU experts group by group on the CPU, where oneDNN multiplies (matmul.py).
+"""SwiGLU experts on the CPU, one group at a time, with oneDNN products (matmul.py).
 
-Product by product, what lies between them is memory of the whole batch's size, whose first touch costs more than the
-arithmetic on it. Of one group it stays in the processor's caches. The values are the same to the last bit.
+Computing one product after the other for the whole batch needs intermediate tensors of the batch's size, and the first
+touch of their memory costs more than the arithmetic on them. The intermediate values of one group stay in the
+processor's caches. The results are the same to the last bit.
 """
 
 import torch
@@ -17,8 +18,8 @@ from .matmul import rounded_groups, times_transposed
 class GroupedSwiGLU(torch.autograd.Function):
     """(rows [N, H] sorted by expert, gate_up_proj [E, 2I, H], down_proj [E, H, I], ends [E]) -> [N, H].
 
-    For the neighbouring rows in a group's window, gate and up are set to zero. So is then all that follows from them,
-    and what they add to the gradients of the weights.
+    Gate and up of the neighbouring rows in a group's window are set to zero. Everything computed from them is then
+    zero, and they add nothing to the gradients of the weights.
     """
 
     @staticmethod
@@ -41,7 +42,7 @@ class GroupedSwiGLU(torch.autograd.Function):
     def backward(ctx, grad_NH: Tensor) -> tuple[Tensor | None, ...]:
         rows_NH, gate_up_proj, down_proj, ends_E, *kept = ctx.saved_tensors
         grad_rows = torch.empty_like(rows_NH)
-        # A frozen anchor wants neither: two of the five products.
+        # A frozen anchor needs neither gradient, which saves two of the five products.
         wanted = any(ctx.needs_input_grad[1:3])
         grad_gate_up, grad_down = (torch.empty_like(w) if wanted else None for w in (gate_up_proj, down_proj))
         idle = set(range(len(ends_E)))

@@ -1,9 +1,9 @@
 """Manifold-constrained hyper-connections, mHC (arXiv 2512.24880), on hyper-connections (arXiv 2409.19606).
 
-The residual stream is M branches. A sublayer reads a mixture of them; its output is added to every branch with a weight
-of its own, while the branches are mixed by a doubly stochastic matrix, which lets no signal grow over depth. All three
-mappings depend on the token. With one branch this is the plain residual: the stream has no branch dimension and the
-connection no parameters.
+The residual stream has M branches. A sublayer reads a mixture of them. Its output is added to every branch, with a
+weight per branch, and the branches are mixed by a doubly stochastic matrix, which keeps signals from growing with
+depth. All three mappings depend on the token. With one branch, this is the plain residual: the stream has no branch
+dimension and the connection no parameters.
 """
 
 import math
@@ -21,25 +21,28 @@ class Mixing(NamedTuple):
     """How a sublayer's output enters the branches, for each token; in at least fp32."""
 
     post: Tensor
-    """[B, T, M], 0..2: weight of the output in each branch."""
+    """[B, T, M], 0..2: weight of the sublayer's output in each branch."""
     residual: Tensor
-    """[B, T, M, M]: row i makes branch i of the old ones; doubly stochastic."""
+    """[B, T, M, M], doubly stochastic: row i mixes the old branches into branch i."""
 
 
 class HyperConnection(nn.Module):
     """The connection around one sublayer.
 
     Args:
-        norm_eps: of the RMS that scales the mappings' input, the M branches as one vector.
-        sinkhorn_iterations: passes over columns and rows, 20 in the paper. Rows sum to 1; columns to about 1%
-            where the mixing is uneven and near the identity, for passes converge slowest there.
-        dynamic_scale: initial factor of the part of the mappings that depends on the token; small, so that they
-            begin nearly static.
-        residual_logit: initial lead of a branch over the others in its own mixture. The paper gives none; 4 leaves 5%
-            to three other branches, where the logits still have a slope.
+        norm_eps: eps of the RMS that scales the mappings' input, in which the M branches are one vector.
+        sinkhorn_iterations: passes over columns and rows, 20 in the paper. Rows sum to 1. Columns sum to 1 within about
+            1% where the mixing is uneven and near the identity, since the passes converge slowest there.
+        dynamic_scale: initial factor on the token-dependent part of the mappings; small, so that they start nearly
+            static.
+        residual_logit: initial logit of a branch in its own mixture; the others' are 0. The paper gives no value; 4
+            leaves 5% to three other branches, where the logits still have a slope.
 
-    While the branches are equal, as `expand_branches` makes them, the initial static mappings (1/M, 1 and nearly the
-    identity) act as the plain residual does.
+    As long as the branches are equal, as `expand_branches` makes them, the initial static mappings (1/M, 1 and nearly
+    the identity) act like the plain residual.
+
+    Raises:
+        ValueError: `branches` is below 1.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class HyperConnection(nn.Module):
         self.norm_eps = norm_eps
         self.sinkhorn_iterations = sinkhorn_iterations
         self.initial_values: dict[str, list[float]] = {}
-        """Parameters that do not start from random values."""
+        """Name -> initial value of the parameters that do not start from random values."""
         if branches == 1:
             return
         pre = [-math.log(branches - 1)] * branches  # a sigmoid of 1 / M
@@ -72,18 +75,18 @@ class HyperConnection(nn.Module):
         self.scale = nn.Parameter(torch.tensor(self.initial_values["scale"]))
 
     def forward(self, streams: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        """`sublayer` [B, T, D] -> [B, T, D] around the streams [B, T, M, D], or [B, T, D] with one branch."""
+        """Apply `sublayer`, [B, T, D] -> [B, T, D], to the streams [B, T, M, D], or [B, T, D] with one branch."""
         if self.branches == 1:
             return streams + sublayer(streams)
         taken, mixing = self.read(streams)
         return self.write(streams, sublayer(taken), mixing)
 
     def read(self, streams: Tensor) -> tuple[Tensor, Mixing]:
-        """The sublayer's input [B, T, D] of streams [B, T, M, D], and what `write` needs (eqs. 7 and 8)."""
+        """The sublayer's input [B, T, D], read from streams [B, T, M, D], and the mixing for `write` (eqs. 7 and 8)."""
         branches = self.branches
         wide = torch.promote_types(streams.dtype, torch.float32)
         flat = streams.flatten(2).to(wide)
-        # The division by the norm follows the product, as in the paper's kernels: fewer numbers to divide.
+        # Divide by the norm after the product, as the paper's kernels do: there are fewer values to divide.
         scale = flat.square().mean(-1, keepdim=True).add(self.norm_eps).rsqrt()
         dynamic = nn.functional.linear(flat, self.weight.to(wide)) * scale
         parts = [branches, branches, branches * branches]
@@ -101,27 +104,28 @@ class HyperConnection(nn.Module):
         return taken.to(streams.dtype), mixing
 
     def write(self, streams: Tensor, output: Tensor, mixing: Mixing) -> Tensor:
-        """The next streams [B, T, M, D]: the old ones mixed, plus the sublayer's output [B, T, D] (eq. 3)."""
+        """The next streams [B, T, M, D]: the mixed old streams plus the sublayer's output [B, T, D] (eq. 3)."""
         mixed = mixing.residual @ streams.to(mixing.residual.dtype)
         return torch.addcmul(mixed, mixing.post[..., None], output.to(mixed.dtype)[..., None, :]).to(streams.dtype)
 
 
 def expand_branches(hidden: Tensor, branches: int) -> Tensor:
-    """The first layer's streams: hidden [B, T, D] in every branch, [B, T, M, D]; itself with one branch."""
+    """The first layer's streams [B, T, M, D]: hidden [B, T, D] copied to every branch. With one branch, hidden
+    itself."""
     return hidden if branches == 1 else hidden[:, :, None].expand(-1, -1, branches, -1).contiguous()
 
 
 def collapse_branches(streams: Tensor, branches: int) -> Tensor:
-    """What the final norm reads, [B, T, D]: the mean of the branches. The hyper-connections paper takes the sum, which
-    is the same to a norm."""
+    """The mean of the branches, [B, T, D], which the final norm reads. The hyper-connections paper takes the sum; the
+    norm makes no difference between the two."""
     return streams if branches == 1 else streams.mean(-2)
 
 
 def doubly_stochastic(logits: Tensor, iterations: int) -> Tensor:
-    """Sinkhorn-Knopp on exp(logits) [.., M, M]: columns, then rows are scaled to sum to 1, `iterations` times (eq. 9).
+    """Sinkhorn-Knopp on exp(logits) [.., M, M]: scale columns, then rows, to sum to 1, `iterations` times (eq. 9).
 
-    In at least fp32 and in logarithms, so that no range of logits over- or underflows. The backward repeats the passes
-    and saves nothing but the logits.
+    Computed in at least fp32 and in logarithms, so that no logits over- or underflow. The backward pass saves only the
+    logits and repeats the passes.
     """
     return _Sinkhorn.apply(logits, iterations)
 

@@ -1,4 +1,4 @@
-"""Initial values that depend on the seed and the canonical name alone, never on how a model is sharded."""
+"""Initial values. They depend on the seed and the canonical name alone, never on how a model is sharded."""
 
 import hashlib
 import math
@@ -13,17 +13,17 @@ from .shape import Shape
 RESIDUAL_WRITERS = ("o_proj", "down_proj")
 """Matrices that write into the residual stream."""
 TRUNCATION = 3.0
-"""Standard deviations at which the normal is cut."""
+"""The normal is truncated at this many standard deviations."""
 
 
 def initialise_(module: nn.Module, shape: Shape, seed: int, prefix: str = "") -> None:
-    """Fill every parameter and persistent buffer of `module`, whose canonical names are `prefix` + the local name.
+    """Fill every parameter and persistent buffer of `module`; a canonical name is `prefix` + the local name.
 
-    Norm weights are one, biases zero; what a module names in `initial_values` (numbers that broadcast to the tensor)
-    starts from that. Other matrices are drawn from a truncated normal of deviation `init_std`, divided by
-    sqrt(2 * num_layers) for those that write into the residual stream if `depth_scaled_init` (GPT-2's rule). Every
-    matrix, and every expert of a stack, has a generator of its own, on the CPU and in fp32: each rank draws just what
-    it holds.
+    Norm weights are one, biases zero. A module can set other tensors in `initial_values` (numbers that broadcast to the
+    tensor). All other matrices are drawn from a truncated normal with standard deviation `init_std`. With
+    `depth_scaled_init`, the matrices that write into the residual stream use `init_std` / sqrt(2 * num_layers) (GPT-2's
+    rule). Every matrix, and every expert of a stack, has its own generator, on the CPU and in fp32, so each rank draws
+    only what it holds.
     """
     with torch.no_grad():
         for path, owner in module.named_modules():
@@ -51,12 +51,12 @@ def _initialise_tensor(tensor: Tensor, name: str, owner: nn.Module, shape: Shape
 
 
 def truncated_normal(size: torch.Size, std: float, seed: int, name: str) -> Tensor:
-    """fp32 values of the tensor of this name, of deviation `std` before the tails are cut."""
+    """Initial values fp32 for the tensor of this name: a normal with standard deviation `std`, then truncated."""
     bound = TRUNCATION * std
     return nn.init.trunc_normal_(torch.empty(size), std=std, a=-bound, b=bound, generator=generator_of(seed, name))
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:
-    """The generator, on the CPU, of the tensor of this name."""
+    """The generator, on the CPU, for the tensor of this name."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,4 +1,4 @@
-"""The Triton kernels, where `kmem_kernels` is installed: an exported model brings this folder alone."""
+"""The Triton kernels, if `kmem_kernels` is installed. Exported models work without it: they ship only this folder."""
 
 from torch import Tensor
 
@@ -12,5 +12,5 @@ except ImportError:
 
 
 def kernels_serve(tensor: Tensor) -> bool:
-    """Whether kernels compute with this tensor; torch computes the same."""
+    """Whether the kernels compute with this tensor; otherwise torch computes the same."""
     return kmem_kernels is not None and tensor.is_cuda

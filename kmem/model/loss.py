@@ -6,6 +6,8 @@ from torch.autograd.function import once_differentiable
 
 from .matmul import times_transposed
 
+# Shape letters: N tokens, H hidden size, V vocabulary.
+
 IGNORED = -100
 """Label of a position without a target."""
 
@@ -13,9 +15,9 @@ IGNORED = -100
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Sum over labels != -100 of the cross entropy of the logits hidden @ weight.T.
 
-    hidden [..., H], weight [V, H], labels [...] int64; the result is a scalar in fp32 (fp64 for fp64 inputs). Tokens go
-    through in chunks, and a wanted gradient is computed together with the loss, so that no more than one chunk of
-    logits exists at a time (the idea of Liger-Kernel's fused linear cross entropy, arXiv 2410.10989, section 3.2).
+    hidden [..., H], weight [V, H], labels [...] int64; the result is a scalar in fp32 (fp64 for fp64 inputs). Tokens
+    are processed in chunks, and the needed gradients are computed together with the loss, so only one chunk of logits
+    exists at a time (the idea of Liger-Kernel's fused linear cross entropy, arXiv 2410.10989, section 3.2).
     """
     wanted = torch.is_grad_enabled()
     return _LinearCrossEntropy.apply(
@@ -24,8 +26,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
 
 
 def _chunk_rows(weight: Tensor) -> int:
-    """Tokens of a chunk: on a CPU 16 MiB of logits, which stay in its caches, but enough tokens to outweigh the pass
-    over the weight's gradient; more where the device needs larger products (not tuned on a GPU)."""
+    """Number of tokens per chunk. On a CPU: 16 MiB of logits, which stay in its caches, but enough tokens to outweigh
+    the pass over the weight's gradient. On other devices more, since they need larger products (not tuned on a
+    GPU)."""
     elements, least = (2**22, 256) if weight.device.type == "cpu" else (2**27, 1024)
     return max(elements // weight.shape[0], least)
 
@@ -37,7 +40,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(rows_NH) if wants_hidden else None
-        # Transposed, because both libraries of matmul.py produce it fastest so.
+        # Transposed, because both libraries of matmul.py produce it fastest this way.
         grad_weight_HV = weight.new_zeros(weight.shape[::-1], dtype=wide) if wants_weight else None
         step = _chunk_rows(weight)
         for chunk in (slice(start, start + step) for start in range(0, len(rows_NH), step)):
@@ -51,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += losses.where(counted, 0).sum()
             if wants_hidden or wants_weight:
                 grads = probabilities.scatter_add_(1, targets, -torch.ones_like(losses)).to(hidden.dtype)
-            # Positions without a target are struck out of the narrow [N, H] operands, not of the wide gradient.
+            # Positions without a target are zeroed in the narrow [N, H] operands, not in the wide gradient [N, V].
             if grad_hidden is not None:
                 grad_hidden[chunk] = times_transposed(grads, weight.T).where(counted, 0)
             if grad_weight_HV is not None:

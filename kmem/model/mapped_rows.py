@@ -1,4 +1,4 @@
-"""Rows of a table that stays in safetensors files: mapped, read-only, fetched as they are asked for."""
+"""Rows of a table that stays in safetensors files: mapped, read-only, and read on demand."""
 
 import json
 import mmap
@@ -13,17 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# safetensors' name -> (what numpy reads, what torch calls it)
+# Shape letters: R rows of a table (R_i of part i), D values of a row, n requested rows.
+
+# safetensors' name -> (numpy dtype, torch dtype)
 DTYPES: Mapping[str, tuple[str, torch.dtype]] = {
     "F32": ("<f4", torch.float32),
-    "BF16": ("<i2", torch.bfloat16),  # numpy has no bfloat16: the bits travel as integers
+    "BF16": ("<i2", torch.bfloat16),  # numpy has no bfloat16: integers carry the bits
     "F16": ("<f2", torch.float16),
 }
 LONGEST_HEADER = 100 << 20  # the limit of the safetensors library
 LONG_ROW = 64 << 10
-"""Bytes from which on a row is read from its file in one piece. Through the mapping every page of it is a read of its
-own, which asking for the pages beforehand mends but halfway: two rows of 18 MiB that no one had read took 0.3 to 0.5 s
-to fault, 0.1 to 0.6 s with MADV_WILLNEED, and 0.02 to 0.08 s to read."""
+"""Rows of at least this many bytes are read from the file in one piece. Through the mapping, every page is a separate
+read, and requesting the pages beforehand helps only in part: two cold rows of 18 MiB took 0.3 to 0.5 s to fault, 0.1 to
+0.6 s with MADV_WILLNEED, and 0.02 to 0.08 s to read."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +33,20 @@ class StoredEntry:
     """A tensor of a safetensors file."""
 
     dtype: str
-    """As safetensors name it, such as F32."""
+    """Dtype as safetensors names it, such as F32."""
     shape: tuple[int, ...]
     start: int
-    """Its first byte in the file."""
+    """First byte of the tensor in the file."""
     stop: int
-    """The byte after its last."""
+    """First byte after the tensor."""
 
 
 class SafetensorsFile:
-    """The header of a safetensors file, and the file mapped read-only. Pickling keeps its path: unpickling maps it
-    again, and refuses another file.
+    """The header of a safetensors file, and the file mapped read-only. Pickling stores the path; unpickling maps the
+    file again and refuses a changed one.
 
     Raises:
-        ValueError: missing, no safetensors file, or shorter than its header says; names the file.
+        ValueError: the file is missing, not a safetensors file, or shorter than its header states; names the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -65,25 +67,29 @@ class SafetensorsFile:
                 weakref.finalize(self, os.close, self._descriptor)
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be mapped: {error.strerror or error}") from error
-        if hasattr(mmap, "MADV_RANDOM"):  # rows lie anywhere: reading ahead would fetch what nobody asked for
+        if hasattr(mmap, "MADV_RANDOM"):  # access is random: read-ahead would read pages that nobody needs
             self.mapped.madvise(mmap.MADV_RANDOM)
 
     def entry(self, name: str) -> StoredEntry:
-        """Raises ValueError where the file has no such tensor."""
+        """The tensor of this name.
+
+        Raises:
+            ValueError: the file has no such tensor; names both.
+        """
         if name not in self.entries:
             raise ValueError(f"{self.path}: has no tensor {name}")
         return self.entries[name]
 
     def drop_pages(self) -> None:
-        """Let go of what the system keeps of the file in memory, so that it is read from the disk again: for
-        measurements, where the system has both calls."""
+        """Drop the file's pages from the system's cache, so that they are read from the disk again. For measurements;
+        works if the system supports both calls."""
         if hasattr(mmap, "MADV_DONTNEED"):
-            self.mapped.madvise(mmap.MADV_DONTNEED)  # pages that are mapped are not dropped
+            self.mapped.madvise(mmap.MADV_DONTNEED)  # the cache keeps pages that are still mapped
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def read_into(self, out: np.ndarray[Any, Any], start: int) -> None:
-        """Fill a contiguous array with the bytes from `start` on, not through the mapping.
+        """Fill a contiguous array with the bytes from `start` on, read without the mapping.
 
         Raises:
             ValueError: the file has become shorter; names it.
@@ -100,14 +106,14 @@ class SafetensorsFile:
 
     @classmethod
     def again(cls, path: str, identity: tuple[int, int]) -> "SafetensorsFile":
-        """The file that a copy of a model, or another process, had mapped.
+        """Map a file again that a copy of the model, or another process, had mapped.
 
         Args:
-            identity: its size in bytes and the time of its last change in ns. Contents are not compared: reading them
-                would take as long as reading the tables, which are mapped in order not to be read.
+            identity: the file's size in bytes and time of last change in ns. Contents are not compared: that would mean
+                reading all tables, which the mapping avoids.
 
         Raises:
-            ValueError: it is gone, or has changed; names it.
+            ValueError: the file is missing, or has changed; names it.
         """
         file = cls(path)
         if file._identity != identity:
@@ -117,23 +123,23 @@ class SafetensorsFile:
 
 @dataclass(frozen=True)
 class _Part:
-    """Consecutive rows."""
+    """Consecutive rows of a table."""
 
     rows: np.ndarray[Any, Any]
     """[R_i, D], mapped or a copy."""
     file: SafetensorsFile | None
-    """None: a copy."""
+    """The file of mapped rows; None: `rows` is a copy."""
     start: int = 0
-    """Their first byte in the file."""
+    """First byte of the rows in the file."""
 
     @property
     def long(self) -> bool:
-        """Whether rows are read from the file, not through the mapping."""
+        """Whether rows are so long that they are read from the file, not through the mapping."""
         size = self.rows.shape[1] * self.rows.itemsize
         return self.file is not None and size >= LONG_ROW and hasattr(os, "preadv")
 
     def read(self, ids: np.ndarray[Any, Any], out: np.ndarray[Any, Any], places: np.ndarray[Any, Any]) -> None:
-        """Put rows, by their numbers here [n], at these places [n] of `out` [.., D]."""
+        """Write the rows `ids` [n], numbered within this part, to the rows `places` [n] of `out` [.., D]."""
         if self.file is None or not self.long:
             out[places] = self.rows[ids]
             return
@@ -148,25 +154,25 @@ class Segment:
 
     file: SafetensorsFile
     entry: str
-    """The tensor that holds them and nothing else, of any shape."""
+    """Name of the tensor that holds these values and nothing else; its shape does not matter."""
 
 
 class MappedRows:
-    """A table whose values lie, one segment after another, in mapped files.
+    """A table whose values lie in consecutive segments of mapped files.
 
-    Calling it with row ids int64 [..] returns [.., D] on their device, in the dtype of the files. The kernel keeps
-    pages that were read while it has memory to spare; the process itself allocates only what it returns. Rows may have
-    tens of megabytes; an id that comes twice is read twice. Threads may call it at once. Copies share the files, and
-    unpickling maps them again by their paths.
+    Calling it with row ids int64 [..] returns [.., D] on the device of the ids, in the dtype of the files. The system
+    caches pages that were read as long as it has free memory; the process itself allocates only the result. Rows may
+    have tens of megabytes. An id that occurs twice is read twice. Several threads may call it at once. Copies share the
+    files, and unpickling maps them again by path.
 
     Args:
-        name: of the table, for errors.
-        dim: values of a row.
-        segments: in the order of the table. A row may lie across two of them.
+        name: name of the table, for errors.
+        dim: values per row, D.
+        segments: segments in the order of the table. A row may cross from one segment to the next.
 
     Raises:
-        ValueError: a segment's tensor is missing, has another dtype than the others or one that holds no rows, or the
-            segments hold no whole number of rows.
+        ValueError: a segment's tensor is missing, its dtype differs from the others' or is not one of DTYPES, or the
+            segments do not hold a whole number of rows.
     """
 
     def __init__(self, name: str, dim: int, segments: Iterable[Segment]) -> None:
@@ -179,9 +185,11 @@ class MappedRows:
             entry = segment.file.entry(segment.entry)
             if entry.dtype not in DTYPES:
                 known = ", ".join(DTYPES)
-                raise ValueError(f"{segment.file.path}: {segment.entry} is {entry.dtype}; rows are one of {known}")
+                raise ValueError(f"{segment.file.path}: {segment.entry} is {entry.dtype}; rows must be one of {known}")
             if stored not in (None, entry.dtype):
-                raise ValueError(f"{segment.file.path}: {segment.entry} is {entry.dtype}, but {name} began as {stored}")
+                raise ValueError(
+                    f"{segment.file.path}: {segment.entry} is {entry.dtype}, but {name} starts with {stored}"
+                )
             stored = entry.dtype
             first = entry.start
             if spans and spans[-1][0] is segment.file and spans[-1][2] == first:
@@ -197,12 +205,16 @@ class MappedRows:
 
     @property
     def files(self) -> list[SafetensorsFile]:
-        """Those that its rows lie in."""
+        """The files that hold its rows."""
         return list({part.file.path: part.file for part in self._parts if part.file is not None}.values())
 
     @classmethod
     def open(cls, name: str, dim: int, parts: Iterable[tuple[str | os.PathLike[str], str, int]]) -> "MappedRows":
-        """A table of row ranges: (file, tensor [R_i, D] in it, R_i)."""
+        """A table of row ranges, each given as (file, name of a tensor [R_i, D] in it, R_i).
+
+        Raises:
+            ValueError: as `MappedRows`, or a tensor has another shape; names the file and the tensor.
+        """
         files: dict[str, SafetensorsFile] = {}
         segments = []
         for path, entry, rows in parts:
@@ -221,16 +233,16 @@ class MappedRows:
     def __call__(self, rows: Tensor) -> Tensor:
         ids = rows.detach().cpu().numpy().reshape(-1)
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.rows:
-            raise IndexError(f"{self.name} has {self.rows} rows; asked for {ids.min()} to {ids.max()}")
+            raise IndexError(f"{self.name} has {self.rows} rows; rows {ids.min()} to {ids.max()} were requested")
         part = self._parts[0]
         if len(self._parts) == 1 and not part.long:
             out = part.rows[ids]
         else:
             out = np.empty((len(ids), self.dim), part.rows.dtype)
-            places = np.searchsorted(self._starts, ids, side="right") - 1
-            for place in np.unique(places).tolist():
-                here = np.nonzero(places == place)[0]
-                self._parts[place].read(ids[here] - self._starts[place], out, here)
+            part_numbers = np.searchsorted(self._starts, ids, side="right") - 1
+            for number in np.unique(part_numbers).tolist():
+                places = np.nonzero(part_numbers == number)[0]
+                self._parts[number].read(ids[places] - self._starts[number], out, places)
         values = torch.from_numpy(out)
         values = values.view(self.dtype) if values.dtype != self.dtype else values
         return values.view(*rows.shape, self.dim).to(rows.device)
@@ -246,28 +258,29 @@ class MappedRows:
 
 
 def _entries(header: bytes, data: int, path: Path) -> tuple[dict[str, StoredEntry], int]:
-    """The tensors of a header, and the end of the last one; `data` is the first byte after the header."""
+    """The tensors of a header, and the end of the last tensor; `data` is the first byte after the header."""
     try:
         tree = json.loads(header)
-        found, end = {}, data
+        entries, end = {}, data
         for name, entry in tree.items():
             if name == "__metadata__":
                 continue
             start, stop = entry["data_offsets"]
-            found[name] = StoredEntry(entry["dtype"], tuple(entry["shape"]), data + start, data + stop)
+            entries[name] = StoredEntry(entry["dtype"], tuple(entry["shape"]), data + start, data + stop)
             end = max(end, data + stop)
             size = np.dtype(DTYPES[entry["dtype"]][0]).itemsize if entry["dtype"] in DTYPES else None
             if size is not None and int(np.prod(entry["shape"], dtype=np.int64)) * size != stop - start:
-                raise ValueError(f"{name} has another length than its shape")
+                raise ValueError(f"{name} has a length that does not match its shape")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: its safetensors header cannot be read: {error}") from error
-    return found, end
+    return entries, end
 
 
 def _whole_rows(
     name: str, dim: int, spans: Iterable[tuple[SafetensorsFile, int, int]], kind: np.dtype[Any]
 ) -> Iterable[_Part]:
-    """The values of the spans (file, first byte, end) as whole rows; one that lies across several is copied."""
+    """Cut the values of the spans (file, first byte, end) into parts of whole rows; a row that crosses spans is
+    copied."""
     begun = np.empty(0, kind)
     for file, start, stop in spans:
         values = np.frombuffer(file.mapped, kind, (stop - start) // kind.itemsize, start)
@@ -287,4 +300,4 @@ def _whole_rows(
             yield _Part(values[:whole].reshape(-1, dim), file, start)
         begun = values[whole:]
     if len(begun):
-        raise ValueError(f"{name}: its files end in the middle of a row of {dim} values")
+        raise ValueError(f"{name}: its files end in the middle of a row; a row has {dim} values")

@@ -3,22 +3,24 @@
 import torch
 from torch import Tensor
 
+# Shape letters: B sequences, T tokens (queries), S tokens with keys, the cached ones included.
+
 
 def document_mask(document_ids: Tensor) -> Tensor | None:
-    """Causal attention inside documents; `document_ids` [B, T] number the documents of a row.
+    """Causal attention within documents; `document_ids` [B, T] number the documents of each sequence.
 
-    None when every row is one document, for which plain causal attention is the same and faster.
+    None if every sequence is one document: plain causal attention is then equal, and faster.
     """
     return packed_mask(document_ids) if several_documents(document_ids) else None
 
 
 def several_documents(document_ids: Tensor) -> bool:
-    """Whether any row of `document_ids` [B, T] holds more than one document."""
+    """Whether any sequence of `document_ids` [B, T] holds more than one document."""
     return bool((document_ids != document_ids[:, :1]).any())
 
 
 def packed_mask(document_ids: Tensor) -> Tensor:
-    """Causal attention inside documents; always a mask."""
+    """Causal attention within documents of `document_ids` [B, T]; always returns a mask."""
     same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
     return same.tril()
 
@@ -26,7 +28,7 @@ def packed_mask(document_ids: Tensor) -> Tensor:
 def padding_mask(attention_mask: Tensor, queries: int) -> Tensor | None:
     """Causal attention of the last `queries` tokens to the keys that `attention_mask` [B, S] marks with 1.
 
-    A padded query attends to itself alone, so that no row of the softmax is empty. None when nothing is padded.
+    A padded query attends only to itself, so that no row of the softmax is empty. None if nothing is padded.
     """
     if bool(attention_mask.all()):
         return None
@@ -37,5 +39,5 @@ def padding_mask(attention_mask: Tensor, queries: int) -> Tensor | None:
 
 
 def padded_positions(attention_mask: Tensor) -> Tensor:
-    """Position ids [B, S] that count the tokens marked with 1; padding before the first of them stays at 0."""
+    """Position ids [B, S] that count the tokens marked with 1; padding before the first such token gets 0."""
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)

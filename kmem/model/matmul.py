@@ -1,7 +1,7 @@
-"""Matrix products, on the CPU through the faster of the two libraries that PyTorch brings.
+"""Matrix products. On the CPU they use the faster of the two libraries that PyTorch ships.
 
-torch.mm in fp32 calls MKL, which keeps to AVX2 on AMD processors; oneDNN, in the same PyTorch, uses AVX-512 there:
-190 against 400 GFLOP/s on two cores of a Zen 5 EPYC. Everywhere else these functions are torch's own.
+torch.mm in fp32 calls MKL, which uses only AVX2 on AMD processors. oneDNN, in the same PyTorch, uses AVX-512 there: 400
+against 190 GFLOP/s on two cores of a Zen 5 EPYC. Everywhere else, these functions call torch's own.
 """
 
 from collections.abc import Iterator
@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+# Shape letters: N rows, K input width, M output width, E groups.
+
 MOST_GROUPS = 1023
-"""Of one product: grouped_mm on CUDA has a thread for each group, in one block."""
+"""Largest number of groups in one product: grouped_mm on CUDA has one thread per group, in one block."""
 ROW_STEP = 32
-"""oneDNN compiles a kernel for every new number of rows, in about a GEMM's time; groups of tokens are rounded up to
-this many rows, so that few numbers occur."""
+"""oneDNN compiles a kernel for every new number of rows, which takes about as long as a GEMM. Groups of tokens are
+rounded up to a multiple of this many rows, so that few numbers occur."""
 
 
 class Linear(nn.Linear):
@@ -28,7 +30,7 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., K], weight [M, K], bias [M] -> x @ weight.T + bias [..., M]."""
+    """x [.., K], weight [M, K], bias [M] -> x @ weight.T + bias [.., M]."""
     return _OneDNNLinear.apply(x, weight, bias) if _onednn_serves(x, weight) else F.linear(x, weight, bias)
 
 
@@ -40,43 +42,44 @@ def times_transposed(a: Tensor, b: Tensor) -> Tensor:
 def grouped_linear(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     """rows [N, K] in groups of `counts` [E] rows, weights [E, M, K] -> each group @ its weight.T, [N, M].
 
-    The counts must cover every row: what grouped_mm returns past the last group is uninitialised memory.
+    The counts must cover every row: past the last group, grouped_mm returns uninitialised memory.
     """
     ends = counts.cumsum(0)
     assert rows.device.type != "cpu" or int(ends[-1]) == len(rows), f"{int(ends[-1])} rows counted, {len(rows)} given"
     if rounds_groups(rows, weights):
         return _OneDNNGroupedLinear.apply(rows, weights, ends)
-    if rows.dtype == torch.float64:  # which grouped_mm refuses
+    if rows.dtype == torch.float64:  # grouped_mm does not support it
         parts = zip(rows.split(counts.tolist()), weights.unbind(), strict=True)
         return torch.cat([F.linear(part, weight) for part, weight in parts])
     if len(counts) <= MOST_GROUPS:
         return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends.to(torch.int32))
-    last = ends[MOST_GROUPS - 1 : -1 : MOST_GROUPS].tolist()  # waits for the counts of a device
+    last = ends[MOST_GROUPS - 1 : -1 : MOST_GROUPS].tolist()  # synchronises if the counts are on a device
     sizes = [stop - start for start, stop in pairwise([0, *last, len(rows)])]
     cut = zip(rows.split(sizes), weights.split(MOST_GROUPS), counts.split(MOST_GROUPS), strict=True)
     return torch.cat([grouped_linear(*operands) for operands in cut])
 
 
 def rounds_groups(rows: Tensor, weights: Tensor) -> bool:
-    """Whether groups of these rows [N, K] are multiplied by oneDNN with these weights [E, M, K], in windows of
+    """Whether oneDNN multiplies groups of these rows [N, K] by these weights [E, M, K], in windows of
     `rounded_groups`."""
     return _onednn_serves(rows, weights) or _groups_need_rounding(rows, weights)
 
 
 class Group(NamedTuple):
-    """A group of rows, and a window of at least its size around it."""
+    """Rows [start, end) of a group, and a window around them."""
 
     number: int
     start: int
     end: int
     window: slice
-    """The group and neighbouring rows."""
+    """The rows of the group and neighbouring rows."""
     own: slice
-    """Where the group lies within the window."""
+    """The group's rows, counted within the window."""
 
 
 def rounded_groups(ends: Tensor, rows: int) -> Iterator[Group]:
-    """The groups that have rows, which end at `ends` [E]; windows have a multiple of ROW_STEP rows, or all of them."""
+    """The non-empty groups, given the ends [E] of all groups; a window has a multiple of ROW_STEP rows, or all
+    `rows`."""
     start = 0
     for number, end in enumerate(ends.tolist()):
         if start < end:
@@ -99,13 +102,13 @@ def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
         _USE_ONEDNN
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.numel() >= ROW_STEP * x.shape[-1]  # below, its fixed cost is the larger one
+        and x.numel() >= ROW_STEP * x.shape[-1]  # with fewer rows, oneDNN's fixed cost dominates
         and not torch.is_autocast_enabled("cpu")
     )
 
 
 def _groups_need_rounding(x: Tensor, weight: Tensor) -> bool:
-    """In bf16 PyTorch itself calls oneDNN for every product, which would compile a kernel for every size of a group."""
+    """In bf16, PyTorch calls oneDNN for every product; without rounding, it would compile a kernel per group size."""
     return (
         _BF16_IS_ONEDNN
         and x.device.type == "cpu"
@@ -158,16 +161,16 @@ class _OneDNNGroupedLinear(torch.autograd.Function):
 def _grouped_onednn(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     out = rows.new_empty(len(rows), weights.shape[1])
     for group in rounded_groups(ends, len(rows)):
-        # Of the neighbouring rows the results are left out.
+        # The results of the neighbouring rows are dropped.
         out[group.start : group.end] = _onednn(rows[group.window], weights[group.number])[group.own]
     return out
 
 
 def _grouped_weight_gradient(grad: Tensor, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Each group's grad.T @ rows, [E, M, K]; a group without rows gives zeros."""
+    """Each group's grad.T @ rows, [E, M, K]; zeros for a group without rows."""
     out = torch.zeros_like(weights)
     for group in rounded_groups(ends, len(rows)):
-        # The neighbouring rows meet zeros in the other factor.
+        # The neighbouring rows are multiplied by zeros of the other factor.
         padded = grad.new_zeros(group.window.stop - group.window.start, grad.shape[1])
         padded[group.own] = grad[group.start : group.end]
         out[group.number] = _onednn(padded.T, rows[group.window].T)

@@ -1,16 +1,16 @@
-"""The seam between a model and its memories.
+"""The interface between a model and its memories.
 
-A kind of memory is known by the name of its section in the model's configuration (`model.engram`, `model.bank`). This
-file has what a kind says about models (`ModelKind`) and what it computes in a layer (`MemoryModule`). A layer calls its
-memories at named places and knows none of them by name:
+The name of a kind of memory is the name of its section in the model's configuration (`model.engram`, `model.bank`).
+`ModelKind` describes a kind to the model; `MemoryModule` is its computation in a layer. A layer calls its memories at
+these places, whatever their kinds are:
 
-    enter         the entrance of the layer, on the residual stream; of layer 0, this is the input embedding
+    enter         the entrance of the layer, on the residual stream; in layer 0, this is the input embedding
     project       every projection of the attention and of a dense feed-forward
     attend        the queries of the attention
     feed          the feed-forward's input and output
     leave         the end of the layer, on the residual stream
 
-The training half of a kind has the same name in `kmem/parallel/memory_kinds.py`.
+The training half of a kind has the same name, in `kmem/parallel/memory_kinds.py`.
 """
 
 from collections.abc import Mapping
@@ -20,13 +20,15 @@ from torch import Tensor, nn
 
 from .shape import Shape
 
-# Shape letters: B sequences, T tokens, H hidden size, M branches of the residual stream.
+# Shape letters: B sequences, T tokens, H hidden size, M branches of the residual stream, h heads, e width of a query
+# head, e' width of a value head.
 
 
 class MemoryModule(nn.Module):
-    """What a kind computes in one layer. A place that a kind does not use leaves the layer as it is.
+    """The computation of a kind in one layer. The default of every method leaves the layer unchanged.
 
-    `read` is what the kind looked up in this layer for the running tokens. Its type is the kind's own.
+    `read` is the kind's input in this layer for the current tokens, such as looked-up rows. Each kind has its own type
+    for it.
     """
 
     def enter(self, hidden: Tensor, read: Any) -> Tensor:
@@ -38,8 +40,8 @@ class MemoryModule(nn.Module):
         return out
 
     def attend(self, query: Tensor, read: Any) -> Tensor | None:
-        """What is added to the output of the attention's heads [B, T, h * e'], for queries [B, T, h, e] that are
-        normed and not rotated; None for nothing."""
+        """The addition to the output of the attention's heads, [B, T, h * e'], for queries [B, T, h, e] that are normed
+        and not rotated; None: nothing is added."""
         return None
 
     def feed(self, x: Tensor, out: Tensor, read: Any) -> Tensor:
@@ -52,15 +54,15 @@ class MemoryModule(nn.Module):
 
 
 OFF = object()
-"""In place of what a kind reads: the layer goes without this memory. It is a control."""
+"""In place of a kind's input: the layer computes without this memory. It serves as a control."""
 
 
 class LayerMemories:
-    """The memories of one layer with what they read for the running tokens."""
+    """The memories of one layer, with their inputs for the current tokens."""
 
     def __init__(self, modules: Mapping[str, MemoryModule], reads: Mapping[str, Any]) -> None:
         assert modules.keys() == reads.keys(), (
-            f"a layer with the memories {list(modules)} was given what {list(reads)} read"
+            f"a layer with the memories {list(modules)} was given inputs for {list(reads)}"
         )
         self._pairs = [(module, reads[kind]) for kind, module in modules.items() if reads[kind] is not OFF]
 
@@ -75,10 +77,10 @@ class LayerMemories:
         return out
 
     def attend(self, query: Tensor, out: Tensor) -> Tensor:
-        """The output of the heads [B, T, h * e'] with what the memories add."""
+        """The output of the heads [B, T, h * e'] plus the memories' additions."""
         for module, read in self._pairs:
-            found = module.attend(query, read)
-            out = out if found is None else out + found
+            added = module.attend(query, read)
+            out = out if added is None else out + added
         return out
 
     def feed(self, x: Tensor, out: Tensor) -> Tensor:
@@ -96,25 +98,25 @@ NO_MEMORIES = LayerMemories({}, {})
 
 
 class TableShape(NamedTuple):
-    """A table as checkpoints hold it."""
+    """A table in the form that checkpoints hold."""
 
     layer: int
     """The layer that reads it."""
     rows: int
     width: int
-    """Values of a row."""
+    """Number of values per row."""
 
 
 class ExportedRows(NamedTuple):
-    """A table as exports hold it: row ranges that are tensors of their own."""
+    """A table in the form that exports hold: each range of rows is a separate tensor."""
 
     name: str
     """The row ranges are the tensors `name.parts.0`, `name.parts.1`, .."""
     rows: int
     width: int
-    """Values of a row."""
+    """Number of values per row."""
     columns: tuple[str, ...]
-    """The tables of a checkpoint that stand side by side in its rows, each `width / len(columns)` wide."""
+    """The checkpoint tables that lie side by side in a row, each `width / len(columns)` wide."""
 
     def part(self, number: int) -> str:
         """Name of the tensor of one row range."""
@@ -122,36 +124,38 @@ class ExportedRows(NamedTuple):
 
 
 class ModelKind:
-    """What a kind of memory says about a model: the half that ships with exports.
+    """Describes a kind of memory to the model: the half of a kind that ships with exports.
 
-    `shape` is that of a model with this memory in all methods but `layers`.
+    In all methods but `layers`, `shape` is the shape of a model with this memory.
     """
 
     name: str
-    """Of its section in the model's configuration, of its module in a layer, and of its training half."""
+    """Name of the section in the model's configuration, of the module in a layer, and of the training half."""
     controls: tuple[str, ...]
-    """What an evaluation can give the model in place of what it reads; the first is what it reads."""
+    """Inputs that an evaluation can give the memory. The first is its normal input, the others replace it."""
 
     def trained_control(self, shape: Shape) -> str:
-        """What a model reads that is used as it was trained; one of `controls`."""
+        """The one of `controls` under which the model was trained."""
         return self.controls[0]
 
     def has_control(self, shape: Shape, control: str) -> bool:
-        """Whether this model can be given one of `controls`."""
+        """Whether this model supports one of `controls`."""
         return True
 
     def telling_controls(self, shape: Shape) -> tuple[str, ...]:
-        """Controls whose comparison with the model as it was trained says what the memory gives it."""
+        """The controls to compare with the model as trained, to measure how much the memory contributes."""
         trained = self.trained_control(shape)
         return tuple(known for known in self.controls if known != trained and self.has_control(shape, known))
 
     def check_control(self, shape: Shape, control: str) -> None:
-        """Raises:
-        ValueError: this model has no such control.
+        """Refuse a control that this model does not support.
+
+        Raises:
+            ValueError: names the controls that the model supports.
         """
-        own = [known for known in self.controls if self.has_control(shape, known)]
-        if control not in own:
-            raise ValueError(f"this {self.name} has {', '.join(own)}")
+        supported = [known for known in self.controls if self.has_control(shape, known)]
+        if control not in supported:
+            raise ValueError(f"this {self.name} has {', '.join(supported)}")
 
     def layers(self, shape: Shape) -> tuple[int, ...]:
         """Layers that have this memory, ascending; none for a model without it."""
@@ -166,28 +170,30 @@ class ModelKind:
         raise NotImplementedError
 
     def exported_rows(self, shape: Shape) -> dict[int, ExportedRows]:
-        """Key -> table. `config.json` has the rows of the parts of each under `NAME_parts` and its key."""
+        """Key -> table. In config.json, the field `NAME_parts` holds under this key the numbers of rows of the table's
+        parts."""
         return {
             table.layer: ExportedRows(name, table.rows, table.width, (name,))
             for name, table in self.tables(shape).items()
         }
 
     def exported_tensors(self, shape: Shape) -> dict[str, int]:
-        """Name -> length of further int64 tensors in exports, which checkpoints do not have."""
+        """Name -> length of the int64 tensors that exports hold in addition to the checkpoint's."""
         return {}
 
     def components(self, shape: Shape) -> dict[str, int]:
-        """Name -> elements of the parts of the tables that are counted apart; together they are all elements."""
+        """Name -> number of elements of each separately counted part of the tables; together, all their elements."""
         return {f"{self.name}_table": sum(table.rows * table.width for table in self.tables(shape).values())}
 
     def fetched_values(self, shape: Shape) -> int:
-        """Elements of tables that a context fetches once for all of its tokens; 0 where every token has its own."""
+        """Number of table elements that a context fetches once for all its tokens; 0 if each token reads its own
+        rows."""
         return 0
 
     def row_values(self, shape: Shape, layer: int) -> int:
-        """Elements of tables that one token reads in a layer."""
+        """Number of table elements that one token reads in a layer."""
         raise NotImplementedError
 
     def multiplied_values(self, shape: Shape, layer: int) -> int:
-        """Those of `row_values` that are matrices, which the token is multiplied with."""
+        """How many of `row_values` are elements of matrices by which the token is multiplied."""
         return 0

@@ -6,7 +6,7 @@ from .memory_kind import ModelKind
 from .shape import Shape
 
 KINDS: dict[str, ModelKind] = {kind.name: kind for kind in (EngramKind(), BankKind())}
-"""By the name of the section in the model's configuration."""
+"""Name of the section in the model's configuration -> kind."""
 
 
 def kinds_of(shape: Shape) -> list[ModelKind]:
@@ -15,8 +15,8 @@ def kinds_of(shape: Shape) -> list[ModelKind]:
 
 
 def owner_of(tensor: str) -> str | None:
-    """The kind of memory that a canonical tensor name belongs to, as in `layers.2.engram.table`; None for the rest of
-    the model. All names of a kind have its name as a component, at the start or behind the layer."""
+    """The kind of memory to which a canonical tensor name such as `layers.2.engram.table` belongs; None for the rest
+    of the model. Every tensor name of a kind has the kind's name as a component, at the start or after the layer."""
     parts = tensor.split(".")
     name = parts[2] if parts[0] == "layers" else parts[0]
     return name if name in KINDS else None

@@ -31,6 +31,8 @@ from .pretrained_folder import PretrainedFolder
 from .rope import rotation
 from .shape import Shape
 
+# Shape letters: B sequences, T new tokens, S cached and new tokens, V vocabulary.
+
 TABLES_KEPT = ("device", "mmap")
 
 
@@ -39,16 +41,19 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
 
     A tied head has no parameter of its own, so there is nothing for Transformers to tie.
 
-    A model with a memory bank fetches the blocks of its contexts: `fetch` does it for contexts that the caller names,
-    `generate` for its prompts, and a forward pass without either for its own tokens (`forward` has the rule).
+    A model with a bank fetches the blocks of its contexts. `fetch` fetches for contexts that the caller names,
+    `generate` for its prompts, and a forward pass without either for its own tokens (see `forward` for the rule).
 
     Args:
-        tables: where a model with n-gram memory or a memory bank has its tables. device: they are parameters. mmap:
-            they stay in the weight files, mapped and read-only; `from_pretrained(.., tables="mmap")` finds those.
-            Default: device for n-gram memory, mmap for a bank.
-        bank_control: what a memory bank gives all contexts: "fetched", or as a control "generic" or "none". Default:
-            "fetched", or "generic" of a model that was trained with nothing else.
+        tables: where the tables of an engram or a bank are kept. device: they are parameters. mmap: they stay in the
+            weight files, mapped and read-only; `from_pretrained(.., tables="mmap")` finds the files. Default: device
+            for an engram, mmap for a bank.
+        bank_control: what a bank gives all contexts: "fetched", or as a control "generic" or "none". Default:
+            "fetched", or "generic" if the model was trained with generic blocks only.
         bank_levels: levels of the bank that are on; default: all.
+
+    Raises:
+        ValueError: an argument has an unknown value, or does not apply to this model.
     """
 
     config_class = KmemConfig
@@ -66,7 +71,7 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         bank_levels: Sequence[int] | None = None,
     ) -> None:
         if tables not in (*TABLES_KEPT, None):
-            raise ValueError(f"tables={tables!r}: one of {', '.join(TABLES_KEPT)}")
+            raise ValueError(f"tables={tables!r}: choose one of {', '.join(TABLES_KEPT)}")
         super().__init__(config)
         self.shape = Shape(config.model)
         decoder = Decoder(self.shape)
@@ -106,32 +111,32 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
                     BANK_TABLES,
                 }
         elif bank_control not in (None, "fetched") or bank_levels is not None:
-            raise ValueError("bank_control and bank_levels are for models with a memory bank (model.bank)")
+            raise ValueError("bank_control and bank_levels are for models with a bank (model.bank)")
         self._names = {module: name for name, module in self.named_modules()}
         self.post_init()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, with `tables`, `bank_control` and `bank_levels`.
+        """As in Transformers, with the further arguments `tables`, `bank_control` and `bank_levels`.
 
         Raises:
-            ValueError: the tokens' compression is not the one that the tables were trained with; or a weight file of
+            ValueError: the token compression is not the one that the tables were trained with, or a weight file of
                 mapped tables is missing or damaged.
         """
-        found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = found[0] if isinstance(found, tuple) else found
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         folder = PretrainedFolder.of(pretrained_model_name_or_path, kwargs)
         if model.engram_description is not None:
             if kwargs.get("tables") == "mmap":
                 model.use_rows(map_tables(model.engram_description.tables(), folder.find))
             model.engram_reader()  # refuses another compression
-        described = model.bank_description
-        if described is not None:
+        bank = model.bank_description
+        if bank is not None:
             if kwargs.get("tables") != "device":
-                model.contexts.sources = dict(map_tables(described.tables(), folder.find))
-            model.contexts.router = partial(folder.router, described, model.config)
-            model._tree_folder = partial(folder.tree, described)
-        return found
+                model.contexts.sources = dict(map_tables(bank.tables(), folder.find))
+            model.contexts.router = partial(folder.router, bank, model.config)
+            model._tree_folder = partial(folder.tree, bank)
+        return loaded
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
@@ -147,7 +152,7 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
 
     @property
     def engram_control(self) -> str:
-        """What engram layers read: "on", or as controls "off", "shuffled" or "single-row"; can be set."""
+        """What engram layers read: "on", or as a control "off", "shuffled" or "single-row". Can be set."""
         return self._engram_control
 
     @engram_control.setter
@@ -156,23 +161,24 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         self._engram_control = value
 
     def use_rows(self, sources: Mapping[int, RowSource]) -> None:
-        """Read each layer's rows there, with tables="mmap"."""
+        """Set the functions that read each layer's rows, for tables="mmap"."""
         self._rows, self._reading = dict(sources), None
 
     def engram_reader(self) -> EngramReader:
-        """The n-gram memory of a model that has one.
+        """The reader of a model with an engram.
 
         Raises:
-            ValueError: `token_compression` is not the map that the tables were trained with, or no files were given.
+            ValueError: `token_compression` is not the map that the tables were trained with, or the tables are mapped
+                and `use_rows` was not called.
         """
         assert self.engram_description is not None
         lookup = getattr(self, COMPRESSION, None)
         if self._reading is not None:
             known = self._reading.addresses.compression
-            if known is None or known.lookup is lookup:  # another after a move to another device
+            if known is None or known.lookup is lookup:  # the tensor differs after a move to another device
                 return self._reading
         if self.engram_description.parts.keys() != self._rows.keys():
-            raise ValueError('tables="mmap": the tables stay in weight files; load the model with from_pretrained')
+            raise ValueError('tables="mmap": the tables stay in the weight files; load the model with from_pretrained')
         compression = None
         if lookup is not None:
             size = self.engram_description.addressing.compressed_vocab_size
@@ -203,21 +209,26 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         Args:
             attention_mask: [B, S] over cached and new tokens, 0 where a token is padding; or bool [B, 1, T, S], True
                 where a query may attend.
-            position_ids: [B, T]. Default: tokens count from the first that is not padding. An n-gram memory looks back
-                over the whole row, whatever they say.
-            labels: [B, T] as the input ids, -100 where the loss leaves a token out; shifted here.
-            logits_to_keep: only the last so many positions, or the positions of this tensor; 0 keeps all.
-            token_mask: [B, T], 0 where a token is padding, which an n-gram memory passes over; for an attention mask
-                that does not say it. Default: the end of `attention_mask` [B, S].
-            addresses: of a memory bank, the leaf of each sequence [B] or token [B, T]. Default: those of `fetch`, else
-                those that the cache began with, else those of the running `generate`'s prompts, else those of these
-                tokens themselves: of whole sequences, the ones that are scored included, as is usual where the
-                perplexity of documents is asked for. To score continuations of contexts, `fetch` the contexts first.
+            position_ids: [B, T]. Default: positions count from the first token that is not padding. The look-back of an
+                engram does not depend on them.
+            labels: [B, T], token ids like `input_ids`, -100 where the loss leaves a token out; they are shifted here.
+            logits_to_keep: keep the logits of this many last positions, or of the positions in this tensor; 0 keeps
+                all.
+            token_mask: [B, T], 0 where a token is padding; an engram skips padding. Needed if `attention_mask` does not
+                tell it. Default: the last T columns of `attention_mask` [B, S].
+            addresses: for a bank, the leaf of each sequence [B] or token [B, T]. Default: the leaves of `fetch`, else
+                the leaves with which the cache began, else the leaves of the running `generate`'s prompts, else the
+                leaves of these tokens. In the last case the context is the whole sequence, scored tokens included, as
+                is usual for the perplexity of documents. To score continuations of contexts, `fetch` the contexts
+                first.
+
+        Raises:
+            ValueError: arguments contradict each other, or a needed one is missing; names the arguments.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if self.engram_description is not None and input_ids is None:
-            raise ValueError("a model with n-gram memory reads token ids: give input_ids, not inputs_embeds")
+            raise ValueError("a model with an engram reads token ids: give input_ids, not inputs_embeds")
         hidden = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None:
@@ -240,7 +251,7 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         branches = self.shape.branches
         hidden = expand_branches(hidden, branches)
         for index, layer in enumerate(self.layers):
-            memories = {name: found[index] for name, found in read.items() if index in found}
+            memories = {kind: by_layer[index] for kind, by_layer in read.items() if index in by_layer}
             hidden = layer(hidden, position_ids, mask, past_key_values, rotary, memories)
             if wanted:
                 states.append(collapse_branches(hidden, branches))
@@ -265,35 +276,44 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """As in Transformers; the 4-D mask of a cache of fixed length no longer says which tokens are padding."""
+        """As in Transformers, plus `token_mask` for caches of fixed length: their 4-D mask does not tell which tokens
+        are padding."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
         mask = inputs.get("attention_mask")
-        remembers = self.engram_description is not None or self.contexts is not None
-        if remembers and attention_mask is not None and mask is not None and mask.dim() == 4:
+        has_memory = self.engram_description is not None or self.contexts is not None
+        if has_memory and attention_mask is not None and mask is not None and mask.dim() == 4:
             inputs["token_mask"] = attention_mask[:, -mask.shape[2] :]
         return inputs
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, for models without n-gram memory: another vocabulary would change every address."""
+        """As in Transformers, for models without an engram: another vocabulary would change every address.
+
+        Raises:
+            ValueError: the model has an engram and the size would change.
+        """
         if self.engram_description is not None and new_num_tokens not in (None, self.config.vocab_size):
-            raise ValueError("a model with n-gram memory keeps its vocabulary: the rows' addresses are made for it")
+            raise ValueError("the vocabulary of a model with an engram is fixed: the addresses of rows depend on it")
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, with a bank's tree; a model whose tables are mapped would be saved without them."""
+        """As in Transformers, together with a bank's tree.
+
+        Raises:
+            ValueError: tables are mapped, so they would not be saved.
+        """
         sources = (*self._rows.values(), *(() if self.contexts is None else self.contexts.sources.values()))
         mapped = self.contexts is not None and not self.contexts.sources
         if mapped or not all(isinstance(rows, RowTable) for rows in sources):
             raise ValueError(
-                'tables="mmap": the tables are not part of the model; load it with tables="device" to save'
+                'tables="mmap": the tables are not part of the model; load it with tables="device" to save it'
             )
-        found = super().save_pretrained(save_directory, *args, **kwargs)
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
         if self._tree_folder is not None:
             tree, target = self._tree_folder(), Path(save_directory) / TREE_FOLDER
             if tree.resolve() != target.resolve():
                 shutil.rmtree(target, ignore_errors=True)  # an earlier tree's embedder may have other files
                 shutil.copytree(tree, target)
-        return found
+        return saved
 
     def _engram(self, layer: int) -> Engram:
         engram = self.layers[layer].get_submodule("engram")
@@ -303,7 +323,8 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Assisted decoding asks a cache to record before any token is read: the memory's layer must be there."""
+        """As in Transformers; also appends the memories' cache layers. Assisted decoding tells the cache to record
+        before the first token is read, so they must exist by then."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if self.engram_description is not None and cache is not None:
@@ -313,9 +334,9 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         if self.contexts is not None and cache is not None:
             bank_cache_layer(cache, self.shape.num_layers)
 
-    @torch.compiler.disable  # rows come from numpy where tables are mapped, and the state is no tensor
+    @torch.compiler.disable  # rows of mapped tables come from numpy, and the state is not a tensor
     def _read(self, input_ids: Tensor | None, token_mask: Tensor | None, cache: Any) -> dict[int, Any]:
-        """What the engram of each layer reads for the tokens [B, T]; nothing for a model without."""
+        """Layer -> input of its engram for the tokens [B, T]; empty for a model without an engram."""
         if self.engram_description is None or input_ids is None:
             return {}
         reader, state = self.engram_reader(), None
@@ -340,14 +361,15 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """kmem's initialisation under the process's seed. Tensors that were loaded from a checkpoint stay."""
+        """kmem's initialisation, from the process's seed. Tensors that were loaded from a checkpoint keep their
+        values."""
         if isinstance(module, nn.ParameterList):
             self._first_rows(module, self._names[module].removesuffix(".parts"))
         if next(module.children(), None) is not None or isinstance(module, nn.ParameterList):
-            return  # only the innermost modules own tensors
+            return  # only modules without children own tensors
         tensors = (*module.parameters(), *module.buffers())
         loaded = [(tensor, tensor.clone()) for tensor in tensors if getattr(tensor, "_is_hf_initialized", False)]
-        name = self._names.get(module, "embedding")  # resizing the vocabulary makes new modules
+        name = self._names.get(module, "embedding")  # resizing the vocabulary creates modules without a known name
         initialise_(module, self.shape, torch.initial_seed(), name)
         for tensor, value in loaded:
             tensor.copy_(value)
@@ -368,6 +390,6 @@ def _mask(attention_mask: Tensor | None, queries: int, cached: int) -> Tensor | 
         return attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
     if attention_mask.shape[1] != cached + queries:
         raise ValueError(
-            f"attention_mask covers {attention_mask.shape[1]} tokens; {cached} are cached and {queries} are new"
+            f"attention_mask covers {attention_mask.shape[1]} tokens, but {cached} are cached and {queries} are new"
         )
     return padding_mask(attention_mask, queries)

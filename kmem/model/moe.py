@@ -20,6 +20,8 @@ from .recomputation import recomputing
 from .router import Router, Routing, count_choices, stable_top_k
 from .shape import Shape
 
+# Shape letters: B sequences, T tokens, H hidden size, E experts, K experts per token.
+
 __all__ = [
     "Dispatcher",
     "ExpertLayer",
@@ -38,13 +40,12 @@ __all__ = [
 
 
 class ExpertLayer(nn.Module):
-    """Routed experts plus shared ones, with balance losses that act on the backward pass only.
+    """Routed and shared experts, with balance losses that act on the backward pass only.
 
-    `loss_scale` multiplies the injected losses (a pipeline that accumulates M micro-batches sets 1/M). `on_routing`,
-    when set, receives the statistics of each routing of a forward, but not those of a recomputation. `padding`, when
-    set, tells which positions [B, T] of the hidden states hold no token: they are routed as all others, and count
-    neither in losses nor in statistics but with `moe.balance_padding`. `dispatcher` decides where experts run. A
-    subclass owns the routers.
+    `loss_scale` multiplies the injected losses (a pipeline that accumulates M micro-batches sets 1/M). `on_routing`, if
+    set, receives the statistics of each routing in a forward pass, but not in a recomputation. `padding`, if set, tells
+    which positions [B, T] of the hidden states hold no token. They are routed like all others, but count in losses and
+    statistics only with `moe.balance_padding`. `dispatcher` decides where the experts run. Subclasses own the routers.
     """
 
     def __init__(self, shape: Shape, local_experts: range | None = None) -> None:
@@ -66,19 +67,21 @@ class ExpertLayer(nn.Module):
         raise NotImplementedError
 
     def _experts_of(self, hidden_BTH: Tensor, routes: Routes, shared: bool = True) -> Tensor:
-        """What the chosen and, if `shared`, the shared experts make of hidden [B, T, H]; [B, T, H]."""
-        beside = self.shared_experts if shared else None
-        return routes(hidden_BTH.flatten(0, 1), self.experts, beside).view_as(hidden_BTH)
+        """The summed outputs [B, T, H] of the chosen experts and, if `shared`, the shared experts for hidden
+        [B, T, H]."""
+        shared_experts = self.shared_experts if shared else None
+        return routes(hidden_BTH.flatten(0, 1), self.experts, shared_experts).view_as(hidden_BTH)
 
     def _real_BT(self) -> Tensor | None:
-        """bool, where there are tokens to balance; None where all positions count."""
+        """bool, True for positions that count in the balance; None: all positions count."""
         if self.padding is None or self.moe.get("balance_padding", False):
             return None
         padding_BT = self.padding()
         return None if padding_BT is None else ~padding_BT
 
     def _balanced(self, routing: Routing, sequences: int) -> tuple[Routing, RoutingStatistics | None]:
-        """The same routing, whose weights carry the balance losses into backward; its statistics if anyone observes."""
+        """The routing, with weights that carry the balance losses into the backward pass, and its statistics if
+        `on_routing` is set."""
         moe = self.moe
         losses = {"aux_loss": moe.aux_loss, "sequence_aux_loss": moe.sequence_aux_loss, "z_loss": moe.z_loss}
         inject = torch.is_grad_enabled() and any(losses.values())
@@ -90,7 +93,7 @@ class ExpertLayer(nn.Module):
         real_BT = self._real_BT()
         real_T = None if real_BT is None else real_BT.flatten()
         if moe.aux_loss or moe.sequence_aux_loss:
-            # DeepSeek-V3's eq. 18 counts the best scores as they are, without selection bias and groups.
+            # DeepSeek-V3's eq. 18 counts the best scores without selection bias and without groups.
             plain = moe.num_groups == 1 and not moe.selection_bias
             experts_TK = routing.experts_TK if plain else stable_top_k(scores_TE.detach(), moe.top_k)
             if moe.aux_loss:
@@ -137,7 +140,8 @@ class MoE(ExpertLayer):
 
 
 class _Inject(torch.autograd.Function):
-    """Returns x unchanged; in backward `loss` gets the gradient `scale`, as if it were part of the training loss."""
+    """Returns x unchanged. In the backward pass, `loss` gets the gradient `scale`, as a part of the training loss
+    would."""
 
     @staticmethod
     def forward(ctx, x: Tensor, loss: Tensor, scale: float) -> Tensor:

@@ -1,5 +1,5 @@
-"""Computing with one thread where the process has several: products of matrices round by the number of threads. Ships
-beside exported weights."""
+"""Computing with one thread in a process that has several: the rounding of matrix products depends on the number of
+threads. Ships beside exported weights."""
 
 import os
 import threading
@@ -16,11 +16,11 @@ _worker: tuple[int, ThreadPoolExecutor] | None = None
 
 
 def with_one_thread(compute: Callable[[], Result]) -> Result:
-    """What `compute()` returns if torch has one thread on the CPU for it; from several threads, one after another.
+    """The result of `compute()`, run with a single CPU thread of torch. Concurrent calls run one after another.
 
-    It runs in a thread that is kept for this. `torch.set_num_threads` counts for the thread that calls it, and for all
-    that use torch for the first time from then on, for as long as they live: to set it to 1 and back around a
-    computation would slow down threads that begin meanwhile, and change what they compute in its last bits.
+    It runs in a worker thread that is kept for this. `torch.set_num_threads` applies to the calling thread, and for
+    good to every thread that first uses torch while it is set. So setting it to 1 and back around a computation would
+    slow down threads that start meanwhile, and change their results in the last bits.
     """
     if torch.get_num_threads() == 1:
         return compute()
@@ -33,7 +33,7 @@ def _kept() -> ThreadPoolExecutor:
         if _worker is None or _worker[0] != os.getpid():  # a forked process has none of its parent's threads
             worker = ThreadPoolExecutor(1, "one-thread")
             threads = worker.submit(_take_one).result()
-            # Back to what new threads had, by one that does not live to compute.
+            # A thread that ends at once restores the number for new threads.
             with ThreadPoolExecutor(1) as other:
                 other.submit(torch.set_num_threads, threads).result()
             _worker = os.getpid(), worker
@@ -41,7 +41,7 @@ def _kept() -> ThreadPoolExecutor:
 
 
 def _take_one() -> int:
-    """Leave this thread one of torch's threads; how many a new thread had."""
+    """Set the number of torch's threads for this thread to 1; returns the number that a new thread gets."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     return threads

@@ -1,4 +1,4 @@
-"""Exact parameter counts from the modules themselves, built on the meta device: nothing is allocated."""
+"""Exact parameter counts. The modules are built on the meta device and counted, so nothing is allocated."""
 
 from dataclasses import dataclass
 
@@ -14,25 +14,25 @@ from .shape import Shape
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Trainable elements of a model."""
+    """Numbers of trainable elements of a model."""
 
     total: int
     active: int
-    """Elements that take part in the computation of one token: of the routed experts only the chosen share. A chain of
-    C iterations counts the C * top_k experts that a token can visit at most, or top_k where the choice is frozen; what
-    several iterations use is counted once."""
+    """Elements used for one token. Only the chosen share of the routed experts counts. A chain of C iterations counts
+    C * top_k experts, the most that a token can visit, or top_k if the choice is frozen; an element that several
+    iterations use counts once."""
     tables: int
-    """Elements in lookup tables, padding rows and generic blocks included; of these a token touches a few rows."""
+    """Elements in lookup tables, padding rows and generic blocks included. A token reads only a few of the rows."""
     embedding: int
-    """Embedding, and the head when it is not tied."""
+    """Elements of the embedding, and of the head if it is not tied."""
     components: dict[str, int]
     layers: list[int]
-    """Elements each decoder layer multiplies a token with, once per use in a chain of experts: the weights of pipeline
-    balancing."""
+    """For each decoder layer, the elements by which a token is multiplied, counted once per use in a chain of experts:
+    the weights for pipeline balancing."""
     head: int
-    """Elements the projection to the vocabulary multiplies with, tied or not."""
+    """Elements of the projection to the vocabulary, tied or not."""
     fetched: int = 0
-    """Elements of tables that a context fetches once for all of its tokens, such as a bank's block of every level."""
+    """Table elements that a context fetches once for all its tokens, such as a bank's block on every level."""
 
     @property
     def anchor(self) -> int:
@@ -49,7 +49,7 @@ class ParameterCounts:
 
 
 def count_parameters(shape: Shape) -> ParameterCounts:
-    """Count a model of this shape."""
+    """The parameter counts of a model of this shape."""
     with torch.device("meta"):
         decoder = Decoder(shape)
     kinds = kinds_of(shape)
@@ -66,9 +66,9 @@ def count_parameters(shape: Shape) -> ParameterCounts:
     tables = 0
     for kind in kinds:
         in_layers = sum(_size(decoder.layers[layer].get_submodule(kind.name)) for layer in kind.layers(shape))
-        of_tables = kind.components(shape)
-        components |= ({kind.name: in_layers} if in_layers else {}) | of_tables
-        tables += sum(of_tables.values())
+        in_tables = kind.components(shape)
+        components |= ({kind.name: in_layers} if in_layers else {}) | in_tables
+        tables += sum(in_tables.values())
     if shape.branches > 1:
         components["hyper_connections"] = 0
     active = embedding = components["embedding"] + components["head"]
@@ -94,9 +94,9 @@ def count_parameters(shape: Shape) -> ParameterCounts:
             components["hyper_connections"] += connections
             always += connections
         always += sum(_size(module) for module in layer.memories.values())
-        own = [kind for kind in kinds if kind.name in layer.memories]
-        active += always + touched + sum(kind.row_values(shape, index) for kind in own)
-        layers.append(always + multiplied + sum(kind.multiplied_values(shape, index) for kind in own))
+        kinds_here = [kind for kind in kinds if kind.name in layer.memories]
+        active += always + touched + sum(kind.row_values(shape, index) for kind in kinds_here)
+        layers.append(always + multiplied + sum(kind.multiplied_values(shape, index) for kind in kinds_here))
     return ParameterCounts(
         total=sum(components.values()),
         active=active,

@@ -1,4 +1,5 @@
-"""Where `from_pretrained` found a model: what is read later lies there, too. Ships beside exported weights."""
+"""The folder from which `from_pretrained` loaded a model; further files are read from it later. Ships beside exported
+weights."""
 
 import os
 from collections.abc import Mapping
@@ -21,34 +22,34 @@ class PretrainedFolder:
     """A folder, or a repository of the Hugging Face hub."""
 
     source: Any
-    """Its path or name."""
+    """Path of the folder, or name of the repository."""
     options: Mapping[str, Any]
-    """Of `from_pretrained`, those of HUB_OPTIONS."""
+    """The arguments of `from_pretrained` that HUB_OPTIONS lists."""
 
     @classmethod
     def of(cls, source: Any, options: Mapping[str, Any]) -> "PretrainedFolder":
-        """What `from_pretrained` was called with."""
+        """The folder for the arguments of a call of `from_pretrained`."""
         source = os.path.abspath(source) if os.path.isdir(source) else source
         return cls(source, {name: options[name] for name in HUB_OPTIONS if name in options})
 
     def find(self, file: str) -> str | None:
-        """Path of a file, which is downloaded if need be; None where there is none."""
+        """Path of a file of the folder, downloaded if necessary; None if it does not exist."""
         return cached_file(self.source, file, _raise_exceptions_for_missing_entries=False, **self.options)
 
     def tokenizer(self, config: Any) -> Any:
-        """The model's."""
+        """The model's tokenizer."""
         return AutoTokenizer.from_pretrained(self.source, config=config, trust_remote_code=False, **self.options)
 
     def tree(self, bank: BankDescription) -> Path:
-        """The folder of a bank's tree; as `BankDescription.find_tree`."""
+        """The folder of a bank's tree, as `BankDescription.find_tree` gives it."""
         return bank.find_tree(self.find)
 
     def router(self, bank: BankDescription, config: Any) -> ContextRouter:
-        """A bank's tree and embedder; as `BankDescription.router`."""
+        """A bank's tree and embedder, as `BankDescription.router` gives them."""
         return bank.router(self.tree(bank), DeferredTokenizer(partial(self.tokenizer, config)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles hold no access token."""
+        """Pickle without the access token."""
         kept = {name: value for name, value in self.options.items() if name != "token"}
         return PretrainedFolder, (self.source, kept)
 

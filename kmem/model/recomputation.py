@@ -1,8 +1,8 @@
-"""Whether a forward pass repeats one that has been counted already."""
+"""Detects recomputed forward passes, so that statistics do not count them twice."""
 
 import torch
 
 
 def recomputing() -> bool:
-    """Whether this forward is run by a backward pass, as activation checkpointing does."""
+    """Whether a backward pass runs this forward pass, as activation checkpointing does."""
     return torch._C._current_graph_task_id() != -1

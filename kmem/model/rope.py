@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoPE, arXiv 2104.09864), half-split: dimension i is rotated with i + width/2."""
+"""Rotary position embedding (RoPE, arXiv 2104.09864), half-split: dimensions i and i + width/2 are rotated together."""
 
 import math
 from typing import NamedTuple
@@ -9,18 +9,20 @@ from torch.nn.functional import pad
 
 from .shape import Shape
 
+# Shape letters: B sequences, T tokens, D width of a head, width number of rotated dimensions.
+
 
 class Rotation(NamedTuple):
-    """The angles of every position, in fp32; both broadcast over heads."""
+    """Cosines and sines for every position, in fp32; both broadcast over heads."""
 
     cos: Tensor
-    """[B, T, 1, D]: cosines for both halves of the rotated dimensions, one for the rest of the head."""
+    """[B, T, 1, D]: cosines for both halves of the rotated dimensions, 1 for the rest of the head."""
     sin: Tensor
     """[B, T, 1, width/2]."""
 
 
 def rotation(shape: Shape, position_ids: Tensor) -> Rotation:
-    """The rotation of these positions [B, T]; every layer of a model uses the same one."""
+    """The rotation for positions [B, T]; all layers of a model share it."""
     if shape.attention.kind == "mla":
         head = width = shape.attention.qk_rope_head_dim
     else:
@@ -33,9 +35,9 @@ def rotation(shape: Shape, position_ids: Tensor) -> Rotation:
 def _frequencies(shape: Shape, width: int, device: torch.device) -> Tensor:
     """Radians per position, fp32 [width/2]."""
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
-    # The reciprocal is taken last, as Transformers does: another rounding of the frequencies shows at long positions.
+    # The reciprocal is taken last, as in Transformers: a different rounding of frequencies shows at long positions.
     frequencies = 1.0 / shape.rope_theta**exponents
-    scaling = shape.get("rope_scaling")  # models saved before scaling lack the field
+    scaling = shape.get("rope_scaling")  # models saved before scaling existed lack the field
     if scaling is None:
         return frequencies
     turns = scaling.original_max_position_embeddings / (2 * math.pi / frequencies)
@@ -45,12 +47,12 @@ def _frequencies(shape: Shape, width: int, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:
-    """Rotate the heads of x [B, T, heads, D]; the arithmetic is fp32, the result has x's dtype."""
+    """Rotate the heads of x [B, T, heads, D], in fp32; the result has x's dtype."""
     return _Rotate.apply(x, by.cos, by.sin)
 
 
 class _Rotate(torch.autograd.Function):
-    """Saves nothing of x: the gradient of a rotation is the opposite rotation."""
+    """Does not save x: the gradient of a rotation is the inverse rotation."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

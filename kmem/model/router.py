@@ -1,4 +1,4 @@
-"""Which experts a token visits, and with which weights."""
+"""The router: chooses the experts of each token, and their weights."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ class Routing(NamedTuple):
     """The experts of T tokens."""
 
     experts_TK: Tensor
-    """int64, best first; of equal scores the lower expert wins."""
+    """int64, best first; among equal scores, the lower expert wins."""
     weights_TK: Tensor
     """fp32 factors on the experts' outputs."""
     logits_TE: Tensor
@@ -29,10 +29,10 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Scores, choice and weights in fp32 whatever the dtype of the weights or an autocast.
+    """Scores, choice and weights, in fp32 whatever the dtype of the weights or an autocast.
 
-    Softmax or sigmoid scores over all experts; a selection bias takes part in the choice only (arXiv 2408.15664);
-    with groups, the choice is among the experts of the best groups (DeepSeek-V2 section 2.2.2, V3 section 2.1.2).
+    Scores are a softmax or sigmoid over all experts. A selection bias affects the choice only (arXiv 2408.15664). With
+    groups, only the experts of the best groups can be chosen (DeepSeek-V2 section 2.2.2, V3 section 2.1.2).
     """
 
     selection_bias: Tensor | None
@@ -83,7 +83,8 @@ class Router(nn.Module):
         return Routing(choice.experts_TK, choice.weights_TK, logits_TE, choice.scores_TE, choice.counts_E)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Router":
-        # A bias of thousandths steps would stand still in bf16: moving the module to a dtype leaves it in fp32.
+        # The bias changes in steps of thousandths, which bf16 would round away. So it stays in fp32 whatever the dtype
+        # to which the module is moved.
         bias = self.selection_bias
         super()._apply(fn, recurse)
         if bias is not None and self.selection_bias is not None and self.selection_bias.dtype != torch.float32:
@@ -92,10 +93,11 @@ class Router(nn.Module):
 
 
 def stable_top_k(values: Tensor, k: int) -> Tensor:
-    """Indices of the k largest values of the last dimension, best first; of equal values the lower index wins.
+    """Indices of the k largest values of the last dimension, best first; among equal values, the lower index wins.
 
-    torch.topk leaves the order of equal values open, and a choice that differs between devices or batch shapes breaks
-    the equality of meshes. torch.max promises the first; for few of some dozens it is faster than sorting, too.
+    torch.topk leaves the order of equal values open, but a choice that differs between devices or batch shapes would
+    make results depend on the mesh. torch.max guarantees the first index. To choose a few of some dozens, it is also
+    faster than sorting.
     """
     best = []
     for _ in range(k):
@@ -105,7 +107,8 @@ def stable_top_k(values: Tensor, k: int) -> Tensor:
 
 
 def limit_to_best_groups(values_TE: Tensor, num_groups: int, top_groups: int, group_score_top_k: int) -> Tensor:
-    """-inf for experts outside the token's best groups; a group scores the sum of its best `group_score_top_k`."""
+    """The values, with -inf for experts outside the token's best groups. The score of a group is the sum of its best
+    `group_score_top_k` values."""
     values_TGe = values_TE.unflatten(-1, (num_groups, -1))
     scores_TG = values_TGe.topk(group_score_top_k, dim=-1).values.sum(-1)
     best = stable_top_k(scores_TG, top_groups)
@@ -114,8 +117,8 @@ def limit_to_best_groups(values_TE: Tensor, num_groups: int, top_groups: int, gr
 
 
 def count_choices(experts: Tensor, num_experts: int, counted: Tensor | None = None) -> Tensor:
-    """How often each expert occurs, int64 [E], where `counted`, a bool tensor that broadcasts to the experts, is True.
-    Unlike bincount it needs no device synchronisation."""
+    """Number of occurrences of each expert, int64 [E]. `counted`, a bool tensor that broadcasts to `experts`, is False
+    for choices to leave out. Unlike bincount, it does not synchronise with the device."""
     ones = torch.ones_like(experts) if counted is None else counted.expand_as(experts).to(torch.int64)
     return torch.zeros(num_experts, dtype=torch.int64, device=experts.device).scatter_add_(
         0, experts.reshape(-1), ones.reshape(-1)

@@ -1,4 +1,4 @@
-"""The shape of a model as its modules see it."""
+"""The shape of a model: its configuration in the form that modules read."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,8 +7,8 @@ from typing import Any
 class Shape(Mapping[str, Any]):
     """Read-only attribute view of a nested mapping: `shape.attention.num_heads`.
 
-    The mapping is kmem's model section as plain data. A run reads it from its configuration and an export from its
-    config.json, so that one set of modules serves both. Nested mappings come back as shapes.
+    The mapping is kmem's model section as plain data. A run takes it from its configuration and an export from its
+    config.json, so both use the same modules. Nested mappings become shapes.
     """
 
     __slots__ = ("_values",)
@@ -19,7 +19,7 @@ class Shape(Mapping[str, Any]):
         object.__setattr__(self, "_values", values)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # probes of copy and pickle
+        if name.startswith("__"):  # copy and pickle look for special methods
             raise AttributeError(name)
         try:
             return self._values[name]
@@ -45,7 +45,7 @@ class Shape(Mapping[str, Any]):
         return Shape, (self.as_dict(),)
 
     def as_dict(self) -> dict[str, Any]:
-        """The nested mapping again, as new plain dictionaries."""
+        """The nested mapping as new plain dictionaries."""
         return {key: value.as_dict() if isinstance(value, Shape) else value for key, value in self._values.items()}
 
     def has_experts(self, layer: int) -> bool:
@@ -55,27 +55,27 @@ class Shape(Mapping[str, Any]):
     @property
     def chain(self) -> Any:
         """The section of the chain of experts, or None."""
-        return None if self.moe is None else self.moe.get("chain")  # models saved before chains lack the field
+        return None if self.moe is None else self.moe.get("chain")  # models saved before chains existed lack the field
 
     @property
     def engram(self) -> Any:
-        """The section of the n-gram memory, or None."""
-        return self.get("engram")  # models saved before memories lack the field
+        """The section of the engram, or None."""
+        return self.get("engram")  # models saved before engrams existed lack the field
 
     @property
     def bank_control(self) -> str:
-        """What contexts have of the memory bank when the model is used as it was trained: `generic` blocks where these
-        always took the place of the fetched ones, which then learned nothing, else `fetched`."""
+        """The bank control under which the model was trained. `generic` if generic blocks always replaced the fetched
+        ones, which then learned nothing; otherwise `fetched`."""
         return "generic" if self.bank.generic.probability == 1 else "fetched"
 
     @property
     def bank(self) -> Any:
-        """The section of the memory bank, or None."""
-        return self.get("bank")  # models saved before banks lack the field
+        """The section of the bank, or None."""
+        return self.get("bank")  # models saved before banks existed lack the field
 
     @property
     def bank_layers(self) -> tuple[int, ...]:
-        """Layers that have blocks of the memory bank, ascending."""
+        """Layers that have blocks of the bank, ascending."""
         bank, layers = self.bank, self.num_layers
         if bank is None:
             return ()
@@ -87,7 +87,7 @@ class Shape(Mapping[str, Any]):
 
     @property
     def branches(self) -> int:
-        """Branches of the residual stream."""
+        """Number of branches of the residual stream."""
         connections = self.get("hyper_connections")
         return 1 if connections is None else connections["branches"]
 

@@ -9,16 +9,18 @@ from torch.autograd.function import once_differentiable
 
 from .kernels import kernels_serve, kmem_kernels
 
+# Shape letters: N rows, I width.
+
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """[N, 2I], the gate's columns first -> silu(gate) * up [N, I]. Backward keeps nothing but gate_up."""
+    """gate_up [N, 2I], the gate's columns first -> silu(gate) * up [N, I]. Saves only gate_up for the backward pass."""
     if kernels_serve(gate_up):
         return kmem_kernels.swiglu.op.swiglu(gate_up, backend="triton")
     return _SwiGLU.apply(gate_up)
 
 
 def silu_times(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, both [..., I]."""
+    """silu(gate) * up, all [.., I]."""
     if kernels_serve(gate):
         return kmem_kernels.swiglu.op.silu_times(gate.flatten(0, -2), up.flatten(0, -2), backend="triton").view_as(gate)
     return F.silu(gate) * up
@@ -38,7 +40,7 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = gate_up.chunk(2, dim=-1)
         out = torch.empty_like(gate_up)
         grad_gate, grad_up = out.chunk(2, dim=-1)
-        # In place: fresh memory for what lies between would cost more than the arithmetic.
+        # In place: fresh memory for the intermediate values would cost more than the arithmetic.
         torch.ops.aten.silu.out(gate, out=grad_up).mul_(grad)
         torch.mul(grad, up, out=grad_gate)
         torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)

@@ -17,10 +17,11 @@ from kmem.model.router import Routing
 
 @dataclass(frozen=True)
 class AllToAllDispatcher:
-    """Sends each token's row to the ranks that own its experts, runs them there, and brings the outputs back.
+    """Sends each token's row to the ranks that own its experts, runs the experts there, and sends the outputs back.
 
-    Dropless. The rows of an expert are summed in a fixed order: by source rank, then by token. Ranks tell each other
-    how many rows each expert gets, once per routing; that, and the rows, is all they exchange.
+    Dropless. The rows of an expert are in a fixed order, by source rank, then by token, so sums over them have a fixed
+    order, too. Once per routing, ranks tell each other how many rows each expert gets. Nothing else is exchanged
+    besides the rows.
     """
 
     group: dist.ProcessGroup
@@ -34,7 +35,7 @@ class AllToAllDispatcher:
         assert counting is not None
         counting.wait()
         send, receive = torch.stack([sent_Re.sum(1), received_Re.sum(1)]).tolist()
-        # Rows arrive by source rank, then expert; the grouped products want them by expert.
+        # Rows arrive sorted by source rank, then expert; the grouped products need them sorted by expert.
         expert_M = torch.arange(sent_Re.shape[1], device=sent_Re.device).repeat(len(sent_Re))
         expert_M = expert_M.repeat_interleave(received_Re.flatten(), output_size=sum(receive))
         order_M, place_M1 = sort_by_expert(expert_M.unsqueeze(1), sent_Re.shape[1])
@@ -45,8 +46,8 @@ class AllToAllDispatcher:
 
 @dataclass(frozen=True)
 class AllToAllRoutes:
-    """Routes over the ranks of a group. The shared experts run while rows are on their way to the routed ones; in
-    backward, their gradients are computed while the gradients of those rows are on their way back."""
+    """Routes over the ranks of a group. The shared experts run during the transfer of rows to the routed experts. In
+    the backward pass, their gradients are computed during the transfer of the rows' gradients back."""
 
     routing: Routing
     choice_of_row_N: Tensor
@@ -55,45 +56,45 @@ class AllToAllRoutes:
     place_M1: Tensor
     counts_e: Tensor
     send: list[int]
-    """Rows to each rank."""
+    """Number of rows sent to each rank."""
     receive: list[int]
-    """Rows from each rank."""
+    """Number of rows received from each rank."""
     group: dist.ProcessGroup
 
     def __call__(self, hidden_TH: Tensor, experts: Experts, shared: Shared | None = None) -> Tensor:
-        outward = _Transfer(self.send, self.receive, self.group)
-        coming_MH = _Begin.apply(gather_rows(hidden_TH, self.choice_of_row_N, self.row_of_choice_TK), outward)
-        # Autograd runs what was recorded later first: of the three steps here, it begins the way back of the
-        # gradients, computes those of the shared experts, and then waits.
+        dispatch = _Transfer(self.send, self.receive, self.group)
+        received_MH = _Begin.apply(gather_rows(hidden_TH, self.choice_of_row_N, self.row_of_choice_TK), dispatch)
+        # Autograd runs these three steps in reverse order: it begins the transfer of the gradients, computes the
+        # gradients of the shared experts, and then waits for the transfer.
         shared_TH = None if shared is None else shared(hidden_TH)
-        arrived_MH = _End.apply(coming_MH, outward)
+        arrived_MH = _End.apply(received_MH, dispatch)
         out_MH = experts(gather_rows(arrived_MH, self.order_M, self.place_M1), self.counts_e)
         back_MH = gather_rows(out_MH, self.place_M1.squeeze(1), self.order_M.unsqueeze(1))
-        homeward = _Transfer(self.receive, self.send, self.group)
-        returned_NH = _End.apply(_Begin.apply(back_MH, homeward), homeward)
+        combine = _Transfer(self.receive, self.send, self.group)
+        returned_NH = _End.apply(_Begin.apply(back_MH, combine), combine)
         out_TH = combine_rows(returned_NH, self.routing.weights_TK, self.choice_of_row_N, self.row_of_choice_TK)
         return out_TH if shared_TH is None else out_TH + shared_TH
 
 
 class _Transfer:
-    """Blocks of rows on their way to the ranks of a group; gradients travel the same way back."""
+    """One all-to-all of rows over the ranks of a group; the backward pass sends the gradients the opposite way."""
 
     def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup) -> None:
         self.send, self.receive, self.group = send, receive, group
         self._under_way: tuple[dist.Work, Tensor, Tensor] | None = None
 
     def begin(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Where the rows will arrive; not to be read before `end`."""
+        """Start the transfer; returns the tensor in which the rows will arrive. Do not read it before `end`."""
         assert self._under_way is None
         rows = rows.contiguous()
         arriving = rows.new_empty(sum(receive), *rows.shape[1:])
         work = dist.all_to_all_single(arriving, rows, receive, send, group=self.group, async_op=True)
         assert work is not None
-        self._under_way = work, arriving, rows  # what is sent must outlive the transfer
+        self._under_way = work, arriving, rows  # the rows to send must outlive the transfer
         return arriving
 
     def end(self) -> Tensor:
-        """What has arrived."""
+        """Wait for the transfer; returns the received rows."""
         assert self._under_way is not None
         work, arrived, _ = self._under_way
         work.wait()
@@ -123,4 +124,4 @@ class _End(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         transfer = ctx.transfer
         transfer.begin(grad, transfer.receive, transfer.send)
-        return grad, None  # read by nobody: what travels is handed on by `_Begin`
+        return grad, None  # nothing reads this gradient: `_Begin` returns the transferred one

@@ -1,4 +1,4 @@
-"""Streams of random values by counter (`kmem_kernels.counter_random`), compiled for the host."""
+"""Counter-based random streams (`kmem_kernels.counter_random`), compiled for the host."""
 
 import hashlib
 
@@ -15,18 +15,18 @@ random_bits = numba.njit(inline="always")(definition.random_bits)
 
 
 def key(seed: int, *names: str) -> np.uint64:
-    """The 64-bit key of a stream: a digest of the run's seed and the names that tell streams apart."""
+    """The 64-bit key of a stream: a digest of the run's seed and of names that distinguish streams."""
     text = "\0".join([str(seed), *names]).encode()
     return np.uint64(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
 
 
 @numba.njit(nogil=True, cache=True)
 def fill_normal(out, first_row, key, scale):
-    """Fill out [n, D] fp32 with the rows from `first_row` on of an endless table of nearly normal values.
+    """Fill out [n, D] fp32 with rows `first_row`, `first_row` + 1, .. of an infinite table of nearly normal values.
 
     A value is the sum of twelve uniform 16-bit integers (mean 0 and variance 1 after centring and scaling by 2^-16,
-    excess kurtosis -0.1, no value beyond six deviations), times the standard deviation. `scale` is that deviation
-    times 2^-16, fp32: one rounding per value.
+    excess kurtosis -0.1, no value beyond six standard deviations), times the standard deviation. `scale` is the
+    standard deviation times 2^-16, fp32, so each value is rounded once.
     """
     rows, dim = out.shape
     for i in range(rows):
@@ -41,7 +41,7 @@ def fill_normal(out, first_row, key, scale):
 
 
 def normal_rows(first_row: int, stop_row: int, dim: int, stream: np.uint64, std: float) -> np.ndarray:
-    """Rows [first_row, stop_row) of a table's initial values, [n, dim] fp32."""
+    """Initial values of rows [first_row, stop_row) of a table, [stop_row - first_row, dim] fp32."""
     out = np.empty((stop_row - first_row, dim), np.float32)
     fill_normal(out, first_row, stream, np.float32(std / 65536))
     return out

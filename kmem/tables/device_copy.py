@@ -1,4 +1,4 @@
-"""Between the worker's host arrays and the compute device, on a stream of the worker's own."""
+"""Copies between the worker's host arrays and the compute device, on the worker's own stream."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,41 +12,41 @@ from kmem.tables.pinned import PinnedBuffer, PinnedRing
 from kmem.tables.working_set import StepPlan, WorkingSet
 
 _ALIGNMENT = 256
-"""Arrays in a pinned buffer begin where any type and any wide copy may."""
+"""Alignment of arrays in a pinned buffer, in bytes; enough for any dtype and any wide copy."""
 
 
 class DeviceCopy:
     """Copies and kernels for one worker thread. On a CPU nothing is copied.
 
-    All of it runs on one stream, in the order in which the worker asked for it.
+    Everything runs on one stream, in the order in which the worker queued it.
 
     Args:
         device: where working sets are used.
-        depth: steps that may be begun beyond the one being computed.
+        depth: number of steps that may be begun beyond the one being computed.
     """
 
     def __init__(self, device: torch.device, depth: int = 1) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # One buffer for the step that is filled, one for every step whose copies may still be queued.
+        # One buffer for the step that is being filled, and one for every step whose copies may still be queued.
         self._ring = PinnedRing(depth + 2)
         self._download: PinnedBuffer | None = None
 
     # Worker thread.
 
     def run(self, work: Callable[[], object]) -> None:
-        """Give work to the stream: after all that it has, not waited for."""
+        """Queue work on the stream, behind everything queued before; does not wait for it."""
         with self._streamed():
             work()
 
     def upload(self, *arrays: np.ndarray) -> list[Tensor]:
-        """Copies of host arrays on the device (bf16 for uint16), later on the stream; the arrays may change at once.
-        On a CPU the arrays themselves."""
+        """Copies of host arrays on the device (bf16 for uint16). The copies are queued on the stream, but the arrays
+        may change as soon as this returns. On a CPU, the arrays themselves."""
         if self._stream is None:
             return [as_tensor(array) for array in arrays]
         ends = np.cumsum([-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays])
         copies = []
-        with self._streamed():  # memory is pinned with this device current: the worker's thread has another by default
+        with self._streamed():  # pins with this device current: the worker thread's default may be another device
             buffer = self._ring.take(int(ends[-1]))
             for array, end in zip(arrays, ends.tolist(), strict=True):
                 start = end - -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
@@ -62,14 +62,17 @@ class DeviceCopy:
             return torch.empty(rows, dim, device=self.device)
 
     def zeros(self, rows: int, dim: int) -> Tensor:
-        """fp32 [rows, dim], made on the stream."""
+        """fp32 zeros [rows, dim], filled on the stream."""
         with self._streamed():
             return torch.zeros(rows, dim, device=self.device)
 
     def working_set(self, rows: np.ndarray | Tensor, plan: StepPlan, trainable: bool) -> tuple[WorkingSet, object]:
-        """Rows of the host (fp32, or bf16 bits) or of the stream, as fp32 on the device, and an event after which they
-        are there."""
-        places = [some.numpy() for some in plan.index]
+        """A working set with the rows as fp32 on the device, and the event that marks their arrival.
+
+        Args:
+            rows: a host array (fp32, or the bits of bf16), or a device tensor that the stream fills.
+        """
+        places = [index.numpy() for index in plan.index]
         if isinstance(rows, Tensor):
             index = self.upload(*places)
         else:
@@ -79,20 +82,20 @@ class DeviceCopy:
         return working_set, None if self._stream is None else self._event()
 
     def follow(self, event: object) -> None:
-        """Let the stream wait for an event of the main thread's."""
+        """Let the stream wait for an event of the main thread."""
         if self._stream is not None and event is not None:
             assert isinstance(event, torch.cuda.Event)
             self._stream.wait_event(event)
 
     def take_over(self, values: Tensor, computed: object) -> Tensor:
-        """A tensor of the main thread's for use on the stream, where it is ready when `computed` has passed."""
+        """Make a tensor of the main thread usable on the stream, which waits for the event `computed`."""
         self.follow(computed)
         if self._stream is not None:
-            values.record_stream(self._stream)  # the main thread may drop it before the stream is through with it
+            values.record_stream(self._stream)  # the main thread may drop it while the stream still uses it
         return values
 
     def to_host(self, values: Tensor, computed: object) -> np.ndarray:
-        """A tensor's values once `computed` has passed; valid until the next call."""
+        """Wait for the event `computed` and copy a tensor to the host; the array is valid until the next call."""
         if self._stream is None:
             return values.numpy()
         self.follow(computed)
@@ -108,14 +111,14 @@ class DeviceCopy:
         return pinned.numpy()
 
     def settle(self) -> None:
-        """Wait until all that the stream was given is done."""
+        """Wait until the stream has finished everything queued on it."""
         if self._stream is not None:
             self._stream.synchronize()
 
     # Main thread.
 
     def mark(self) -> object:
-        """An event behind what the current stream has been given so far."""
+        """An event behind everything queued on the current stream so far; None on a CPU."""
         if self._stream is None:
             return None
         event = torch.cuda.Event()
@@ -123,19 +126,19 @@ class DeviceCopy:
         return event
 
     def hand_over(self, working_set: WorkingSet, arrived: object) -> WorkingSet:
-        """Let the current stream wait for a working set."""
+        """Let the current stream wait for a working set; `arrived` is the event from `working_set`."""
         if arrived is not None:
             assert isinstance(arrived, torch.cuda.Event)
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(arrived)
-            # Allocated on the worker's stream: the memory may not be reused before this stream is through with it.
+            # Allocated on the worker's stream: the memory may not be reused while this stream still uses it.
             working_set.rows.record_stream(stream)
             for index in working_set.index:
                 index.record_stream(stream)
         return working_set
 
     def close(self) -> None:
-        """Finish what the stream has and free the pinned buffers."""
+        """Wait for the stream and free the pinned buffers."""
         self.settle()
         self._ring.close()
         if self._download is not None:

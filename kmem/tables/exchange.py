@@ -1,8 +1,8 @@
-"""Ids to the owners of rows, rows back, gradients to the owners: all-to-all over the ranks that share a table.
+"""All-to-all exchange over the ranks that share a table: row ids to the owners, rows back, gradients to the owners.
 
-Every rank sorts its unique ids, and ranges of rows are contiguous, so a request is the id array cut at the owners'
-boundaries, and answers come back in the order of the ids. Arrays are numpy's, in host memory: the group is a gloo group
-of its own, which needs no device and may run beside the collectives of the main thread.
+Every rank sorts its unique ids, and every owner has a contiguous range of rows. So a request is the id array cut at the
+owners' boundaries, and the answers arrive in the order of the ids. Arrays are numpy arrays in host memory. The group is
+a separate gloo group, which needs no device and may run beside the collectives of the main thread.
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,19 @@ import torch.distributed as dist
 from kmem.config import UserError
 from kmem.tables.sharding import boundaries
 
+# Shape letters: N ranks, U unique rows that this rank asks for (asked), W rows that all ranks want from it (wanted).
+
 
 class ExchangeError(UserError):
-    """The ranks of a table no longer answer each other."""
+    """The exchange between the ranks of a table has failed."""
 
 
 def join_groups(groups: Sequence[Sequence[int]], timeout_seconds: float) -> dist.ProcessGroup | None:
-    """This rank's group for table exchanges, among those of all stages, which every rank names in the same order.
+    """Create the groups of all stages for table exchanges, and return this rank's group.
 
-    None when there is no process group, or the own group is this rank alone. Collective over the world. The timeout
-    is short of a training run's: a rank that is alive but absent shows only there.
+    None if there is no process group, or if this rank's group has no other rank. Collective over the world: every rank
+    passes the same groups in the same order. The timeout is shorter than the training run's own: only a timeout reveals
+    a rank that is alive but does not take part.
     """
     if not dist.is_initialized():
         return None
@@ -39,12 +42,12 @@ def join_groups(groups: Sequence[Sequence[int]], timeout_seconds: float) -> dist
 
 @dataclass(frozen=True)
 class Request:
-    """One step's ids as the asker and as the owner see them. N ranks.
+    """The row ids of one step, from this rank's view as asker and as owner.
 
     Args:
-        asked: [N] rows asked from each owner, in the order of the unique ids.
-        wanted_counts: [N] rows that each asker wants from this owner.
-        wanted: [W] int64: their local numbers, by asker, ascending within an asker.
+        asked: [N], number of rows asked from each owner; the rows are consecutive in the unique ids.
+        wanted_counts: [N], number of rows that each asker wants from this owner.
+        wanted: [W] int64, local numbers of the wanted rows, sorted by asker, then ascending.
     """
 
     asked: np.ndarray
@@ -53,17 +56,17 @@ class Request:
 
 
 class Exchange:
-    """Collectives of one worker thread. With one rank the same calls move nothing."""
+    """The collectives of one worker thread. With one rank, the same calls move nothing."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
         self.ranks = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.bytes = 0
-        """Bytes that this rank has sent to others."""
+        """Number of bytes that this rank has sent to other ranks."""
 
     def request(self, unique: np.ndarray, rows: int) -> Request:
-        """Tell the owners of a table of `rows` rows which ones this rank wants; `unique` ascending int64."""
+        """Tell the owners of a table of `rows` rows which rows this rank wants; `unique`: int64 [U], ascending."""
         edges = boundaries(rows, self.ranks)
         asked = np.diff(np.searchsorted(unique, edges))
         ones = np.ones(self.ranks, np.int64)
@@ -75,16 +78,20 @@ class Exchange:
         """Values of the wanted rows [W, ...] -> values of the asked rows [U, ...]."""
         return self._move(values, request.wanted_counts, request.asked)
 
-    def to_askers_where(self, request: Request, sent: np.ndarray, values: np.ndarray, due: np.ndarray) -> np.ndarray:
-        """As `to_askers` for some of the rows: owners send where `sent` [W], askers receive where `due` [U]."""
-        return self._move(values, _true_per_part(sent, request.wanted_counts), _true_per_part(due, request.asked))
+    def to_askers_where(
+        self, request: Request, send_mask: np.ndarray, values: np.ndarray, recv_mask: np.ndarray
+    ) -> np.ndarray:
+        """As `to_askers`, for some of the rows. Owners send the rows that bool `send_mask` [W] marks; `values` holds
+        only these. Askers receive the rows that bool `recv_mask` [U] marks."""
+        send, receive = _true_per_part(send_mask, request.wanted_counts), _true_per_part(recv_mask, request.asked)
+        return self._move(values, send, receive)
 
     def to_owners(self, request: Request, values: np.ndarray) -> np.ndarray:
         """Values of the asked rows [U, ...] -> values of the wanted rows [W, ...]."""
         return self._move(values, request.asked, request.wanted_counts)
 
     def sum_over_ranks(self, values: np.ndarray, group: dist.ProcessGroup | None = None) -> None:
-        """Add up an array over the ranks, or over those of another group, in place."""
+        """Sum an array over the ranks, or over the ranks of another group, in place."""
         group = group or self._group
         if group is not None:
             self.bytes += values.nbytes
@@ -103,13 +110,13 @@ class Exchange:
 
 
 def _true_per_part(mask: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Number of true entries in each of the consecutive parts of a mask."""
+    """Number of True entries in each of the consecutive parts of a mask; `counts` gives the parts' lengths."""
     sums = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
     return np.diff(sums[np.concatenate([[0], np.cumsum(counts)])])
 
 
 def as_tensor(values: np.ndarray) -> torch.Tensor:
-    """The same memory as a tensor of a type that gloo sends; uint16 holds the bits of bf16."""
+    """The array's memory as a tensor with a dtype that gloo can send; uint16 holds the bits of bf16."""
     if values.dtype == np.uint16:
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(values)

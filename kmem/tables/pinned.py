@@ -1,6 +1,6 @@
-"""Host memory that a device copies from and to by itself, allocated once and used again.
+"""Pinned host memory, which a device can copy from and to by DMA. Buffers are allocated once and reused.
 
-Pinning memory takes about as long as a copy through it, so a buffer per step would double the time of a fetch.
+Pinning memory takes about as long as a copy through it, so a new buffer per step would double the time of a fetch.
 """
 
 from collections.abc import Callable
@@ -20,28 +20,28 @@ class Buffer(Protocol):
 
 
 class PinnedBuffer:
-    """Pinned host memory of just this size. (torch's own allocator rounds up to powers of two and keeps what it gets
-    back.)"""
+    """Pinned host memory of exactly this size. (torch's own allocator rounds sizes up to powers of two and does not
+    give freed memory back.)"""
 
     def __init__(self, size: int) -> None:
         self.bytes = torch.empty(size, dtype=torch.uint8)
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 0))
 
     def close(self) -> None:
-        """Unpin; no copy may be under way."""
+        """Unpin the memory; no copy may be in progress."""
         torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr()))
         self.bytes = torch.empty(0, dtype=torch.uint8)
 
 
 class PinnedRing:
-    """Buffers taken in turn, each again when the copy that last used it is through.
+    """Buffers used in turn. A buffer is reused when the last copy from it has finished.
 
-    A buffer that is too small is replaced by one for the largest size asked for so far, so that a run soon allocates
-    nothing. With more than one, the next is filled while the last is copied.
+    A buffer that is too small is replaced by one with room for the largest size requested so far, so that a run soon
+    stops allocating. With more than one buffer, the next one is filled while the last one is copied.
 
     Args:
-        buffers: their number.
-        allocate: makes one.
+        buffers: number of buffers.
+        allocate: makes a buffer of the given size in bytes.
     """
 
     def __init__(self, buffers: int, allocate: Callable[[int], Buffer] = PinnedBuffer) -> None:
@@ -53,7 +53,7 @@ class PinnedRing:
         self._next = 0
 
     def take(self, size: int) -> Tensor:
-        """uint8, at least `size` bytes, which no copy uses any more; waits for that. `copied` must follow."""
+        """The next buffer, uint8 with at least `size` elements. Waits until no copy uses it. Call `copied` next."""
         place, self._largest = self._next, max(self._largest, size)
         if self._copied[place] is not None:
             self._copied[place].synchronize()
@@ -67,7 +67,7 @@ class PinnedRing:
         return buffer.bytes
 
     def copied(self, event: Any) -> None:
-        """The buffer taken last is in use until this event has passed."""
+        """Mark the buffer taken last as in use until this event has passed."""
         self._copied[self._next] = event
         self._next = (self._next + 1) % len(self._buffers)
 

@@ -1,8 +1,8 @@
-"""Pages of a mapped file, asked for together before they are touched.
+"""Reads the pages of a mapped file together, before they are touched.
 
-Touched one after another, the pages of cold rows are read one at a time, each by a fault of its own, and fault once
-more when they are written. Asked for together they are read side by side. Measured with 14,000 rows of 256 bytes and
-their Adam moments, all cold, on a disk that reads 40,000 pages a second one at a time; CPU and wall time per row of
+If the pages of cold rows are touched one after another, each page fault reads one page, and the first write to the page
+faults again. If they are requested together, the system reads them in parallel. Measured with 14,000 rows of 256 bytes
+and their Adam moments, all cold, on a disk that reads 40,000 pages a second one at a time; CPU and wall time per row of
 fetch and update:
 
     three arrays, touched                       20.9 us      67 us
@@ -11,8 +11,8 @@ fetch and update:
     records, WILLNEED and POPULATE_WRITE         3.9 - 4.4   11          (chosen)
     records, WILLNEED, then touched by a loop    6.0         23
 
-and 2.5 us without, 2.1 us with the chosen calls when every row is in memory already. One `process_madvise` for a
-thousand ranges costs as much CPU time as `madvise` for each, and older kernels refuse it for POPULATE_WRITE.
+If every row is in memory already, it takes 2.5 us without and 2.1 us with the chosen calls. One `process_madvise` for a
+thousand ranges costs as much CPU time as one `madvise` per range, and older kernels refuse it for POPULATE_WRITE.
 """
 
 import ctypes
@@ -31,19 +31,20 @@ _madvise: Any = types.ExternalFunction("madvise", types.intc(types.uintp, types.
 
 
 def read_ahead(base: int, rows: np.ndarray, stride: int, offset: int, size: int, writing: bool) -> str | None:
-    """Read the pages of a part of records; with `writing` also map them writable: neither reads nor writes fault then.
+    """Read the pages that hold a part of each record. With `writing`, also map them writable, so that neither reads nor
+    writes fault.
 
-    What the system does not support is left to faults, which do the same later.
+    If the system does not support a call, faults do the same work later.
 
     Args:
-        base: address of record 0, at a page.
-        rows: [W] int64 numbers of records; neighbours in this order are asked for together.
+        base: address of record 0, aligned to a page.
+        rows: [W] int64, numbers of records; records that are neighbours in this order are requested together.
         stride: bytes from one record to the next.
-        offset: where the part starts in a record, in bytes.
-        size: bytes of the part.
+        offset: start of the part within a record, in bytes.
+        size: size of the part, in bytes.
 
     Returns:
-        Why pages cannot be read, None if they can: touching them would kill the process.
+        Why pages cannot be read, so that touching them would kill the process; None if they can be read.
     """
     _advise(base, rows, stride, offset, size, mmap.PAGESIZE, _WILLNEED)
     if not writing:
@@ -51,7 +52,7 @@ def read_ahead(base: int, rows: np.ndarray, stride: int, offset: int, size: int,
     failed = _advise(base, rows, stride, offset, size, mmap.PAGESIZE, _POPULATE_WRITE)
     if failed < 0:
         return None
-    # The loop cannot see errno: from there on records are asked for where it can be seen.
+    # The compiled loop cannot read errno. From the failed record on, ctypes repeats the calls, which can.
     system = ctypes.CDLL(None, use_errno=True)
     for row in rows[failed:].tolist():
         start = (row * stride + offset) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -64,7 +65,7 @@ def read_ahead(base: int, rows: np.ndarray, stride: int, offset: int, size: int,
 
 @numba.njit(nogil=True, cache=True)
 def _advise(base, rows, stride, offset, size, page, advice):
-    """One call per run of neighbouring pages; the place in `rows` of the first run that was refused, or -1."""
+    """One `madvise` per run of neighbouring pages; returns the place in `rows` of the first run that fails, or -1."""
     count, i = rows.shape[0], 0
     while i < count:
         row = i

@@ -1,19 +1,19 @@
-"""Host threads that share the rows of one loop. The compiled loops release the interpreter lock."""
+"""Host threads that share the rows of one loop. Compiled loops release the interpreter lock."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 _LEAST_VALUES = 1 << 14
-"""Rows of fewer values than this together are not worth handing to another thread."""
+"""A thread gets rows with at least this many values together; fewer are not worth the hand-over."""
 
 
 class RowThreads:
-    """Runs loops over rows in slices; rows are independent, so the number of threads changes no result.
+    """Runs loops over slices of rows. Rows are independent, so the number of threads changes no result.
 
     Args:
-        threads: their number.
-        dim: values of a row.
+        threads: number of threads.
+        dim: number of values per row.
     """
 
     def __init__(self, threads: int = 1, dim: int = 64) -> None:
@@ -23,7 +23,7 @@ class RowThreads:
         self._pool = ThreadPoolExecutor(threads, "kmem-rows") if threads > 1 else None
 
     def run(self, count: int, work: Callable[[slice], object]) -> None:
-        """Call `work` on consecutive slices of [0, count), one per thread; raises what they raise."""
+        """Call `work` on consecutive slices of [0, count), one per thread; re-raises its exceptions."""
         parts = min(self._threads, max(1, count // self._least))
         if parts == 1 or self._pool is None:
             work(slice(0, count))

@@ -1,4 +1,4 @@
-"""How rows get from their owners into a step's working set, and its gradient back: through the host, or in place."""
+"""Moves rows from their owners into a step's working set, and gradients back: through the host, or in place."""
 
 import logging
 
@@ -13,14 +13,16 @@ from kmem.tables.row_optimizers.update import host_array, host_columns
 from kmem.tables.row_threads import RowThreads
 from kmem.tables.stores import Store
 
+# Shape letters: U rows that this rank asks for, W rows that all ranks want from it, D values of a row.
+
 log = logging.getLogger(__name__)
 
 
 def make_row_transport(
     store: Store, exchange: Exchange, threads: RowThreads, copy: DeviceCopy
 ) -> "ThroughHost | InPlace":
-    """The way that a table goes, always the same one: in place where rows need not leave the rank and a device can read
-    them, which is on CUDA, with one rank, from the stores `device` and `host`."""
+    """The transport of a table; it never changes. Rows are gathered in place if they need not leave the rank and a
+    device can read them: on CUDA, with one rank, from the stores `device` and `host`."""
     if copy.device.type == "cuda" and exchange.ranks == 1 and store.kind in ("device", "host"):
         log.info("table %s: the device gathers rows from %s memory in place", store.name, store.kind)
         return InPlace(store, copy)
@@ -28,23 +30,25 @@ def make_row_transport(
 
 
 class ThroughHost:
-    """Owners gather rows into host memory, ranks exchange them there, and each copies its working set to its device at
-    once. Any store, any number of ranks."""
+    """Owners gather rows into host memory, ranks exchange them there, and each rank copies its whole working set to its
+    device in one piece. Works with any store and any number of ranks."""
 
     def __init__(self, store: Store, exchange: Exchange, threads: RowThreads, copy: DeviceCopy) -> None:
         self._store, self._exchange, self._threads, self._copy = store, exchange, threads, copy
 
     def empty(self, count: int) -> np.ndarray:
-        """[count, D] for rows in the table's own type; bf16 as its bits."""
+        """An uninitialised array [count, D] for rows in the table's own dtype; bf16 as uint16 bits."""
         rows = self._store["rows"]
         return np.empty((count, rows.shape[1]), np.uint16 if rows.dtype == torch.bfloat16 else np.float32)
 
-    def serve(self, request: Request, sent: np.ndarray, due: np.ndarray, rows: np.ndarray) -> None:
-        """Bring the rows marked at the owners (`sent` [W]) to their places at the askers (`due` [U])."""
-        rows[due] = self._exchange.to_askers_where(request, sent, self._gather(request.wanted[sent]), due)
+    def serve(self, request: Request, send_mask: np.ndarray, recv_mask: np.ndarray, rows: np.ndarray) -> None:
+        """Move the rows that bool `send_mask` [W] marks at the owners to the places in `rows` [U, D] that bool
+        `recv_mask` [U] marks at the askers."""
+        values = self._gather(request.wanted[send_mask])
+        rows[recv_mask] = self._exchange.to_askers_where(request, send_mask, values, recv_mask)
 
     def to_owners(self, request: Request, gradient: Tensor, computed: object) -> np.ndarray:
-        """Gradients of the asked rows [U, D] -> of the wanted rows [W, D]; valid until the next call."""
+        """Gradients of the asked rows [U, D] -> gradients of the wanted rows [W, D]; valid until the next call."""
         return self._exchange.to_owners(request, self._copy.to_host(gradient, computed))
 
     def _gather(self, rows: np.ndarray) -> np.ndarray:
@@ -59,32 +63,32 @@ class ThroughHost:
 
 
 class InPlace:
-    """A kernel on the worker's stream gathers rows where they are stored: in device memory, or in pinned host memory,
-    over the bus and without the host's processors. One rank.
+    """A kernel on the worker's stream gathers rows from where they are stored: device memory, or pinned host memory,
+    which it reads over the bus without the host's processors. For one rank.
 
-    Exact as long as gathers and updates take effect in the order of the worker's jobs, which is all that the proof in
-    `hazards.py` takes from a table. The worker does not wait for gathers, but
-    - an update of rows on the device is given to the same stream: it runs behind the gathers of earlier jobs and before
-      those of later ones;
-    - an update of rows on the host begins when the stream has done all that it was given (`settle`), the gathers of
-      earlier jobs included; those of later jobs are launched when it has ended, and kernels see what the host wrote
-      before their launch.
-    The wait costs next to nothing: the gradients of the update come over the same stream, behind these gathers. It is
-    there for what the gradients do not order: steps without gradients, and rows handed out stale.
+    Transfers are exact if gathers and updates take effect in the order of the worker's jobs; the proof in `hazards.py`
+    assumes nothing else about a table. The worker does not wait for gathers, but the order holds:
+    - An update of rows on the device is queued on the same stream. It runs after the gathers of earlier jobs and before
+      the gathers of later jobs.
+    - An update of rows on the host begins when the stream has finished everything queued on it (`settle`), including
+      the gathers of earlier jobs. The gathers of later jobs are launched after the update, and a kernel sees what the
+      host wrote before its launch.
+    The wait costs almost nothing, since the gradients of the update arrive over the same stream, after these gathers.
+    It is needed where no gradients enforce the order: for steps without gradients, and for rows handed out stale.
     """
 
     def __init__(self, store: Store, copy: DeviceCopy) -> None:
         self._store, self._copy = store, copy
 
     def empty(self, count: int) -> Tensor:
-        """fp32 [count, D] on the device."""
+        """An uninitialised tensor fp32 [count, D] on the device."""
         return self._copy.empty(count, self._store["rows"].shape[1])
 
-    def serve(self, request: Request, sent: np.ndarray, due: np.ndarray, rows: Tensor) -> None:
-        """Bring the marked rows to their places. The only rank asks itself: `sent` and `due` mark the same ones."""
+    def serve(self, request: Request, send_mask: np.ndarray, recv_mask: np.ndarray, rows: Tensor) -> None:
+        """As `ThroughHost.serve`. The only rank asks itself, so both masks mark the same rows."""
         from kmem_kernels.row_gather.op import row_gather
 
-        places = np.flatnonzero(due)
+        places = np.flatnonzero(recv_mask)
         if len(places) == 0:
             return
 
@@ -93,13 +97,13 @@ class InPlace:
                 (wanted,) = self._copy.upload(request.wanted)
                 row_gather(self._store["rows"], wanted, rows)
             else:
-                wanted, at = self._copy.upload(request.wanted[sent], places)
+                wanted, at = self._copy.upload(request.wanted[send_mask], places)
                 row_gather(self._store["rows"], wanted, rows, at)
 
         self._copy.run(gather)
 
     def to_owners(self, request: Request, gradient: Tensor, computed: object) -> np.ndarray | Tensor:
-        """The gradient [U, D] where the rows are."""
+        """The gradient [U, D] in the memory of the rows: a host array, or a device tensor."""
         if self._store.on_host:
             return self._copy.to_host(gradient, computed)
         return self._copy.take_over(gradient, computed)

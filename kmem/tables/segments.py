@@ -1,4 +1,4 @@
-"""Equal ids brought together: which rows there are, and which entries belong to each, in their order."""
+"""Grouping of equal ids: the distinct ids, and the entries that belong to each, in order."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Segments:
-    """W ids grouped into U unique ones.
+    """W ids grouped by their U distinct values.
 
     Args:
-        unique: [U] ascending.
-        order: [W] int64: entries by id; those of one id in the order in which they came.
-        starts: [U + 1] int64: entries order[starts[i]:starts[i + 1]] have id unique[i].
+        unique: [U] int64, the distinct ids, ascending.
+        order: [W] int64, the entries sorted by id; entries with equal ids keep their order.
+        starts: [U + 1] int64; the entries order[starts[i]:starts[i + 1]] have the id unique[i].
     """
 
     unique: np.ndarray
@@ -21,7 +21,7 @@ class Segments:
 
     @classmethod
     def of(cls, ids: np.ndarray) -> "Segments":
-        """Group ids [W], int64, not negative."""
+        """Group ids int64 [W], which may not be negative."""
         bits = len(ids).bit_length()
         if len(ids) and int(ids.max()) >> (63 - bits) == 0:
             # Sorting (id, place) packed into one integer is several times faster than a stable argsort.
@@ -38,12 +38,12 @@ class Segments:
 
     @classmethod
     def distinct(cls, unique: np.ndarray) -> "Segments":
-        """Ids that are ascending and unique already."""
+        """The segments of ids that are already ascending and unique: one entry each."""
         places = np.arange(len(unique) + 1)
         return cls(unique, places[:-1], places)
 
     def inverse(self) -> np.ndarray:
-        """[W]: the place of each id among the unique ones."""
+        """[W] int64: the place of each entry's id in `unique`."""
         places = np.empty(len(self.order), np.int64)
         places[self.order] = np.repeat(np.arange(len(self.unique)), np.diff(self.starts))
         return places

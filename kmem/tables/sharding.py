@@ -1,4 +1,5 @@
-"""Which rows a table has, and which rank owns which: contiguous ranges, the first `rows % ranks` one row longer."""
+"""The rows of a table, and their owners. Each rank owns a contiguous range; the first `rows % ranks` ranges are one row
+longer."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class RowRange:
 
 
 def row_range(rows: int, ranks: int, rank: int) -> RowRange:
-    """The rows of one rank; ranges may be empty where there are fewer rows than ranks."""
+    """The rows of one rank; the range may be empty if there are fewer rows than ranks."""
     base, longer = divmod(rows, ranks)
     start = rank * base + min(rank, longer)
     return RowRange(start, start + base + (rank < longer))
@@ -35,11 +36,11 @@ def boundaries(rows: int, ranks: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Rows that a table has of a larger one, whose numbers they have in checkpoints.
+    """The rows of a larger table that a table holds. Checkpoints use the row numbers of the larger table.
 
     Args:
-        whole: rows of the larger one.
-        ranges: of these, ascending and apart.
+        whole: number of rows of the larger table.
+        ranges: ranges of its rows that are selected, ascending and disjoint.
     """
 
     whole: int
@@ -49,7 +50,7 @@ class RowSelection:
         return sum(map(len, self.ranges))
 
     def places(self, rows: Tensor) -> Tensor:
-        """Where rows, numbered as in the whole, int64, lie among these; ascending ones stay ascending."""
+        """Row numbers of the larger table, int64 -> row numbers of this table, in the same order."""
         starts, stops, before = self._borders
         part = torch.searchsorted(starts, rows, right=True) - 1
         assert bool(((part >= 0) & (rows < stops[part])).all()), "the table does not have these rows"
@@ -57,13 +58,13 @@ class RowSelection:
 
     @cached_property
     def _borders(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each range its first row, its end, and the rows before it; int64."""
+        """For each range: its first row, its end, and the number of selected rows before it; int64."""
         starts, stops = (torch.tensor([getattr(rows, end) for rows in self.ranges]) for end in ("start", "stop"))
         return starts, stops, torch.tensor([0, *accumulate(map(len, self.ranges))])
 
     def cut(self, start: int, stop: int) -> Iterator[tuple[int, range]]:
-        """Rows [start, stop) of these as pieces that lie together: how many come before each, and its numbers in the
-        whole."""
+        """Cut rows [start, stop) of this table into contiguous pieces of the larger table. Yields, for each piece, the
+        number of rows before it and its row numbers in the larger table."""
         before = 0
         for rows in self.ranges:
             low, high = max(start, before), min(stop, before + len(rows))

@@ -1,10 +1,10 @@
-"""Where the rows of a rank and their optimizer state live: device memory, host memory, or a mapped file.
+"""Storage for the rows of a rank and their optimizer state: device memory, host memory, or a mapped file.
 
-A store is one allocation per rank that holds several arrays of equally many rows: the rows themselves, moments, step
-numbers. In memory the arrays lie one behind the other. In a mapped file everything that belongs to a row lies together,
-one record per row: the page faults, reads and writes of a cold row are then those of one place, not of every array.
-(Host memory keeps arrays: with records lazy Adam was 6 to 9 % slower and gathers 13 to 30 % in tables of 0.3 to 0.5
-GiB, since rows alone are then spread over three times as many pages.)
+A store is one allocation per rank. It holds several arrays with the same number of rows: the rows themselves, moments,
+step numbers. In memory, the arrays lie one after another. In a mapped file, everything that belongs to a row is one
+record, so a cold row costs the page faults, reads and writes of one place, not of one place per array. (Host memory
+keeps arrays: with records, lazy Adam was 6 to 9 % slower and gathers 13 to 30 % in tables of 0.3 to 0.5 GiB, since the
+rows are then spread over three times as many pages.)
 """
 
 import contextlib
@@ -31,14 +31,14 @@ from kmem.tables.read_ahead import read_ahead
 StoreKind = Literal["device", "host", "mmap"]
 
 CHUNK_BYTES = 1 << 24
-"""Rows are filled and streamed in pieces of at most this size (at least one row)."""
+"""Rows are filled and streamed in chunks of at most this many bytes (but at least one row)."""
 _PAGE = 4096
-"""Arrays start at a page, so that direct reads and wide vectors stay possible."""
+"""Arrays start at a page boundary, so that direct reads and wide vectors stay possible."""
 _HUGE_PAGE = 1 << 21
 
 
 class StoreError(UserError):
-    """Memory or disk space for a table that cannot be had; the message gives the numbers."""
+    """A table needs memory or disk space that is not available; the message gives the numbers."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class ArrayLayout:
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """Where the arrays' parts of a row lie in its record.
+    """The layout of a record, which holds one row of every array.
 
     Args:
-        offsets: array -> its first byte.
-        size: bytes of a record that are used.
-        stride: from one record to the next.
+        offsets: array -> offset of its row in the record, in bytes.
+        size: number of used bytes in a record.
+        stride: bytes from one record to the next.
     """
 
     offsets: dict[str, int]
@@ -69,9 +69,11 @@ class RecordLayout:
 
     @classmethod
     def of(cls, arrays: dict[str, ArrayLayout]) -> "RecordLayout":
-        """Records side by side, or padded to a whole part of a page (or to whole pages) where that costs at most a
-        third more and lowers bytes times pages per record: a record that lies in fewer pages is read and written with
-        fewer, one that is shorter is more often in memory."""
+        """Choose tight records, or records padded to a power-of-two part of a page (or to whole pages).
+
+        Padding is chosen if it costs at most a third more bytes and lowers the product of bytes and pages per record. A
+        record in fewer pages is read and written with fewer pages; a shorter record is more often in memory.
+        """
         offsets, size, alignment = {}, 0, 1
         for array, layout in arrays.items():
             width = layout.dtype.itemsize
@@ -86,26 +88,26 @@ class RecordLayout:
 
     @property
     def mean_pages(self) -> float:
-        """Pages in which a record lies, on average over all."""
+        """Number of pages that a record touches, averaged over all records."""
         period = _PAGE // gcd(self.stride, _PAGE)
         starts = [number * self.stride % _PAGE for number in range(period)]
         return sum(1 + (start + self.size - 1) // _PAGE for start in starts) / period
 
 
 class Store:
-    """The arrays of one rank, each [rows, width], views of one allocation; those of a mapped store are strided.
+    """The arrays of one rank, each [rows, width]. They are views of one allocation, strided in a mapped store.
 
     Args:
-        kind: "device" (memory of `device`), "host" (pinned when CUDA is present) or "mmap" (a file).
-        rows: rows of this rank.
+        kind: "device" (memory of `device`), "host" (pinned if CUDA is present) or "mmap" (a file).
+        rows: number of rows of this rank.
         arrays: name -> layout.
-        device: used by "device".
-        path: where "mmap" makes its file; the folder must exist. The file loses its name as soon as it is mapped, so
-            no other process can meet it and its blocks are free again however this process ends.
-        name: the table, for error messages.
+        device: device of the kind "device".
+        path: file of the kind "mmap"; its folder must exist. The file is unlinked as soon as it is mapped, so no other
+            process can open it, and its blocks are freed however this process ends.
+        name: name of the table, for error messages.
 
     Raises:
-        StoreError: the memory or the disk space is not there; nothing is left behind.
+        StoreError: the memory or the disk space is not available; nothing is left behind.
     """
 
     def __init__(
@@ -122,7 +124,7 @@ class Store:
         self._records: Tensor | None = None
         self._mapping: mmap.mmap | None = None
         self.layout = RecordLayout.of(arrays) if kind == "mmap" else None
-        """Of records; None where arrays lie one behind the other."""
+        """Layout of the records; None if the arrays lie one after another."""
         self.arrays: dict[str, Tensor] = {}
         if self.layout is not None:
             self.bytes = _up(rows * self.layout.stride, _PAGE)
@@ -145,23 +147,24 @@ class Store:
 
     @property
     def on_host(self) -> bool:
-        """True when numpy and compiled loops can work on the arrays in place."""
+        """Whether numpy and compiled loops can work on the arrays in place."""
         return self.arrays == {} or next(iter(self.arrays.values())).device.type == "cpu"
 
     def columns(self, array: str) -> tuple[Tensor, int]:
-        """A contiguous tensor [rows, columns] of the array's type and the column at which the array's rows start in
-        it. Compiled loops are vectorised over parts of contiguous rows, not over a strided array's."""
+        """A contiguous tensor [rows, columns] with the array's dtype, and the column at which the array's rows start in
+        it. Compiled loops are vectorised over parts of contiguous rows, but not over rows of a strided array."""
         if self._records is None or self.layout is None:
             return self.arrays[array], 0
         dtype = self.arrays[array].dtype
         return self._records.view(dtype), self.layout.offsets[array] // dtype.itemsize
 
     def fetch_ahead(self, rows: np.ndarray, writing: bool = True, part: tuple[str, slice] | None = None) -> None:
-        """Bring the records of rows [W] int64 into memory together, before they are used; those in ascending order at
-        the least cost. Only a mapped store has anything to do. `writing` prepares their update, too.
+        """Read the records of rows [W] int64 into memory together, before they are used. Does nothing unless the store
+        is mapped. Ascending rows cost least.
 
         Args:
-            part: an array and those of its columns that will be used; default: all of a record.
+            writing: also prepare the records for an update.
+            part: an array and the slice of its columns that will be used; default: the whole record.
 
         Raises:
             StoreError: the file cannot be read, or has become shorter.
@@ -179,18 +182,18 @@ class Store:
             raise StoreError(f"table {self.name}: {self.path} cannot be read ({error})")
 
     def fill(self, array: str, values: Callable[[int, int], Tensor]) -> None:
-        """Write an array chunk by chunk: values(start, stop) gives those rows as fp32 on the host."""
+        """Write an array chunk by chunk; values(start, stop) returns rows [start, stop) as fp32 on the host."""
         target = self.arrays[array]
         for start, stop in self.chunks(array):
             self.fetch_ahead(np.arange(start, stop))
             target[start:stop].copy_(values(start, stop))
 
     def chunks(self, array: str) -> Iterator[tuple[int, int]]:
-        """Row ranges of at most CHUNK_BYTES."""
+        """Row ranges [start, stop) of at most CHUNK_BYTES."""
         yield from chunk_ranges(self.rows, self.arrays[array].shape[1] * self.arrays[array].element_size())
 
     def close(self) -> None:
-        """Drop the arrays. A mapped file goes with them: a checkpoint, not the file, is what is kept."""
+        """Free the arrays. A mapped file is freed with them: only checkpoints are permanent."""
         self.arrays, self._records = {}, None
         if self._registered is not None:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._registered.data_ptr()))
@@ -198,7 +201,7 @@ class Store:
         self._mapping = None
 
     def flush(self) -> None:
-        """Wait until what was written to a mapped file is on the disk."""
+        """Wait until everything written to a mapped file is on the disk."""
         if self._mapping is not None:
             self._mapping.flush()
 
@@ -212,10 +215,10 @@ class Store:
             if self.kind == "device":
                 return torch.zeros(size, dtype=torch.uint8, device=device)
             available = available_host_memory()
-            if size > available:  # the system would kill the process in the middle of training
+            if size > available:  # the system would kill the process during training
                 raise StoreError(
-                    f"table {self.name}: this rank's rows and their optimizer state need {gib(size)} of host memory "
-                    f"and {gib(int(available))} are available; use more ranks, fewer rows or the mmap store"
+                    f"table {self.name}: this rank's rows and their optimizer state need {gib(size)} of host memory, "
+                    f"but {gib(int(available))} are available; use more ranks, fewer rows or the mmap store"
                 )
             buffer = torch.zeros(size, dtype=torch.uint8)
             _ask_for_huge_pages(buffer)
@@ -232,15 +235,15 @@ class Store:
 
 
 def chunk_ranges(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """[0, rows) in pieces of at most CHUNK_BYTES, at least one row each."""
+    """Ranges [start, stop) that cover [0, rows), of at most CHUNK_BYTES but at least one row each."""
     step = max(1, CHUNK_BYTES // max(1, row_bytes))
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 
 
 def map_new_file(path: Path, size: int, name: str) -> mmap.mmap:
-    """A new file of zeros, mapped for writing, in the folder of `path`. Its blocks are reserved: writing through a
-    mapping to a full disk would kill the process. When this returns it has no name any more.
+    """Make a file of zeros in the folder of `path`, map it for writing, and unlink it. Its blocks are reserved at once,
+    since writing to a full disk through a mapping would kill the process.
 
     Raises:
         StoreError: the disk lacks the space, or the folder cannot be written.
@@ -260,13 +263,13 @@ def map_new_file(path: Path, size: int, name: str) -> mmap.mmap:
         if error.errno in FULL_DISK:
             raise StoreError(_no_space(path, size, shutil.disk_usage(path.parent).free, name)) from error
         raise StoreError(f"table {name}: {path} cannot be created ({error.strerror})") from error
-    mapping.madvise(mmap.MADV_RANDOM)  # rows are read at random: reading ahead would fill memory with neighbours
+    mapping.madvise(mmap.MADV_RANDOM)  # access is random: read-ahead would fill memory with neighbouring rows
     return mapping
 
 
 def available_host_memory() -> float:
-    """Bytes that this process could still allocate without swapping: the machine's, or those its container (cgroup v2)
-    leaves, whichever is less; infinite where the system does not say."""
+    """Bytes that this process can still allocate without swapping: the smaller of the limits of the machine and of its
+    container (cgroup v2); infinite if the system does not tell."""
     available = float("inf")
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -274,15 +277,15 @@ def available_host_memory() -> float:
     with contextlib.suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        # Cached file pages count as used and are given back first.
+        # Cached file pages count as used, but the system frees them first.
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         available = min(available, limit - used + int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0)))
     return available
 
 
 def _ask_for_huge_pages(buffer: Tensor) -> None:
-    """Rows are met at random: with pages of 4 KiB every row is a miss in the table of translations, too. A request;
-    systems that do not know it ignore it. The buffer must not have been written yet."""
+    """Request huge pages for a buffer that has not been written yet. Access to rows is random, so with pages of 4 KiB
+    every row would also miss in the TLB. Systems without huge pages ignore the request."""
     start = _up(buffer.data_ptr(), _HUGE_PAGE)
     length = (buffer.data_ptr() + buffer.numel() - start) // _HUGE_PAGE * _HUGE_PAGE
     if length > 0 and sys.platform == "linux":
@@ -291,18 +294,18 @@ def _ask_for_huge_pages(buffer: Tensor) -> None:
 
 def _no_space(path: Path, size: int, free: int, name: str) -> str:
     return (
-        f"table {name}: {path} needs {gib(size)} of disk and {gib(free)} are free; "
+        f"table {name}: {path} needs {gib(size)} of disk, but {gib(free)} are free; "
         "choose another folder, more nodes or fewer rows"
     )
 
 
 def _up(size: int, unit: int) -> int:
-    """The next multiple of a unit."""
+    """`size` rounded up to a multiple of `unit`."""
     return -(-size // unit) * unit
 
 
 def gib(size: int) -> str:
-    """A size for people."""
+    """A size in bytes as readable text."""
     return f"{size / 2**30:.2f} GiB ({size} bytes)"
 
 

@@ -1,6 +1,6 @@
 """A trainable lookup table: rows sharded over ranks, fetched per step, updated where they are stored.
 
-    next_ticket = table.begin(plan)             # at any time, also while an earlier step is computed
+    next_ticket = table.begin(plan)             # at any time, even while an earlier step is being computed
     working_set = ticket.result()               # waits for the rows
     ... forward and backward passes through working_set.lookup(micro_batch) ...
     ticket.commit(scale=1 / data_ranks, learning_rate=rate)
@@ -40,13 +40,16 @@ from kmem.tables.table_spec import DTYPES, StepMetrics, TableSpec
 from kmem.tables.worker import TableWorker
 from kmem.tables.working_set import StepPlan, WorkingSet
 
+# Shape letters: M micro-batches, U unique rows that a step of this rank reads, W rows that all ranks want from this
+# one, D values of a row.
+
 Planned = Tensor | Callable[[], StepPlan]
-"""What a step reads: row ids int64 [M, ..] in host memory, of M micro-batches, unchanged until the rows are there; or a
-function that the worker calls for the plan."""
+"""The rows that a step reads: row ids int64 [M, ..] in host memory, which may not change until the rows have arrived;
+or a function that the worker calls to get the plan."""
 
 
 class _Step:
-    """A step in the worker's hands. Filled by the begin job."""
+    """The worker's record of a step. The begin job fills it."""
 
     def __init__(self, number: int, ready: Future) -> None:
         self.number, self.ready = number, ready
@@ -55,22 +58,24 @@ class _Step:
         self.plan: StepPlan
         self.request: Request
         self.owned: Segments
-        """Local rows that any rank asked for, and whose gradients belong to each, in the order of the ranks."""
+        """Local rows that any rank asked for, and the received gradients that belong to each, in the order of ranks."""
         self.rows: Any
-        """[U, D], of `serving`."""
+        """[U, D], filled by the row transport."""
         self.fresh_wanted: np.ndarray
+        """bool [W], True for wanted rows that could be handed out at once."""
         self.fresh_asked: np.ndarray
+        """bool [U], the same for the rows that this rank asked for."""
 
 
 class Ticket:
-    """A step's rows, from `begin` to `commit`. Leaving its context without a commit skips the step."""
+    """The rows of a step, from `begin` to `commit`. Leaving its context without a commit skips the step."""
 
     def __init__(self, table: "Table", step: _Step) -> None:
         self._table, self._step = table, step
         self._working_set: WorkingSet | None = None
 
     def result(self) -> WorkingSet:
-        """Wait for the rows; the same object every time.
+        """Wait for the rows. Further calls return the same object.
 
         Raises:
             ExchangeError: the exchange failed on this or another rank.
@@ -81,20 +86,21 @@ class Ticket:
 
     @property
     def metrics(self) -> StepMetrics:
-        """Of this step; complete when the commit has been done."""
+        """The metrics of this step; complete after the worker has done the commit."""
         return self._step.metrics
 
     @property
     def owned_rows(self) -> Tensor:
-        """int64, ascending: local numbers of the rows of this rank that any rank asked for; known with the result."""
+        """int64, ascending: local numbers of this rank's rows that any rank asked for. Call `result` first."""
         return torch.from_numpy(self._step.owned.unique)
 
     def commit(self, scale: float, learning_rate: float, skip: bool = False) -> None:
-        """Queue the update of this step's rows; `skip` leaves them as they are, which all ranks must agree on.
+        """Queue the update of this step's rows.
 
         Args:
             scale: factor on the summed gradients of all ranks.
-            learning_rate: of the rows, multiplier included.
+            learning_rate: learning rate of the rows, multiplier included.
+            skip: leave the rows unchanged; all ranks must pass the same value.
         """
         assert not self._step.ended, "this step has been committed or skipped before"
         assert skip or self._table.trained, "frozen rows have no updates"
@@ -111,23 +117,24 @@ class Ticket:
 
 
 class Table:
-    """The rows of a table that this rank owns, and the way to everybody else's.
+    """The rows of a table that this rank owns, and access to the rows of all ranks.
 
     Args:
-        spec: the table.
-        optimizer: of its rows; None: they are frozen, without gradients and state, and every step is skipped.
-        worker: this rank's memory thread, shared by its tables.
-        device: where working sets are used; also of the "device" store.
-        staleness: earlier steps whose commits a row need not wait for; 0 is exact.
-        depth: steps that may be begun beyond the one being computed.
-        threads: host threads that share the rows of a gather or an update.
-        initialise: draw the first rows now; otherwise they are zeros until `initialise` or a load.
-        norm_group: ranks over which the norm of a clipped gradient is summed, where a table is a part of something
-            larger; they all commit in the same order. Default: those that share the table.
+        spec: the description of the table.
+        optimizer: the optimizer of the rows. None: the rows are frozen, without gradients and optimizer state, and
+            every step is skipped.
+        worker: this rank's worker thread, shared by its tables.
+        device: device where working sets are used, and device of the "device" store.
+        staleness: number of earlier steps whose commits a row need not wait for; 0 is exact.
+        depth: number of steps that may be begun beyond the one being computed.
+        threads: number of host threads that share the rows of a gather or an update.
+        initialise: draw the initial rows now; otherwise they are zeros until `initialise` or a load.
+        norm_group: ranks over which the norm of a clipped gradient is summed, if the table is a part of something
+            larger; they must all commit in the same order. Default: the ranks that share the table.
 
     Raises:
-        UserError: the parts do not fit together.
-        StoreError: the store cannot be had.
+        UserError: the arguments do not fit together.
+        StoreError: the memory or disk space of the store is not available.
     """
 
     def __init__(
@@ -166,27 +173,28 @@ class Table:
             self._state = self._optimizer.state()
         path = None if spec.folder is None else spec.folder / f"{spec.name}.rank-{self._exchange.rank}.rows"
         layout = {"rows": ArrayLayout(spec.dim, dtype), **self._state}
-        # The busy counts lie with the rows, so that a mapped table needs no memory per row.
+        # The busy counts are stored with the rows, so that a mapped table needs no memory per row.
         busy = {"busy": ArrayLayout(1, torch.uint8)}
         on_device = spec.store == "device" and torch.device(device).type != "cpu"
         self.store = Store(spec.store, len(self.local), layout | ({} if on_device else busy), device, path, spec.name)
         self._transport = make_row_transport(self.store, self._exchange, self._threads, self._copy)
         self._hazards = Hazards(
             np.zeros(len(self.local), np.uint8) if on_device else host_array(self.store["busy"])[:, 0],
-            depth if optimizer is None else staleness,  # nothing need be waited for
+            depth if optimizer is None else staleness,  # frozen rows need not wait for anything
         )
         self._optimizer_step = torch.zeros(1, dtype=torch.int64)
         self._begun = 0
         self._open: list[_Step] = []
-        """Main thread: begun, neither commit nor skip queued."""
+        """Steps that have begun, without a queued commit or skip. For the main thread."""
         self._unserved: list[_Step] = []
-        """Worker: begun, waiting for rows in conflict."""
+        """Steps that have begun and wait for rows in conflict. For the worker thread."""
         self._finished: deque[StepMetrics] = deque(maxlen=1000)
         if initialise:
             self.initialise()
 
     def initialise(self) -> None:
-        """Draw the first rows, which follow from the seed, the table's name and their numbers alone, or are given."""
+        """Set the initial rows: from `spec.initial_rows` if it is given, else drawn. Drawn rows depend on the seed, the
+        table's name and the row numbers alone."""
         spec, first = self.spec, self.local.start
         stream = counter_random.key(spec.seed, spec.name)
 
@@ -212,7 +220,7 @@ class Table:
         return Ticket(self, step)
 
     def evaluate(self, plan: Planned) -> WorkingSet:
-        """Rows as the last queued commit leaves them, read only; steps in flight do not notice."""
+        """Read rows in the state after the last queued commit, without gradients. Does not affect steps in flight."""
         written = self._written(self._begun)
         working_set, arrived = self._worker.call(lambda: self._fetch_unchanging(self._made(plan), written))
         return self._copy.hand_over(working_set, arrived)
@@ -224,48 +232,50 @@ class Table:
 
     @property
     def in_flight(self) -> int:
-        """Steps that are begun, and neither committed nor skipped."""
+        """Number of steps that have begun, and are neither committed nor skipped."""
         return len(self._open)
 
     @property
     def step(self) -> int:
-        """Optimizer steps done; skipped ones do not count."""
+        """Number of optimizer steps done; skipped steps do not count."""
         return int(self._optimizer_step)
 
     def take_metrics(self) -> list[StepMetrics]:
-        """Metrics of the steps committed since the last call, oldest first."""
+        """The metrics of the steps that ended since the last call, oldest first."""
         taken = []
         while self._finished:
             taken.append(self._finished.popleft())
         return taken
 
     def drain(self) -> None:
-        """Wait until everything queued is done: rows and state are then those of the last commit."""
+        """Wait until everything queued is done. Rows and optimizer state are then in the state after the last
+        commit."""
         self._worker.call(self._copy.settle)
 
     def arrays(self) -> dict[str, int]:
-        """Array (`rows`, the state of its optimizer) -> values per row."""
+        """Name of each array (`rows` and the optimizer state) -> number of values per row."""
         return {name: self.store[name].shape[1] for name in ("rows", *self._state)}
 
     def pieces(self, columns: Mapping[str, slice] | None = None) -> dict[str, Pieces]:
-        """Array (`rows`, the state of its optimizer, `step`) -> this rank's part: live views of what the last commit
-        left.
+        """Name of each array (`rows`, the optimizer state, `step`) -> this rank's part, as live views in the state
+        after the last commit.
 
-        A save must end before the next commit; a load must come before the first `begin`, which it does not reach.
+        A save must end before the next commit. A load must come before the first `begin`: rows that a step has already
+        fetched do not change.
 
         Args:
-            columns: array -> those of its columns that count; default: all.
+            columns: array -> slice of its columns to use; default: all columns.
         """
         self.drain()
         pieces = {name: self._interval(name, (columns or {}).get(name, slice(None))) for name in self.arrays()}
         return pieces | ({} if self._optimizer is None else {"step": Pieces.interval(1, 0, self._optimizer_step)})
 
     def as_pieces(self, values: Tensor, fetch: Callable[[int, int], object] | None = None) -> Pieces:
-        """Values [local rows, W] of this rank's rows as its part of those of all; of a selection, of the whole table
-        that it is taken from.
+        """This rank's part of an array [all rows, width], from its values [local rows, width]. If the table is a
+        selection, the array has the rows of the larger table.
 
         Args:
-            fetch: called with the local rows [first, last) that are about to be touched.
+            fetch: called with the local rows [first, last) before they are touched.
         """
         selection, width = self.spec.selection, values.shape[1]
         if selection is None:
@@ -279,8 +289,8 @@ class Table:
         return pieces
 
     def count_updates(self) -> None:
-        """Let rows that have moments count as many updates as the table has made steps: what corrected them before
-        rows counted their own."""
+        """Set the update count of every row with moments to the table's number of steps. For checkpoints from before
+        rows counted their own updates, when the bias correction used the table's steps."""
         self.drain()
         moments, step = self.store["second_moment"], int(self._optimizer_step)
         for start, stop in self.store.chunks("second_moment"):
@@ -288,30 +298,31 @@ class Table:
             self.store["updates"][start:stop] = step * (moments[start:stop] != 0).any(dim=1, keepdim=True)
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        """[stop - start, D] fp32 copy of rows of this rank, by their numbers in the table, after the last commit."""
+        """A copy, fp32 [stop - start, D], of this rank's rows [start, stop), numbered as in the table, after the last
+        commit."""
         assert self.local.start <= start <= stop <= self.local.stop, "these rows belong to another rank"
         self.drain()
         part = self.store["rows"][start - self.local.start : stop - self.local.start]
         return part.to("cpu", torch.float32, copy=True)
 
     def squares(self, rows: Tensor, columns: Sequence[slice]) -> Tensor:
-        """fp64 [n]: sums of the squares of these columns of some rows of this rank, by their local numbers int64 [n],
-        after the last commit."""
+        """fp64 [n]: for each local row in `rows` int64 [n], the sum of the squares of the values in `columns`, after
+        the last commit."""
 
         def squares() -> Tensor:
             self._copy.settle()
-            values, found = self.store["rows"], []
+            values, sums = self.store["rows"], []
             widest = max((part.stop - part.start for part in columns), default=1)
             self.store.fetch_ahead(rows.numpy(), writing=False)
-            for some in rows.to(values.device).split(max(1, CHUNK_BYTES // (8 * widest))):
-                parts = [values[:, part].index_select(0, some).double().square().sum(1) for part in columns]
-                found.append(torch.stack(parts).sum(0))
-            return torch.cat(found).cpu() if found else torch.zeros(0, dtype=torch.float64)
+            for chunk in rows.to(values.device).split(max(1, CHUNK_BYTES // (8 * widest))):
+                parts = [values[:, part].index_select(0, chunk).double().square().sum(1) for part in columns]
+                sums.append(torch.stack(parts).sum(0))
+            return torch.cat(sums).cpu() if sums else torch.zeros(0, dtype=torch.float64)
 
         return self._worker.call(squares)
 
     def row_norms(self, count: int) -> Tensor:
-        """fp64 [count]: 2-norms of `count` rows evenly spaced over the whole table, 0 where another rank owns them."""
+        """fp64 [count]: 2-norms of `count` rows, evenly spaced over the whole table; 0 for rows of other ranks."""
         numbers = torch.arange(count) * self.spec.rows // count
 
         def norms() -> Tensor:
@@ -324,7 +335,7 @@ class Table:
         return self._worker.call(norms)
 
     def close(self) -> None:
-        """Skip what is in flight and give back the memory; a mapped file is deleted. The worker goes on."""
+        """Skip the steps in flight and free the memory; a mapped file is deleted. The worker stays open."""
         if self._worker.error is None:
             for step in list(self._open):
                 self._end(step, None, 0.0, 0.0, skip=True)
@@ -341,19 +352,19 @@ class Table:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            # Other ranks may not have failed: what is queued here would wait for exchanges that do not match.
+            # Other ranks may not have failed: jobs queued here would wait for exchanges that do not match theirs.
             self._worker.fail(error)
         self.close()
 
     # Main thread, on behalf of tickets.
 
     def _written(self, step: int) -> object:
-        """What the worker waits for on the device before step 0: initial or loaded rows."""
+        """The event for which the worker's stream waits before step 0: initial or loaded rows are written."""
         return self._copy.mark() if step == 0 else None
 
     def _receive(self, step: _Step) -> WorkingSet:
         blocking = [other.number for other in self._open if other.number < step.number - self._hazards.staleness]
-        assert not blocking, f"step {step.number} waits for steps {blocking}, which must be committed or skipped first"
+        assert not blocking, f"step {step.number} waits for steps {blocking}: commit or skip them first"
         began = time.perf_counter()
         working_set, arrived = self._worker.wait(step.ready)
         step.metrics.stall_ms = 1e3 * (time.perf_counter() - began)
@@ -396,8 +407,8 @@ class Table:
             self._hand_out(step)
 
     def _fresh(self, step: _Step) -> np.ndarray:
-        """True for the wanted rows that may be handed out now. The dense form of an optimizer moves rows that no step
-        holds, so nothing may go out before all earlier steps have been committed."""
+        """bool [W]: True for the wanted rows that may be handed out now. A dense optimizer moves even rows that no step
+        holds, so no row may be handed out before all earlier steps are committed."""
         fresh = self._hazards.begin(step.number, step.request.wanted, step.owned.unique)
         if self._optimizer is not None and self._optimizer.settings.is_dense and self._hazards.waits(step.number):
             fresh[:] = False
@@ -412,21 +423,21 @@ class Table:
         if not skip:
             optimizer = self._optimizer
             assert optimizer is not None
-            if gradient is None:  # a rank whose lookups had no gradient still takes part
+            if gradient is None:  # a rank without gradients must take part, too
                 gradient = self._copy.zeros(len(step.fresh_asked), self.spec.dim)
             wanted = self._transport.to_owners(step.request, gradient, computed)
             began = time.perf_counter()
             self._optimizer_step += 1
             update = RowUpdate(step.owned, wanted, scale, int(self._optimizer_step), rate)
             if self.store.on_host:
-                self._copy.settle()  # gathers in place have read what is written now
+                self._copy.settle()  # gathers in place must have read the rows before they are written
                 optimizer.apply(self.store, update, self.local.start)
             else:
                 self._copy.run(lambda: optimizer.apply(self.store, update, self.local.start))
             step.metrics.owner_ms = 1e3 * (time.perf_counter() - began)
         step.metrics.bytes += self._exchange.bytes - sent
         self._finished.append(step.metrics)
-        if step in self._unserved:  # skipped before its rows were due
+        if step in self._unserved:  # the step was skipped before all its rows could be handed out
             self._unserved.remove(step)
             step.ready.cancel()
         for other in [other for other in self._unserved if not self._hazards.waits(other.number)]:

@@ -1,4 +1,4 @@
-"""What a table is, and what one of its steps did."""
+"""The description of a table, and the metrics of a step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,20 +18,24 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class TableSpec:
-    """What a table is.
+    """The description of a table.
 
     Args:
-        name: canonical name; seeds the initial rows and names the state in checkpoints.
-        rows: over all ranks.
-        dim: values per row.
-        dtype: of the rows; their optimizer state is fp32.
-        store: where a rank keeps its rows.
-        folder: where "mmap" puts the rank's file; local to the machine, must exist.
-        seed: of the run.
+        name: canonical name; it seeds the initial rows and names the table's arrays in checkpoints.
+        rows: number of rows over all ranks.
+        dim: number of values per row.
+        dtype: dtype of the rows; the optimizer state is fp32.
+        store: kind of storage on each rank.
+        folder: folder of the rank's file with the store "mmap"; it must exist, on a local disk.
+        seed: seed of the run.
         init_std: standard deviation of the initial values.
-        initial_rows: gives rows [start, stop) of this table their first values, fp32 [stop - start, dim], instead.
-        selection: which rows of a larger table these are; default: it is whole. Everything but checkpoints counts
-            them from 0.
+        initial_rows: function from (start, stop) to the initial values of rows [start, stop), fp32 [stop - start,
+            dim]; replaces the drawn values.
+        selection: the rows of a larger table that this table holds; default: the table is whole. Only checkpoints use
+            the row numbers of the larger table; everything else counts rows from 0.
+
+    Raises:
+        UserError: the table is too large for 64-bit numbers, or the store "mmap" has no folder.
     """
 
     name: str
@@ -54,33 +58,33 @@ class TableSpec:
 
 
 def row_bytes(spec: TableSpec, optimizer: RowOptimizerConfig | None) -> int:
-    """Bytes of one row in host memory, the state of its optimizer, if it has one, and its busy count included."""
+    """Number of bytes per row in host memory, including its optimizer state, if any, and its busy count."""
     state = {} if optimizer is None else make_row_optimizer(optimizer, spec.dim, spec.seed, spec.name).state()
     return spec.dim * DTYPES[spec.dtype].itemsize + sum(layout.row_bytes for layout in state.values()) + 1
 
 
 @dataclass
 class StepMetrics:
-    """What one step of a table did on this rank."""
+    """The metrics of one step of a table, on this rank."""
 
     addresses: int = 0
-    """Row ids looked up by all micro-batches."""
+    """Number of row ids that all micro-batches looked up."""
     unique_rows: int = 0
-    """Distinct ones among them."""
+    """Number of distinct row ids among them."""
     conflict_rows: int = 0
-    """Unique rows that had to wait for an earlier step's commit."""
+    """Number of unique rows that had to wait for an earlier step's commit."""
     owned_rows: int = 0
-    """Rows of this rank that any rank asked for."""
+    """Number of this rank's rows that any rank asked for."""
     bytes: int = 0
-    """Sent to other ranks."""
+    """Number of bytes sent to other ranks."""
     stall_ms: float = 0.0
     """Time that the main thread waited for rows."""
     fetch_ms: float = 0.0
-    """Time of the worker on the way from ids to rows."""
+    """Time that the worker spent to get the rows for the ids."""
     owner_ms: float = 0.0
-    """Time of the row optimizer; where rows are in device memory, of queueing it."""
+    """Time of the row optimizer; for rows in device memory, the time to queue it."""
 
     @property
     def dedup_ratio(self) -> float:
-        """Addresses per unique row."""
+        """Number of addresses per unique row."""
         return self.addresses / max(1, self.unique_rows)

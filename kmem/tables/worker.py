@@ -1,7 +1,8 @@
-"""One thread per rank that does all work on tables: dedup, gathers, collectives, optimizer steps.
+"""One thread per rank that does all work on tables: deduplication, gathers, collectives, optimizer steps.
 
-Collectives of one group issued by two threads do not deadlock, they mix up their data. So the main thread only queues
-jobs and waits; jobs run in the order in which they were queued, a function of the step and so equal on all ranks.
+If two threads issue collectives of one group, the collectives do not deadlock but mix up their data. So the main thread
+only queues jobs and waits. Jobs run in the order in which they were queued, which depends on the step alone and is
+therefore the same on all ranks.
 """
 
 import contextlib
@@ -21,12 +22,12 @@ log = logging.getLogger(__name__)
 
 
 class TableWorker:
-    """Runs jobs one after another. After the first error every later job fails with it: none may wait for a job that
-    nobody will do, and no rank may issue collectives that others no longer expect.
+    """Runs jobs one after another. After the first error, every later job fails with the same error: nothing may wait
+    for a job that will never run, and no rank may issue collectives that other ranks no longer expect.
 
     Args:
         exchange: the collectives of this rank's tables.
-        timeout_seconds: longest wait for a job; above the group's own timeout.
+        timeout_seconds: longest wait for a job; must exceed the group's own timeout.
     """
 
     def __init__(self, exchange: Exchange | None = None, timeout_seconds: float = 300.0) -> None:
@@ -49,7 +50,7 @@ class TableWorker:
         return future
 
     def promise(self) -> Future:
-        """A future that a later job will resolve; it fails like those of jobs."""
+        """A future that a later job will resolve. It fails like the future of a job."""
         future: Future = Future()
         with self._lock:
             if self.error is None:
@@ -60,10 +61,10 @@ class TableWorker:
         return future
 
     def wait(self, future: Future) -> Any:
-        """The job's result.
+        """Wait for a job's result.
 
         Raises:
-            ExchangeError: this or an earlier job failed, or nothing came within the timeout.
+            ExchangeError: this or an earlier job failed, or the timeout has passed.
         """
         try:
             return future.result(self.timeout_seconds)
@@ -72,7 +73,7 @@ class TableWorker:
             raise ExchangeError(self._message()) from self.error
 
     def call(self, job: Callable[[], Any]) -> Any:
-        """Queue a job and wait for it: everything queued before it is done then."""
+        """Queue a job and wait for its result. Everything queued before it is then done, too."""
         return self.wait(self.submit(job))
 
     def fail(self, error: BaseException) -> None:
@@ -81,18 +82,18 @@ class TableWorker:
             self.error = self.error or error
             broken = list(self._promises)
         for promise in broken:
-            with contextlib.suppress(InvalidStateError):  # resolved in this moment
+            with contextlib.suppress(InvalidStateError):  # the worker has just resolved it
                 promise.set_exception(self._failure())
 
     def close(self) -> None:
-        """Finish what is queued and end the thread; after an error leave it, it may never come back."""
+        """Finish the queued jobs and end the thread. After an error, do not wait for it: it may be stuck."""
         if not self._closed:
             self._closed = True
             self._jobs.put(None)
             self._thread.join(self.timeout_seconds if self.error is None else 1.0)
 
     def _serve(self) -> None:
-        # Of this thread: an OpenMP team of its own would spin beside the main thread's and take its cores.
+        # For this thread only: a second OpenMP team would spin beside the main thread's team and take its cores.
         torch.set_num_threads(1)
         while (item := self._jobs.get()) is not None:
             future, job = item
@@ -101,7 +102,7 @@ class TableWorker:
                     future.set_result(job())
                     continue
                 except BaseException as error:
-                    # Logged at once, on this rank: its peers only see a closed connection.
+                    # Log at once, on this rank: the other ranks only see a closed connection.
                     log.error("tables: %s: %s", type(error).__name__, error)
                     self.fail(error)
             future.set_exception(self._failure())
@@ -114,5 +115,5 @@ class TableWorker:
     def _message(self) -> str:
         return (
             f"tables: the exchange between ranks stopped ({type(self.error).__name__}: {self.error}); "
-            "the log of the rank that failed first names the cause, the last checkpoint is unharmed"
+            "the log of the rank that failed first names the cause; the last checkpoint is intact"
         )

@@ -1,7 +1,4 @@
-"""The rows of one step on the compute device: unique rows once, an index per micro-batch, one gradient buffer.
-
-M micro-batches; U unique rows of D values.
-"""
+"""The rows of one step on the compute device: each unique row once, one index per micro-batch, one gradient buffer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +12,8 @@ from kmem.config import UserError
 from kmem.tables.row_optimizers import kernels
 from kmem.tables.segments import Segments
 
+# Shape letters: M micro-batches, U unique rows of a step, u rows of a micro-batch, D values of a row.
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -22,7 +21,7 @@ class StepPlan:
 
     Args:
         rows: [U] int64, ascending and distinct.
-        index: for each micro-batch, int64 of any shape: the place of every look-up among `rows`. On the host.
+        index: for each micro-batch, an int64 tensor of any shape on the host: the place in `rows` of every lookup.
     """
 
     rows: np.ndarray
@@ -30,7 +29,7 @@ class StepPlan:
 
     @classmethod
     def of(cls, ids: Sequence[Tensor] | Tensor) -> "StepPlan":
-        """The plan for row ids, int64 on the host: for each micro-batch a tensor of any shape, or all of them [M, ..].
+        """The plan for row ids, int64 on the host: one tensor of any shape per micro-batch, or one tensor [M, ..].
 
         Raises:
             UserError: an id is negative.
@@ -38,29 +37,29 @@ class StepPlan:
         if isinstance(ids, Tensor):
             flat = ids.numpy().reshape(-1)
         else:
-            flat = torch.cat([some.flatten() for some in ids]).numpy()
+            flat = torch.cat([part.flatten() for part in ids]).numpy()
         if len(flat) and flat.min() < 0:
-            raise UserError(f"row ids start at 0, and {flat.min()} was looked up")
+            raise UserError(f"row ids start at 0, but {flat.min()} was looked up")
         segments = Segments.of(flat)
-        inverse = torch.from_numpy(segments.inverse()).split([some.numel() for some in ids])
-        return cls(segments.unique, [part.view(some.shape) for part, some in zip(inverse, ids, strict=True)])
+        inverse = torch.from_numpy(segments.inverse()).split([part.numel() for part in ids])
+        return cls(segments.unique, [places.view(part.shape) for places, part in zip(inverse, ids, strict=True)])
 
     @property
     def look_ups(self) -> int:
-        """Of all micro-batches."""
-        return sum(some.numel() for some in self.index)
+        """Number of lookups of all micro-batches."""
+        return sum(index.numel() for index in self.index)
 
 
 class WorkingSet:
-    """Rows that a step looks up, and the sum of their gradients over all micro-batches.
+    """The rows that a step looks up, and the sum of their gradients over all micro-batches.
 
-    The rows are a leaf tensor outside every module and optimizer. Looking rows up records an autograd function that
-    adds into `gradient` in place: a dense [U, D] gradient per lookup would cost several times the lookup itself.
+    The rows are a leaf tensor outside every module and optimizer. A lookup records an autograd function that adds into
+    `gradient` in place: a dense [U, D] gradient per lookup would cost several times the lookup itself.
 
     Args:
         rows: [U, D] fp32, on the compute device.
-        index: that of the step's plan, on the compute device.
-        trainable: False for evaluation: lookups are then recorded nowhere.
+        index: the index of the step's plan, on the compute device.
+        trainable: False for evaluation: lookups are then not recorded for autograd.
     """
 
     def __init__(self, rows: Tensor, index: Sequence[Tensor], trainable: bool = True) -> None:
@@ -70,17 +69,17 @@ class WorkingSet:
         """[U, D] fp32; None until a backward pass has reached a lookup."""
 
     def lookup(self, micro_batch: int) -> Tensor:
-        """[.., D] fp32: the rows of a micro-batch, in the shape of its index. Cast after, not before: gradients of all
-        micro-batches are then summed in fp32."""
+        """[.., D] fp32: the rows of a micro-batch, in the shape of its index. Cast the result, not the rows, so that
+        the gradients of all micro-batches are summed in fp32."""
         return _Lookup.apply(self.rows, self, self.index[micro_batch])
 
     def columns(self, micro_batch: int, start: int, stop: int) -> Tensor:
-        """[u, stop - start] fp32: columns of the rows of a micro-batch whose index is [u] without repetition. For rows
-        whose columns belong to several layers."""
+        """[u, stop - start] fp32: columns of the rows of a micro-batch, whose index must be [u] without repetition. For
+        rows whose columns belong to several layers."""
         return _Columns.apply(self.rows, self, self.index[micro_batch], start, stop)
 
     def finite(self) -> Tensor:
-        """bool scalar on the device: no gradient is infinite or NaN. (inf and NaN survive the sum.)"""
+        """bool scalar on the device: True if no gradient is infinite or NaN. (inf and NaN survive the sum.)"""
         if self.gradient is None:
             return torch.ones((), dtype=torch.bool, device=self.rows.device)
         return torch.isfinite(self.gradient.sum())
@@ -92,14 +91,14 @@ class WorkingSet:
         if gradient.device.type == "cpu":
             kernels.add_segments(total.numpy(), index.numpy(), gradient.float().contiguous().numpy())
         else:
-            # index_add_ adds atomically there, in any order.
+            # On a device, index_add_ uses atomics, in no fixed order.
             from kmem_kernels.segment_reduce.op import segment_reduce, segments_of
 
             segment_reduce(gradient, *segments_of(index, len(total)), total)
 
     def accumulate_columns(self, rows: Tensor, start: int, stop: int, gradient: Tensor) -> None:
-        """Add the gradient [u, stop - start] of a part of some rows: one addition to each value, so that their order
-        is that of the backward passes."""
+        """Add the gradient [u, stop - start] of columns [start, stop) of `rows` [u]. The rows are distinct, so each
+        value gets one addition per call, and the order of additions is the order of the backward passes."""
         self._total()[:, start:stop].index_add_(0, rows, gradient.float())
 
     def _total(self) -> Tensor:

@@ -8,6 +8,8 @@ from torch import Tensor
 from ..backend import Backend, chosen
 from . import reference
 
+# Shape letters: B sequences, T tokens, N largest n-gram order.
+
 
 def ngram_ids(
     history: Tensor,
@@ -20,15 +22,17 @@ def ngram_ids(
     pad_id: int,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Rows int64 [B, T, orders * heads]; all -1 for a token whose own id is below 0.
+    """Row ids int64 [B, T, orders * heads]; all -1 for a missing token.
 
     Args:
-        history: int64 [B, N-1+T] token ids, N the largest order; the first N-1 are look-back only. Below 0: missing.
-        documents: int64 [B, N-1+T], for the boundary `document`; None makes each row one document.
-        orders: ascending lengths of n-grams; multipliers: N odd numbers, entry i for the id i tokens back.
-        sizes, offsets: rows and first row of each head, orders outermost.
-        boundary: where look-back ends: `none`, `document` (another document or a missing token) or `eos` (`pad_id`).
-        pad_id: the id in place of context that is missing or out of bounds.
+        history: int64 [B, N-1+T], token ids; the first N-1 are look-back only. An id below 0 is a missing token.
+        documents: int64 [B, N-1+T], document ids for the boundary `document`; None: each sequence is one document.
+        orders: lengths of the n-grams, ascending.
+        multipliers: N odd numbers; entry i multiplies the id i tokens back.
+        sizes, offsets: number of rows and first row of each head, orders outermost.
+        boundary: where look-back ends: `none`, `document` (at another document or a missing token) or `eos` (at
+            `pad_id`).
+        pad_id: id used for context that is missing or out of bounds.
         backend: default `triton` for CUDA tensors, else `torch`.
     """
     if chosen(backend, history) == "torch":

@@ -1,9 +1,11 @@
-"""What the kernel computes, token by token in plain Python integers over torch tensors."""
+"""The definition of the kernel, token by token, in plain Python integers over torch tensors."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+# Shape letters: B sequences, T tokens.
 
 
 def ngram_ids(
@@ -16,7 +18,8 @@ def ngram_ids(
     boundary: str,
     pad_id: int,
 ) -> Tensor:
-    """Rows int64 [B, T, orders * heads] of the n-grams that end at each of the last T tokens; see `op.ngram_ids`."""
+    """Row ids int64 [B, T, orders * heads] of the n-grams that end at each of the last T tokens; see
+    `op.ngram_ids`."""
     context = len(multipliers) - 1
     heads = len(sizes) // len(orders)
     batch, width = history.shape

@@ -1,4 +1,4 @@
-"""One program for a block of tokens: every id is read once for each look-back position, every row is written once."""
+"""One program per block of tokens. It reads every id once per look-back position and writes every row id once."""
 
 import functools
 
@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Shape letters: B sequences, T tokens, N largest n-gram order.
+
 BLOCK_TOKENS = 128
-"""Tokens of one program; the work is bound by the rows it writes, 8 bytes each."""
+"""Tokens per program. The time is bound by writing row ids of 8 bytes."""
 BOUNDARIES = {"none": 0, "document": 1, "eos": 2}
 
 
@@ -18,7 +20,7 @@ def _ngram_ids(
     documents_ptr,  # int64 [B, N-1+T], read if HAS_DOCUMENTS
     constants_ptr,  # int64: N multipliers, then the heads' sizes, then their offsets
     order_ptr,  # int32 [N-1]: index of the order back + 1, or -1
-    rows_ptr,  # int64 [B, T, heads in all]
+    rows_ptr,  # int64 [B, T, total heads]
     tokens,
     pad_id,
     CONTEXT: tl.constexpr,
@@ -29,7 +31,7 @@ def _ngram_ids(
     HAS_DOCUMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(tokens, BLOCK)  # one grid axis: the others end at 65,535 programs
+    blocks = tl.cdiv(tokens, BLOCK)  # one grid axis: the other axes are limited to 65,535 programs
     sequence = (tl.program_id(0) // blocks).to(tl.int64)
     token = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     live = token < tokens
@@ -107,7 +109,7 @@ def ngram_ids(
     return rows
 
 
-@functools.lru_cache(maxsize=256)  # a copy to the device waits for it; a model has a few tables
+@functools.lru_cache(maxsize=256)  # a copy to the device synchronises; a model has only a few tables
 def _constants(
     orders: tuple[int, ...],
     multipliers: tuple[int, ...],

@@ -1,7 +1,7 @@
-"""Tokens into rows sorted by expert, and the weighted sums of rows back into tokens, with gradients.
+"""Copies tokens to rows sorted by expert, and sums weighted rows back to tokens, with gradients.
 
-Deterministic without atomics. `row_of_choice_TK` holds the row of choice k of token t; no two choices share a row. Rows
-without a choice are padding: `permute` sets them to zero, and `combine` and its gradient never read them.
+Deterministic, without atomics. `row_of_choice_TK` holds the row of choice k of token t; no two choices share a row.
+Rows without a choice are padding: `permute` sets them to zero, and `combine` and its gradient never read them.
 """
 
 from typing import Any
@@ -17,12 +17,12 @@ from . import reference
 
 
 def sort_by_expert(experts_TK: Tensor, num_experts: int, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
-    """The choices in order of expert, then token, as int64 (choice_of_row_N, row_of_choice_TK) with N = T * K.
+    """Sort the choices by expert, then by token; returns int64 (choice_of_row_N, row_of_choice_TK) with N = T * K.
 
-    choice_of_row_N: which choice t * K + k stands at row n; row_of_choice_TK: at which row the choice (t, k) stands.
+    choice_of_row_N: the choice t * K + k at each row; row_of_choice_TK: the row of each choice (t, k).
 
     Args:
-        experts_TK: int64, each from 0 up to `num_experts`.
+        experts_TK: int64, each at least 0 and below `num_experts`.
         backend: default `triton` for CUDA tensors, else `torch`.
     """
     if chosen(backend, experts_TK) == "torch":
@@ -35,11 +35,12 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int, backend: Backend | None
 def permute(
     hidden_TH: Tensor, row_of_choice_TK: Tensor, num_rows: int | None = None, backend: Backend | None = None
 ) -> Tensor:
-    """The token of every row, [N, H]; the gradient of a token is the sum of its rows', in the order of its choices.
+    """The token of every row, [N, H]. The gradient of a token is the sum of its rows' gradients, in the order of its
+    choices.
 
     Args:
         row_of_choice_TK: int64.
-        num_rows: N, where there is padding; default T * K.
+        num_rows: N, if there is padding; default T * K.
         backend: default `triton` for CUDA tensors, else `torch`.
 
     Raises:

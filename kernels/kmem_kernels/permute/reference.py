@@ -1,4 +1,4 @@
-"""What the kernels compute, in torch; autograd gives the gradients."""
+"""The definition of the kernels, in torch; autograd gives the gradients."""
 
 import torch
 from torch import Tensor

@@ -1,11 +1,11 @@
-"""Rows move by programs that work for a block of tokens and walk their K places: each token is read or written once.
+"""One program per block of tokens. It walks the K places of its tokens, so each token is read or written once.
 
-The gather of N = T * K rows therefore moves T + N rows instead of 2 N, no two programs write the same row, and a sum
-over a token's rows is one program's, in the order of its choices: there are no atomics, and rows that belong to no
-token are not touched.
+So the gather of N = T * K rows moves T + N rows instead of 2 N. No two programs write the same row, and one program
+sums all rows of a token, in the order of the token's choices. There are no atomics, and rows that belong to no token
+are not touched.
 
-The places come from a counting sort: how often each expert occurs in each block of choices, a running sum over experts
-and then blocks, and the rank of a choice among the equal ones of its block.
+The places come from a counting sort: count how often each expert occurs in each block of choices, take a running sum
+over experts and then blocks, and add the rank of a choice among the equal choices of its block.
 """
 
 import torch
@@ -19,10 +19,10 @@ from ..backend import interpreted
 
 BLOCK_TOKENS = 4
 BLOCK_HIDDEN = 512
-"""With 4 tokens and 128 threads, 16 values of each array in a thread: two loads of 16 bytes in bf16."""
+"""With 4 tokens and 128 threads, a thread holds 16 values of each array: two loads of 16 bytes in bf16."""
 
 BLOCK_CHOICES = 128
-"""Choices that are compared with each other, all pairs."""
+"""Choices per program; all pairs of them are compared."""
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def _combine_backward(
 ):
     token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
     token_live = token < tokens
-    for k in range(TOP_K):  # from the second on, the token's gradient comes from the cache
+    for k in range(TOP_K):  # from the second choice on, the token's gradient comes from the cache
         choice = token * TOP_K + k
         place = tl.load(place_ptr + choice, mask=token_live, other=0)
         weight = tl.load(weights_ptr + choice, mask=token_live, other=0.0).to(WIDE)
@@ -164,7 +164,7 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
 
 
 def scatter(hidden_TH: Tensor, row_of_choice_TK: Tensor, num_rows: int) -> Tensor:
-    """`reference.permute`, bit for bit: rows [N, H] of the tokens, and zeros where no token has its place."""
+    """`reference.permute`, bit for bit: rows [N, H], each with its token; zeros for rows without a token."""
     hidden_TH, row_of_choice_TK = hidden_TH.contiguous(), row_of_choice_TK.contiguous()
     rows_NH = _rows(row_of_choice_TK, num_rows, hidden_TH)
     if rows_NH.numel() and row_of_choice_TK.numel():
@@ -205,7 +205,7 @@ def gather_sum(rows_NH: Tensor, weights_TK: Tensor | None, row_of_choice_TK: Ten
 def combine_backward(
     grad_TH: Tensor, rows_NH: Tensor, weights_TK: Tensor, row_of_choice_TK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the rows, zeros for those without a token, and of the weights."""
+    """Gradients of the rows [N, H] (zeros for rows without a token) and of the weights [T, K]."""
     grad_TH, rows_NH = grad_TH.contiguous(), rows_NH.contiguous()
     weights_TK, row_of_choice_TK = weights_TK.contiguous(), row_of_choice_TK.contiguous()
     grad_rows_NH = _rows(row_of_choice_TK, len(rows_NH), rows_NH)
@@ -229,7 +229,7 @@ def combine_backward(
 
 
 def _rows(row_of_choice_TK: Tensor, num_rows: int, like: Tensor) -> Tensor:
-    """[N, H]; only rows that tokens leave out are cleared before the kernel writes."""
+    """An output [N, H] for a kernel; cleared only if some rows belong to no token."""
     new = like.new_empty if num_rows == row_of_choice_TK.numel() else like.new_zeros
     return new(num_rows, like.shape[1])
 

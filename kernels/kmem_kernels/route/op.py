@@ -1,4 +1,4 @@
-"""Scores, choice, weights and counts of a router in one pass over its logits, with gradients."""
+"""The scores, choice, weights and counts of a router, in one pass over its logits, with gradients."""
 
 from typing import Any, Literal
 
@@ -28,20 +28,20 @@ def route(
 ) -> Choice:
     """The K best experts of each token by score + selection bias, and the weights of their outputs.
 
-    `weights_TK` and `scores_TE` carry gradients back to the logits; the selection bias has none.
+    `weights_TK` and `scores_TE` carry gradients back to the logits; the selection bias gets no gradient.
 
     Args:
-        logits_TE: fp32 (the torch backend takes any float).
-        selection_bias_E: fp32, added for the choice only, or None.
-        num_groups, top_groups, group_score_top_k: with groups, the choice is among the experts of the `top_groups`
-            best groups; a group scores the sum of its best `group_score_top_k` experts.
+        logits_TE: fp32 (the torch backend takes any float dtype).
+        selection_bias_E: fp32, added for the choice only; None: no bias.
+        num_groups, top_groups, group_score_top_k: with groups, only experts of the `top_groups` best groups can be
+            chosen; the score of a group is the sum of its best `group_score_top_k` experts.
         renormalize: divide a token's weights by their sum.
-        scaling_factor: factor on the weights, after that.
+        scaling_factor: factor on the weights, after renormalising.
         backend: default `triton` for CUDA tensors, else `torch`.
 
     Raises:
-        ValueError: sizes that do not fit together.
-        TypeError: the Triton backend was given other logits than fp32.
+        ValueError: the sizes do not fit together, or `score_function` is unknown.
+        TypeError: the Triton backend was given a dtype other than fp32.
     """
     experts = logits_TE.shape[1]
     if experts % num_groups or not top_k <= experts // num_groups * top_groups <= experts:
@@ -51,13 +51,13 @@ def route(
     if num_groups > 1 and group_score_top_k > experts // num_groups:
         raise ValueError(f"a group of {experts // num_groups} experts has no best {group_score_top_k}")
     if score_function not in ("softmax", "sigmoid"):
-        raise ValueError(f"score_function {score_function!r} is none of 'softmax', 'sigmoid'")
+        raise ValueError(f"score_function {score_function!r} is not one of 'softmax', 'sigmoid'")
     selection = (top_k, score_function, num_groups, top_groups, group_score_top_k, renormalize, scaling_factor)
     if chosen(backend, logits_TE) == "torch":
         return reference.route(logits_TE, selection_bias_E, *selection)
     for tensor in (logits_TE, selection_bias_E):
         if tensor is not None and tensor.dtype != torch.float32:
-            raise TypeError(f"the Triton backend routes in fp32 and was given {tensor.dtype}")
+            raise TypeError(f"the Triton backend routes in fp32, but was given {tensor.dtype}")
     return Choice(*_Route.apply(logits_TE, selection_bias_E, selection))
 
 
@@ -69,7 +69,7 @@ class _Route(torch.autograd.Function):
         choice = kernel(logits_TE, selection_bias_E, *selection)
         ctx.selection = selection
         ctx.mark_non_differentiable(choice.experts_TK, choice.counts_E)
-        ctx.set_materialize_grads(False)  # without balance losses nobody reads the scores
+        ctx.set_materialize_grads(False)  # without balance losses, the scores get no gradient
         ctx.save_for_backward(choice.scores_TE, choice.experts_TK)
         return choice
 

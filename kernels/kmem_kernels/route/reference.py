@@ -1,4 +1,4 @@
-"""What the kernels compute, in torch; autograd gives the gradients."""
+"""The definition of the kernels, in torch; autograd gives the gradients."""
 
 from typing import Literal, NamedTuple
 
@@ -8,14 +8,14 @@ from torch import Tensor
 # Shape letters: T tokens, E experts, K experts per token, G groups of experts.
 
 EPSILON = 1e-20
-"""Added to the sum that renormalised weights are divided by."""
+"""Added to the sum of a token's weights before the weights are divided by it."""
 
 
 class Choice(NamedTuple):
     """The experts of T tokens."""
 
     experts_TK: Tensor
-    """int64, best first; of equal scores the lower expert wins."""
+    """int64, best first; among equal scores, the lower expert wins."""
     weights_TK: Tensor
     scores_TE: Tensor
     """Softmax or sigmoid of the logits, without the selection bias."""

@@ -1,8 +1,8 @@
-"""A block of tokens per program: its scores stay in registers from the logits to the choice.
+"""One program per block of tokens. Its scores stay in registers from the logits to the choice.
 
-Selection works on integers that are ordered like the preferences (`_ordered`). Their maxima and minima within a warp
-are single instructions on recent GPUs, ties are decided by a second reduction over the columns, and NaN, which
-comparisons of floats would lose, comes first as it does in torch.
+Selection works on integers that have the same order as the preferences (`_ordered`). On recent GPUs, their maximum or
+minimum over a warp is a single instruction. A second reduction over the columns decides ties. NaN comes first, as in
+torch; comparisons of floats would lose it.
 """
 
 import torch
@@ -13,17 +13,19 @@ from torch import Tensor
 from ..backend import interpreted
 from .reference import EPSILON, Choice
 
+# Shape letters: T tokens, E experts, K experts per token.
+
 WARP_SCORES = 512
-"""Scores of one warp, 16 in each thread. Programs are single warps where a token's scores fit one: reductions over a
+"""Scores per warp, 16 per thread. If a token's scores fit one warp, a program is a single warp: reductions over a
 token's experts then need no shared memory and no barrier."""
 
-_LOWEST = tl.constexpr(-(2**31))  # below _ordered(-inf): no expert, or one that is taken
+_LOWEST = tl.constexpr(-(2**31))  # below _ordered(-inf): marks padding columns and experts that are already taken
 _EPSILON = tl.constexpr(EPSILON)
 
 
 @triton.jit
 def _ordered(values):
-    """int32 that compare like the fp32 values; NaN is above all."""
+    """int32 with the same order as the fp32 values; NaN is above all others."""
     bits = values.to(tl.int32, bitcast=True)
     return tl.where(values != values, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
 
@@ -48,7 +50,7 @@ def _route(
     TOP_K: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUPS_BLOCK: tl.constexpr,
-    SIZE: tl.constexpr,  # experts of a group
+    SIZE: tl.constexpr,  # experts per group
     SIZE_BLOCK: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
     GROUP_SCORE_TOP_K: tl.constexpr,
@@ -59,7 +61,7 @@ def _route(
 ):
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token_live = (token < tokens)[:, None]
-    # Groups are padded one by one, so that a block splits into its groups; columns ascend with the experts.
+    # Each group is padded separately, so that a block can be reshaped into groups; columns ascend with the experts.
     column = tl.arange(0, GROUPS_BLOCK * SIZE_BLOCK)[None, :]
     if GROUPS == 1 or SIZE == SIZE_BLOCK:
         expert = column
@@ -114,11 +116,11 @@ def _route(
     weights = scores
     if RENORMALIZE:
         weights = weights / (tl.sum(tl.where(taken, scores, 0.0), 1)[:, None] + _EPSILON)
-    # Every column writes itself to its rank: no reduction has to bring the chosen ones together.
+    # Every chosen column writes to the place of its rank, so no reduction has to collect the chosen experts.
     out = token[:, None].to(tl.int64) * TOP_K + rank
     tl.store(experts_ptr + out, (expert + tl.zeros_like(rank)).to(tl.int64), mask=taken)
     tl.store(weights_ptr + out, weights * scaling_factor, mask=taken)
-    # Integers: the order of these additions does not show.
+    # These are integers, so the order of the additions does not matter.
     counts = tl.sum(taken.to(tl.int32), 0)[None, :]
     tl.atomic_add(counts_ptr + expert, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
 
@@ -151,7 +153,7 @@ def _route_backward(
     else:
         grad = tl.zeros((BLOCK, EXPERTS_BLOCK), tl.float32)
 
-    # With w_k = f s_k / S, S = sum s: ds_k = f (g_k - sum_j g_j s_j / S) / S; without renormalising ds_k = f g_k.
+    # With w_k = f s_k / S and S = sum s: ds_k = f (g_k - sum_j g_j s_j / S) / S. Without renormalising: ds_k = f g_k.
     total = tl.full((BLOCK, 1), _EPSILON, tl.float32)
     product = tl.zeros((BLOCK, 1), tl.float32)
     if RENORMALIZE:
@@ -217,7 +219,7 @@ def route(
             SOFTMAX=score_function == "softmax",
             HAS_BIAS=selection_bias_E is not None,
             RENORMALIZE=renormalize,
-            # A score fused into the addition of its bias would not be the score that is returned.
+            # If a score were fused into the addition of its bias, it would differ from the returned score.
             enable_fp_fusion=False,
             **tiling,
         )

@@ -1,6 +1,8 @@
-"""What the kernel computes, in torch."""
+"""The definition of the kernel, in torch."""
 
 from torch import Tensor
+
+# Shape letters: R rows of D values in the table, U of them gathered into an output of N rows.
 
 
 def row_gather(table_RD: Tensor, rows_U: Tensor, out_ND: Tensor, places_U: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
-"""Threads share the rows evenly, piece by piece: every access has 16 bytes where a row is a multiple of 16 bytes.
+"""Threads share the pieces of all rows evenly; a piece has 16 bytes if the row size is a multiple of 16 bytes.
 
-A tile of rows times a power of two of columns would leave lanes idle at other widths (half of them at 264 columns).
+A tile of rows and a power of two of columns would leave lanes idle at other widths (half of them at 264 columns).
 """
 
 import torch
@@ -14,7 +14,7 @@ from ..backend import interpreted
 
 ACCESS_BYTES = 16
 BLOCK_PIECES = 512
-"""Pieces of one program: each of 128 threads requests four before the first one arrives."""
+"""Pieces per program: each of 128 threads requests four pieces before the first one arrives."""
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def row_gather(table_RD: Tensor, rows_U: Tensor, out_ND: Tensor, places_U: Tenso
     block = 1 << 14 if interpreted() else BLOCK_PIECES
     programs = triton.cdiv(pieces, block)
     if rows_U.is_cuda and not table_RD.is_cuda:
-        # Half of the processors keep more requests on the bus than it can answer; the model's kernels want the others.
+        # Half of the multiprocessors already saturate the bus; the model's kernels can use the others.
         programs = min(programs, torch.cuda.get_device_properties(rows_U.device).multi_processor_count // 2)
     assert pieces + (programs + 1) * block < 2**31, f"{len(rows_U)} rows of {columns} values"
     _row_gather[(programs,)](

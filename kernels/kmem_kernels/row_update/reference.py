@@ -1,9 +1,9 @@
-"""What the row optimizers compute, in plain array arithmetic: the definition that the fast forms must meet.
+"""The definition of the row optimizers, in plain array arithmetic, which the fast forms must match.
 
 Functions take and return fp32 arrays, numpy or torch, of the touched rows: U rows of D values, per-row values [U, 1].
-They use nothing but operators, in a stated order, because the compiled forms agree bit for bit. (numpy is the oracle:
-its square root is IEEE's, torch's vectorised one is not always.) Those that end in an underscore update the rows of a
-table in place, computed by numpy on the host, wherever the arrays are.
+They use only operators, in a stated order, since the compiled forms agree with them bit for bit. (numpy is the oracle:
+its square root is IEEE's; torch's vectorised square root is not always.) Functions whose names end in an underscore
+update the rows of a table in place; numpy computes them on the host, wherever the arrays are.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,15 @@ from ..counter_random import random_bits
 if TYPE_CHECKING:
     from .op import CatchUp, Gradients, OwnSteps, RandomRounding
 
+# Shape letters: U touched rows of D values, L length of a table of factors.
+
 Array = Any
 """A numpy array or a torch tensor."""
 
 SQUARES_LANES, SQUARES_PART = 128, 8192
-"""Of `square_norms`: sums that run side by side, and values of a row that are summed on their own."""
+"""For `square_norms`: the number of parallel sums, and the number of values of a row that are summed as one part."""
 LARGEST_CORRECTIONS = 1 << 22
-"""Updates after which bias correction counts as 1 whatever the betas: exact up to 0.999995."""
+"""After this many updates, bias correction is taken as 1 whatever the betas; exact for betas up to 0.999995."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class AdamStep:
 
     @classmethod
     def own(cls, beta1: float, beta2: float, eps: float, learning_rate: float) -> "AdamStep":
-        """As `lazy`, with rows that count their own updates: `adam` takes the factors of `own_corrections`."""
+        """As `lazy`, for rows that count their own updates: `adam` takes the factors of `own_corrections`."""
         return cls(beta1, beta2, eps, learning_rate, 1.0)
 
     @classmethod
@@ -67,9 +69,9 @@ def adam(
 ) -> tuple[Array, Array, Array]:
     """One Adam step of touched rows: (weights, first moments, second moments).
 
-    decays: factors per row on first moment, second moment and weight for the steps that the row has missed, and on the
-    weight this step's decay; lazy Adam knows of this step only.
-    corrections: factors per row on the size of the step, of `own_corrections`.
+    decays: factors per row [U, 1] on the first moment, second moment and weight for the steps that the row has missed;
+    the factor on the weight includes this step's decay. Lazy Adam uses only this step's decay.
+    corrections: factors per row [U, 1] on the step size, from `own_corrections`.
     """
     size = step.step_size if corrections is None else corrections * step.step_size
     first = first * decays[0]
@@ -84,9 +86,10 @@ def adam(
 def square_norms(values: np.ndarray) -> np.ndarray:
     """fp64 [U]: the squared 2-norms of fp32 rows [U, D].
 
-    The order of the sums is fixed, and one that many processors can share: parts of SQUARES_PART values, in each of
-    which value j is added to lane j % SQUARES_LANES, from left to right; then neighbouring lanes are added until one is
-    left, and so are the parts. (Zeros at the end change nothing, so lanes and parts may be filled up with them.)
+    The order of the sums is fixed, and many processors can share the work. A row is cut into parts of SQUARES_PART
+    values. Within a part, value j is added to lane j % SQUARES_LANES, from left to right. Then neighbouring lanes are
+    added until one is left, and then the parts in the same way. (Zeros at the end change nothing, so lanes and parts
+    may be padded with them.)
     """
     rows, columns = values.shape
     parts = max(1, -(-columns // SQUARES_PART))
@@ -98,7 +101,7 @@ def square_norms(values: np.ndarray) -> np.ndarray:
 
 
 def _pairwise(values: np.ndarray) -> np.ndarray:
-    """Sums over the last dimension, of neighbours first."""
+    """Sums over the last dimension: neighbouring values are added until one is left."""
     while values.shape[-1] > 1:
         if values.shape[-1] % 2:
             values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, 1)])
@@ -130,10 +133,11 @@ def sinkhorn_momentum(
     threshold: float,
     eps: float = 1e-20,
 ) -> tuple[Array, Array]:
-    """Nesterov momentum, balanced by rows and columns in turn, of a whole matrix: (weights, momentum).
+    """One step of Nesterov momentum on a whole matrix, balanced alternately by rows and columns: (weights, momentum).
 
-    DeepSeek-V4.1 report (arXiv 2609.19969): row passes first and last; a live row moves by gamma * learning_rate times
-    a vector whose root mean square is 1. Double precision inside: this is the definition, not a way to do it.
+    DeepSeek-V4.1 report (arXiv 2609.19969). The first and the last pass are over rows. A row whose norm exceeds the
+    threshold moves by gamma * learning_rate times a vector with a root mean square of 1. It computes in double
+    precision: this is a definition, not an efficient implementation.
     """
     momentum = momentum * beta + gradients * (1 - beta)
     h = _double(momentum * beta + gradients * (1 - beta))
@@ -148,9 +152,10 @@ def sinkhorn_momentum(
 
 
 def own_corrections(beta1: float, beta2: float) -> np.ndarray:
-    """fp32 [L]: the bias correction of a row's update, sqrt(1 - beta2^t) / (1 - beta1^t), at t - 1, the updates that it
-    had before. From L - 1 on it is 1 (but for betas of which a table would be endless)."""
-    enough = [-18.1 / np.log(beta) for beta in (beta1, beta2) if beta]  # beta^t is below 2^-26: 1 +- it rounds to 1
+    """fp32 [L]: entry t - 1 is the bias correction of a row's t-th update, sqrt(1 - beta2^t) / (1 - beta1^t). From
+    entry L - 1 on, it is 1 (except for betas so close to 1 that LARGEST_CORRECTIONS limits the table)."""
+    # At these t, beta^t is below 2^-26, and 1 +- beta^t rounds to 1.
+    enough = [-18.1 / np.log(beta) for beta in (beta1, beta2) if beta]
     number = np.arange(1, 2 + min(LARGEST_CORRECTIONS, int(max(enough, default=0))), dtype=np.float64)
     return (np.sqrt(1 - np.power(beta2, number)) / (1 - np.power(beta1, number))).astype(np.float32)
 
@@ -161,7 +166,7 @@ def missed_steps_decay(factor: float, missed: np.ndarray) -> np.ndarray:
 
 
 def to_bfloat16(values: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
-    """fp32 -> the bits of bf16 (uint16): nearest even, or, with 16 random bits per value, up in proportion."""
+    """fp32 -> the bits of bf16 (uint16), rounded to nearest even or, with 16 random bits per value, stochastically."""
     bits = values.view(np.uint32)
     if noise is not None:
         return ((bits + noise.astype(np.uint32)) >> np.uint32(16)).astype(np.uint16)
@@ -174,14 +179,13 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 
 def rounding_noise(rows: np.ndarray, dim: int, first_row: int, stream: np.uint64) -> np.ndarray:
-    """[U, D] uint16: the random bits with which bf16 rows are rounded; `first_row` is the number of row 0 in the
-    stream."""
+    """[U, D] uint16: the random bits for rounding bf16 rows; `first_row` is the number of row 0 in the stream."""
     counters = (first_row + rows).astype(np.uint64)[:, None] * np.uint64(dim) + np.arange(dim, dtype=np.uint64)
     return (random_bits(stream, counters) & np.uint64(0xFFFF)).astype(np.uint16)
 
 
 def write_rows(table: Tensor, rows: Tensor | slice, values: Tensor, noise: np.ndarray | None) -> None:
-    """table[rows] = fp32 values, rounded to nearest or, with 16 random bits per value, at random."""
+    """table[rows] = fp32 values, rounded to nearest or, with 16 random bits per value, stochastically."""
     if noise is not None:
         bits = values.contiguous().view(torch.int32) + torch.from_numpy(noise.astype(np.int32)).to(values.device)
         values = ((bits >> 16) << 16).view(torch.float32)
@@ -212,7 +216,7 @@ def adam_(
         before = own.updates[rows].long().clamp_max(len(own.corrections) - 1)
         corrections = _host(own.corrections[before])
         own.updates[rows] += 1
-    found = adam(
+    weights_after, first_after, second_after = adam(
         _host(weights[rows]),
         _scaled(gradients),
         _host(first[rows]),
@@ -221,8 +225,8 @@ def adam_(
         step,
         corrections,
     )
-    first[rows], second[rows] = (torch.from_numpy(values).to(first.device) for values in found[1:])
-    _write(weights, rows, found[0], rounding)
+    first[rows], second[rows] = (torch.from_numpy(values).to(first.device) for values in (first_after, second_after))
+    _write(weights, rows, weights_after, rounding)
 
 
 def rowwise_adagrad_(
@@ -241,7 +245,8 @@ def rowwise_adagrad_(
 
 
 def _scaled(gradients: "Gradients") -> np.ndarray:
-    """[U, D]: a row's only contribution itself, or its contributions added up from zero in their order."""
+    """fp32 [U, D]: the scaled gradient of each row, from its only contribution, or from the sum of its contributions,
+    added to zero in order."""
     values = _host(gradients.values)
     if gradients.order is not None and gradients.starts is not None:
         order, starts = gradients.order.cpu().numpy(), gradients.starts.cpu().numpy()

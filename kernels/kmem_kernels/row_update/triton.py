@@ -1,7 +1,7 @@
-"""One program for a tile: a few rows and all their columns, or some columns of a wide row, which has many programs.
-What programs read of a row is written when all are through.
+"""One program per tile: a few rows with all their columns, or some columns of a wide row, which has several programs.
+Values that all programs of a row read are written after the kernel has finished.
 
-Compiled without contraction (`enable_fp_fusion=False`): a fused multiply-add rounds once where the host rounds twice.
+Compiled without contraction (`enable_fp_fusion=False`): a fused multiply-add rounds once, but the host rounds twice.
 """
 
 from typing import Any
@@ -19,7 +19,8 @@ from .reference import SQUARES_LANES, SQUARES_PART, AdamStep
 # Shape letters: R rows of D values in the table, U of them touched, W contributions to their gradients.
 
 BLOCK_VALUES = 512
-"""Values of one tile, two warps: 8 of each array in a thread. Rows of up to 512 values are one tile wide."""
+"""Values per tile, which has two warps, so a thread holds 8 values of each array. Rows of up to 512 values are one tile
+wide."""
 
 _GOLDEN = tl.constexpr(int(counter_random.GOLDEN))
 _MIX_1, _MIX_2 = tl.constexpr(int(counter_random.MIX_1)), tl.constexpr(int(counter_random.MIX_2))
@@ -28,11 +29,12 @@ _FP32, _NEAREST, _RANDOM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def _gradient(values_ptr, order_ptr, begin, length, column, live, COLUMNS: tl.constexpr, SUM: tl.constexpr):
-    """The gradient of rows [BLOCK, 1] at columns [1, n]: a row's only contribution itself, or the sum from zero on."""
+    """The gradients of rows [BLOCK, 1] at columns [1, n]: a row's only contribution, or the sum of its contributions,
+    added to zero in order."""
     if SUM:
         source = tl.load(order_ptr + begin, mask=length > 0, other=0)
         total = tl.load(values_ptr + source * COLUMNS + column, mask=live, other=0.0)
-        # 0 - 0 keeps its sign where nothing is added to it, and loses it in a sum.
+        # A single contribution of -0.0 keeps its sign; a sum starts from zero, so its first term -0.0 becomes 0.0.
         total = tl.where(length > 1, total + 0.0, total)
         for step in range(1, tl.max(length)):
             more = step < length
@@ -46,7 +48,7 @@ def _gradient(values_ptr, order_ptr, begin, length, column, live, COLUMNS: tl.co
 
 @triton.jit
 def _contributions(starts_ptr, index, live, SUM: tl.constexpr):
-    """Where the contributions of rows begin, and how many there are."""
+    """The place of the first contribution of each row, and the number of contributions."""
     if SUM:
         begin = tl.load(starts_ptr + index, mask=live, other=0)
         length = tl.load(starts_ptr + index + 1, mask=live, other=0) - begin
@@ -60,7 +62,8 @@ def _contributions(starts_ptr, index, live, SUM: tl.constexpr):
 def _squares(
     values_ptr, order_ptr, begin, length, live, scale, COLUMNS: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """fp64 [BLOCK, 1]: squares of the scaled gradients, added from left to right. The products are exact in fp64."""
+    """fp64 [BLOCK, 1]: sums of the squares of the scaled gradients, from left to right. The squares are exact in
+    fp64."""
     total = tl.zeros((BLOCK, 1), tl.float64)
     for column in range(COLUMNS):
         g = _gradient(values_ptr, order_ptr, begin, length, column, live, COLUMNS, SUM) * scale
@@ -79,7 +82,7 @@ def _read(weights_ptr, at, live, ROUNDING: tl.constexpr):
 
 @triton.jit
 def _write(weights_ptr, at, values, counter, stream, live, ROUNDING: tl.constexpr):
-    """counter: uint64, the values' numbers in the stream of random bits."""
+    """Store values, rounded if the weights are bf16. counter: uint64, the values' numbers in the random stream."""
     if ROUNDING == _FP32:
         tl.store(weights_ptr + at, values, mask=live)
     else:
@@ -112,7 +115,7 @@ def _adam(
     corrections,
     step,
     first_row,
-    stream,  # int64: the bits of a uint64, whose type would depend on its value
+    stream,  # int64 with the bits of a uint64: Triton would choose the type of a uint64 by its value
     scale,
     rate_m,
     rate_v,
@@ -185,10 +188,10 @@ def _rowwise_adagrad(
     row_live = index < count
     row = tl.load(rows_ptr + index, mask=row_live, other=0)
     begin, length = _contributions(starts_ptr, index, row_live, SUM)
-    # Brings the gradients into the cache, from where the tiles below read them again.
+    # This brings the gradients into the cache, from which the tiles below read them again.
     squares = _squares(values_ptr, order_ptr, begin, length, row_live, scale, COLUMNS, SUM, BLOCK)
     second = tl.load(second_ptr + row, mask=row_live, other=0.0) + (squares / COLUMNS).to(tl.float32)
-    tl.debug_barrier()  # every warp has read it
+    tl.debug_barrier()  # every warp has read the accumulator before it is written
     tl.store(second_ptr + row, second, mask=row_live)
     root = tl.sqrt_rn(second) + eps
     for start in range(0, COLUMNS, BLOCK_COLUMNS):
@@ -338,7 +341,8 @@ def _bits(weights: Tensor) -> Tensor:
 def _launch(
     weights: Tensor, gradients: Gradients, rounding: RandomRounding | None
 ) -> tuple[tuple[int], tuple[Tensor, ...], tuple[int, int], dict[str, Any]] | None:
-    """Grid, arrays of the gradients, numbers of the rounding and constants; None when there is nothing to do."""
+    """The grid, the arrays of the gradients, the numbers for rounding, and the constants; None if there is nothing to
+    do."""
     count, columns = len(gradients.rows), weights.shape[1]
     if count == 0 or columns == 0:
         return None

@@ -1,7 +1,7 @@
-"""Sums of rows that share an id: the gradient of a table row that was looked up several times.
+"""Sums rows that share an id: the gradient of a table row that was looked up several times.
 
-The order of additions is fixed by the segment alone (reference.py states it), so results are equal bit for bit between
-runs, backends and devices, whatever else is summed beside them. No atomics, and no wait for the device.
+The segment alone fixes the order of additions (see reference.py). So results are equal bit for bit between runs,
+backends and devices, whatever else is summed in the same call. There are no atomics, and nothing waits for the device.
 """
 
 import torch
@@ -22,20 +22,20 @@ def segment_reduce(
 ) -> Tensor:
     """fp32 [U, D]: row u is the sum of values[order[starts[u]:starts[u + 1]]], in fp32 and in this order.
 
-    Outside autograd: it serves backward passes and updates. Rows that `order` does not name are never read.
+    Works outside autograd: backward passes and updates use it. Rows that do not occur in `order` are never read.
 
     Args:
-        values_ND: any float dtype up to fp32.
-        order_M: int64 indices into the values.
-        starts: int64 [U + 1], ascending from 0 to M; `segments_of` makes both from ids.
+        values_ND: fp32, bf16 or fp16.
+        order_M: int64, indices into the values.
+        starts: int64 [U + 1], ascending from 0 to M. `segments_of` makes `order` and `starts` from ids.
         total_UD: fp32, contiguous; the sums are added to it in place. Rows of empty segments are not written.
         backend: default `triton` for CUDA tensors, else `torch`.
 
     Raises:
-        ValueError: values of more than 32 bits, or a total that does not fit.
+        ValueError: the values have another dtype, or the total does not fit.
     """
     if values_ND.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"sums are in fp32 and the values in {values_ND.dtype}")
+        raise ValueError(f"sums are in fp32, but the values are {values_ND.dtype}; give fp32, bf16 or fp16")
     shape = (len(starts) - 1, values_ND.shape[1])
     if total_UD is not None and (
         total_UD.shape != shape or total_UD.dtype != torch.float32 or not total_UD.is_contiguous()
@@ -50,7 +50,7 @@ def segment_reduce(
 
 
 def segments_of(ids_M: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
-    """(order [M], starts [num_segments + 1]) of int64 ids from 0 up to num_segments: segment u holds the entries of id
-    u in the order in which they came. Does not wait for the device."""
+    """(order [M], starts [num_segments + 1]), both int64, for int64 ids that are at least 0 and below `num_segments`.
+    Segment u holds the entries with id u, in their original order. Does not wait for the device."""
     ids, order = ids_M.sort(stable=True)
     return order, torch.searchsorted(ids, torch.arange(num_segments + 1, device=ids_M.device))

@@ -1,11 +1,14 @@
-"""What the kernel computes, addition by addition, in torch."""
+"""The definition of the kernel, addition by addition, in torch."""
 
 import torch
 from torch import Tensor
 
+# Shape letters: N rows of D values, M of them in segments, U segments.
+
 CHUNK = 256
-"""Rows that one running sum takes in. A longer segment is the running sum of its chunks' sums, which different
-programs compute: the most frequent of Zipf-distributed ids would keep one program waiting for all others."""
+"""Rows per running sum. A longer segment is cut into chunks, and its sum is the running sum of the chunks' sums.
+Different programs compute the chunks: with Zipf-distributed ids, a single program would take much longer for the most
+frequent id than all others."""
 
 
 def segment_reduce(values_ND: Tensor, order_M: Tensor, starts: Tensor, total_UD: Tensor | None) -> Tensor:

@@ -1,4 +1,5 @@
-"""One kernel sums short segments, chunks of long ones, and at last the sums of these chunks."""
+"""One kernel, launched up to three times: for short segments, for the chunks of long segments, and for the sums of
+these chunks."""
 
 import torch
 import triton
@@ -11,10 +12,10 @@ from .reference import CHUNK
 # Shape letters: N rows of D values, M of them in segments, U segments.
 
 BLOCK_COLUMNS = 256
-"""Columns of one program, a single warp: 8 in each thread. Most segments are a row or two, and warps that end on
-their own do not wait for longer ones."""
+"""Columns per program. A program is a single warp, and a thread holds 8 columns. Most segments have one or two rows,
+and separate warps do not wait for longer segments."""
 UNROLL = 4
-"""Rows that are requested before the first is added; additions keep their order."""
+"""Number of rows requested before the first one is added; the order of additions does not change."""
 
 
 @triton.jit
@@ -23,9 +24,9 @@ def _running_sums(
     order_ptr,  # int64 [M], read if HAS_ORDER
     first_ptr,  # int64 [U]
     end_ptr,  # int64 [U]
-    sums_ptr,  # fp32 [U, D]; rows of segments whose length is not from SHORTEST to longest stay as they are
+    sums_ptr,  # fp32 [U, D]; rows of segments shorter than SHORTEST or longer than `longest` do not change
     segments,
-    longest,  # depends on M, so not a constant: each would be compiled
+    longest,  # not a constexpr: it depends on M, and every new value would compile again
     COLUMNS: tl.constexpr,
     SHORTEST: tl.constexpr,
     HAS_ORDER: tl.constexpr,
@@ -64,9 +65,9 @@ def segment_reduce(values_ND: Tensor, order_M: Tensor, starts: Tensor, total_UD:
     sums_UD = values_ND.new_empty(segments, columns, dtype=torch.float32) if total_UD is None else total_UD
     if sums_UD.numel() == 0:
         return sums_UD
-    # Adding zeros would keep the values of empty segments as well, at the price of reading and writing them.
+    # Adding zeros to the totals of empty segments would be correct as well, but would read and write them.
     _launch(values_ND, order_M, starts[:-1], starts[1:], sums_UD, 1 if add else 0, CHUNK, add)
-    # A segment of more than CHUNK rows has less than twice as many chunks as its length over CHUNK.
+    # A segment of more than CHUNK rows has fewer than 2 * length / CHUNK chunks.
     limit = 2 * len(order_M) // CHUNK
     if len(order_M) > CHUNK:
         first, end, chunk_starts = _chunks(starts, limit)
@@ -77,8 +78,8 @@ def segment_reduce(values_ND: Tensor, order_M: Tensor, starts: Tensor, total_UD:
 
 
 def _chunks(starts: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the chunks of long segments begin and end, [limit] each, and which are each segment's, [U + 1]. Nothing of
-    it waits for the device, so the limit stands in for their number; those beyond it are empty."""
+    """First rows and ends of the chunks of long segments, [limit] each, and the first chunk of each segment, [U + 1].
+    To avoid waiting for the device, `limit` chunks are made; the ones that no segment needs are empty."""
     lengths = starts.diff()
     counts = torch.where(lengths > CHUNK, (lengths + CHUNK - 1) // CHUNK, 0)
     chunk_starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -1,6 +1,7 @@
-"""silu(gate) * up (SwiGLU, arXiv 2002.05202) with gradients: one pass over memory each way, rounded once.
+"""silu(gate) * up (SwiGLU, arXiv 2002.05202) with gradients. Forward and backward are one pass over memory each, and
+round once.
 
-Backward recomputes the activation, so nothing is kept for it but gate and up.
+The backward pass recomputes the activation, so only gate and up are saved.
 """
 
 from typing import Any
@@ -16,13 +17,13 @@ from . import reference
 
 
 def swiglu(gate_up: Tensor, backend: Backend | None = None) -> Tensor:
-    """`silu_times` of the two halves of [N, 2I], the gate's columns first; [N, I].
+    """`silu_times` of the two halves of gate_up [N, 2I], the gate's columns first; [N, I].
 
     Raises:
-        ValueError: an odd number of columns.
+        ValueError: the number of columns is odd.
     """
     if gate_up.shape[1] % 2:
-        raise ValueError(f"{gate_up.shape[1]} columns are no gate and up of equal width")
+        raise ValueError(f"{gate_up.shape[1]} columns cannot be split into gate and up of equal width")
     if chosen(backend, gate_up) == "torch":
         return reference.silu_times(*gate_up.chunk(2, dim=1))
     return _SwiGLU.apply(gate_up)
@@ -32,7 +33,7 @@ def silu_times(gate_NI: Tensor, up_NI: Tensor, backend: Backend | None = None) -
     """silu(gate) * up, [N, I] in their dtype; computed in fp32 (fp64 for fp64).
 
     Args:
-        gate_NI, up_NI: of one dtype.
+        gate_NI, up_NI: tensors of the same float dtype.
         backend: default `triton` for CUDA tensors, else `torch`.
 
     Raises:

@@ -1,5 +1,5 @@
-"""Element by element, in blocks of rows and columns; each value is read and written once. Gate and up have a row stride
-of their own, so that they may be the halves of one matrix."""
+"""Elementwise kernels over blocks of rows and columns, which read and write each value once. Gate and up have separate
+row strides, so they may be the two halves of one matrix."""
 
 import torch
 import triton
@@ -12,7 +12,7 @@ from ..backend import interpreted
 
 BLOCK_ROWS = 8
 BLOCK_COLUMNS = 256
-"""With 8 rows and 128 threads, 16 values of each array in a thread: two loads of 16 bytes in bf16."""
+"""With 8 rows and 128 threads, a thread holds 16 values of each array: two loads of 16 bytes in bf16."""
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def _silu_times(
     up_ptr,  # [N, I]
     out_ptr,  # [N, I], contiguous
     rows,
-    GATE_STRIDE: tl.constexpr,  # of rows, a property of the model as the width is
+    GATE_STRIDE: tl.constexpr,  # row stride; fixed by the model, like the width
     UP_STRIDE: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -48,7 +48,7 @@ def _silu_times_backward(
     rows,
     GATE_STRIDE: tl.constexpr,
     UP_STRIDE: tl.constexpr,
-    GRAD_STRIDE: tl.constexpr,  # of both gradients that are written
+    GRAD_STRIDE: tl.constexpr,  # row stride of both output gradients
     COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -83,7 +83,7 @@ def silu_times(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
 def silu_times_backward(
     grad_NI: Tensor, gate_NI: Tensor, up_NI: Tensor, grad_gate_NI: Tensor, grad_up_NI: Tensor
 ) -> None:
-    """Writes the gradients of gate and up."""
+    """Write the gradients of gate and up to `grad_gate_NI` and `grad_up_NI`, which must have the same strides."""
     grad_NI, gate_NI, up_NI = grad_NI.contiguous(), _with_rows(gate_NI), _with_rows(up_NI)
     assert grad_gate_NI.stride() == grad_up_NI.stride() == (grad_gate_NI.stride(0), 1)
     if grad_NI.numel():
@@ -103,7 +103,7 @@ def silu_times_backward(
 
 
 def _with_rows(values: Tensor) -> Tensor:
-    """The values of a row beside each other."""
+    """The tensor, copied if the values of a row are not adjacent in memory."""
     return values if values.stride(1) == 1 else values.contiguous()
 
 

@@ -1,4 +1,4 @@
-"""Optimizers of table rows: only the rows of a step's working set, and their state, are read and written."""
+"""Optimizers of table rows. They read and write only the rows of a step's working set, and their state."""
 
 from kmem.tables.row_optimizers.registry import ROW_OPTIMIZERS, make_row_optimizer
 from kmem.tables.row_optimizers.row_optimizer import RowOptimizer

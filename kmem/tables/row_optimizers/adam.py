@@ -1,4 +1,4 @@
-"""What both forms of Adam share: the compiled loops, and a step on the host and on a device."""
+"""The shared part of both forms of Adam: a step on the host, with compiled loops, and on a device, with kernels."""
 
 from abc import abstractmethod
 from typing import Any
@@ -12,9 +12,11 @@ from kmem.tables.row_optimizers.row_optimizer import RowOptimizer
 from kmem.tables.row_optimizers.update import RowUpdate
 from kmem.tables.stores import ArrayLayout, Store
 
+# Shape letters: U rows of a step.
+
 
 class Adam(RowOptimizer):
-    """Two moments per value; the definition is `reference.adam`."""
+    """Two moments per value; `reference.adam` is the definition."""
 
     def state(self) -> dict[str, ArrayLayout]:
         vector = ArrayLayout(self.dim, torch.float32)
@@ -25,23 +27,23 @@ class Adam(RowOptimizer):
 
     @abstractmethod
     def _decays(self, store: Store, update: RowUpdate) -> np.ndarray:
-        """fp32 [3, U]: factors on first moment, second moment and weight: those of missed steps, and this step's decay
-        of weights; marks the rows as updated."""
+        """fp32 [3, U]: factors on the first moment, second moment and weight of each row, for the steps that it has
+        missed; the factor on the weight includes this step's weight decay. Marks the rows as updated."""
 
     def _sizes(self, store: Store, update: RowUpdate, size: np.float32) -> np.ndarray:
-        """fp32 [U]: the size of the step of each row."""
+        """fp32 [U]: the step size of each row."""
         return np.full(len(update.rows), size)
 
     @abstractmethod
     def _for_the_kernel(self, store: Store, update: RowUpdate) -> dict[str, Any]:
-        """Decays and sizes as `kmem_kernels.row_update.op.adam_` takes them, by the names of its arguments."""
+        """Decays and step sizes as keyword arguments of `kmem_kernels.row_update.op.adam_`."""
 
     def _numbers(self, update: RowUpdate) -> tuple[float, float, float, float]:
         """Betas, eps and learning rate."""
         return (*self.settings.betas, self.settings.eps, update.learning_rate)
 
     def _shrink(self, update: RowUpdate) -> float:
-        """Factor of a step's weight decay."""
+        """The factor on weights for one step of weight decay."""
         return 1 - update.learning_rate * self.settings.weight_decay
 
     def _on_host(self, store: Store, update: RowUpdate, first_row: int) -> None:

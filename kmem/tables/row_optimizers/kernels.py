@@ -1,12 +1,14 @@
 """Compiled loops over touched rows on the host: one pass that reads and writes each row and its state once.
 
-The arithmetic is that of `kmem_kernels.row_update.reference`, operation by operation in fp32, without contraction or
-reordering. Kernels release the interpreter lock; threads split the rows, so the result does not depend on their number.
-`weights` is fp32, or uint16 holding bf16 bits. An array of a store is passed as a contiguous one and the column `at_*`,
-np.uintp, where its rows start in it (`Store.columns`): loops over contiguous rows by unsigned numbers are vectorised,
-at least twice as fast as those over strided arrays, and need no slices, which cost a tenth. Scalars must be passed as
-np.float32: Python's would turn the arithmetic into double precision. The loops of all optimizers are in this file,
-since numba compiles a cached loop again when its own file changes, not when another does that it calls.
+The arithmetic equals `kmem_kernels.row_update.reference`, operation by operation in fp32, without contraction or
+reordering. Loops release the interpreter lock. Threads split the rows, so the number of threads does not change the
+result. `weights` is fp32, or uint16 with the bits of bf16.
+
+An array of a store is passed as a contiguous array and the column `at_*` (np.uintp) at which its rows start in it
+(`Store.columns`). Loops over contiguous rows with unsigned indices are vectorised and at least twice as fast as loops
+over strided arrays; they also need no slices, which cost a tenth of the time. Pass scalars as np.float32: Python floats
+would make the arithmetic double precision. The loops of all optimizers are in this one file, since numba recompiles a
+cached loop only when the loop's own file changes, not when the file of a function that it calls changes.
 """
 
 import numba
@@ -16,6 +18,8 @@ from numba.extending import overload
 
 from kmem.tables.counter_random import random_bits
 
+# Shape letters: U rows of a step, D values of a row, W contributions to gradients, n rows of a chunk.
+
 _compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 _ONE, _SIXTEEN = np.uint32(1), np.uint32(16)
 _HALF = np.uint32(0x7FFF)
@@ -23,13 +27,13 @@ _LANES, _PART = SQUARES_LANES, SQUARES_PART
 
 
 def _widen(stored):
-    """A stored value, fp32 or the bits of bf16, as fp32. In compiled code only, as `_narrow`."""
+    """A stored value, fp32 or the bits of bf16, as fp32. Works in compiled code only, like `_narrow`."""
     raise NotImplementedError
 
 
 def _narrow(value, stored, counter, stream, stochastic):
-    """An fp32 value in the type of a stored one: bf16 to nearest even, or up with the probability of the part cut off.
-    (Given the row to write to, loops over bf16 were half as fast.)"""
+    """An fp32 value in the dtype of `stored`. bf16 is rounded to nearest even, or stochastically: up with a probability
+    equal to the part cut off. (It returns the value, since loops over bf16 were half as fast when it wrote the row.)"""
     raise NotImplementedError
 
 
@@ -55,7 +59,8 @@ def _overload_narrow(value, stored, counter, stream, stochastic):
 
 @numba.njit(nogil=True, error_model="numpy")
 def _gradient(i, order, starts, gradients, scratch):
-    """The sum of row i's contributions: their only one itself, or added up in `scratch` [D] in their order."""
+    """The gradient [D] of row i: its only contribution, or the sum of its contributions, added in order in `scratch`
+    [D]."""
     if starts[i + 1] - starts[i] == 1:
         return gradients[order[starts[i]]]
     scratch[:] = 0
@@ -71,9 +76,9 @@ def adam(
     weights, at_w, first, at_m, second, at_v, rows, order, starts, gradients, decays_m, decays_v, decays_w, sizes,
     scale, rate_m, rate_v, inverse_root, eps, first_row, stream, stochastic,
 ):  # fmt: skip
-    """One step. rows [U] int64; gradients [W, D] fp32 (times `scale`), those of row i at order[starts[i]:starts[i +
-    1]]; decays and sizes of the step [U] fp32; `first_row` is the table's number of local row 0, for the random stream
-    of rounding, which is for bf16."""
+    """One step. rows [U] int64; gradients [W, D] fp32 (times `scale`), of which order[starts[i]:starts[i + 1]] belong
+    to row i; decays and step sizes [U] fp32. `first_row` is the number of local row 0 in the table; with `stream` it
+    seeds stochastic rounding, for bf16 only."""
     dim = gradients.shape[1]
     scratch = np.empty(dim, np.float32)
     for i in range(rows.shape[0]):
@@ -98,7 +103,7 @@ def adam(
 def rowwise_adagrad(
     weights, at_w, second, at_v, rows, order, starts, gradients, scale, rate, eps, first_row, stream, stochastic
 ):
-    """One step; one accumulator per row."""
+    """One step with one accumulator per row; arguments as for `adam`."""
     dim = gradients.shape[1]
     scratch = np.empty(dim, np.float32)
     for i in range(rows.shape[0]):
@@ -114,7 +119,7 @@ def rowwise_adagrad(
 
 @numba.njit(nogil=True, error_model="numpy")
 def _accumulate(second, at, g, scale):
-    """Add the mean square of a gradient row to its accumulator second[at]; the root of the result."""
+    """Add the mean square of a gradient row to its accumulator second[at]; returns the square root of the sum."""
     total = 0.0
     for j in range(g.shape[0]):
         value = np.float64(g[j] * scale)
@@ -125,7 +130,7 @@ def _accumulate(second, at, g, scale):
 
 @numba.njit(nogil=True, error_model="numpy")
 def _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, rest):
-    """h [D] fp64 = beta * M + (1 - beta) * G of a row, rounded to fp32 at every operation."""
+    """h [D] fp64 = beta * M + (1 - beta) * G of row i, with every operation rounded to fp32."""
     m = momentum[rows[i]]
     if sources[i] < 0:
         for column in range(h.shape[0]):
@@ -140,7 +145,7 @@ def _sinkhorn_row(h, momentum, at, i, rows, sources, gradients, scale, beta, res
 
 @numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc"})
 def _norm(h):
-    """The 2-norm of a row [D] in fp64, added up in the order of vector lanes."""
+    """The 2-norm of a row [D] in fp64, summed in the order of vector lanes."""
     total = 0.0
     for j in range(h.shape[0]):
         total += h[j] * h[j]
@@ -149,8 +154,8 @@ def _norm(h):
 
 @numba.njit(nogil=True, error_model="numpy")
 def _sinkhorn_balance(h, scales, least, eps):
-    """Scale the columns of a row, in place; the factor that makes it one of norm 1, 0 if its own norm is at most
-    `least`."""
+    """Scale the columns of a row in place. Returns the factor that gives the row norm 1, or 0 if its norm before
+    scaling is at most `least`."""
     if not _norm(h) > least:
         return 0.0
     for j in range(h.shape[0]):
@@ -160,8 +165,8 @@ def _sinkhorn_balance(h, scales, least, eps):
 
 @_compiled
 def sinkhorn_first(momentum, at, rows, sources, gradients, decays, scale, beta, rest):
-    """M <- decay * M + (1 - beta) * G for the rows [n], decays [n] fp32, whose gradients are gradients[sources], none
-    where -1; returns the sum of the norms of beta * M + (1 - beta) * G, fp64."""
+    """M <- decay * M + (1 - beta) * G for the rows [n], with decays [n] fp32 and gradients G = gradients[sources [n]]
+    (a source of -1: no gradient). Returns the sum of the norms of beta * M + (1 - beta) * G, fp64."""
     h = np.empty(gradients.shape[1], np.float64)
     total = 0.0
     for i in range(rows.shape[0]):
@@ -195,7 +200,7 @@ def sinkhorn_move(
     weights, at_w, momentum, at, rows, sources, gradients, scale, beta, rest, scales, least, eps, size, first_row,
     stream, stochastic,
 ):  # fmt: skip
-    """Add the balanced rows times `size` to the rows."""
+    """Add the balanced rows times `size` to the weights."""
     dim = gradients.shape[1]
     h = np.empty(dim, np.float64)
     for i in range(rows.shape[0]):
@@ -213,7 +218,7 @@ def sinkhorn_move(
 
 @_compiled
 def rounding_noise(rows, dim, first_row, stream):
-    """[U, D] uint16: the random bits with which the bf16 kernels round those rows."""
+    """[U, D] uint16: the random bits with which the loops round these bf16 rows."""
     noise = np.empty((rows.shape[0], dim), np.uint16)
     for i in range(rows.shape[0]):
         counter = np.uint64(first_row + rows[i]) * np.uint64(dim)
@@ -244,7 +249,7 @@ def square_norms(gradients):
 
 @numba.njit(nogil=True, error_model="numpy")
 def _pairwise(values):
-    """Neighbours are added until one is left, which is returned; overwrites the values."""
+    """Add neighbouring values until one is left, and return it; overwrites the values."""
     count = values.shape[0]
     while count > 1:
         for i in range(count // 2):
@@ -257,7 +262,7 @@ def _pairwise(values):
 
 @_compiled
 def gather(table, at, rows, out):
-    """out[i] [D] = table[rows[i], at : at + D], in the table's own type."""
+    """out[i] [D] = table[rows[i], at : at + D], in the table's own dtype."""
     for i in range(rows.shape[0]):
         source, target = table[rows[i]], out[i]
         for column in range(target.shape[0]):
@@ -267,7 +272,7 @@ def gather(table, at, rows, out):
 
 @_compiled
 def add_segments(total, order, values):
-    """total[order[i]] += values[i] for i from 0 on: a sum whose order is the order of `values`."""
+    """total[order[i]] += values[i] for i = 0, 1, ..: each sum is in the order of `values`."""
     for i in range(order.shape[0]):
         target, source = total[order[i]], values[i]
         for j in range(source.shape[0]):

@@ -14,8 +14,8 @@ from kmem.tables.stores import ArrayLayout, Store
 
 
 class LazyAdam(Adam):
-    """As `torch.optim.SparseAdam`: rows that a step does not touch know nothing of it. The bias correction counts the
-    steps of the table, or each row's own updates (`counts_updates`)."""
+    """As `torch.optim.SparseAdam`: a step does not affect the rows that it does not touch. The bias correction counts
+    the steps of the table, or each row's own updates (`counts_updates`)."""
 
     def state(self) -> dict[str, ArrayLayout]:
         count = {"updates": ArrayLayout(1, torch.int32)} if self.settings.counts_updates else {}
@@ -40,8 +40,8 @@ class LazyAdam(Adam):
     def _for_the_kernel(self, store: Store, update: RowUpdate) -> dict[str, Any]:
         from kmem_kernels.row_update.op import OwnSteps
 
-        own = OwnSteps(store["updates"], self._uploaded_corrections) if self.settings.counts_updates else None
-        return {"decay": self._shrink(update), "own": own}
+        own_steps = OwnSteps(store["updates"], self._uploaded_corrections) if self.settings.counts_updates else None
+        return {"decay": self._shrink(update), "own": own_steps}
 
     @cached_property
     def _corrections(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The row optimizers by their names in a configuration."""
+"""The row optimizers by name, as configurations name them."""
 
 from typing import Any
 
@@ -18,5 +18,5 @@ ROW_OPTIMIZERS: dict[str, type[RowOptimizer]] = {
 
 
 def make_row_optimizer(settings: RowOptimizerConfig, *arguments: Any, **keywords: Any) -> RowOptimizer:
-    """The optimizer that the settings name; further arguments as for `RowOptimizer`."""
+    """Make the optimizer that the settings name; further arguments go to `RowOptimizer`."""
     return ROW_OPTIMIZERS[settings.name](settings, *arguments, **keywords)

@@ -1,4 +1,4 @@
-"""What all row optimizers share: clipping, rounding, and the way to compiled loops and kernels."""
+"""The shared part of all row optimizers: clipping, rounding, and the calls of compiled loops and kernels."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -20,22 +20,25 @@ if TYPE_CHECKING:
     from kmem_kernels.row_update.op import Gradients, RandomRounding
 
 
+# Shape letters: U rows of a step, D values of a row.
+
+
 class RowOptimizer(ABC):
-    """Updates rows and their state in place: compiled loops where the rows are on the host, kernels on a device. Both
-    meet the definition, `kmem_kernels.row_update.reference`.
+    """Updates rows and their state in place, with compiled loops for rows on the host and kernels for rows on a device.
+    Both match the definition, `kmem_kernels.row_update.reference`.
 
     Args:
         settings: the user's choices.
-        dim: width of a row.
-        seed: of the run; with `table` it seeds stochastic rounding.
+        dim: number of values per row, D.
+        seed: seed of the run; with `table` it seeds stochastic rounding.
         table: canonical name of the table.
-        threads: they share the rows of a step.
-        sum_over_ranks: adds up a small fp64 array over all ranks that share the table, in place.
-        upload: makes tensors where the rows are of host arrays, for rows on a device; by default of the same memory.
+        threads: host threads that share the rows of a step.
+        sum_over_ranks: sums a small fp64 array over all ranks that share the table, in place.
+        upload: copies host arrays to tensors on the device of the rows; default: tensors that share the arrays' memory.
     """
 
     collective = False
-    """Whether every step sums over the ranks, so that those without rows take part."""
+    """Whether every step sums over the ranks, so that ranks without rows must take part, too."""
 
     def __init__(
         self,
@@ -54,11 +57,11 @@ class RowOptimizer(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, ArrayLayout]:
-        """The arrays that each row needs beside itself."""
+        """Name -> layout of the arrays that the optimizer keeps per row."""
 
     def apply(self, store: Store, update: RowUpdate, first_row: int) -> None:
-        """One step. `first_row` is the table's number of the store's row 0. Collective over the ranks of the table
-        when the settings clip or the optimizer is `collective`, so ranks without rows call it too."""
+        """Do one step. `first_row` is the number of the store's row 0 in the table. Collective over the ranks of the
+        table if the settings clip or the optimizer is `collective`; then ranks without rows must call it, too."""
         if self.settings.clip_norm is not None:
             update = self._clipped(update.summed())
         if len(update.rows) or self.collective:
@@ -85,7 +88,7 @@ class RowOptimizer(ABC):
         return replace(update, scale=update.scale * factor)
 
     def _noise(self, rows: np.ndarray, first_row: int, update: RowUpdate) -> np.ndarray | None:
-        """[U, D] uint16, when rows are rounded at random."""
+        """Random bits [U, D] uint16 for stochastic rounding; None without it."""
         if not self.settings.stochastic_rounding:
             return None
         return kernels.rounding_noise(rows, self.dim, first_row, self._step_stream(update.step))
@@ -94,8 +97,8 @@ class RowOptimizer(ABC):
         return np.uint64(counter_random.random_bits(self._stream, np.uint64(step)))
 
     def _host_rounding(self, update: RowUpdate, first_row: int) -> tuple[int, np.uint64, bool]:
-        """What compiled loops take last: the table's number of the store's row 0, the random stream, and whether it is
-        used, all for bf16 rows."""
+        """The last arguments of compiled loops, for rounding bf16 rows: the number of the store's row 0 in the table,
+        the random stream, and whether rounding is stochastic."""
         return first_row, self._step_stream(update.step), self.settings.stochastic_rounding
 
     def _run(
@@ -108,12 +111,12 @@ class RowOptimizer(ABC):
         scalars: Sequence[float],
         per_row: Sequence[np.ndarray] = (),
     ) -> None:
-        """Run a compiled loop over the rows of a step: loop(table and column of the rows, and of each array, row
+        """Run a compiled loop over the rows of a step: loop(array and column of the rows and of each state array, row
         numbers, order, starts, gradients, *per_row, scale, *scalars, *_host_rounding).
 
         Args:
-            arrays: of the state.
-            per_row: arrays [U], of which each thread takes its part.
+            arrays: names of the state arrays.
+            per_row: arrays [U]; each thread gets its part.
         """
         segments, rounding = update.segments, self._host_rounding(update, first_row)
         columns = [part for array in ("rows", *arrays) for part in host_columns(store, array)]
@@ -121,13 +124,13 @@ class RowOptimizer(ABC):
 
         def run(part: slice) -> None:
             starts = segments.starts[part.start : part.stop + 1]
-            own = (array[part] for array in per_row)
-            loop(*columns, update.rows[part], segments.order, starts, update.gradients, *own, *numbers, *rounding)
+            values = (array[part] for array in per_row)
+            loop(*columns, update.rows[part], segments.order, starts, update.gradients, *values, *numbers, *rounding)
 
         self._threads.run(len(update.rows), run)
 
     def _gradients(self, update: RowUpdate) -> "Gradients":
-        """What kernels take for the gradients of a step."""
+        """The gradients of a step as kernels take them."""
         from kmem_kernels.row_update.op import Gradients
 
         segments = update.segments
@@ -140,7 +143,7 @@ class RowOptimizer(ABC):
         return Gradients(rows, values, update.scale, order, starts)
 
     def _rounding(self, update: RowUpdate, first_row: int) -> "RandomRounding | None":
-        """What kernels take for the random rounding of a step."""
+        """The stochastic rounding of a step as kernels take it; None without it."""
         from kmem_kernels.row_update.op import RandomRounding
 
         if not self.settings.stochastic_rounding:

@@ -9,7 +9,7 @@ from kmem.tables.stores import ArrayLayout, Store
 
 
 class RowwiseAdagrad(RowOptimizer):
-    """The definition is `reference.rowwise_adagrad`."""
+    """`reference.rowwise_adagrad` is the definition."""
 
     def state(self) -> dict[str, ArrayLayout]:
         return {"second_moment": ArrayLayout(1, torch.float32)}

@@ -1,8 +1,8 @@
-"""Sinkhorn-balanced momentum (DeepSeek-V4.1 report, arXiv 2609.19969), streamed: no matrix beside the momentum itself.
+"""Sinkhorn-balanced momentum (DeepSeek-V4.1 report, arXiv 2609.19969), streamed: it stores no matrix but the momentum.
 
-The balanced matrix is diag(r) H diag(c), and after a row pass r is determined by c: r_i = 1 / ||H_i * c||. So a column
-pass with the row pass before it is one sweep over H that needs the vector c alone, and adds up one vector of column
-squares, which the ranks of the table sum.
+The balanced matrix is diag(r) H diag(c), and after a row pass c determines r: r_i = 1 / ||H_i * c||. So a row pass and
+the column pass after it are one sweep over H, which needs only the vector c and accumulates one vector of column
+squares; the ranks of the table sum this vector.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,13 +19,16 @@ from kmem.tables.row_optimizers.row_optimizer import RowOptimizer
 from kmem.tables.row_optimizers.update import RowUpdate, host_columns, take_missed_steps
 from kmem.tables.stores import ArrayLayout, Store, chunk_ranges
 
+# Shape letters: U rows of an update, D values of a row.
+
 _EPS = 1e-20
 
 
 class SinkhornMomentum(RowOptimizer):
-    """The definition is `reference.sinkhorn_momentum`: of all rows (`dense`) or of the update's rows, whose momentum is
-    decayed for the steps they missed. A step is collective: (passes - 1) / 2 sums of D numbers and one of two over the
-    ranks of the table. The device form is several passes of torch operations."""
+    """`reference.sinkhorn_momentum` is the definition. It applies to all rows (`dense`), or to the rows of the update,
+    whose momentum is first decayed for the steps that they have missed. A step is collective: over the ranks of the
+    table, it sums D numbers (passes - 1) / 2 times, and two numbers once. On a device, a step is several passes of
+    torch operations."""
 
     collective = True
 
@@ -51,27 +54,28 @@ class SinkhornMomentum(RowOptimizer):
         for _ in range(self.settings.passes // 2):
             squares = sweep.column_squares(scales, least)
             self._sum(squares)
-            # The columns of U are (H_ij r_i) c_j and are divided by their norms.
+            # Column j of the balanced matrix is (H_ij r_i) c_j; divide it by its norm.
             scales = scales / (np.sqrt(squares) + _EPS)
         sweep.move(scales, least, -self.settings.gamma * rate * sweep.dim**0.5)
 
 
 class Sweep(Protocol):
-    """Passes over H = beta * M + (1 - beta) * G in fp64, computed again in every pass from the momentum M [rows, D]."""
+    """Passes over H = beta * M + (1 - beta) * G in fp64; every pass recomputes H from the momentum M [rows, D]."""
 
     dim: int
 
     def first(self) -> np.ndarray:
-        """Update the momentum, M <- beta * M + (1 - beta) * G: fp64 [sum of the norms of H's rows, their number]."""
+        """Update the momentum, M <- beta * M + (1 - beta) * G. Returns fp64 [sum of the norms of H's rows, number of
+        rows]."""
         ...
 
     def column_squares(self, scales: np.ndarray, least: float) -> np.ndarray:
-        """fp64 [D]: of H with its columns scaled and every row divided by its norm; rows whose own norm is at most
-        `least` are 0."""
+        """fp64 [D]: sums of the squares of each column of the balanced matrix, which is H with its columns scaled and
+        every row divided by its norm; rows of H with a norm of at most `least` are set to 0."""
         ...
 
     def move(self, scales: np.ndarray, least: float, factor: float) -> None:
-        """Add that matrix times `factor` to the rows; those that do not move keep their bits."""
+        """Add the balanced matrix times `factor` to the weights; a row whose change is 0 keeps its bits."""
         ...
 
 
@@ -79,7 +83,8 @@ class HostSweep:
     """Compiled loops, one row at a time.
 
     Args:
-        rounding: of bf16 rows: the table's number of the store's row 0, the random stream, and whether it is used.
+        rounding: for bf16 rows: the number of the store's row 0 in the table, the random stream, and whether rounding
+            is stochastic.
     """
 
     def __init__(
@@ -124,7 +129,7 @@ class HostSweep:
             )  # fmt: skip
 
     def _chunks(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-        """Places, local rows and the places of their gradients, -1 for rows without one."""
+        """Yield chunks of (slice of the rows, local row numbers, places of their gradients); -1: no gradient."""
         count = self._store.rows if self._settings.dense else len(self._update.rows)
         for start, stop in chunk_ranges(count, 8 * self.dim):
             if not self._settings.dense:
@@ -137,10 +142,10 @@ class HostSweep:
 
 
 class DeviceSweep:
-    """Torch operations, a chunk at a time.
+    """Torch operations, one chunk of rows at a time.
 
     Args:
-        noise: local rows -> [U, D] uint16 random bits, or None to round to nearest.
+        noise: local rows [U] -> random bits [U, D] uint16, or None to round to nearest.
     """
 
     def __init__(
@@ -194,7 +199,7 @@ class DeviceSweep:
         return scaled * (live / ((scaled * scaled).sum(1).sqrt() + _EPS))[:, None]
 
     def _gradients(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Local rows with a gradient in a chunk, and that gradient."""
+        """The local rows of a chunk that have a gradient, and their gradients."""
         a, b = start, stop
         if self._settings.dense:
             a, b = np.searchsorted(self._update.rows, [start, stop])

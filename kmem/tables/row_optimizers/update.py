@@ -1,4 +1,4 @@
-"""The gradient of a step at the owner of its rows, and how rows are read and written."""
+"""The gradients of a step at the owner of its rows, and access to the arrays of a store."""
 
 from dataclasses import dataclass, replace
 
@@ -10,18 +10,20 @@ from kmem.tables.row_optimizers import kernels
 from kmem.tables.segments import Segments
 from kmem.tables.stores import Store
 
+# Shape letters: U rows, W contributions to their gradients, D values of a row.
+
 
 @dataclass(frozen=True)
 class RowUpdate:
     """The gradients of a step at the owner of its rows: W contributions to U rows.
 
     Args:
-        segments: local row numbers, and which contributions belong to each. Contributions of a row are summed in
-            their order.
-        gradients: [W, D] fp32: in host memory, or a tensor where the rows are.
+        segments: local row numbers, and the contributions that belong to each row. The contributions of a row are
+            summed in order.
+        gradients: [W, D] fp32, a host array, or a tensor on the device of the rows.
         scale: factor on the gradients.
-        step: number of this optimizer step, from 1.
-        learning_rate: of this step, multiplier included.
+        step: number of this optimizer step, counted from 1.
+        learning_rate: learning rate of this step, multiplier included.
     """
 
     segments: Segments
@@ -37,12 +39,12 @@ class RowUpdate:
 
     @property
     def one_each(self) -> bool:
-        """True when row i's gradient is the i-th."""
+        """Whether gradient i is the only contribution to row i, for every row."""
         order = self.segments.order
         return len(order) == len(self.rows) and bool((order[1:] > order[:-1]).all())
 
     def summed(self) -> "RowUpdate":
-        """One contribution per row: its sum. The fused optimizers sum on the way and do without."""
+        """The update with one contribution per row, the sum. (Fused optimizers sum during the update instead.)"""
         if self.one_each:
             return self
         if len(self.gradients) == len(self.rows):
@@ -55,8 +57,8 @@ class RowUpdate:
 
 
 def take_missed_steps(store: Store, update: RowUpdate) -> np.ndarray:
-    """[U, 1] int64: optimizer steps since each row's last one; afterwards the rows' last step is this one. Rows that
-    come from a longer run (`kmem bank replace`) have missed none."""
+    """[U, 1] int64: number of optimizer steps that each row has missed since its last one. Sets the last step of the
+    rows to this step. Rows that come from a longer run (`kmem bank replace`) have missed none."""
     rows, last = torch.from_numpy(update.rows), store["last_step"]
     missed = update.step - 1 - last[rows.to(last.device)].cpu().numpy().astype(np.int64)
     last[rows.to(last.device)] = update.step
@@ -64,7 +66,7 @@ def take_missed_steps(store: Store, update: RowUpdate) -> np.ndarray:
 
 
 def take_updates(store: Store, update: RowUpdate) -> np.ndarray:
-    """[U] int64: how many updates each row has had; afterwards it has had one more."""
+    """[U] int64: number of updates of each row before this one. Increments the counts."""
     rows, updates = torch.from_numpy(update.rows), store["updates"]
     before = updates[rows].numpy().astype(np.int64)
     updates[rows] += 1
@@ -72,11 +74,11 @@ def take_updates(store: Store, update: RowUpdate) -> np.ndarray:
 
 
 def host_array(tensor: Tensor) -> np.ndarray:
-    """The tensor's memory as a numpy array; bf16 as its bits."""
+    """The tensor's memory as a numpy array; bf16 as uint16 bits."""
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def host_columns(store: Store, array: str) -> tuple[np.ndarray, np.uintp]:
-    """`Store.columns` as numpy: what compiled loops take for an array of a store."""
+    """`Store.columns` as numpy, in the form in which compiled loops take an array of a store."""
     values, start = store.columns(array)
     return host_array(values), np.uintp(start)
