@@ -245,7 +245,7 @@ class Trainer:
         self._saved_at = self.step
         self._notify("on_checkpoint", folder, not self.config.checkpoint.asynchronous)
 
-    def _load_plan(self, found: ResumePoint) -> LoadPlan:
+    def _load_plan(self, resume_point: ResumePoint) -> LoadPlan:
         """What the run takes over; refuses text or a model that the checkpoint cannot go on with.
 
         Raises:
