@@ -128,7 +128,7 @@ def build(request: EmbedderRequest, folder: Path) -> dict[str, Any]:
         said = _first_line(error).replace(str(folder), str(encoder.files[CONFIG].parent))
         raise UserError(f"--encoder {source}: cannot be loaded: {said}") from error
     if not finite:
-        raise UserError(f"--encoder {source}: its embeddings are not finite; fetch {WEIGHTS} again")
+        raise UserError(f"--encoder {source}: its embeddings are not finite numbers; fetch {WEIGHTS} again")
     if not encoder.licence_files:
         print(
             f"--encoder {source}: no LICENSE file here, so the tree, and exports of models that use it, will not carry "
