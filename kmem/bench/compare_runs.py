@@ -68,16 +68,16 @@ def evaluate(run: Run, comparison: Comparison, batch: int) -> dict[str, dict[str
 
 
 def states(run: Run, comparison: Comparison) -> dict[str, dict[str, str]]:
-    """State in which a run is evaluated -> its controls: "trained", then the controls that `kmem eval --control` names."""
+    """State in which a run is evaluated -> its controls: "trained", then the controls of `kmem eval --control`."""
     shape = run.config.model.shape
     own = {kind.name: kind for kind in kinds_of(shape)}
-    by_name: dict[str, dict[str, str]] = {"trained": {}}
+    by_state: dict[str, dict[str, str]] = {"trained": {}}
     for control in comparison.controls:
         controls = parse_controls([control], "controls")
         for name, choice in controls.items():
             if name in own and choice in own[name].telling_controls(shape):
-                by_name[control] = controls
-    return by_name
+                by_state[control] = controls
+    return by_state
 
 
 def _whole(figures: dict[str, dict[str, float]]) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def features(config: Config) -> list[Feature]:
 
 
 def with_feature(config: Config, feature: Feature) -> Config:
-    """A one-layer model with the feature. It keeps the shape of the configuration's experts, but none of its features."""
+    """A one-layer model with the feature. It keeps the shape of the configuration's experts, not their features."""
     assert config.model.moe is not None
     tree = config.model_dump(mode="json")
     model = tree["model"]
