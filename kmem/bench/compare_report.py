@@ -104,10 +104,10 @@ def result_tables(comparison: Comparison, results: dict[str, Any]) -> list[Table
             "embedding and head", "tokens",
         ),
         [
-            (label, *(f"{found['size'][quantity]:,}" for quantity in (
+            (label, *(f"{contestant['size'][quantity]:,}" for quantity in (
                 "non_embedding", "active_non_embedding", "tables", "table_read", "expert_calls", "embedding", "tokens"
             )))
-            for label, found in contestants.items()
+            for label, contestant in contestants.items()
         ],
     )  # fmt: skip
     held_out = Table(
@@ -116,11 +116,11 @@ def result_tables(comparison: Comparison, results: dict[str, Any]) -> list[Table
         [
             (
                 label,
-                *(f"{value:.4f}" for value in found["bits_per_byte"]["values"]),
-                _pm(found["bits_per_byte"]),
-                "" if label == results["baseline"] else _pm(found["difference"], sign="+"),
+                *(f"{value:.4f}" for value in contestant["bits_per_byte"]["values"]),
+                _pm(contestant["bits_per_byte"]),
+                "" if label == results["baseline"] else _pm(contestant["difference"], sign="+"),
             )
-            for label, found in contestants.items()
+            for label, contestant in contestants.items()
         ],
     )
     speed = Table(
@@ -134,7 +134,7 @@ def result_tables(comparison: Comparison, results: dict[str, Any]) -> list[Table
                 f"{statistics.mean(run['tokens_per_second'] for run in runs):,.0f}",
                 f"{max(run['undisturbed_tokens_per_second'] for run in runs):,.0f}",
             )
-            for label, runs in ((label, found["runs"].values()) for label, found in contestants.items())
+            for label, runs in ((label, contestant["runs"].values()) for label, contestant in contestants.items())
         ],
     )
     tables = [sizes, held_out, *_source_table(results), speed]
@@ -175,7 +175,8 @@ def _as_trained(states: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def _states(results: dict[str, Any]) -> dict[str, list[str]]:
     """Contestant -> the states it was evaluated in; the first is as it was trained."""
     return {
-        label: list(next(iter(found["runs"].values()))["states"]) for label, found in results["contestants"].items()
+        label: list(next(iter(contestant["runs"].values()))["states"])
+        for label, contestant in results["contestants"].items()
     }
 
 
@@ -238,8 +239,8 @@ def plot(comparison: Comparison, results: dict[str, Any], path: Path) -> None:
     losses, differences = axes[:2]
     if answers:
         _plot_answers(answers, axes[2])
-    for number, (label, found) in enumerate(results["contestants"].items()):
-        for seed, run in found["runs"].items():
+    for number, (label, contestant) in enumerate(results["contestants"].items()):
+        for seed, run in contestant["runs"].items():
             steps, smooth = _smoothed(run)
             style = {"color": f"C{number}", "linewidth": 0.9, "label": label if seed == results["seeds"][0] else None}
             losses.plot(steps, smooth, **style)
@@ -262,7 +263,7 @@ def plot(comparison: Comparison, results: dict[str, Any], path: Path) -> None:
 
 def _source_table(results: dict[str, Any]) -> list[Table]:
     """Held-out figures of each source, if there are several."""
-    runs = {label: list(found["runs"].values()) for label, found in results["contestants"].items()}
+    runs = {label: list(contestant["runs"].values()) for label, contestant in results["contestants"].items()}
     sources = list(_as_trained(next(iter(runs.values()))[0]["states"]).get("sources", ()))
     if not sources:
         return []
@@ -283,8 +284,8 @@ def _horizon_table(comparison: Comparison, results: dict[str, Any]) -> Table:
     rows = []
     base = results["contestants"][results["baseline"]]["runs"]
     for step in comparison.horizons:
-        for label, found in results["contestants"].items():
-            own = [found["runs"][seed]["held_out"][step] for seed in results["seeds"]]
+        for label, contestant in results["contestants"].items():
+            own = [contestant["runs"][seed]["held_out"][step] for seed in results["seeds"]]
             paired = [value - base[seed]["held_out"][step] for value, seed in zip(own, results["seeds"], strict=True)]
             difference = "" if label == results["baseline"] else _pm(_spread(paired), sign="+")
             rows.append((label, f"{step:,}", _pm(_spread(own)), difference))

@@ -42,7 +42,7 @@ def choose(model: ModelConfig, custom_code: bool = False) -> Choice:
     if model.engram is not None:
         return Choice(KMEM, "no native architecture has an engram (model.engram)")
     if model.bank is not None:
-        return Choice(KMEM, "no native architecture has a memory bank (model.bank)")
+        return Choice(KMEM, "no native architecture has a bank (model.bank)")
     if model.shape.branches > 1:
         return Choice(KMEM, "no native architecture has a residual stream of branches (model.hyper_connections)")
     if model.attention.kind == "gqa" and model.attention.qk_norm_span == "all_heads":
