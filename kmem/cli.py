@@ -13,18 +13,18 @@ Table = Mapping[str, tuple["str | Table", str]]
 _DATA: Table = {
     "corpora": ("kmem.corpora.command", "write clean English text from installable packages as JSON lines"),
     "prepare": ("kmem.data.command", "tokenize text into a folder that training reads"),
-    "cluster": ("kmem.clustering.command", "give documents the cluster addresses of memory banks"),
+    "cluster": ("kmem.clustering.command", "cluster documents into the tree that addresses a memory bank"),
 }
 _BENCH: Table = {
     "train": ("kmem.bench.train_command", "a training step against plain Transformers or another precision"),
     "experts": (
         "kmem.bench.experts_command",
-        "a layer of experts against Transformers' own, its features and backends",
+        "a layer of experts, its features and backends, against the layer of Transformers",
     ),
-    "rows": ("kmem.bench.rows_command", "gathers and row optimizers of tables on the host against torch's"),
+    "rows": ("kmem.bench.rows_command", "row gathers and row optimizers on the host against torch's"),
     "compare": ("kmem.bench.compare_command", "models of equal budgets on the same text, over several seeds"),
-    "fetch": ("kmem.bench.fetch_command", "fetching the blocks of a memory bank's contexts, from memory and from disk"),
-    "tables": ("kmem.bench.tables_command", "a training step with large tables of rows against one with small ones"),
+    "fetch": ("kmem.bench.fetch_command", "fetching the blocks of contexts from a bank, in host memory and on disk"),
+    "tables": ("kmem.bench.tables_command", "a training step with large tables against one with small tables"),
 }
 COMMANDS: Table = {
     "data": (_DATA, "fetch, prepare and cluster text"),
@@ -34,32 +34,32 @@ COMMANDS: Table = {
     "export": ("kmem.hf.export_command", "write a Hugging Face folder"),
     "import": ("kmem.hf.import_command", "make a checkpoint from a Hugging Face folder"),
     "bank": ("kmem.checkpoint.bank.command", "list, erase, replace and merge blocks of a memory bank"),
-    "engram": ("kmem.checkpoint.engram.command", "list, inspect and erase rows of an n-gram memory"),
+    "engram": ("kmem.checkpoint.engram.command", "list, inspect and erase rows of an engram (n-gram memory)"),
     "bench": (_BENCH, "compare speed with other libraries"),
 }
-"""Command -> (module with `add_arguments` and `run`, or the commands below it; what it does). A module is imported when
-its command is used."""
+"""Command -> (a module with `add_arguments` and `run`, or a table of subcommands; what the command does). A module is
+imported when its command is used."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. A user's error is printed without a traceback and gives 2."""
+    """Run one command and return the exit code. A UserError is printed without a traceback and gives 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     program, purpose = "kmem", ""
-    found: str | Table = COMMANDS
-    while not isinstance(found, str):
+    target: str | Table = COMMANDS
+    while not isinstance(target, str):
         word = words.pop(0) if words else ""
-        if word not in found:
-            return _overview(program, found, word)
-        program, (found, purpose) = f"{program} {word}", found[word]
+        if word not in target:
+            return _overview(program, target, word)
+        program, (target, purpose) = f"{program} {word}", target[word]
     try:
-        implementation = importlib.import_module(found)
+        implementation = importlib.import_module(target)
         parser = argparse.ArgumentParser(prog=program, description=purpose, allow_abbrev=False)
         implementation.add_arguments(parser)
         return implementation.run(parser.parse_args(words))
     except UserError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Files and folders that appear when they are complete and then survive a power cut; JSON files that others wrote."""
+"""Files and folders that appear only when complete and then survive a power cut; JSON files written by others."""
 
 import errno
 import fcntl
@@ -14,22 +14,23 @@ from typing import IO, Any, TypeVar
 from kmem.config import UserError
 
 PARTIAL, REPLACED = ".partial", ".replaced"
-"""Endings of the name of what is being written, and of an old folder on its way out."""
+"""Suffixes of the name: of a file or folder while it is being written, and of an old folder about to be removed."""
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOCK = ".lock"
 Form = TypeVar("Form", dict[str, Any], list[Any])
 
 
 class AtomicFile:
-    """A binary file written as NAME.partial, which takes its name when the block ends well and is removed when it does
-    not. Its mode is the umask's; a file that had the name is replaced.
+    """A binary file written as NAME.partial. It is renamed to NAME when the block succeeds and removed when it raises.
+
+    Its mode follows the umask. An existing file of that name is replaced.
 
     Args:
         path: the finished file. Its folder exists.
-        buffering: as of `open`.
+        buffering: as in `open`.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
 
     def __init__(self, path: Path, buffering: int = -1) -> None:
@@ -49,8 +50,8 @@ class AtomicFile:
             raise
 
     def discard(self) -> None:
-        """Remove what was written; after `commit` it does nothing."""
-        with suppress(OSError):  # of what is still in the buffer
+        """Remove the partial file; after `commit` this does nothing."""
+        with suppress(OSError):  # closing flushes the buffer, which may fail
             self.stream.close()
         self._partial.unlink(missing_ok=True)
 
@@ -67,10 +68,10 @@ class AtomicFile:
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """Write a file, of text in UTF-8, as an `AtomicFile`.
+    """Write a file as an `AtomicFile`; text is encoded as UTF-8.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     with AtomicFile(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -78,22 +79,22 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
-    """An empty folder NAME.partial that takes its name when the block ends well and is removed when it does not.
+    """An empty folder NAME.partial. It is renamed to NAME when the block succeeds and removed when it raises.
 
-    A killed process leaves `path` as it was, and the partial folder to the next process that writes it.
+    A process that is killed leaves `path` as it was. The next process that writes `path` clears the partial folder.
 
     Args:
         path: absent, or an empty folder.
         replace: `path` may also be a folder with files, which is removed once the new one has its name.
 
     Raises:
-        UserError: `path` has files, another process is writing it, or an OSError in the block.
+        UserError: `path` has files, another process is writing it, or the block raised an OSError.
     """
     path = Path(os.path.abspath(path))
     partial, old = (path.with_name(path.name + ending) for ending in (PARTIAL, REPLACED))
     try:
         if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path}: exists and is not an empty folder; name a new one")
+            raise UserError(f"{path}: exists and is not an empty folder; choose a new name")
         partial.mkdir(parents=True, exist_ok=True)
         with open(partial / _LOCK, "w") as lock:
             try:
@@ -122,45 +123,45 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def check_replaceable(out: Path, what: str, is_one: bool, force: bool, instead: str = "choose another folder") -> None:
-    """See that a command may write `--out`: there is nothing, or what it writes and `--force`.
+    """Check that a command may write `--out`: it is absent or empty, or it holds an earlier result and `force` is set.
 
     Args:
-        what: it writes, such as `a tree`.
-        is_one: whether `out` holds one.
-        instead: the remedy without force.
+        what: what the command writes, such as `a tree`.
+        is_one: whether `out` holds one already.
+        instead: the remedy other than --force.
 
     Raises:
-        UserError: it may not.
+        UserError: `out` may not be written.
     """
     if not out.exists():
         return
     if not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
     if any(out.iterdir()) and not is_one:
-        raise UserError(f"--out {out}: exists and holds something else than {what}; choose another folder")
+        raise UserError(f"--out {out}: exists and holds something else, not {what}; choose another folder")
     if is_one and not force:
-        raise UserError(f"--out {out}: {what} is there; {instead}, or replace it with --force")
+        raise UserError(f"--out {out}: {what} is already there; {instead}, or replace it with --force")
 
 
 def read_json(path: Path, kind: type[Form]) -> Form:
-    """The object (dict) or array (list) in a JSON file that came with others.
+    """The object (dict) or array (list) in a JSON file that is part of a downloaded folder.
 
     Raises:
-        UserError: missing, damaged, or of the other form.
+        UserError: the file is missing, damaged, or holds the other kind.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: missing; fetch its folder again, whole") from None
+        raise UserError(f"{path}: missing; fetch the whole folder again") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); fetch it again") from None
-    if not isinstance(found, kind):
+    if not isinstance(content, kind):
         raise UserError(f"{path}: expected a JSON {'object' if kind is dict else 'array'}; fetch it again")
-    return found
+    return content
 
 
 def has_format(path: Path, format: str) -> bool:
-    """Whether there is a JSON file whose `format` is this one."""
+    """Whether `path` is a JSON file whose field `format` has this value."""
     try:
         return json.loads(path.read_text(encoding="utf-8")).get("format") == format
     except (OSError, ValueError, AttributeError):
@@ -168,7 +169,7 @@ def has_format(path: Path, format: str) -> bool:
 
 
 def sync_path(path: Path) -> None:
-    """Flush a file to the disk, or the names in a folder: a rename survives a power cut only after this."""
+    """Flush a file, or the names in a folder, to the disk: a rename survives a power cut only after this."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -177,7 +178,7 @@ def sync_path(path: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what a killed process has left."""
+    """Remove what a killed process left behind."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -186,6 +187,6 @@ def _clear(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Everything in the folder is on the disk before the folder gets its name."""
+    """Flush everything in the folder to the disk, before the folder gets its name."""
     for path in [*folder.rglob("*"), folder]:
         sync_path(path)

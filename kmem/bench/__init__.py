@@ -1,1 +1,1 @@
-"""End-to-end comparisons against named peers, both measured in one run."""
+"""End-to-end comparisons with named peers; both sides are measured in one run."""

@@ -1,4 +1,4 @@
-"""Fair comparisons of models: what a comparison says, what must be equal, and the runs it consists of."""
+"""Fair comparisons of models: the comparison file, what must be equal between models, and the planned runs."""
 
 import shutil
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ Tolerance = Annotated[float, Field(ge=0, le=LARGEST_DIFFERENCE)]
 
 
 class Tree(Section):
-    """A tree of clusters of the text's documents: `kmem data cluster`."""
+    """A cluster tree of the text's documents, made as by `kmem data cluster`."""
 
     children: PositiveInt
     """Children of each node."""
@@ -33,19 +33,19 @@ class Tree(Section):
 
 
 class PreparedText(Section):
-    """The text that all contestants are trained and evaluated on. It is made if it is not there."""
+    """The text that all contestants are trained and evaluated on. It is prepared if it does not exist."""
 
     folder: str
     """Prepared folder; with `by_corpus` a folder of prepared folders, one per corpus."""
     corpora: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Names that `kmem data corpora` knows."""
+    """Names of corpora that `kmem data corpora` writes."""
     vocab_size: PositiveInt
-    """Tokens of the tokenizer trained on them."""
+    """Vocabulary size of the tokenizer that is trained on the corpora."""
     by_corpus: bool = False
-    """Prepare each corpus on its own, FOLDER/NAME, with one tokenizer for all: held-out figures are then also reported
-    for each of them."""
+    """Prepare each corpus in a folder of its own, FOLDER/NAME, with one tokenizer for all. Held-out figures are then
+    also reported per corpus."""
     tree: Tree | None = None
-    """Cluster the documents into FOLDER/tree, and give all of them their addresses."""
+    """Cluster the documents into FOLDER/tree and give all documents their addresses."""
 
     @property
     def sources(self) -> list[str]:
@@ -54,77 +54,77 @@ class PreparedText(Section):
 
     @property
     def tree_folder(self) -> Path:
-        """Where the tree is."""
+        """Folder of the tree."""
         return Path(self.folder) / "tree"
 
 
 class Comparison(Section):
-    """A question, the models that answer it, and what must be equal between them for the answer to count."""
+    """A question, the models that answer it, and what must be equal between them for a fair answer."""
 
     title: str
-    """What is compared."""
+    """Title of the comparison."""
     question: str
-    """What the comparison is to find out."""
+    """The question that the comparison answers."""
     data: PreparedText
     """Text of all contestants."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
-    """A seed draws initial weights and order of the text; every contestant runs with each."""
+    """A seed decides the initial weights and the order of the text; every contestant runs with every seed."""
     contestants: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], str], Field(min_length=2)]
     """Label -> configuration file, beside this one."""
     baseline: str
-    """The contestant that differences are taken to."""
+    """The contestant that the others are compared with."""
     pairs: dict[str, str] = Field(default_factory=dict)
-    """Further differences: contestant -> the one that it is compared with besides."""
+    """Further differences: contestant -> another contestant that it is also compared with."""
     equal: Annotated[dict[Quantity, Tolerance], Field(min_length=1)]
-    """What must agree with the baseline's, and up to which share of it. Parameters are counted from the modules;
-    expert_calls are those of a token in all layers, shared experts included; tokens are those of the whole run."""
+    """Quantity that must agree with the baseline's -> tolerance, as a share of the baseline's. Parameters are counted
+    from the modules; expert_calls counts one token in all layers, with shared experts; tokens counts the whole run."""
     controls: tuple[Annotated[str, Field(pattern=r"^[a-z_]+=[a-z-]+$")], ...] = ()
     """Further evaluations of contestants that have the memory: `kmem eval --control`. A bank that is trained on generic
-    blocks only is evaluated with them, and has no other control than none."""
+    blocks only is evaluated with them, and its only control is none."""
     questions: bool = False
-    """Also ask the questions of the corpus: `kmem eval --questions`."""
+    """Also ask the questions about the corpus: `kmem eval --questions`."""
     horizons: tuple[PositiveInt, ...] = ()
-    """Steps at which the held-out loss during training is reported too; `evaluation.every` must divide them."""
+    """Steps at which the held-out loss during training is also reported; multiples of `evaluation.every`."""
 
     @model_validator(mode="after")
     def _known(self) -> "Comparison":
         if self.baseline not in self.contestants:
-            raise ValueError(f"baseline={self.baseline} is none of the contestants {', '.join(self.contestants)}")
+            raise ValueError(f"baseline={self.baseline} is not one of the contestants {', '.join(self.contestants)}")
         for one, other in self.pairs.items():
             if one not in self.contestants or other not in self.contestants:
                 raise ValueError(
-                    f"pairs={{{one}: {other}}} names none of the contestants {', '.join(self.contestants)}"
+                    f"pairs={{{one}: {other}}} must name two of the contestants {', '.join(self.contestants)}"
                 )
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds={list(self.seeds)} names one twice")
+            raise ValueError(f"seeds={list(self.seeds)} names a seed twice")
         if self.questions and len(self.data.corpora) > 1:
-            raise ValueError("questions=true is for text of one corpus, which has questions")
+            raise ValueError("questions=true needs text of a single corpus that has questions")
         return self
 
     @property
     def questions_file(self) -> Path | None:
-        """Where `kmem data prepare` put the questions of the text."""
+        """The file in which `kmem data prepare` stored the questions; None without questions."""
         return Path(self.data.folder) / f"{self.data.corpora[0]}{QUESTIONS_SUFFIX}" if self.questions else None
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a contestant has and what it uses."""
+    """Parameters and costs of a contestant."""
 
     total: int
     active: int
     non_embedding: int
     active_non_embedding: int
     embedding: int
-    """Embedding, and the head where it is not tied."""
+    """Parameters of the embedding, and of the head if it is not tied."""
     tables: int
     """Elements in tables."""
     table_read: int
-    """Elements of tables that one token reads, of a memory bank one context."""
+    """Elements of tables that one token reads; for a bank, that one context reads."""
     expert_calls: int
-    """Routed and shared experts that a token runs through, over all layers and iterations."""
+    """Routed and shared experts that a token passes, over all layers and iterations."""
     tokens: int
-    """Of the whole run, trained or not."""
+    """Tokens of the whole run, trained or not."""
 
 
 @dataclass(frozen=True)
@@ -144,22 +144,25 @@ class Run:
 
 
 def find_comparisons(name: str | Path) -> list[Path]:
-    """Folders with a comparison: `name` itself, or those below it; a path, or a name under `configs/compare`.
+    """Folders with a comparison: `name` itself, or folders below it.
+
+    Args:
+        name: a path, or a name under `configs/compare`.
 
     Raises:
-        ConfigError: there is none; lists what there is.
+        ConfigError: there is none; lists the known ones.
     """
     roots = [Path(name), *(folder / "compare" / name for folder in config_folders())]
     for root in roots:
-        found = sorted(file.parent for file in root.rglob(COMPARISON_FILE)) if root.is_dir() else []
-        if found:
-            return found
+        comparisons = sorted(file.parent for file in root.rglob(COMPARISON_FILE)) if root.is_dir() else []
+        if comparisons:
+            return comparisons
     known = sorted(
         file.parent.relative_to(folder / "compare").as_posix()
         for folder in config_folders()
         for file in folder.rglob(COMPARISON_FILE)
     )
-    raise ConfigError(f"{name}: no folder with a {COMPARISON_FILE}; there are: {', '.join(known) or 'none'}")
+    raise ConfigError(f"{name}: no folder with a {COMPARISON_FILE}; known comparisons: {', '.join(known) or 'none'}")
 
 
 def load_comparison(folder: Path) -> Comparison:
@@ -182,10 +185,10 @@ def load_comparison(folder: Path) -> Comparison:
 def plan(
     comparison: Comparison, folder: Path, out: Path, seeds: Sequence[int], overrides: Sequence[str] = ()
 ) -> list[Run]:
-    """All runs, seed after seed, so that an unfinished comparison has whole seeds.
+    """All runs, seed by seed, so that an unfinished comparison has complete seeds.
 
     Raises:
-        ConfigError: a contestant's configuration is wrong, or trains on other text than the comparison's.
+        ConfigError: a contestant's configuration is invalid, or does not train on the comparison's text.
     """
     runs = []
     for seed in seeds:
@@ -208,15 +211,15 @@ def plan(
             for step in comparison.horizons:
                 if step > config.train.steps or (step != config.train.steps and (every is None or step % every)):
                     raise ConfigError(
-                        f"{folder / file}: evaluation.every: {every}, but step {step} is to be reported "
-                        f"(horizons of {COMPARISON_FILE}) of {config.train.steps}"
+                        f"{folder / file}: evaluation.every: {every}, so step {step} of {config.train.steps} is not "
+                        f"evaluated, but horizons of {COMPARISON_FILE} names it"
                     )
             runs.append(Run(label, seed, folder / file, own, config))
     return runs
 
 
 def measure(config: Config) -> Size:
-    """Count a contestant."""
+    """Count a contestant's parameters, expert calls and tokens."""
     counts, model = count_parameters(config.model.shape), config.model
     calls = 0
     if model.moe is not None:
@@ -252,11 +255,11 @@ def check_fairness(comparison: Comparison, sizes: dict[str, Size]) -> None:
     problems = []
     for label, size in sizes.items():
         for quantity, tolerance in comparison.equal.items():
-            found, wanted = asdict(size)[quantity], base[quantity]
-            difference = found / wanted - 1 if wanted else float(bool(found))
+            own, wanted = asdict(size)[quantity], base[quantity]
+            difference = own / wanted - 1 if wanted else float(bool(own))
             if abs(difference) > tolerance:
                 problems.append(
-                    f"{label}: {quantity} is {found:,}, {difference:+.2%} of the {wanted:,} of {comparison.baseline}; "
+                    f"{label}: {quantity} is {own:,}, {difference:+.2%} from the {wanted:,} of {comparison.baseline}; "
                     f"at most {tolerance:.2%} is fair"
                 )
     if problems:
@@ -264,7 +267,7 @@ def check_fairness(comparison: Comparison, sizes: dict[str, Size]) -> None:
 
 
 def check_folders(runs: Sequence[Run]) -> None:
-    """Refuse folders that hold runs of other configurations: their figures would not belong together.
+    """Refuse folders that hold runs of other configurations: their figures would not be comparable.
 
     Raises:
         ConfigError: names the run and the first field that differs.
@@ -276,29 +279,29 @@ def check_folders(runs: Sequence[Run]) -> None:
             difference = _first_difference(there, here, "")
             if difference is not None:
                 raise ConfigError(
-                    f"{run.folder}: trained with another configuration, {difference}; name another folder with --out "
-                    "or remove this one"
+                    f"{run.folder}: trained with another configuration, {difference}; choose another folder with "
+                    "--out or remove this one"
                 )
 
 
 def _first_difference(there: Any, here: Any, field: str) -> str | None:
     if isinstance(there, dict) and isinstance(here, dict):
         for name in [*there, *(name for name in here if name not in there)]:
-            found = _first_difference(there.get(name), here.get(name), f"{field}.{name}" if field else name)
-            if found is not None:
-                return found
+            difference = _first_difference(there.get(name), here.get(name), f"{field}.{name}" if field else name)
+            if difference is not None:
+                return difference
         return None
     return None if there == here else f"{field}={there} instead of {here}"
 
 
 def ensure_data(data: PreparedText, questions: Path | None = None) -> None:
-    """Write the corpora, prepare and cluster them, as far as that has not been done.
+    """Write, prepare and cluster the corpora, unless that is already done.
 
     Args:
-        questions: a file that must then be there.
+        questions: a file that must exist afterwards.
 
     Raises:
-        ConfigError: the tree that is there has another form, or there are no questions.
+        ConfigError: the existing tree has another shape, or the questions are missing.
     """
     from kmem.corpora.catalogue import extract_corpora
     from kmem.corpora.packages import default_cache
@@ -312,9 +315,9 @@ def ensure_data(data: PreparedText, questions: Path | None = None) -> None:
         text = folder.with_name(f"{folder.name}-text")
         extract_corpora(data.corpora, text, default_cache())
         files = [text / f"{name}.jsonl" for name in data.corpora]
-        # The tokenizer is that of all corpora together, which are prepared for its sake where each has its own folder.
+        # The tokenizer is trained on all corpora together. With by_corpus they are prepared together only for it.
         whole = text / "all" if data.by_corpus else folder
-        if not (whole / MANIFEST_NAME).is_file():  # of a call that was cut short
+        if not (whole / MANIFEST_NAME).is_file():  # an interrupted call may have left it
             prepare(Preparation(files, whole, vocab_size=data.vocab_size))
         for source in missing if data.by_corpus else ():
             file = text / f"{source.name}.jsonl"
@@ -322,8 +325,8 @@ def ensure_data(data: PreparedText, questions: Path | None = None) -> None:
         shutil.rmtree(text)
     if questions is not None and not questions.is_file():
         raise ConfigError(
-            f"{COMPARISON_FILE}: questions: {questions} is not there; kmem data prepare writes it for a corpus with "
-            f"questions: remove {folder} if an older kmem prepared it"
+            f"{COMPARISON_FILE}: questions: {questions} is missing; kmem data prepare writes it for a corpus with "
+            f"questions; if an older kmem prepared {folder}, remove the folder"
         )
     if data.tree is not None:
         _ensure_tree(data, data.tree)
@@ -339,8 +342,8 @@ def _ensure_tree(data: PreparedText, tree: Tree) -> None:
         record = read_tree_record(data.tree_folder)
         if (record["children"], record["levels"]) != (tree.children, tree.levels):
             raise ConfigError(
-                f"{data.tree_folder}: has {counted(record['levels'], 'level')} of {record['children']} children, and "
-                f"{COMPARISON_FILE} asks for {tree.levels} of {tree.children}; name another data.folder"
+                f"{data.tree_folder}: has {counted(record['levels'], 'level')} of {record['children']} children, but "
+                f"{COMPARISON_FILE} asks for {tree.levels} of {tree.children}; choose another data.folder"
             )
         if all(stored_tree(source) == record["fingerprint"] for source in sources):
             return

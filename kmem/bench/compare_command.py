@@ -22,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, metavar="DIR",
-        help="folder of runs and report (default: runs/compare/NAME, with --set runs/compare/NAME-altered)",
+        help="folder for the runs and the report (default: runs/compare/NAME, with --set runs/compare/NAME-altered)",
     )  # fmt: skip
-    parser.add_argument("--check", action="store_true", help="only print what the contestants have in common and stop")
+    parser.add_argument("--check", action="store_true", help="only check and print the contestants' sizes and stop")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.seeds is not None and arguments.seeds < 1:
         raise ConfigError("--seeds: at least 1")
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("matplotlib is not installed, and reports have a plot; install kmem[report]")
+        raise UserError("matplotlib is not installed, but the report has a plot; install kmem[report]")
     folders = find_comparisons(arguments.comparison)
     if len(folders) > 1 and arguments.out is not None:
         raise ConfigError(f"--out: {arguments.comparison} holds {len(folders)} comparisons; name one of them")
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
                 flush=True,
             )
         if not arguments.check and not _carry_out(comparison, out, runs, sizes, arguments):
-            print("interrupted: run the same command again to go on", flush=True)
+            print("interrupted: run the same command again to continue", flush=True)
             return 130
     return 0
 
@@ -87,7 +87,7 @@ def _carry_out(
         print(f"\n[{number}/{len(runs)}] {run.label}, seed {run.seed}, {state}: {run.folder}", flush=True)
         if state == "trains" and not train(run):
             return False
-    from kmem.bench.compare_report import report  # after training, which is long: a report needs more than runs do
+    from kmem.bench.compare_report import report  # imported after training, which does not need its libraries
 
     report(comparison, out, runs, sizes, arguments.comparison, arguments.overrides)
     return True

@@ -1,4 +1,4 @@
-"""What a finished comparison found: tables for people, JSON, and a plot of all runs."""
+"""The report of a finished comparison: tables for people, JSON, and a plot of all runs."""
 
 import json
 import statistics
@@ -18,7 +18,7 @@ from kmem.wording import counted
 BATCH = 16
 """Sequences per forward pass of the evaluation."""
 SMOOTHED_SHARE = 0.02
-"""Of the run: width of the moving average of plotted losses."""
+"""Width of the moving average of plotted losses, as a share of the run."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def report(
 def collect(
     comparison: Comparison, runs: Sequence[Run], sizes: dict[str, Size], name: str, overrides: Sequence[str]
 ) -> dict[str, Any]:
-    """All figures, as report.json has them. Standard deviations are those of a sample of seeds; None for one seed."""
+    """All figures, as in report.json. Standard deviations are over the sample of seeds; None for one seed."""
     import torch
 
     from kmem.bench.machine import processor
@@ -62,10 +62,10 @@ def collect(
         contestants[run.label]["runs"][str(run.seed)] = figures
     seeds = list(dict.fromkeys(str(run.seed) for run in runs))
     base = contestants[comparison.baseline]["runs"]
-    for found in contestants.values():
-        own = [found["runs"][seed]["bits_per_byte"] for seed in seeds]
-        paired = [found["runs"][seed]["bits_per_byte"] - base[seed]["bits_per_byte"] for seed in seeds]
-        found |= {"bits_per_byte": _spread(own), "difference": _spread(paired)}
+    for contestant in contestants.values():
+        own = [contestant["runs"][seed]["bits_per_byte"] for seed in seeds]
+        paired = [contestant["runs"][seed]["bits_per_byte"] - base[seed]["bits_per_byte"] for seed in seeds]
+        contestant |= {"bits_per_byte": _spread(own), "difference": _spread(paired)}
     for one, other in comparison.pairs.items():
         differences = _differences(comparison, seeds, contestants[one], contestants[other])
         contestants[one]["difference_to"] = {other: differences}
@@ -98,16 +98,16 @@ def result_tables(comparison: Comparison, results: dict[str, Any]) -> list[Table
     """The tables of the report."""
     seeds, contestants = results["seeds"], results["contestants"]
     sizes = Table(
-        "What each contestant is (parameters without embeddings)",
+        "Size of each contestant (parameters without embeddings)",
         (
             "contestant", "total", "active", "in tables", "table values read at a time", "expert calls per token",
             "embedding and head", "tokens",
         ),
         [
-            (label, *(f"{found['size'][quantity]:,}" for quantity in (
+            (label, *(f"{contestant['size'][quantity]:,}" for quantity in (
                 "non_embedding", "active_non_embedding", "tables", "table_read", "expert_calls", "embedding", "tokens"
             )))
-            for label, found in contestants.items()
+            for label, contestant in contestants.items()
         ],
     )  # fmt: skip
     held_out = Table(
@@ -116,11 +116,11 @@ def result_tables(comparison: Comparison, results: dict[str, Any]) -> list[Table
         [
             (
                 label,
-                *(f"{value:.4f}" for value in found["bits_per_byte"]["values"]),
-                _pm(found["bits_per_byte"]),
-                "" if label == results["baseline"] else _pm(found["difference"], sign="+"),
+                *(f"{value:.4f}" for value in contestant["bits_per_byte"]["values"]),
+                _pm(contestant["bits_per_byte"]),
+                "" if label == results["baseline"] else _pm(contestant["difference"], sign="+"),
             )
-            for label, found in contestants.items()
+            for label, contestant in contestants.items()
         ],
     )
     speed = Table(
@@ -134,7 +134,7 @@ def result_tables(comparison: Comparison, results: dict[str, Any]) -> list[Table
                 f"{statistics.mean(run['tokens_per_second'] for run in runs):,.0f}",
                 f"{max(run['undisturbed_tokens_per_second'] for run in runs):,.0f}",
             )
-            for label, runs in ((label, found["runs"].values()) for label, found in contestants.items())
+            for label, runs in ((label, contestant["runs"].values()) for label, contestant in contestants.items())
         ],
     )
     tables = [sizes, held_out, *_source_table(results), speed]
@@ -146,7 +146,7 @@ def result_tables(comparison: Comparison, results: dict[str, Any]) -> list[Table
 def _differences(
     comparison: Comparison, seeds: Sequence[str], one: dict[str, Any], other: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Held-out bits per byte of one contestant minus another's with the same seed: of the whole split, and by step."""
+    """Held-out bits per byte of one contestant minus the other's with the same seed: whole split, and by step."""
     runs = [(one["runs"][seed], other["runs"][seed]) for seed in seeds]
     whole = [mine["bits_per_byte"] - theirs["bits_per_byte"] for mine, theirs in runs]
     steps = {
@@ -161,21 +161,22 @@ def _pair_table(comparison: Comparison, results: dict[str, Any]) -> list[Table]:
         return []
     rows = []
     for one, other in comparison.pairs.items():
-        found = results["contestants"][one]["difference_to"][other]
-        rows.append((f"{one} minus {other}", *(_pm(spread, sign="+") for spread in found.values())))
+        differences = results["contestants"][one]["difference_to"][other]
+        rows.append((f"{one} minus {other}", *(_pm(spread, sign="+") for spread in differences.values())))
     columns = ("", "whole split", *(f"step {step:,}" for step in comparison.horizons))
     return [Table("Further differences in held-out bits per byte, paired", columns, rows)]
 
 
 def _as_trained(states: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Of a run's figures by what the memories gave, those of the model as it was trained, which come first."""
+    """The figures of a run evaluated as it was trained, without a control; they come first."""
     return next(iter(states.values()))
 
 
 def _states(results: dict[str, Any]) -> dict[str, list[str]]:
-    """How each contestant was evaluated, first as it was trained."""
+    """Contestant -> the states it was evaluated in; the first is as it was trained."""
     return {
-        label: list(next(iter(found["runs"].values()))["states"]) for label, found in results["contestants"].items()
+        label: list(next(iter(contestant["runs"].values()))["states"])
+        for label, contestant in results["contestants"].items()
     }
 
 
@@ -189,41 +190,43 @@ def _control_table(results: dict[str, Any]) -> list[Table]:
         runs = results["contestants"][label]["runs"].values()
         spreads = {state: _spread([run["states"][state]["bits_per_byte"] for run in runs]) for state in own}
         rows.append((label, *(_pm(spreads[state]) if state in spreads else "" for state in columns)))
-    title = "Controls: held-out bits per byte of the same weights, by what the memories give"
+    title = "Controls: held-out bits per byte of the same weights, by what their memories return"
     return [Table(title, ("contestant", *columns), rows)]
 
 
 def _question_table(results: dict[str, Any]) -> list[Table]:
-    """Share of questions that are answered right, by how many documents tell the answer."""
+    """Share of questions that are answered correctly, by how many documents tell the answer."""
     answers = _answers(results)
     if not answers:
         return []
     groups = list(next(iter(answers.values())))
     rows = [(label, *(_pm(own[group], digits=1) for group in groups)) for label, own in answers.items()]
     return [
-        Table("Questions answered right, in %, by how many documents tell the answer", ("contestant", *groups), rows)
+        Table(
+            "Questions answered correctly, in %, by how many documents tell the answer", ("contestant", *groups), rows
+        )
     ]
 
 
 def _answers(results: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Contestant and control -> group of questions -> share of right answers over the seeds, in %."""
-    found = {}
+    """Contestant and control -> group of questions -> share of correct answers over the seeds, in %."""
+    answers = {}
     for label, own in _states(results).items():
         runs = list(results["contestants"][label]["runs"].values())
         for state in own:
             asked = [run["states"][state].get("questions") for run in runs]
             if all(asked):
                 name = label if len(own) == 1 else f"{label}, {state}"
-                found[name] = {
+                answers[name] = {
                     group["group"]: _spread([100 * run[place]["right"] for run in asked])
                     for place, group in enumerate(asked[0])
                 }
-    return found
+    return answers
 
 
 def plot(comparison: Comparison, results: dict[str, Any], path: Path) -> None:
-    """Training losses of all runs, and their difference to the baseline's run of the same seed, which read the same
-    text in the same order."""
+    """Plot the training losses of all runs, and their differences from the baseline's run with the same seed, which
+    reads the same text in the same order."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -236,8 +239,8 @@ def plot(comparison: Comparison, results: dict[str, Any], path: Path) -> None:
     losses, differences = axes[:2]
     if answers:
         _plot_answers(answers, axes[2])
-    for number, (label, found) in enumerate(results["contestants"].items()):
-        for seed, run in found["runs"].items():
+    for number, (label, contestant) in enumerate(results["contestants"].items()):
+        for seed, run in contestant["runs"].items():
             steps, smooth = _smoothed(run)
             style = {"color": f"C{number}", "linewidth": 0.9, "label": label if seed == results["seeds"][0] else None}
             losses.plot(steps, smooth, **style)
@@ -250,7 +253,7 @@ def plot(comparison: Comparison, results: dict[str, Any], path: Path) -> None:
     differences.set(title=f"minus {comparison.baseline} of the same seed", xlabel="step")
     if any(label != comparison.baseline for label in results["contestants"]):
         differences.legend(frameon=False)
-    # The first steps are the same for all and would hide what follows.
+    # The first steps are alike for all, and their scale would hide later differences.
     late = np.concatenate([line.get_ydata()[len(line.get_ydata()) // 10 :] for line in differences.get_lines()])
     margin = 0.1 * (late.max() - late.min()) + 1e-3
     differences.set_ylim(late.min() - margin, late.max() + margin)
@@ -259,8 +262,8 @@ def plot(comparison: Comparison, results: dict[str, Any], path: Path) -> None:
 
 
 def _source_table(results: dict[str, Any]) -> list[Table]:
-    """Held-out figures of each source, where there are several."""
-    runs = {label: list(found["runs"].values()) for label, found in results["contestants"].items()}
+    """Held-out figures of each source, if there are several."""
+    runs = {label: list(contestant["runs"].values()) for label, contestant in results["contestants"].items()}
     sources = list(_as_trained(next(iter(runs.values()))[0]["states"]).get("sources", ()))
     if not sources:
         return []
@@ -281,8 +284,8 @@ def _horizon_table(comparison: Comparison, results: dict[str, Any]) -> Table:
     rows = []
     base = results["contestants"][results["baseline"]]["runs"]
     for step in comparison.horizons:
-        for label, found in results["contestants"].items():
-            own = [found["runs"][seed]["held_out"][step] for seed in results["seeds"]]
+        for label, contestant in results["contestants"].items():
+            own = [contestant["runs"][seed]["held_out"][step] for seed in results["seeds"]]
             paired = [value - base[seed]["held_out"][step] for value, seed in zip(own, results["seeds"], strict=True)]
             difference = "" if label == results["baseline"] else _pm(_spread(paired), sign="+")
             rows.append((label, f"{step:,}", _pm(_spread(own)), difference))
@@ -297,7 +300,7 @@ def _plot_answers(answers: dict[str, dict[str, dict[str, Any]]], axes: Any) -> N
     for name, groups in answers.items():
         own = {group: value for group, value in groups.items() if group != "all"}
         axes.plot(list(own), [value["mean"] for value in own.values()], marker="o", markersize=3, label=name)
-    axes.set(title="questions answered right", ylabel="%", xlabel="documents that tell the answer")
+    axes.set(title="questions answered correctly", ylabel="%", xlabel="documents that tell the answer")
     axes.legend(frameon=False, fontsize="small")
 
 
@@ -308,7 +311,7 @@ def _smoothed(run: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _departures(comparison: Comparison, seeds: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """In what the runs are not those that the comparison asks for."""
+    """How the runs differ from what the comparison asks for."""
     fewer = [f"{len(seeds)} of {len(comparison.seeds)} seeds"] if len(seeds) < len(comparison.seeds) else []
     return [*fewer, *overrides]
 
@@ -339,8 +342,9 @@ def _markdown(results: dict[str, Any], tables: Sequence[Table]) -> str:
     lines += [f"Command: `{results['command']}`. Held equal, with tolerance: {equal}.", ""]
     lines += [
         f"Text: {', '.join(data['sources'])}; {data['training_tokens']:,} training tokens, "
-        f"{data['held_out_tokens']:,} held out. Machine: {results['machine']}; wall clock is that of the steps, with "
-        "whatever else the machine did; undisturbed is the speed that a tenth of the steps of the fastest run reached.",
+        f"{data['held_out_tokens']:,} held out. Machine: {results['machine']}. The wall clock covers the steps, also "
+        "when the machine was busy with other work; undisturbed is the speed that a tenth of the steps reached in the "
+        "fastest run.",
         "",
     ]
     for table in tables:

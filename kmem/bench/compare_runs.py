@@ -1,4 +1,4 @@
-"""Training and evaluating the runs of a comparison; what is finished is not done again."""
+"""Train and evaluate the runs of a comparison; finished work is not repeated."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from kmem.model.memory_kinds import kinds_of
 from kmem.parallel.local_launch import launch_local
 
 HELD_OUT = "held_out.json"
-"""In a run's folder: its checkpoint's held-out figures on the whole split, by what the memories gave."""
+"""File in a run's folder with the checkpoint's figures on the whole held-out split, by state of evaluation."""
 
 
 def is_finished(run: Run) -> bool:
@@ -28,10 +28,10 @@ def is_finished(run: Run) -> bool:
 
 
 def train(run: Run) -> bool:
-    """`kmem train` in a process of its own, from the run's last checkpoint if it has one; False if it was interrupted.
+    """Run `kmem train` in a process of its own, from the run's last checkpoint if it has one; False if interrupted.
 
     Raises:
-        UserError: training failed; it has printed the reason.
+        UserError: training failed; the process has printed the reason.
     """
     words = ["train", "--config", str(run.source), *(word for pair in run.overrides for word in ("--set", pair))]
     code = launch_local(words, 1)
@@ -41,9 +41,11 @@ def train(run: Run) -> bool:
 
 
 def evaluate(run: Run, comparison: Comparison, batch: int) -> dict[str, dict[str, Any]]:
-    """Figures of `kmem eval` on the whole held-out split for each of `states`; kept in the run's folder. With several
-    sources the figures are those of all their text, and `sources` has each one's. Of a comparison with questions,
-    `questions` has the answers."""
+    """State -> figures of `kmem eval` on the whole held-out split, for each of `states`; kept in the run's folder.
+
+    With several sources the figures are for all their text together, and `sources` has the figures of each. If the
+    comparison has questions, `questions` has the answers.
+    """
     from kmem.eval.checkpoint import answered, held_out_figures
 
     path = run.folder / HELD_OUT
@@ -53,33 +55,33 @@ def evaluate(run: Run, comparison: Comparison, batch: int) -> dict[str, dict[str
         known = stored["states"] if stored["step"] == run.config.train.steps else {}
     reader = CheckpointReader(run.folder)
     folders = [source.path for source in run.config.data.sources]
-    found = {}
+    by_state = {}
     for state, controls in states(run, comparison).items():
-        figures = found[state] = known.setdefault(state, {})
+        figures = by_state[state] = known.setdefault(state, {})
         if not figures:
             figures |= _whole(held_out_figures(reader, folders, Choices(controls), batch=batch))
         if comparison.questions_file is not None and "questions" not in figures:
             answers = answered(reader, comparison.questions_file, Choices(controls), 4 * batch)
             figures["questions"] = [asdict(group) for group in answers]
         atomic_write(path, json.dumps({"step": reader.step, "states": known}, indent=1) + "\n")
-    return found
+    return by_state
 
 
 def states(run: Run, comparison: Comparison) -> dict[str, dict[str, str]]:
-    """How a run is evaluated: "trained", then its controls, as `kmem eval --control` names them."""
+    """State in which a run is evaluated -> its controls: "trained", then the controls of `kmem eval --control`."""
     shape = run.config.model.shape
     own = {kind.name: kind for kind in kinds_of(shape)}
-    found: dict[str, dict[str, str]] = {"trained": {}}
+    by_state: dict[str, dict[str, str]] = {"trained": {}}
     for control in comparison.controls:
         controls = parse_controls([control], "controls")
         for name, choice in controls.items():
             if name in own and choice in own[name].telling_controls(shape):
-                found[control] = controls
-    return found
+                by_state[control] = controls
+    return by_state
 
 
 def _whole(figures: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """The figures of several texts as if they were one."""
+    """The figures of several texts, combined as if they were one text."""
     if len(figures) == 1:
         return next(iter(figures.values()))
     tokens = sum(text["tokens"] for text in figures.values())
@@ -96,8 +98,11 @@ def _whole(figures: dict[str, dict[str, float]]) -> dict[str, Any]:
 
 
 def curve(run: Run) -> dict[str, Any]:
-    """Of metrics.jsonl: losses of steps and evaluations, and the time that steps took, resumed parts included. A tenth
-    of the steps reach the undisturbed speed, which a pause or other work on the machine hardly moves."""
+    """Losses of steps and evaluations from metrics.jsonl, and the time that steps took, with resumed parts.
+
+    The undisturbed speed is the one that a tenth of the steps reach; pauses or other work on the machine hardly affect
+    it.
+    """
     lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records: dict[str, list[dict[str, Any]]] = {"step": [], "evaluation": []}
     for record in map(json.loads, lines):

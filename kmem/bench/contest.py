@@ -1,7 +1,7 @@
-"""Two programs that do the same work, measured in turn in one process tree.
+"""Programs that do the same work, measured in turn.
 
-Each contestant lives in a process of its own with the same threads; while one runs a round the others wait. Ratios are
-taken round by round, so a machine whose speed drifts slows both sides of a ratio.
+Each contestant has a process of its own with the same number of threads; while one runs a round, the others wait.
+Ratios are taken round by round, so a drift of the machine's speed affects both sides of a ratio.
 """
 
 import multiprocessing as mp
@@ -15,12 +15,13 @@ from typing import Any
 from kmem.config import UserError
 
 Runner = Callable[[int], dict[str, Any]]
-"""Runs that many steps; returns at least `seconds` and `losses`. For 0 steps it profiles one: `operators`."""
+"""Runs a number of steps and returns at least `seconds` and `losses`. For 0 steps it profiles one step and returns
+`operators`."""
 
 
 @dataclass
 class Contestant:
-    """A program under measurement: `build(*arguments)` makes its runner inside a process of its own."""
+    """A program to measure: `build(*arguments)` makes its runner inside a process of its own."""
 
     name: str
     build: Callable[..., Runner]
@@ -28,10 +29,10 @@ class Contestant:
     warmup: dict[str, Any] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     profile: list[tuple[str, float]] = field(default_factory=list)
-    """(operator, milliseconds) of one step after the rounds, if asked for."""
+    """(operator, milliseconds) of one step after the rounds, if requested."""
 
     def seconds(self) -> list[float]:
-        """Wall clock of each round."""
+        """Wall clock of each round, in seconds."""
         return [measured["seconds"] for measured in self.rounds]
 
     def median_seconds(self) -> float:
@@ -48,15 +49,20 @@ def run_in_turn(
     profile: bool = False,
     on_round: Callable[[int], None] = lambda number: None,
 ) -> None:
-    """Warm up each contestant, then let them run `steps` steps in turn, `rounds` times; results are kept in them.
-    With `profile` the first one is profiled afterwards.
+    """Warm up each contestant, then run `steps` steps of each in turn, `rounds` times. Contestants keep their results.
+
+    Args:
+        threads: threads of each contestant.
+        warmup: steps of the warm-up.
+        profile: profile a step of the first contestant afterwards.
+        on_round: called with the number of each finished round.
 
     Raises:
-        UserError: a contestant failed; carries its traceback.
+        UserError: a contestant failed; contains its traceback.
     """
     context = mp.get_context("spawn")
     lines = []
-    # Inherited by the contestants, whose libraries read them when they are loaded; both sides run on the CPU.
+    # Contestants inherit these variables, which libraries read when they are loaded. All sides run on the CPU.
     settings = {
         "CUDA_VISIBLE_DEVICES": "",
         "DS_ACCELERATOR": "cpu",
@@ -74,10 +80,10 @@ def run_in_turn(
             process.start()
             there.close()
             lines.append((contestant, process, here))
-        for contestant, _, line in lines:  # builds and warm-ups are in turn as well
+        for contestant, _, line in lines:  # contestants are built and warmed up in turn, too
             contestant.warmup = _ask(contestant, line, warmup)
         for number in range(rounds):
-            # The order changes from round to round, so that no one always follows the same other.
+            # The order alternates, so that no contestant always follows the same one.
             for contestant, _, line in lines if number % 2 == 0 else reversed(lines):
                 contestant.rounds.append(_ask(contestant, line, steps))
             on_round(number + 1)
@@ -98,7 +104,7 @@ def run_in_turn(
 
 
 def ratios(ours: Contestant, theirs: Contestant) -> list[float]:
-    """How many times faster `ours` was, round by round."""
+    """Speed of `ours` as a multiple of `theirs`, by round."""
     return [b / a for a, b in zip(ours.seconds(), theirs.seconds(), strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""The backends of `train.expert_backend`, in turn on the same experts and rows."""
+"""The backends of `train.expert_backend`, measured in turn on the same experts and rows."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -15,27 +15,28 @@ from kmem.model.experts import Experts
 from kmem.model.init import initialise_
 
 GROUP_SIZES = (8, 32, 128, 512)
-"""Rows of an expert, on average."""
+"""Rows per expert, on average."""
 
 
 @dataclass(frozen=True)
 class BackendTime:
-    """Forward and backward of the experts alone: no router, rows already sorted."""
+    """Time of forward and backward of the experts alone: without a router, with rows already sorted."""
 
     backend: str
     rows: int
-    """Of an expert, on average."""
+    """Rows per expert, on average."""
     groups: str
-    """even: every expert has as many. zipf: the n-th most visited expert has a share in proportion to 1 / n."""
+    """even: every expert has equally many rows. zipf: the share of the n-th most visited expert is proportional to
+    1 / n."""
     ms: float
     gflops: float
-    """Thousand million operations of its nine matrix products per second."""
+    """10^9 floating-point operations per second, counting the nine matrix products."""
     times: float
-    """As long as the first backend, median over rounds."""
+    """Time as a multiple of the first backend's, median over rounds."""
 
 
 def backend_problems(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Backend -> why it does not run here."""
+    """Backend -> the reason why it does not run here."""
     problems = {name: problem(name, device, dtype) for name in NAMES}
     return {name: reason for name, reason in problems.items() if reason is not None}
 
@@ -48,7 +49,12 @@ def backend_times(
     sizes: Sequence[int] = GROUP_SIZES,
     on_size: Callable[[str], None] = lambda size: None,
 ) -> list[BackendTime]:
-    """The times of these backends; all agree with the first one before any is timed.
+    """Time these backends, after a check that all agree with the first one.
+
+    Args:
+        names: the backends; the first is the one that others are compared with.
+        sizes: rows per expert, on average.
+        on_size: called when a size is done.
 
     Raises:
         UserError: a backend's output or a gradient differs; names the backend.
@@ -61,7 +67,7 @@ def backend_times(
     initialise_(experts, shape, config.train.init_seed)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     experts.to(device, dtype)
-    found = []
+    measured = []
     for size in sizes:
         for groups in ("even", "zipf"):
             counts = _counts(moe.num_experts, size * moe.num_experts, groups).to(device)
@@ -76,9 +82,9 @@ def backend_times(
             for name, own in zip(names, seconds, strict=True):
                 median = statistics.median(own)
                 times = statistics.median(mine / first for mine, first in zip(own, seconds[0], strict=True))
-                found.append(BackendTime(name, size, groups, 1e3 * median, operations / median / 1e9, times))
-        on_size(f"{size} rows an expert")
-    return found
+                measured.append(BackendTime(name, size, groups, 1e3 * median, operations / median / 1e9, times))
+        on_size(f"{size} rows per expert")
+    return measured
 
 
 def _step(
@@ -105,12 +111,12 @@ def _check_equal(names: Sequence[str], steps: Sequence[Callable[[], Tensor]], le
         largest = 2e-2 if values[0].dtype == torch.bfloat16 else 1e-5
         for value, right in zip(values, expected, strict=True):
             share = float((value - right).abs().max() / right.abs().max())
-            if not share <= largest:  # or is not a number
+            if not share <= largest:  # also true for NaN
                 raise UserError(f"{name} differs from {names[0]} by {share:.1e} of the largest value")
 
 
 def _counts(experts: int, rows: int, groups: str) -> Tensor:
-    """int64 [experts] with sum `rows`."""
+    """Rows of each expert: int64 [experts] with sum `rows`."""
     if groups == "even":
         return torch.full((experts,), rows // experts)
     shares = 1 / torch.arange(1, experts + 1, dtype=torch.float64)

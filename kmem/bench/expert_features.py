@@ -1,4 +1,4 @@
-"""What the features of a layer of experts cost: with and without one, in turn in one process."""
+"""The cost of each feature of a layer of experts: with and without it, measured in turn in one process."""
 
 import statistics
 import time
@@ -23,41 +23,41 @@ from kmem.model.norm import RMSNorm
 
 @dataclass(frozen=True)
 class Feature:
-    """A change of the plain layer."""
+    """A change to the plain layer."""
 
     subject: str
     name: str
     moe: dict[str, Any]
-    """Fields of `model.moe` that differ."""
+    """Fields of `model.moe` that differ from the plain layer's."""
     branches: int = 1
     recompute: bool = False
     observe: bool = False
-    """Routing statistics are taken, as in training."""
+    """Whether routing statistics are taken, as in training."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What the second half of a decoder layer takes with a feature: norm, experts and residual connection."""
+    """Cost of the second half of a decoder layer with a feature: norm, experts and residual connection."""
 
     subject: str
     feature: str
     ms: float
-    """Median of forward and backward."""
+    """Median time of forward and backward."""
     times: float
-    """As often as the plain layer's, median over rounds in which both were taken one after the other."""
+    """Time as a multiple of the plain layer's, median over rounds that measure one after the other."""
     spread: tuple[float, float]
-    """Quartiles of that."""
+    """Lower and upper quartile of `times` over the rounds."""
     expert_calls: int
-    """Experts that a token runs through, shared ones included."""
+    """Experts that a token passes, with shared ones."""
     parameters: int
     active_parameters: int
-    """Those that take part in the computation of a token, each once."""
+    """Parameters that take part in the computation of a token, each counted once."""
     saved_bytes: int
-    """Held from forward for backward, the layer's input included, parameters left out."""
+    """Memory held from forward for backward, with the layer's input and without parameters."""
 
 
 class ExpertHalf(nn.Module):
-    """The second half of a decoder layer, as `DecoderLayer` runs it."""
+    """The second half of a decoder layer, computed as in `DecoderLayer`."""
 
     def __init__(self, config: Config, feature: Feature) -> None:
         super().__init__()
@@ -81,24 +81,24 @@ class ExpertHalf(nn.Module):
 
 
 def features(config: Config) -> list[Feature]:
-    """The plain layer, then changes of it that its shape allows.
+    """The plain layer, then the changes that its shape allows.
 
     Raises:
-        ConfigError: the layer is not plain.
+        ConfigError: the model has no experts.
     """
     moe = config.model.moe
     if moe is None:
         raise ConfigError("model.moe: a model without experts has no layer to measure")
     experts, top_k, width = moe.num_experts, moe.top_k, moe.intermediate_size
-    found = [Feature("", "plain", {})]
+    allowed = [Feature("", "plain", {})]
 
     def add(subject: str, name: str, changes: dict[str, Any], **rest: Any) -> None:
         try:
             feature = Feature(subject, name, changes, **rest)
             with_feature(config, feature)
         except ConfigError:
-            return  # such as half of one expert
-        found.append(feature)
+            return  # not possible with this shape, such as half of one expert
+        allowed.append(feature)
 
     for k in (1, 2, 4, 8):
         if k != top_k:
@@ -143,11 +143,11 @@ def features(config: Config) -> list[Feature]:
     add("chain of 3", f"top-{half}", {"top_k": half, "chain": {"iterations": 3}})
     add("around it", "recomputed in backward", {}, recompute=True)
     add("around it", "4 branches (hyper-connections)", {}, branches=4)
-    return found
+    return allowed
 
 
 def with_feature(config: Config, feature: Feature) -> Config:
-    """A model of one layer with the feature; the base's own features are refused, its shape is kept."""
+    """A one-layer model with the feature. It keeps the shape of the configuration's experts, not their features."""
     assert config.model.moe is not None
     tree = config.model_dump(mode="json")
     model = tree["model"]
@@ -160,7 +160,7 @@ def with_feature(config: Config, feature: Feature) -> Config:
 def feature_costs(
     config: Config, chosen: Sequence[Feature], rounds: int, on_feature: Callable[[str], None] = lambda name: None
 ) -> list[Cost]:
-    """The cost of each, the first being what the others are compared with."""
+    """The cost of each feature; `chosen[0]` is the plain layer that the others are compared with."""
     settle_allocator()
     plain_step, _ = _prepared(config, chosen[0])
     costs = []
@@ -182,7 +182,7 @@ def feature_costs(
                 (quartiles[0], quartiles[2]),
                 size.expert_calls,
                 parameters,
-                parameters - (size.total - size.active),  # what a token leaves out is experts
+                parameters - (size.total - size.active),  # only experts are inactive for a token
                 saved,
             )
         )
@@ -191,7 +191,7 @@ def feature_costs(
 
 
 def in_turn(steps: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
-    """Seconds of every round of each, after an unmeasured one; the order changes from round to round."""
+    """Seconds of each step in every round, after one unmeasured round; the order alternates between rounds."""
     seconds: list[list[float]] = [[] for _ in steps]
     for number in range(rounds + 1):
         places = range(len(steps))
@@ -204,8 +204,8 @@ def in_turn(steps: Sequence[Callable[[], object]], rounds: int) -> list[list[flo
 
 
 def saved_bytes(module: nn.Module, hidden: Tensor) -> int:
-    """Memory that a forward pass holds for backward: the input, and what it saves beside parameters and buffers. Views
-    of one storage count once, and as a whole."""
+    """Bytes that a forward pass holds for backward: the input and all saved tensors except parameters and buffers.
+    Views of one storage count once, with the whole storage."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
     held = {hidden.untyped_storage().data_ptr(): hidden.untyped_storage().nbytes()}
 
@@ -216,7 +216,7 @@ def saved_bytes(module: nn.Module, hidden: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = module(hidden)  # holds what was saved, so that no address is used twice
+        out = module(hidden)  # keeps the saved tensors alive, so that no address is used twice
     del out
     return sum(held.values())
 

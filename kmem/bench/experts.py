@@ -1,4 +1,4 @@
-"""A layer of experts, forward and backward, in kmem and as the Qwen3-MoE block of Transformers."""
+"""Forward and backward of a layer of experts, in kmem and in the Qwen3-MoE block of Transformers."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -15,12 +15,13 @@ from kmem.model.init import initialise_
 from kmem.model.moe import MoE
 
 LARGEST_DIFFERENCE = 1e-5
-"""Between the two sides' outputs and gradients, as a share of the largest value of each."""
+"""Largest difference allowed between the outputs or gradients of both sides, as a share of the largest value of each.
+"""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A side of the comparison; `weights` are router, gates with ups, and downs, as both sides lay them out."""
+    """One side of the comparison; `weights` are the router, gates with ups, and downs, in the layout of both sides."""
 
     module: nn.Module
     weights: tuple[nn.Parameter, nn.Parameter, nn.Parameter]
@@ -52,7 +53,9 @@ def peer_layer(config: Config, implementation: str) -> Layer:
     }  # fmt: skip
     for field, plain in absent.items():
         if getattr(moe, field) != plain:
-            raise ConfigError(f"model.moe.{field}: the block of Transformers has none; `--features` measures its cost")
+            raise ConfigError(
+                f"model.moe.{field}: the block of Transformers does not have it; `--features` measures its cost"
+            )
     chosen = Qwen3MoeConfig(
         hidden_size=config.model.hidden_size,
         num_experts=moe.num_experts,
@@ -71,7 +74,7 @@ def peer_layer(config: Config, implementation: str) -> Layer:
 
 
 def layer_input(config: Config) -> tuple[Tensor, Tensor]:
-    """(hidden, gradient of the output), both [B, T, H] of a standard normal: what a norm hands on."""
+    """(hidden, gradient of the output), both [B, T, H] from a standard normal, like the output of a norm."""
     generator = torch.Generator().manual_seed(config.train.init_seed)
     size = (config.train.micro_batch_size, config.data.sequence_length, config.model.hidden_size)
     hidden, gradient = (torch.randn(size, generator=generator) for _ in range(2))
@@ -90,37 +93,37 @@ def forward_backward(module: Callable[[Tensor], Tensor], leaves: Sequence[Tensor
 def settle_allocator() -> None:
     """Bring glibc's allocator into the state of a training process, whose largest buffers are longer than a layer's.
 
-    It returns freed memory to the system until a longer block has been freed once. A layer alone frees none, and would
-    spend a tenth of its time on touching the same memory for the first time in every pass.
+    The allocator returns freed memory to the system until a longer block has been freed once. A layer alone never frees
+    one, and would spend a tenth of its time on first touches of the same memory in every pass.
     """
-    longest = torch.ones(31 << 20, dtype=torch.uint8)  # past 32 MiB it learns nothing
+    longest = torch.ones(31 << 20, dtype=torch.uint8)  # blocks above 32 MiB do not change the allocator's threshold
     del longest
 
 
 def check_equal(config: Config, peers: dict[str, Layer]) -> dict[str, float]:
-    """Largest difference of each peer's output and gradients to kmem's, as a share of the largest value.
+    """Largest difference of each peer's output and gradients from kmem's, as a share of the largest value.
 
     Raises:
-        UserError: one differs by more than LARGEST_DIFFERENCE; names the peer and the tensor.
+        UserError: a difference is more than LARGEST_DIFFERENCE; names the peer and the tensor.
     """
     names = ("output", "gradient of the input", "of the router", "of gates and ups", "of downs")
     expected = _values(our_layer(config), config)
-    found = {}
+    largest = {}
     for peer, layer in peers.items():
         differences = {
             name: float((value - right).abs().max() / right.abs().max())
             for name, value, right in zip(names, _values(layer, config), expected, strict=True)
         }
-        # `not <=`, so that a value that is not a number is none that agrees
+        # `not <=`, so that NaN does not count as agreement
         wrong = [f"{name} {share:.1e}" for name, share in differences.items() if not share <= LARGEST_DIFFERENCE]
         if wrong:
             raise UserError(f"{peer} differs from kmem by more than {LARGEST_DIFFERENCE:g}: {', '.join(wrong)}")
-        found[peer] = max(differences.values())
-    return found
+        largest[peer] = max(differences.values())
+    return largest
 
 
 def layer_runner(tree: dict[str, Any], implementation: str | None) -> Runner:
-    """Forward and backward of kmem's layer, or of the block with an implementation of Transformers."""
+    """A runner of forward and backward: of kmem's layer, or of the block with an implementation of Transformers."""
     settle_allocator()
     config = parse_config(tree)
     layer = our_layer(config) if implementation is None else peer_layer(config, implementation)

@@ -1,4 +1,4 @@
-"""`kmem bench experts`: a layer of experts against Transformers' own, what its features cost, and its backends."""
+"""`kmem bench experts`: a layer of experts against the one of Transformers, the cost of its features, its backends."""
 
 import argparse
 import json
@@ -20,28 +20,28 @@ if TYPE_CHECKING:
     from kmem.bench.expert_features import Cost
 
 GOAL = 1.5
-"""Times as fast as Transformers' fastest implementation, at the shape of bench/train."""
+"""Speed as a multiple of Transformers' fastest implementation, at the shape of bench/train."""
 GOAL_CONFIG = "bench/train"
 FINALISTS = 2
-"""Implementations of the peer within this factor of the fastest are measured beside kmem."""
+"""Implementations of the peer that take at most this many times as long as the fastest are measured beside kmem."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default=GOAL_CONFIG, help="YAML file or packaged config (default: %(default)s)")
     parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="FIELD=VALUE", dest="overrides")
     parser.add_argument(
-        "--features", action="store_true", help="instead, what each feature of the layer costs beside a plain one"
+        "--features", action="store_true", help="instead, measure the cost of each feature against a plain layer"
     )
     parser.add_argument(
         "--backends",
         action="store_true",
-        help="instead, the backends of train.expert_backend with groups of rows of several sizes",
+        help="instead, measure the backends of train.expert_backend with groups of rows of several sizes",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of --backends (default: cpu)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device for --backends (default: cpu)")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of each side, in turn (default: 15)")
-    parser.add_argument("--steps", type=int, default=4, help="passes of a round of the comparison (default: 4)")
+    parser.add_argument("--steps", type=int, default=4, help="passes per round of the comparison (default: 4)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each side (default: 2)")
-    parser.add_argument("--profile", action="store_true", help="also print the operators that take kmem's time")
+    parser.add_argument("--profile", action="store_true", help="also print kmem's most expensive operators")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurement as JSON")
 
 
@@ -53,9 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
     if config.model.moe is None:
         raise ConfigError("kmem bench experts: needs a model with model.moe")
     if config.train.precision != "fp32" and (arguments.features or not arguments.backends):
-        raise ConfigError("train.precision: kmem bench experts measures in fp32; --backends in bf16, too")
+        raise ConfigError("train.precision: kmem bench experts measures in fp32, and only --backends in bf16, too")
     if arguments.device != "cpu" and (arguments.features or not arguments.backends):
-        raise ConfigError("--device: of --backends alone; the other measurements are on the CPU")
+        raise ConfigError("--device: only for --backends; the other measurements run on the CPU")
     workload = _workload(config, arguments)
     print(workload, flush=True)
     record: dict[str, Any] = {"workload": workload}
@@ -94,7 +94,7 @@ def _compare(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     differences = check_equal(config, {name: peer_layer(config, experts) for experts, name in names.items()})
     tried = [Contestant(name, layer_runner, (tree, experts)) for experts, name in names.items()]
     run_in_turn(tried, threads=arguments.threads, warmup=1, rounds=3, steps=1)
-    # A few rounds tell the hopeless ones from the others, which all meet kmem: the best of them is the peer.
+    # A few rounds rule out the slow ones. The others are all measured beside kmem, and the best is the peer.
     shortest = min(contestant.median_seconds() for contestant in tried)
     ours = Contestant("kmem", layer_runner, (tree, None))
     rivals = [
@@ -111,23 +111,23 @@ def _compare(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
         profile=arguments.profile,
         on_round=lambda number: print(f"  round {number} of {arguments.rounds}", file=sys.stderr, flush=True),
     )
-    found = {rival.name: ratios(ours, rival) for rival in rivals}
-    peer = min(found, key=lambda name: statistics.median(found[name]))
-    ratio = statistics.median(found[peer])
+    by_rival = {rival.name: ratios(ours, rival) for rival in rivals}
+    peer = min(by_rival, key=lambda name: statistics.median(by_rival[name]))
+    ratio = statistics.median(by_rival[peer])
     met = ratio >= GOAL if _same_layer(config, load_config(GOAL_CONFIG)) else None
-    _print_comparison([ours, *rivals], tried, found, differences, arguments.steps)
+    _print_comparison([ours, *rivals], tried, by_rival, differences, arguments.steps)
     if arguments.profile:
         whole = sum(milliseconds for _, milliseconds in ours.profile)
         for name, milliseconds in ours.profile[:15]:
             print(f"  {milliseconds:8.2f} ms {milliseconds / whole:5.1%}  {name}")
     judged = {None: "", True: f" (goal {GOAL}: met)", False: f" (goal {GOAL}: missed)"}[met]
-    print(f"ratio: {ratio:.3f}{judged} to {peer}, rounds {min(found[peer]):.2f} to {max(found[peer]):.2f}")
+    print(f"ratio: {ratio:.3f}{judged} to {peer}, rounds {min(by_rival[peer]):.2f} to {max(by_rival[peer]):.2f}")
     return {
         "differences": differences,
         "tried_seconds": {contestant.name: contestant.seconds() for contestant in tried},
         "steps_per_round": arguments.steps,
         "seconds": {contestant.name: contestant.seconds() for contestant in (ours, *rivals)},
-        "ratios": found,
+        "ratios": by_rival,
         "peer": peer,
         "ratio": ratio,
         "goal": GOAL,
@@ -171,7 +171,7 @@ def _print_comparison(
         column.justify = "right"
     Console(width=max(Console().width, 120)).print(table)
     if len(measured) <= len(tried):
-        print(f"without a ratio: over {FINALISTS} times as slow as the fastest when each was tried")
+        print(f"without a ratio: took over {FINALISTS} times as long as the fastest in the first rounds")
 
 
 def _features(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def _print_costs(costs: "list[Cost]", rounds: int) -> None:
     for column in table.columns[2:]:
         column.justify = "right"
     Console(width=max(Console().width, 140)).print(table)
-    print("expert calls and active parameters are those of a token; saved: memory held from forward for backward")
+    print("expert calls and active parameters are per token; saved: memory held from forward for backward")
 
 
 def _print_times(times: "list[BackendTime]", rounds: int) -> None:
@@ -251,7 +251,7 @@ def _print_times(times: "list[BackendTime]", rounds: int) -> None:
     from rich.table import Table
 
     table = Table(
-        "rows an expert", "groups", "backend", "ms", "GFLOP/s", f"x {times[0].backend}",
+        "rows per expert", "groups", "backend", "ms", "GFLOP/s", f"x {times[0].backend}",
         title=f"experts alone, forward and backward; medians of {rounds} rounds in turn",
     )  # fmt: skip
     for time in times:

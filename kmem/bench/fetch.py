@@ -1,4 +1,4 @@
-"""Fetching the blocks of contexts from an exported memory bank, whose levels lie in memory or on disk."""
+"""Fetch the blocks of contexts from an exported bank whose levels are in host memory or on disk."""
 
 import random
 import statistics
@@ -24,13 +24,13 @@ from kmem.model.shape import Shape
 Place = Literal["ram", "disk"]
 Placement = Mapping[int, Place]
 CONTEXT_TOKENS = 256
-"""Of the contexts that routing is timed with."""
+"""Length of the contexts that routing is timed with."""
 SLICE_VALUES = 1 << 23
 
 
 @dataclass(frozen=True)
 class LevelTime:
-    """Reading the row of a context on a level, medians."""
+    """Time to read the row of a context on one level, median over contexts."""
 
     level: int
     place: Place
@@ -40,22 +40,22 @@ class LevelTime:
 
 @dataclass(frozen=True)
 class FetchTimes:
-    """Of one placement, medians over contexts."""
+    """Times of one placement, medians over contexts."""
 
     placement: str
     levels: tuple[LevelTime, ...]
-    """Of contexts of which nothing is there."""
+    """Each level, for contexts whose rows are all fetched."""
     all_ms: float
-    """Those together: a context of another cluster of level 1 than the one before."""
+    """All levels together: a context in another level-1 cluster than the one before."""
     all_bytes: int
     deep_ms: float
-    """A context of the same cluster of level 1, and of others below: that row is there already."""
+    """A context in the same level-1 cluster but in another leaf: the level-1 row is already there."""
     deep_bytes: int
 
 
 @dataclass(frozen=True)
 class ExportedBank:
-    """The bank of a folder."""
+    """The bank of an exported folder."""
 
     layout: BankLayout
     rows: dict[int, MappedRows]
@@ -64,10 +64,10 @@ class ExportedBank:
 
 
 def open_bank(folder: Path) -> ExportedBank:
-    """The bank of an exported folder; of the rest of the model nothing is read.
+    """Open the bank of an exported folder; the rest of the model is not read.
 
     Raises:
-        UserError: no exported folder, none with a bank, or a damaged one.
+        UserError: the folder is not an export, has no bank, or is damaged.
     """
     from kmem.data.tokenizer import load_tokenizer
     from kmem.hf.custom_code import register
@@ -76,12 +76,12 @@ def open_bank(folder: Path) -> ExportedBank:
     config = read_config(folder)
     model = config.get("model")
     if not isinstance(model, dict) or model.get("bank") is None:
-        raise UserError(f"{folder / 'config.json'}: describes no model with a memory bank; name an export of one")
+        raise UserError(f"{folder / 'config.json'}: describes no model with a bank; name an export of one")
 
     def find(file: str) -> str | None:
         return str(folder / file) if (folder / file).is_file() else None
 
-    register()  # Transformers warns of a tokenizer beside a model that it does not know
+    register()  # otherwise Transformers warns about a tokenizer of an unknown model type
     try:
         described = BankDescription.read(Shape(model), config.get("bank_parts", {}), config.get("bank_tree"))
         router = described.router(folder / TREE_FOLDER, load_tokenizer(folder))
@@ -91,7 +91,14 @@ def open_bank(folder: Path) -> ExportedBank:
 
 
 def synthetic_bank(folder: Path, layers: int, width: int, ranks: tuple[int, ...], children: int) -> ExportedBank:
-    """A file with random bf16 blocks of the kind ffn, as an export has them, and no tree."""
+    """A bank of random bf16 blocks of the kind ffn, in a file like an export's and without a tree.
+
+    Args:
+        folder: where the file is written.
+        width: hidden size of the model.
+        ranks: rank of the blocks on each level.
+        children: of each node of the tree.
+    """
     parts = tuple(Part(name, width, "normal") for name in ("gate", "up", "down"))
     layout = BankLayout("ffn", children, ranks, tuple(range(layers)), parts, 2.0, False, 0.02)
     tensors = {
@@ -112,10 +119,12 @@ def synthetic_bank(folder: Path, layers: int, width: int, ranks: tuple[int, ...]
 
 
 def measure(bank: ExportedBank, placement: Placement, contexts: int, seed: int, like: Tensor) -> FetchTimes:
-    """Fetch for `contexts` contexts of random leaves, twice; before each, the pages of levels on disk are dropped.
+    """Fetch for `contexts` contexts with random leaves of the whole tree, then of one level-1 cluster.
+
+    Before each fetch the pages of levels on disk are dropped.
 
     Args:
-        like: a tensor of the type and device that rows come to.
+        like: a tensor with the dtype and device that rows are copied to.
     """
     layout, draw = bank.layout, random.Random(seed)
     held = InferenceBank(layout, dict(bank.rows))
@@ -147,19 +156,19 @@ def measure(bank: ExportedBank, placement: Placement, contexts: int, seed: int, 
                 level,
                 place,
                 fresh[0].levels[level].bytes,
-                1e3 * statistics.median(found.levels[level].seconds for found in fresh),
+                1e3 * statistics.median(fetch.levels[level].seconds for fetch in fresh),
             )
             for level, place in placement.items()
         ),
-        1e3 * _median(found.seconds for found in fresh),
-        int(_median(found.bytes for found in fresh)),
-        1e3 * _median(found.seconds for found in deep),
-        int(_median(found.bytes for found in deep)),
+        1e3 * _median(fetch.seconds for fetch in fresh),
+        int(_median(fetch.bytes for fetch in fresh)),
+        1e3 * _median(fetch.seconds for fetch in deep),
+        int(_median(fetch.bytes for fetch in deep)),
     )
 
 
 def route_ms(bank: ExportedBank, contexts: int, seed: int) -> float | None:
-    """Median of embedding a context of CONTEXT_TOKENS tokens and descending the tree; None without a tree."""
+    """Median time, in ms, to embed a context of CONTEXT_TOKENS tokens and descend the tree; None without a tree."""
     if bank.router is None:
         return None
     generator = torch.Generator().manual_seed(seed)
@@ -169,11 +178,11 @@ def route_ms(bank: ExportedBank, contexts: int, seed: int) -> float | None:
         began = time.perf_counter()
         bank.router.leaves([ids])
         times.append(time.perf_counter() - began)
-    return 1e3 * statistics.median(times[1:])  # the first one loads what is loaded once
+    return 1e3 * statistics.median(times[1:])  # the first call also loads the embedder
 
 
 def bytes_needed(bank: ExportedBank, placement: Placement) -> int:
-    """Bytes of the levels that are placed in memory."""
+    """Bytes of the levels that are placed in host memory."""
     return sum(
         bank.layout.rows(level) * bank.layout.row_values(level) * bank.rows[level].dtype.itemsize
         for level, place in placement.items()
@@ -189,7 +198,7 @@ def _in_memory(rows: MappedRows) -> "_Held":
 
 
 class _Held:
-    """A table in memory."""
+    """A table in host memory."""
 
     def __init__(self, table: Tensor) -> None:
         self._table = table
@@ -206,5 +215,5 @@ def _drop(bank: ExportedBank, placement: Placement) -> None:
 
 
 def _median(values: Iterable[float]) -> float:
-    found = list(values)
-    return statistics.median(found) if found else 0.0
+    listed = list(values)
+    return statistics.median(listed) if listed else 0.0

@@ -1,4 +1,4 @@
-"""`kmem bench fetch`: milliseconds and bytes of fetching a context's blocks, for levels in memory and on disk."""
+"""`kmem bench fetch`: milliseconds and bytes to fetch a context's blocks, with levels in host memory and on disk."""
 
 import argparse
 import json
@@ -22,18 +22,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--contexts", type=int, default=15, metavar="N", help="contexts of each kind (default: 15)")
     parser.add_argument(
-        "--placement", metavar="L=PLACE,..", help="where levels lie, as in 1=ram,2=disk; levels that are not named are "
-        "on disk (default: all on disk, then level 1 in memory, then all)",
+        "--placement", metavar="L=PLACE,..", help="where levels are kept, such as 1=ram,2=disk; a level that is not "
+        "named is on disk (default: all on disk, then level 1 in memory, then all in memory)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=1234, help="of the contexts (default: 1234)")
+    parser.add_argument("--seed", type=int, default=1234, help="seed of the contexts (default: 1234)")
     shape = parser.add_argument_group(
         "without --model", "bf16 FFN blocks of the published 160M anchor, in a small tree"
     )
     shape.add_argument("--layers", type=int, default=35, help="default: 35")
     shape.add_argument("--width", type=int, default=512, help="default: 512")
     shape.add_argument("--levels", default="256,64,16", metavar="R,R", help="ranks of the levels (default: 256,64,16)")
-    shape.add_argument("--children", type=int, default=4, help="of a node (default: 4)")
-    shape.add_argument("--folder", type=Path, default=Path("runs"), help="for the blocks, on a disk (default: runs)")
+    shape.add_argument("--children", type=int, default=4, help="children of each node (default: 4)")
+    shape.add_argument(
+        "--folder", type=Path, default=Path("runs"), help="folder for the blocks, on a disk (default: runs)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurement as JSON")
 
 
@@ -57,7 +59,7 @@ def parse_ranks(text: str) -> tuple[int, ...]:
     """Ranks of `--levels`.
 
     Raises:
-        ConfigError: not numbers joined by commas, or no level with blocks.
+        ConfigError: the text is not numbers joined by commas, or no level has blocks.
     """
     parts = text.split(",")
     if not all(part.strip().isdecimal() for part in parts) or not any(int(part) for part in parts):
@@ -66,23 +68,23 @@ def parse_ranks(text: str) -> tuple[int, ...]:
 
 
 def placements(text: str | None, levels: Sequence[int]) -> "list[Placement]":
-    """Where each level lies, of every placement to measure.
+    """The placements to measure: where each level is kept.
 
     Raises:
-        ConfigError: no placement, or of a level that the bank has not.
+        ConfigError: the text is not a placement, or names a level that the bank does not have.
     """
     if text is None:
         chosen = [set(), {levels[0]}, set(levels)]
         return [{level: "ram" if level in some else "disk" for level in levels} for some in chosen]
-    found: Placement = dict.fromkeys(levels, "disk")
+    placement: Placement = dict.fromkeys(levels, "disk")
     for part in text.split(","):
         name, _, place = part.partition("=")
         if not name.strip().isdecimal() or place not in ("ram", "disk"):
             raise ConfigError(f"--placement {text}: write levels and places, such as 1=ram,2=disk")
         if int(name) not in levels:
             raise ConfigError(f"--placement {text}: this bank has blocks on levels {', '.join(map(str, levels))}")
-        found = {**found, int(name): "ram" if place == "ram" else "disk"}
-    return [found]
+        placement = {**placement, int(name): "ram" if place == "ram" else "disk"}
+    return [placement]
 
 
 def _measure(arguments: argparse.Namespace, bank: "ExportedBank") -> None:
@@ -97,7 +99,7 @@ def _measure(arguments: argparse.Namespace, bank: "ExportedBank") -> None:
         needed, free = bytes_needed(bank, placement), available_host_memory()
         if needed > free:
             raise UserError(
-                f"--placement: {gib(needed)} in memory, and {gib(int(free))} are free; leave levels on disk"
+                f"--placement: {gib(needed)} in memory, but {gib(int(free))} are free; leave levels on disk"
             )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     like = torch.empty(0, dtype=next(iter(bank.rows.values())).dtype, device=device)
@@ -118,7 +120,7 @@ def _measure(arguments: argparse.Namespace, bank: "ExportedBank") -> None:
             "shape": shape,
             "machine": machine,
             "route_ms": routing,
-            "measured": [asdict(found) for found in times],
+            "measured": [asdict(measured) for measured in times],
         }
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -132,18 +134,18 @@ def _print(times: "Sequence[FetchTimes]", shape: str) -> None:
         "levels", *(f"level {level}: ms" for level in levels),
         "new topic: ms", "MB", "same level 1: ms", "MB", "faster by", title=shape,
     )  # fmt: skip
-    for found in times:
-        faster = f"{found.all_ms / found.deep_ms:.1f}x" if found.deep_ms else ""
+    for measured in times:
+        faster = f"{measured.all_ms / measured.deep_ms:.1f}x" if measured.deep_ms else ""
         table.add_row(
-            found.placement,
-            *(f"{level.ms:.2f} ({level.bytes / 1e6:.2f} MB)" for level in found.levels),
-            f"{found.all_ms:.2f}",
-            f"{found.all_bytes / 1e6:.2f}",
-            f"{found.deep_ms:.2f}",
-            f"{found.deep_bytes / 1e6:.2f}",
+            measured.placement,
+            *(f"{level.ms:.2f} ({level.bytes / 1e6:.2f} MB)" for level in measured.levels),
+            f"{measured.all_ms:.2f}",
+            f"{measured.all_bytes / 1e6:.2f}",
+            f"{measured.deep_ms:.2f}",
+            f"{measured.deep_bytes / 1e6:.2f}",
             faster,
         )
     for column in table.columns[1:]:
         column.justify = "right"
     Console(width=max(Console().width, 150)).print(table)
-    print("new topic: nothing is there yet; same level 1: its row is kept, and rows of deeper levels are read: faster")
+    print("new topic: all rows are read; same level 1: the row of level 1 is kept and only deeper rows are read")

@@ -1,11 +1,11 @@
-"""What a figure was measured on."""
+"""The machine that a figure was measured on."""
 
 import platform
 
 
 def processor() -> str:
-    """Name of the CPU and the wide instructions that it has."""
-    import torch  # takes a second, which `--help` of the commands should not
+    """Name of the CPU and its wide instruction sets."""
+    import torch  # imported here: it takes a second, and `--help` of the commands should not
 
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     wide = [name for name in ("amx_tile", "avx512_f", "avx512_bf16") if capabilities.get(name)]

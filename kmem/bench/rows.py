@@ -1,4 +1,4 @@
-"""Row optimizers and gathers on the host, against torch's own, in one process on one table."""
+"""Row optimizers and gathers on the host against torch's, in one process on one table."""
 
 import time
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from kmem.tables.stores import ArrayLayout, Store
 
 @dataclass(frozen=True)
 class RowRates:
-    """Millions of rows per second of both sides, best of the repeats."""
+    """Millions of rows per second of both sides, the best of the repeats."""
 
     ours: float
     torch: float
@@ -29,9 +29,11 @@ class RowRates:
 
 
 def adam_rates(rows: int, touched: int, dim: int = 256, threads: int = 1, repeats: int = 5) -> RowRates:
-    """Lazy Adam on random fp32 rows against `torch.optim.SparseAdam`, both fed the same gradients of `touched` lookups
-    of uniformly drawn rows, some of them repeated, so that both deduplicate and sum. `threads` is ours; torch uses
-    what `torch.set_num_threads` allows."""
+    """Lazy Adam on random fp32 rows against `torch.optim.SparseAdam`.
+
+    Both get the same gradients of `touched` look-ups of uniformly drawn rows. Some rows are repeated, so both
+    deduplicate and sum. `threads` is for kmem; torch uses as many as `torch.set_num_threads` allows.
+    """
     generator = np.random.default_rng(0)
     ids = generator.integers(0, rows, touched)
     gradients = generator.standard_normal((touched, dim), dtype=np.float32)
@@ -61,7 +63,7 @@ def adam_rates(rows: int, touched: int, dim: int = 256, threads: int = 1, repeat
 
 
 def update_rate(rows: int, touched: int, settings: RowOptimizerConfig, dtype: torch.dtype, dim: int = 256) -> float:
-    """Millions of rows per second of one core for the update alone: unique rows, summed gradients."""
+    """Millions of rows per second on one core for the update alone: rows are unique, gradients already summed."""
     optimizer = make_row_optimizer(settings, dim, 0, "bench")
     store = Store("host", rows, {"rows": ArrayLayout(dim, dtype), **optimizer.state()})
     for name, array in store.arrays.items():
@@ -80,7 +82,7 @@ def update_rate(rows: int, touched: int, settings: RowOptimizerConfig, dtype: to
 
 
 def gather_rates(rows: int, touched: int, dim: int = 256, threads: int = 1, repeats: int = 5) -> RowRates:
-    """Our gather with `threads` threads against `index_select(out=)` with one; fp32 rows."""
+    """kmem's gather with `threads` threads against `index_select(out=)` with one thread; fp32 rows."""
     table = torch.full((rows, dim), 0.1)
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, rows, touched))
     out, pool = torch.zeros(touched, dim), RowThreads(threads)
@@ -101,13 +103,13 @@ def gather_rates(rows: int, touched: int, dim: int = 256, threads: int = 1, repe
 
 
 def versions() -> str:
-    """What the figures were measured with."""
+    """Versions and processor that the figures were measured with."""
     return f"torch {torch.__version__}, numba {numba.__version__}, numpy {np.__version__}, {processor()}"
 
 
 def _in_turn(repeats: int, *works: Callable[[], object]) -> list[float]:
-    """Shortest time of each work in seconds, taken in turn after one unmeasured call: a machine whose speed drifts
-    slows all of them."""
+    """Shortest time of each work in seconds. They run in turn after one unmeasured call, so a drift of the machine's
+    speed affects all of them."""
     best = [float("inf")] * len(works)
     for number in range(repeats + 1):
         for place, work in enumerate(works):

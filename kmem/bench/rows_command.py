@@ -1,4 +1,4 @@
-"""`kmem bench rows`: gathers and row optimizers of tables on the host, against torch's in the same process."""
+"""`kmem bench rows`: gathers and row optimizers on the host against torch's, in one process."""
 
 import argparse
 import json
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from kmem.bench.rows import RowRates
 
 GOALS = {"adam_rate": 1.0, "adam_ratio": 8.0, "gather_share": 0.85}
-"""Rows of 256 values in fp32: millions of rows per second and core; times SparseAdam; share of cores x one core."""
+"""For fp32 rows of 256 values: millions of rows per second and core; multiple of SparseAdam's speed; share of threads
+times the peer's speed on one core."""
 GOAL_DIM, GOAL_BYTES = 256, 1 << 28
 """Goals are for rows of this width and tables of at least this size."""
 
@@ -27,23 +28,26 @@ class RowsMeasurement:
     rate: float
     peer: str | None = None
     peer_rate: float | None = None
-    """Of the peer on its own threads; a gather's peer has one."""
+    """Rate of the peer on its own threads; the peer of a gather has one thread."""
     ratio: float | None = None
-    """Lazy Adam: to the peer at equal threads. Gather: share of `threads` times the peer's one core."""
+    """Lazy Adam: multiple of the peer's rate at equal threads. Gather: share of `threads` times the peer's rate on one
+    core."""
     met: bool | None = None
-    """The goal, where there is one for this work and shape; it is not for tables that caches could hold."""
+    """Whether the goal is met; None if there is none for this work and shape, as for tables that caches could hold."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=500_000, help="rows of the table (default: 500000)")
-    parser.add_argument("--touched", type=int, default=131_072, help="look-ups of a step (default: 131072)")
-    parser.add_argument("--dim", type=int, default=256, help="values of a row (default: 256)")
+    parser.add_argument("--touched", type=int, default=131_072, help="look-ups per step (default: 131072)")
+    parser.add_argument("--dim", type=int, default=256, help="values per row (default: 256)")
     parser.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)),
         help="threads of both sides; Adam is measured with one thread too (default: all cores, %(default)s here)",
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5, help="the best of this many counts (default: 5)")
-    parser.add_argument("--optimizers", action="store_true", help="also the update alone, of every row optimizer")
+    parser.add_argument(
+        "--optimizers", action="store_true", help="also measure the update alone, for every row optimizer"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurement as JSON")
 
 
@@ -145,7 +149,7 @@ def _print(measured: list[RowsMeasurement], shape: str) -> None:
         table.columns[place].justify = "right"
     Console(width=max(Console().width, 130)).print(table)
     print(
-        f"lazy Adam deduplicates and sums, as its peer does. Goals with {GOAL_DIM} values and at least "
-        f"{GOAL_BYTES >> 20} MiB of rows:\n{GOALS['adam_rate']:.1f} M rows/s and core and {GOALS['adam_ratio']:.0f} "
-        f"times SparseAdam at equal threads; gather {GOALS['gather_share']:.2f} of threads times one core"
+        f"lazy Adam deduplicates and sums, as its peer does. Goals for rows of {GOAL_DIM} values and at least "
+        f"{GOAL_BYTES >> 20} MiB of rows:\n{GOALS['adam_rate']:.1f} M rows/s per core and {GOALS['adam_ratio']:.0f} "
+        f"times SparseAdam at equal threads; gather {GOALS['gather_share']:.2f} of threads times the peer on one core"
     )

@@ -1,4 +1,4 @@
-"""Training steps of a model with memory whose tables are small, large in host memory, or mapped from a file."""
+"""Training steps of a model with an engram whose tables are small, large in host memory, or mapped from files."""
 
 import itertools
 import mmap
@@ -25,8 +25,8 @@ TokenKind = Literal["zipf", "uniform", "text"]
 
 
 def zipf_tokens(config: Config, step: int) -> Tensor:
-    """Tokens of a step, [global batch, T + 1], the n-th most frequent one in proportion to 1 / n, each drawn for
-    itself: of text's repetitions these have those of words, not those of phrases."""
+    """Tokens of a step, int64 [global batch, T + 1]. They are drawn independently, the n-th most frequent one with
+    probability proportional to 1 / n: words repeat as in text, but phrases do not."""
     generator = torch.Generator().manual_seed(step)
     shares = 1 / torch.arange(1, config.model.vocab_size + 1, dtype=torch.float64)
     rows, columns = config.train.global_batch_size, config.data.sequence_length + 1
@@ -37,7 +37,7 @@ DRAWS: dict[str, Callable[[Config, int], Tensor]] = {"zipf": zipf_tokens, "unifo
 
 
 def step_batches(config: Config, kind: TokenKind) -> Iterator[list[SequenceBatch]]:
-    """Micro-batches of step after step: drawn tokens, or the prepared text of the configuration."""
+    """The micro-batches of each step, without end: drawn tokens, or the prepared text of the configuration."""
     if kind != "text":
         yield from sequence_batches(config, (DRAWS[kind](config, step) for step in itertools.count()))
     reader = open_data(config.data, config.model.vocab_size).training
@@ -53,8 +53,12 @@ def tables(config: Config) -> list[TableBytes]:
 
 
 def sized(config: Config, size: int, **settings: Any) -> dict[str, Any]:
-    """The configuration as a tree, with as many rows per head as make all tables with their rows' state have about
-    `size` bytes, and with changes to its section `engram`."""
+    """The configuration as nested dicts, with rows per head chosen so that all tables and their rows' state take about
+    `size` bytes.
+
+    Args:
+        settings: changes to the section `engram`.
+    """
     engram = config.model.engram
     assert engram is not None
     assert engram.orders is not None
@@ -69,10 +73,10 @@ def sized(config: Config, size: int, **settings: Any) -> dict[str, Any]:
 
 
 def table_runner(tree: dict[str, Any], kind: TokenKind) -> Runner:
-    """kmem's pipeline with its tables, every page of which has been written, on tokens of that kind.
+    """A runner of kmem's pipeline with its tables, on tokens of this kind. Every page of the tables is written first.
 
-    A round is timed until the last update and fetch that its steps have queued are done, so none of their work is left
-    to the pause after it.
+    A round is timed until the last update and fetch that its steps queued are done, so none of their work falls into
+    the pause after it.
     """
     from kmem.parallel.mesh import join_mesh
     from kmem.parallel.pipeline import Pipeline
@@ -83,7 +87,7 @@ def table_runner(tree: dict[str, Any], kind: TokenKind) -> Runner:
     own = pipeline.stage_tables.tables
     for table in own.values():
         write_all(table)
-    moved = {  # out of the store, and back
+    moved = {  # bytes per row: out of the store, and the gradient back
         table.number: table.row_bytes + own[table_name(table.number)].spec.dim * torch.float32.itemsize
         for table in tables(config)
     }
@@ -115,10 +119,10 @@ def table_runner(tree: dict[str, Any], kind: TokenKind) -> Runner:
 
 
 def write_all(table: Table) -> None:
-    """Write the pages that a new table leaves to the system's zeros, so that they take memory or disk as in a long
+    """Write the pages that a new table leaves as the system's zeros, so that they occupy memory or disk as in a long
     run."""
     store = table.store
-    if store.layout is None or store.layout.stride > mmap.PAGESIZE:  # others have their drawn row in every page
+    if store.layout is None or store.layout.stride > mmap.PAGESIZE:  # otherwise every page has a row that was drawn
         for start, stop in store.chunks("rows"):
             store.fetch_ahead(np.arange(start, stop))
             for name, array in store.arrays.items():

@@ -1,4 +1,4 @@
-"""`kmem bench tables`: what a training step pays for tables that are large, in host memory or in a mapped file."""
+"""`kmem bench tables`: the cost of large tables to a training step, in host memory and in mapped files."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kmem.train.dry_run import TableBytes
 
 GOALS = {"host": 0.05, "mmap": 0.10}
-"""Largest share by which a step may be slower than with small tables."""
+"""Store -> largest share by which a step may be slower than with small tables."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,15 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mapped-gib", type=float, default=32, help="rows and state in mapped files; 0 leaves this out (default: 32)"
     )
     parser.add_argument(
-        "--folder", type=Path, default=Path("runs"), help="for the mapped files, on a disk (default: runs)"
+        "--folder", type=Path, default=Path("runs"), help="folder for the mapped files, on a disk (default: runs)"
     )
     parser.add_argument(
         "--tokens", choices=("zipf", "uniform", "text"), default="zipf",
-        help="zipf: as frequent as words, but without phrases, so most n-grams are new. uniform: nearly every look-up "
-        "is of another row. text: the prepared corpora of data.sources (default: zipf)",
+        help="zipf: tokens as frequent as words, but without phrases, so most n-grams are new. uniform: nearly every "
+        "look-up reads another row. text: the prepared corpora of data.sources (default: zipf)",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each contestant, in turn (default: 7)")
-    parser.add_argument("--steps", type=int, default=8, help="steps of a round (default: 8)")
+    parser.add_argument("--steps", type=int, default=8, help="steps per round (default: 8)")
     parser.add_argument("--warmup", type=int, default=8, help="steps before the first round (default: 8)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each contestant (default: 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurement as JSON")
@@ -55,15 +55,15 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name}: at least 1")
     if config.model.engram is None or config.parallel.pipeline != 1:
-        raise ConfigError("kmem bench tables: one process, and a model with model.engram")
+        raise ConfigError("kmem bench tables: needs one process and a model with model.engram")
     if config.model.engram.compression:
         raise ConfigError("model.engram.compression: the measurement has no tokenizer to compress; set it to false")
     if arguments.tokens == "text":
-        open_data(config.data, config.model.vocab_size)  # says here, not in a contestant, what is missing
+        open_data(config.data, config.model.vocab_size)  # report missing data here, not in a contestant
     arguments.folder.mkdir(parents=True, exist_ok=True)
     needed, free = int(arguments.mapped_gib * 2**30), shutil.disk_usage(arguments.folder).free
     if needed > free:
-        raise UserError(f"--mapped-gib: {needed} bytes are needed in {arguments.folder}, and {free} are free")
+        raise UserError(f"--mapped-gib: {needed} bytes are needed in {arguments.folder}, but {free} are free")
     with tempfile.TemporaryDirectory(prefix="bench-memory-", dir=arguments.folder) as scratch:
         trees = _trees(config, arguments, scratch)
         contestants = [Contestant(name, table_runner, (tree, arguments.tokens)) for name, tree in trees.items()]
@@ -100,7 +100,7 @@ def _workload(config: Config, arguments: argparse.Namespace) -> str:
     assert engram is not None
     assert engram.orders is not None
     return (
-        f"training step: hidden {model.hidden_size}, {counted(model.num_layers, 'layer')}, memory before layers "
+        f"training step: hidden {model.hidden_size}, {counted(model.num_layers, 'layer')}, engram before layers "
         f"{list(engram.layers)}, {len(engram.orders)} orders x {engram.heads} heads of {engram.row_dim} values, "
         f"batch {train.global_batch_size} x {config.data.sequence_length}, {arguments.tokens} tokens, "
         f"{train.precision}, {kept.dtype} rows, {kept.optimizer.name}, {kept.prefetch_depth} prefetched\n"
@@ -126,7 +126,7 @@ def _report(
 
 
 def figures(tables: "list[TableBytes]", contestant: Contestant, small: Contestant, steps: int) -> dict[str, Any]:
-    """Of one contestant: medians over steps, and how much slower its rounds were than those of the small tables."""
+    """Figures of one contestant: medians over steps, and how much slower its rounds were than with small tables."""
     store = tables[0].store
     figures: dict[str, Any] = {
         "store": store,
@@ -141,8 +141,8 @@ def figures(tables: "list[TableBytes]", contestant: Contestant, small: Contestan
         if name == "stall_ms":
             figures["longest_stall_ms"] = max(values)
     if contestant is not small:
-        found = [1 / ratio - 1 for ratio in ratios(contestant, small)]
-        figures |= {"slower": found, "median_slower": statistics.median(found), "goal": GOALS[store]}
+        slower = [1 / ratio - 1 for ratio in ratios(contestant, small)]
+        figures |= {"slower": slower, "median_slower": statistics.median(slower), "goal": GOALS[store]}
         figures["met"] = figures["median_slower"] <= GOALS[store]
     return figures
 
@@ -152,8 +152,8 @@ def _print(measured: dict[str, dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(
-        "rows and state", "rows", "ms a step", "slower", "goal", "stall ms", "fetch ms", "update ms", "rows a step",
-        "moved", title="medians; by round for the step and its ratio, by step for the rest",
+        "rows and state", "rows", "ms per step", "slower", "goal", "stall ms", "fetch ms", "update ms",
+        "rows per step", "moved", title="medians; over rounds for the step and its ratio, over steps for the rest",
     )  # fmt: skip
     for name, figures in measured.items():
         slower, goal = "", ""
@@ -175,4 +175,4 @@ def _print(measured: dict[str, dict[str, Any]]) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     Console(width=max(Console().width, 140)).print(table)
-    print("moved: rows out of the tables and gradients back; fetch and update run beside the step, stalls hold it up")
+    print("moved: rows out of the tables and gradients back; fetch and update run beside the step, a stall delays it")

@@ -19,12 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="FIELD=VALUE", dest="overrides")
     parser.add_argument(
         "--peer", choices=("transformers", "fp32"), default="transformers",
-        help="transformers: its fastest expert implementation. fp32: kmem itself in fp32, for a bf16 config",
+        help="transformers: the fastest of its expert implementations. fp32: kmem itself in fp32, for a bf16 config",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each contestant, in turn (default: 7)")
-    parser.add_argument("--steps", type=int, default=4, help="steps of a round (default: 4)")
+    parser.add_argument("--steps", type=int, default=4, help="steps per round (default: 4)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each contestant (default: 2)")
-    parser.add_argument("--profile", action="store_true", help="also print the operators that take kmem's time")
+    parser.add_argument("--profile", action="store_true", help="also print kmem's most expensive operators")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurement as JSON")
 
 
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--{name}: at least 1")
     train = config.train
     if train.global_batch_size != train.micro_batch_size or config.parallel.pipeline != 1:
-        raise ConfigError("kmem bench train: one process and one micro-batch per step on both sides")
+        raise ConfigError("kmem bench train: needs one process and one micro-batch per step")
     if config.model.engram is not None:
         raise ConfigError("kmem bench train: model.engram has no peer; `kmem bench tables` measures it")
     if arguments.peer == "fp32" and train.precision != "bf16":
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         theirs, tried = _peer(config, arguments, Path(scratch))
         print(_workload(config, arguments.threads), flush=True)
         for contestant in tried:
-            print(f"  tried {contestant.name}: {contestant.median_seconds():.3f} s a step", flush=True)
+            print(f"  tried {contestant.name}: {contestant.median_seconds():.3f} s per step", flush=True)
         run_in_turn(
             [ours, theirs],
             threads=arguments.threads,
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _peer(config: Config, arguments: argparse.Namespace, scratch: Path) -> tuple[Contestant, list[Contestant]]:
-    """The contestant to compare with, and those it was chosen from."""
+    """The contestant to compare with, and the candidates it was chosen from."""
     from kmem.bench.training import EXPERT_IMPLEMENTATIONS, export_initial_model, kmem_runner, transformers_runner
 
     tree = config.model_dump(mode="json")
@@ -119,14 +119,14 @@ def _report(config: Config, arguments: argparse.Namespace, ours: Contestant, the
         whole = sum(milliseconds for _, milliseconds in operators)
         for name, milliseconds in operators[:15]:
             print(f"  {milliseconds:8.1f} ms {milliseconds / whole:5.1%}  {name}")
-    found = ratios(ours, theirs)
+    by_round = ratios(ours, theirs)
     if arguments.json:
-        arguments.json.write_text(json.dumps(_record(config, arguments, ours, theirs, found), indent=1) + "\n")
-    print(f"ratio: {statistics.median(found):.3f}")
+        arguments.json.write_text(json.dumps(_record(config, arguments, ours, theirs, by_round), indent=1) + "\n")
+    print(f"ratio: {statistics.median(by_round):.3f}")
 
 
 def _phases(contestant: Contestant) -> dict[str, float]:
-    """Share of the wall clock by phase, largest first."""
+    """Phase -> share of the wall clock, largest first."""
     total = sum(contestant.seconds())
     names = contestant.rounds[0]["phases"]
     shares = {name: sum(measured["phases"][name] for measured in contestant.rounds) / total for name in names}

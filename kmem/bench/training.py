@@ -1,4 +1,4 @@
-"""The same training step in kmem and in plain Transformers: same weights, batch, dtype and optimizer."""
+"""The same training step in kmem and in plain Transformers, with equal weights, batch, dtype and optimizer."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,14 +18,14 @@ EXPERT_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
 
 def random_tokens(config: Config, step: int) -> Tensor:
-    """Tokens of a step, [global batch, T + 1]; equal for all contestants."""
+    """Tokens of a step, int64 [global batch, T + 1]; equal for all contestants."""
     generator = torch.Generator().manual_seed(step)
     size = (config.train.global_batch_size, config.data.sequence_length + 1)
     return torch.randint(config.model.vocab_size, size, generator=generator)
 
 
 def kmem_runner(tree: dict[str, Any]) -> Runner:
-    """kmem's own pipeline and engine, one process, as `kmem train` runs them."""
+    """A runner of kmem's own pipeline and engine in one process, as `kmem train` runs them."""
     from kmem.parallel.mesh import join_mesh
     from kmem.parallel.pipeline import Pipeline
 
@@ -51,7 +51,7 @@ def kmem_runner(tree: dict[str, Any]) -> Runner:
 
 
 def transformers_runner(tree: dict[str, Any], folder: str, experts: str) -> Runner:
-    """A plain loop around the exported model: forward, backward, clip, fused AdamW."""
+    """A runner of a plain loop around the exported model: forward, backward, clip, fused AdamW."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -93,7 +93,7 @@ def transformers_runner(tree: dict[str, Any], folder: str, experts: str) -> Runn
 
 
 def export_initial_model(config: Config, out: Path) -> str:
-    """Write the untrained model of a configuration as a Hugging Face folder; returns the architecture's name."""
+    """Write the untrained model of a configuration as a Hugging Face folder; return the name of its model class."""
     from kmem.data.tokenizer import train_tokenizer
     from kmem.hf.export import export
     from kmem.model.decoder import Decoder
@@ -109,7 +109,7 @@ def export_initial_model(config: Config, out: Path) -> str:
 
 @dataclass(frozen=True)
 class _InMemory:
-    """A model that was never saved, as export wants to see it."""
+    """A model that was never saved, in the form that `export` reads (`kmem.hf.export.TrainedModel`)."""
 
     config: Config
     tensors: dict[str, Tensor]
@@ -138,7 +138,7 @@ def _tokens(config: Config) -> Iterator[Tensor]:
 
 
 def sequence_batches(config: Config, steps: Iterable[Tensor]) -> Iterator[list[SequenceBatch]]:
-    """Micro-batches of steps of tokens [global batch, T + 1], a row being one document."""
+    """The micro-batches of each step, from its tokens [global batch, T + 1]; each row is one document."""
     rows = config.train.micro_batch_size
     for tokens in steps:
         positions = torch.arange(tokens.shape[1] - 1).expand(rows, -1)

@@ -1,1 +1,1 @@
-"""Clustering of prepared data: units to embeddings, embeddings to a tree of centroids, units to leaves."""
+"""Clustering of prepared data: embed units, fit a tree of centroids to the embeddings, assign units to leaves."""

@@ -1,4 +1,4 @@
-"""Addresses of prepared folders from a tree that is there."""
+"""Give prepared folders the addresses of an existing tree."""
 
 import os
 from collections.abc import Sequence
@@ -22,36 +22,41 @@ from kmem.model.bank_router import tree_with_embedder
 from kmem.model.bank_tree import EMBEDDER_FOLDER, ClusterPath, ClusterTree
 
 WORKING = ".clustering"
-"""Folder in which a prepared folder gets addresses; ending of the one beside a tree in which that is made."""
+"""Name of the working folder inside a prepared folder, and suffix of the working folder beside a new tree."""
 
 _SMALLER_CHUNKS = 16
-"""Work whose results stay in memory is cut so much smaller, for its progress to move and all workers to have some: of a
-held-out split all may be one chunk."""
+"""Factor by which chunks are smaller if their results stay in host memory: a whole held-out split may be one chunk, and
+progress should move and all workers have work."""
 
 
 @dataclass(frozen=True)
 class Addressed:
-    """What became of the data."""
+    """The addresses of prepared folders."""
 
     tree: ClusterTree
     leaves: dict[Path, dict[str, Leaves]]
-    """Of each folder and split."""
+    """Folder -> split -> int32 [units]."""
     unchanged: tuple[Path, ...] = ()
-    """Folders that had these addresses before."""
+    """Folders that already had these addresses."""
 
 
 def apply_tree(
     data: list[Path], tree_folder: Path, workers: int = 1, device: str = "cpu", force: bool = False
 ) -> Addressed:
-    """Give prepared folders the addresses of a tree that is there; those that have them are left as they are.
+    """Give prepared folders the addresses of an existing tree; folders that already have them are not changed.
 
-    Interrupted, it leaves a folder `.clustering` in the prepared folder it was at, and the same call continues there.
+    An interruption leaves a folder `.clustering` in the prepared folder that was being worked on, and the same call
+    continues there.
 
     Args:
-        force: replace addresses of another tree, and write those of this one anew.
+        data: the prepared folders.
+        tree_folder: folder of the tree.
+        workers: number of processes.
+        device: where an encoder computes.
+        force: replace addresses of another tree, and compute addresses of this tree anew.
 
     Raises:
-        UserError: no such tree, a tree of another tokenizer, or folders with addresses of another tree.
+        UserError: there is no such tree, it was made with another tokenizer, or a folder has addresses of another tree.
     """
     corpora = open_corpora(data)
     tree_folder = Path(os.path.abspath(tree_folder))
@@ -62,12 +67,13 @@ def apply_tree(
         raise UserError(f"--tree {error}") from None
     check_device(embedder, device)
     for corpus in corpora:
-        expected, found = tree.record["tokenizer"], corpus.manifest.tokenizer.fingerprint
-        if expected is not None and expected != found:
+        expected, actual = tree.record["tokenizer"], corpus.manifest.tokenizer.fingerprint
+        if expected is not None and expected != actual:
             raise UserError(
                 f"--tree {tree_folder}: its embedder {tree.record['embedder']['name']} counts the tokens of another "
-                f"tokenizer ({expected[:12]}) than that of {corpus.folder} ({found[:12]}); prepare that with the "
-                "tree's tokenizer, make a tree of its own, or make the tree with --embedder minilm, which reads text"
+                f"tokenizer ({expected[:12]}) than the one of {corpus.folder} ({actual[:12]}); prepare this folder "
+                "with the tree's tokenizer, make a tree for it, or make the tree with --embedder minilm, which reads "
+                "text"
             )
     check_unaddressed(corpora, tree.fingerprint, force)
     leaves: dict[Path, dict[str, Leaves]] = {}
@@ -76,9 +82,9 @@ def apply_tree(
         for corpus in corpora:
             working = corpus.folder / WORKING
             clear_finished(working)
-            there = None if force or working.exists() else stored_leaves(corpus.folder, corpus.manifest, tree.record)
-            if there is not None:
-                leaves[corpus.folder] = there
+            stored = None if force or working.exists() else stored_leaves(corpus.folder, corpus.manifest, tree.record)
+            if stored is not None:
+                leaves[corpus.folder] = stored
                 unchanged.append(corpus.folder)
                 continue
             plan = {"tree": tree.fingerprint, "data": corpus.fingerprint, "device": device}
@@ -100,18 +106,22 @@ def address_split(
     tree: ClusterTree,
     device: str,
 ) -> Leaves:
-    """Leaves of a split by embedding and descent."""
+    """Embed the units of a split and descend the tree: the leaf of each unit, int32 [units].
+
+    Args:
+        stage: name of the stage in the workspace.
+    """
     unit = Unit.parse(tree.record["unit"])
     chunks = corpus.chunks(split, unit, KINDS[tree.record["embedder"]["name"]].chunk_tokens)
-    found = workspace.array(stage, (len(corpus.units(split, unit)),), np.int32)
+    all_leaves = workspace.array(stage, (len(corpus.units(split, unit)),), np.int32)
     jobs = [AddressJob(chunk, tree_folder, device) for chunk in chunks]
 
     def keep(job: AddressJob, leaves: Leaves) -> None:
-        found[job.chunk.start : job.chunk.stop] = leaves
+        all_leaves[job.chunk.start : job.chunk.stop] = leaves
 
     title = f"{corpus.folder.name}: {split} addresses"
-    workspace.run(stage, title, jobs, address, keep, found, [chunk.tokens for chunk in chunks])
-    return np.array(found)
+    workspace.run(stage, title, jobs, address, keep, all_leaves, [chunk.tokens for chunk in chunks])
+    return np.array(all_leaves)
 
 
 def leaves_around(
@@ -123,13 +133,13 @@ def leaves_around(
     own: NDArray[np.integer] | None = None,
     workers: int = 1,
 ) -> Leaves:
-    """Leaves that units of a prepared folder have where clusters are blocked, from their own embeddings: int32 [units].
+    """The leaves that units of a prepared folder get from their own embeddings if clusters are blocked: int32 [units].
     Nothing is written.
 
     Args:
-        numbers: [units] which of the split, ascending.
+        numbers: [units] their numbers in the split, ascending.
         blocked: clusters that may not be entered; the next nearest take their place.
-        own: [units] the leaf of each, whose cluster of level 1 that unit may not enter either.
+        own: [units] the leaf of each unit; a unit may not enter the level-1 cluster of its own leaf either.
 
     Raises:
         UserError: the tree, or its embedder, is damaged.
@@ -150,10 +160,10 @@ def leaves_around(
         jobs.append(AddressJob(chunk, tree_folder, "cpu", numbers[here] - chunk.start, tuple(blocked), leaves))
         weights.append(int(lengths[numbers[here]].sum()))
         places.append(here)
-    found = np.empty(len(numbers), dtype=np.int32)
+    all_leaves = np.empty(len(numbers), dtype=np.int32)
     title = f"{folder.name}: {split} addresses, clusters blocked"
     with Pool(workers) as pool, Progress(title, sum(weights)) as progress:
         for here, weight, leaves in zip(places, weights, pool.in_order(address, jobs, weights), strict=True):
-            found[here] = leaves
+            all_leaves[here] = leaves
             progress.advance(weight)
-    return found
+    return all_leaves

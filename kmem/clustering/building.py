@@ -1,4 +1,4 @@
-"""From prepared folders to a tree and their addresses."""
+"""Make a tree from prepared folders, and give the folders their addresses."""
 
 import os
 from collections.abc import Mapping
@@ -27,13 +27,13 @@ from kmem.model.bank_tree import EMBEDDER_FOLDER, TREE_FILE, TREE_VERSION, Clust
 from kmem.wording import counted
 
 _LATER = ("children", "levels", "sample", "balance")
-"""Choices that embeddings do not depend on."""
+"""Options that embeddings do not depend on."""
 _UNITS_AT_A_TIME = 1 << 14
 
 
 @dataclass(frozen=True)
 class TreeRequest:
-    """A tree to make, and the folders that it is made from and that get its addresses."""
+    """A tree to make. The folders in `data` are what it is made from, and they get its addresses."""
 
     data: list[Path]
     out: Path
@@ -42,9 +42,9 @@ class TreeRequest:
     unit: Unit = field(default_factory=Unit)
     embedder: str = DEFAULT_KIND
     options: Mapping[str, OptionValue] = field(default_factory=dict)
-    """Of the embedder, where they are not its defaults: kmem.clustering.embedders has each kind's."""
+    """Options of the embedder that differ from its defaults; kmem.clustering.embedders lists those of each kind."""
     sample: int = 65_536
-    """Units from which a node's centroids are made, at most."""
+    """Most units that a node's centroids are made from."""
     balance: float = 1.5
     seed: int = 1234
     workers: int = 1
@@ -53,12 +53,12 @@ class TreeRequest:
 
 
 def make_tree(request: TreeRequest) -> Addressed:
-    """Fit a tree on the training splits and give the folders its addresses.
+    """Fit a tree to the training splits and give the folders its addresses.
 
-    Interrupted, it leaves a folder `OUT.clustering`, and the same request continues there.
+    An interruption leaves a folder `OUT.clustering`, and the same request continues there.
 
     Raises:
-        UserError: data that cannot be clustered so, or a result that is already there.
+        UserError: the data cannot be clustered in this way, or a result is already there.
     """
     check_embedder(request)
     with Pool(request.workers) as pool:
@@ -88,7 +88,7 @@ def _make_tree(request: TreeRequest, pool: Pool) -> Addressed:
         try:
             build_embedder(request.embedder, wanted, embedder_folder)
         except UserError:
-            workspace.remove()  # another embedder shall not find this one's work in its way
+            workspace.remove()  # otherwise it would be in the way of another embedder
             raise
     dim = read_embedder_record(embedder_folder)["dim"]
     embeddings = workspace.array("embeddings", (units, dim), np.float32)
@@ -114,7 +114,7 @@ def _make_tree(request: TreeRequest, pool: Pool) -> Addressed:
         sizes = np.bincount(nodes, minlength=request.children**request.levels)
         write_tree(tree_folder, centroids, sizes, embedder_folder, _described(request, corpora, nodes))
     tree = ClusterTree.load(tree_folder)
-    # The descent of the finished tree is what gives addresses: training units have gone the same way, level by level.
+    # Addresses come from a descent of the finished tree. Training units have already descended it, level by level.
     leaves: dict[Path, dict[str, Leaves]] = {}
     before = 0
     for number, corpus in enumerate(corpora):
@@ -128,7 +128,7 @@ def _make_tree(request: TreeRequest, pool: Pool) -> Addressed:
         check_no_tree(out, request.force)
         with atomic_folder(out, replace=True) as copy:
             copy_tree(tree_folder, copy)
-    check_unaddressed(corpora, tree.fingerprint, request.force)  # of another tree that was applied meanwhile
+    check_unaddressed(corpora, tree.fingerprint, request.force)  # another tree may have been applied meanwhile
     for corpus in corpora:
         write_addresses(corpus.folder, corpus.manifest, tree.record, leaves[corpus.folder])
     workspace.remove()
@@ -153,12 +153,12 @@ def _plan(request: TreeRequest, corpora: list[Corpus]) -> dict[str, Any]:
         "seed": request.seed,
         "device": request.device,
     }
-    assert not plan.keys() & options.keys(), f"options of the embedder {request.embedder} have names of the tree's"
+    assert not plan.keys() & options.keys(), f"an option of the embedder {request.embedder} has the name of a tree's"
     return {**plan, **options}
 
 
 def _described(request: TreeRequest, corpora: list[Corpus], leaves: Leaves) -> dict[str, Any]:
-    """What tree.json says beside sizes and files."""
+    """The entries of tree.json besides sizes and files."""
     reads_text = KINDS[request.embedder].reads_text
     first_level = leaves // request.children ** (request.levels - 1)
     return {
@@ -173,7 +173,7 @@ def _described(request: TreeRequest, corpora: list[Corpus], leaves: Leaves) -> d
 
 
 def _holds(folder: Path, tree: str) -> bool:
-    """Whether the folder holds that tree, finished."""
+    """Whether the folder holds the complete tree with this fingerprint."""
     try:
         return bool(read_tree_record(folder)["fingerprint"] == tree)
     except ValueError:
@@ -181,7 +181,7 @@ def _holds(folder: Path, tree: str) -> bool:
 
 
 def _split_level(workspace: Workspace, request: TreeRequest, level: int, nodes: Leaves, dim: int) -> Any:
-    """Centroids of a level: [k^level, D]. Jobs are the nodes of the level above."""
+    """Centroids of a level: float32 [k^level, D]. Each node of the level above is a job."""
     k, parents = request.children, request.children ** (level - 1)
     stage = f"centroids{level}"
     rows = workspace.array(stage, (parents * k, dim), np.float32)
@@ -192,12 +192,12 @@ def _split_level(workspace: Workspace, request: TreeRequest, level: int, nodes: 
         inside = members[bounds[node] : bounds[node + 1]]
         if len(inside) < k:
             raise UserError(
-                f"{node_name(node, level - 1, k)} (level {level - 1}): {counted(len(inside), 'unit')} cannot fill "
+                f"{node_name(node, level - 1, k)} (level {level - 1}): its {counted(len(inside), 'unit')} cannot fill "
                 f"{k} children; use fewer --children or --levels, or smaller units"
             )
         drawn = permutation(request.seed, f"{level}/{node}", 0, "sample", len(inside))
         chosen = np.sort(inside[drawn[: request.sample]])
-        # Every child needs k^(levels below it) units; of a sample, its share of them.
+        # Every child needs k^(levels below it) units, or in a sample the same share of them.
         needed = max(round(k ** (request.levels - level) * len(chosen) / len(inside)), 1)
         path = workspace.folder / "embeddings.array"
         jobs.append(NodeJob(path, (len(nodes), dim), chosen, k, request.balance, needed, request.seed, level, node))
@@ -213,18 +213,18 @@ def _split_level(workspace: Workspace, request: TreeRequest, level: int, nodes: 
 def _assign_level(
     workspace: Workspace, request: TreeRequest, level: int, nodes: Leaves, centroids: Any, shape: tuple[int, int]
 ) -> Any:
-    """The cluster of each unit on a level, one step below its node."""
+    """The cluster of each unit on a level, a child of the unit's node: int32 [units]."""
     stage = f"clusters{level}"
-    found = workspace.array(stage, (shape[0],), np.int32)
+    assigned = workspace.array(stage, (shape[0],), np.int32)
     jobs = [
         AssignJob(workspace.folder, shape, level, request.children, start, min(start + _UNITS_AT_A_TIME, shape[0]))
         for start in range(0, shape[0], _UNITS_AT_A_TIME)
     ]
 
     def keep(job: AssignJob, clusters: Leaves) -> None:
-        found[job.start : job.stop] = clusters
+        assigned[job.start : job.stop] = clusters
 
-    workspace.run(stage, f"level {level}: clusters", jobs, assign, keep, found)
-    # split_node leaves no child without a unit of the sample, and the same descent assigned it.
-    assert np.bincount(found, minlength=request.children**level).min() > 0
-    return found
+    workspace.run(stage, f"level {level}: clusters", jobs, assign, keep, assigned)
+    # split_node gives every child a unit of the sample, and the same descent assigned that unit here.
+    assert np.bincount(assigned, minlength=request.children**level).min() > 0
+    return assigned

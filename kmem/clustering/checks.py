@@ -1,4 +1,4 @@
-"""What stands in the way of a tree, or of addresses, found before work begins."""
+"""Checks that a tree can be made or addresses written, before work begins."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 def check_embedder(request: "TreeRequest") -> None:
     """
     Raises:
-        UserError: no such kind of embedder, or one without the options given.
+        UserError: there is no such kind of embedder, or it does not have the options given.
     """
     if request.embedder not in KINDS:
-        raise UserError(f"--embedder {request.embedder}: no such kind; there are {', '.join(KINDS)}")
+        raise UserError(f"--embedder {request.embedder}: no such kind; choose from {', '.join(KINDS)}")
     check_options(request.embedder, request.options)
 
 
 def check_device(embedder: str, device: str) -> None:
     """
     Raises:
-        UserError: a device that the embedder does not use, or that is not there.
+        UserError: the embedder does not use this device, or it is not available.
     """
     if device == "cpu":
         return
@@ -46,23 +46,23 @@ def check_device(embedder: str, device: str) -> None:
 def check_sizes(request: "TreeRequest", units: int) -> None:
     """
     Raises:
-        UserError: a tree that so many units, or the samples of a node, cannot fill.
+        UserError: this many units, or the sample of a node, cannot fill the tree.
     """
     if request.sample < request.children:
         raise UserError(
-            f"--sample {request.sample}: so many units of a node make its {request.children} children (--children); "
-            f"take {request.children} at least, better some hundreds for each child"
+            f"--sample {request.sample}: too few units of a node to make its {request.children} children (--children); "
+            f"take at least {request.children}, better some hundreds per child"
         )
     leaves = request.children**request.levels
     if leaves > np.iinfo(np.int32).max:
         raise UserError(
-            f"--children {request.children} --levels {request.levels}: more leaves than 2^31; use fewer of either"
+            f"--children {request.children} --levels {request.levels}: more than 2^31 leaves; use fewer of either"
         )
     if units < leaves:
         smaller = "" if request.unit.window else ", or cut documents with --unit window:N"
         raise UserError(
             f"--children {request.children} --levels {request.levels}: {leaves:,} leaves, but the training split has "
-            f"{counted(units, 'unit')}, and a leaf without any would never be trained; use fewer children or "
+            f"{counted(units, 'unit')}, and a leaf without units would never be trained; use fewer children or "
             f"levels{smaller}"
         )
 
@@ -70,7 +70,7 @@ def check_sizes(request: "TreeRequest", units: int) -> None:
 def check_no_tree(out: Path, force: bool) -> None:
     """
     Raises:
-        UserError: the folder holds something else than a tree, or a tree that may not be replaced.
+        UserError: the folder holds something other than a tree, or a tree that may not be replaced.
     """
     is_tree = has_format(out / TREE_FILE, TREE_FORMAT)
     check_replaceable(out, "a tree", is_tree, force, instead=f"use it with --tree {out}")
@@ -79,12 +79,12 @@ def check_no_tree(out: Path, force: bool) -> None:
 def check_unaddressed(corpora: list[Corpus], tree: str | None, force: bool) -> None:
     """
     Raises:
-        UserError: a folder has addresses of another tree than the one of this fingerprint, which may not be replaced.
+        UserError: a folder has addresses of a tree with another fingerprint, and they may not be replaced.
     """
     for corpus in corpora:
-        found = stored_tree(corpus.folder)
-        if found is not None and found != tree and not force:
+        stored = stored_tree(corpus.folder)
+        if stored is not None and stored != tree and not force:
             raise UserError(
-                f"{corpus.folder / RECORD_FILE}: the folder has addresses of another tree ({found[:12]}); replace them "
-                "with --force, or copy the folder"
+                f"{corpus.folder / RECORD_FILE}: the folder has addresses of another tree ({stored[:12]}); replace "
+                "them with --force, or use a copy of the folder"
             )

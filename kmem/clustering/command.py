@@ -15,26 +15,26 @@ if TYPE_CHECKING:
     from kmem.clustering.applying import Addressed
 
 _OF_A_TREE = ("children", "levels", "unit", "embedder", "sample", "balance", "seed")
-"""Options that a tree is made with, and that one that is there already has; so are those of its embedder."""
+"""Options of a new tree. An existing tree has them already, so they are refused with --tree, as are its embedder's."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Cluster the documents of prepared folders into a tree (k children per node, p levels) and store the leaf of "
-        "each with the data; or give folders the addresses of a tree that is there. Interrupted, the same command "
-        "continues. docs/bank.md."
+        "each document with the data, or give folders the addresses of an existing tree. After an interruption the "
+        "same command continues. See docs/bank.md."
     )
     parser.add_argument(
-        "--data", nargs="+", type=Path, required=True, metavar="DIR", help="prepared folders, which get addresses"
+        "--data", nargs="+", type=Path, required=True, metavar="DIR", help="prepared folders, which get the addresses"
     )
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", type=Path, metavar="TREE", help="make a tree from --data and write it here")
-    target.add_argument("--tree", type=Path, metavar="TREE", help="use this tree")
+    target.add_argument("--tree", type=Path, metavar="TREE", help="use this existing tree")
     new = parser.add_argument_group("a new tree")
     new.add_argument("--children", type=int, metavar="K", help="children of each node (default: 16)")
     new.add_argument("--levels", type=int, metavar="P", help="levels; the tree has K^P leaves (default: 2)")
     new.add_argument(
-        "--unit", metavar="HOW", help="what has an address: document (default), or window:N for windows of N tokens"
+        "--unit", metavar="HOW", help="what gets an address: document (default), or window:N for windows of N tokens"
     )
     kinds = ". ".join(f"{name}: {kind.help}" for name, kind in KINDS.items())
     new.add_argument("--embedder", choices=tuple(KINDS), help=f"{kinds}. (default: {DEFAULT_KIND})")
@@ -43,20 +43,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         first = next(KINDS[owner].options[place] for owner, place in owners.items())
         new.add_argument(f"--{option}", type=first.parse, metavar=first.metavar, help=described)
     new.add_argument(
-        "--sample", type=int, metavar="N", help="units that a node's centroids are made from, at most (default: 65536)"
+        "--sample", type=int, metavar="N", help="most units that a node's centroids are made from (default: 65536)"
     )
     new.add_argument(
         "--balance",
         type=float,
         metavar="X",
-        help="clusters above X times their even share are split with the smallest one (default: 1.5; 0: never)",
+        help="a cluster above X times the even share is split with the smallest one (default: 1.5; 0: never)",
     )
-    new.add_argument("--seed", type=int, help="of samples, centroids and splits (default: 1234)")
+    new.add_argument("--seed", type=int, help="seed of samples, centroids and splits (default: 1234)")
     cores = available_cores()
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes (default here: {cores})")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="where an encoder computes (default: cpu)")
     parser.add_argument(
-        "--force", action="store_true", help="replace a tree, other addresses, or interrupted work with other options"
+        "--force",
+        action="store_true",
+        help="replace a tree, addresses of another tree, or interrupted work with other options",
     )
 
 
@@ -119,14 +121,14 @@ def _use(arguments: argparse.Namespace) -> "Addressed":
 
     given = [f"--{name}" for name in (*_OF_A_TREE, *_embedder_options()) if getattr(arguments, name) is not None]
     if given:
-        raise UserError(f"{', '.join(given)}: belongs to a new tree; the one of --tree has its own, so leave it out")
+        raise UserError(f"{', '.join(given)}: only for a new tree; the tree of --tree has its own, so leave it out")
     return apply_tree(arguments.data, arguments.tree, arguments.workers, arguments.device, arguments.force)
 
 
 def _embedder_options() -> dict[str, dict[str, int]]:
-    """Option -> the kinds of embedders that have it, with its place among theirs."""
-    found: dict[str, dict[str, int]] = {}
+    """Option -> kind of embedder that has it -> index of the option among the kind's options."""
+    owners: dict[str, dict[str, int]] = {}
     for name, kind in KINDS.items():
         for place, option in enumerate(kind.options):
-            found.setdefault(option.name, {})[name] = place
-    return found
+            owners.setdefault(option.name, {})[name] = place
+    return owners

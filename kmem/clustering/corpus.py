@@ -1,4 +1,4 @@
-"""The units of prepared folders, read in chunks."""
+"""Read the units of prepared folders in chunks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class Chunk:
-    """Units start..stop-1 of a folder's split."""
+    """Units start..stop-1 of a split of a folder."""
 
     folder: Path
     content: str
@@ -41,17 +41,17 @@ class Corpus:
     folder: Path
     manifest: Manifest
     fingerprint: str
-    """Of its tokens and documents."""
+    """Identity of its tokens and documents."""
 
     @classmethod
     def open(cls, folder: Path) -> "Corpus":
         """
         Raises:
-            UserError: missing, unfinished or damaged.
+            UserError: the folder is missing, unfinished or damaged.
         """
         manifest = read_manifest(folder)
         if tokenizer_fingerprint(folder / "tokenizer") != manifest.tokenizer.fingerprint:
-            raise UserError(f"{folder}/tokenizer: not the tokenizer the folder was prepared with; prepare it anew")
+            raise UserError(f"{folder}/tokenizer: not the tokenizer that the folder was prepared with; prepare it anew")
         return cls(folder, manifest, data_fingerprint(manifest))
 
     def units(self, split: str, unit: Unit) -> UnitMap:
@@ -59,7 +59,7 @@ class Corpus:
         return _opened(self.folder, self.fingerprint, split, unit)[1]
 
     def chunks(self, split: str, unit: Unit, tokens: int) -> list[Chunk]:
-        """All units of a split, in chunks of about so many tokens (a unit is never cut)."""
+        """All units of a split, in chunks of about `tokens` tokens (a unit is never cut)."""
         lengths = self.units(split, unit).lengths
         ends = np.cumsum(lengths)
         chunks, start, before = [], 0, 0
@@ -73,7 +73,7 @@ class Corpus:
 def open_corpora(folders: Sequence[Path]) -> list[Corpus]:
     """
     Raises:
-        UserError: a folder that holds no prepared corpus, or one that is named twice.
+        UserError: a folder holds no prepared corpus, or is named twice.
     """
     resolved = [folder.resolve() for folder in folders]
     for folder in folders:
@@ -85,7 +85,7 @@ def open_corpora(folders: Sequence[Path]) -> list[Corpus]:
 def check_one_tokenizer(corpora: list[Corpus]) -> None:
     """
     Raises:
-        UserError: the folders do not share one.
+        UserError: the folders do not share one tokenizer.
     """
     for corpus in corpora[1:]:
         if corpus.manifest.tokenizer.fingerprint != corpora[0].manifest.tokenizer.fingerprint:
@@ -96,14 +96,18 @@ def check_one_tokenizer(corpora: list[Corpus]) -> None:
 
 
 def read_chunk(chunk: Chunk, chosen: NDArray[np.int64] | None = None) -> list[Tensor]:
-    """Token ids of each unit, int64; of those at the places `chosen` alone, if given."""
+    """Token ids of each unit, int64 [tokens].
+
+    Args:
+        chosen: indices into the chunk of the units to read; None: all.
+    """
     indexed, units = _opened(chunk.folder, chunk.content, chunk.split, chunk.unit)
     numbers = np.arange(chunk.start, chunk.stop)
     return read_units(indexed, units, numbers if chosen is None else numbers[chosen])
 
 
 def read_units(indexed: IndexedTokens, units: UnitMap, numbers: NDArray[np.int64]) -> list[Tensor]:
-    """Token ids of the units of these numbers, int64."""
+    """Token ids of the units with these numbers, int64 [tokens] each."""
     return [
         torch.from_numpy(indexed.take(np.arange(start, start + length)))
         for start, length in zip(units.starts[numbers], units.lengths[numbers], strict=True)

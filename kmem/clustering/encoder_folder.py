@@ -1,8 +1,9 @@
 """A sentence encoder from a local folder, in the layout of Sentence-Transformers or of Transformers alone.
 
-Read are BERT's config.json, model.safetensors, tokenizer.json or vocab.txt, and of Sentence-Transformers modules.json,
-the pooling's config.json, sentence_bert_config.json and config_sentence_transformers.json. No code of the folder is run
-and nothing is unpickled. What the folder says and kmem cannot do is an error: never another embedding.
+kmem reads BERT's config.json, model.safetensors and tokenizer.json or vocab.txt, and Sentence-Transformers'
+modules.json, the pooling's config.json, sentence_bert_config.json and config_sentence_transformers.json. No code from
+the folder is run and nothing is unpickled. A setting that kmem does not support is an error; it never gives another
+embedding.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ _MODULES, _POOLING, _LIMITS = "modules.json", "1_Pooling/config.json", "sentence
 _PROMPTS, _TOKENIZER_CONFIG = "config_sentence_transformers.json", "tokenizer_config.json"
 _BESIDE_TOKENIZER = (_TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
 LICENCES = ("LICEN", "COPYING", "NOTICE")
-"""Beginnings of the names of licence texts, in capitals."""
+"""Prefixes of the names of licence texts, in capitals."""
 _PIECES = 8
 _PLAIN_BERT = {
     "model_type": ("bert",),
@@ -38,25 +39,26 @@ _PLAIN_BERT = {
     "auto_map": (None,),
     "quantization_config": (None,),
 }
-"""Field of config.json -> the values, None where it is not there, with which Transformers' BertModel is the encoder."""
+"""Field of config.json -> the values for which Transformers' BertModel computes the encoder; None: the field is absent.
+"""
 _OLD_POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
 
 
 @dataclass(frozen=True)
 class EncoderFolder:
-    """What an embedder takes from the folder of an encoder."""
+    """The files and settings that an embedder takes from the folder of an encoder."""
 
     name: str
-    """Of the folder."""
+    """Name of the folder."""
     files: Mapping[str, Path]
-    """Name -> the file, of config.json, the weights, and what the tokenizer is made of."""
+    """Name -> path of config.json, the weights and the tokenizer's files."""
     licences: Mapping[str, Path]
-    """Its licence texts, and the README.md that Hugging Face folders have for a model card."""
+    """Name -> path of its licence texts and of README.md, the model card of Hugging Face folders."""
     settings: Mapping[str, Any]
     """`pooling`, `normalize`, `lower_case` and `max_word_pieces` of `SentenceEncoder`."""
 
     def digest(self) -> str:
-        """Of all that embeddings depend on."""
+        """SHA-256 digest of everything that embeddings depend on."""
         files = {name: file_digest(path) for name, path in self.files.items()}
         content = json.dumps([files, dict(self.settings)], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
@@ -70,7 +72,7 @@ class EncoderFolder:
 def read_encoder(folder: Path) -> EncoderFolder:
     """
     Raises:
-        UserError: no such folder, a file that is missing, or an encoder that `SentenceEncoder` is not; names the file.
+        UserError: the folder or a file is missing, or `SentenceEncoder` does not support the encoder; names the file.
     """
     if not folder.is_dir():
         raise UserError(f"--encoder {folder}: no such folder; name the local folder of a sentence encoder")
@@ -79,15 +81,15 @@ def read_encoder(folder: Path) -> EncoderFolder:
     for field, values in _PLAIN_BERT.items():
         if config.get(field) not in values:
             raise UserError(
-                f"{inside / CONFIG}: {field} is {json.dumps(config.get(field))}, which is none of the encoders that "
-                "kmem runs; choose one of model_type bert, whose code is Transformers' own"
+                f"{inside / CONFIG}: {field} is {json.dumps(config.get(field))}, which kmem does not support; choose "
+                "an encoder of model_type bert that needs no code other than Transformers'"
             )
     limits = read_json(inside / _LIMITS, dict) if (inside / _LIMITS).exists() else {}
     spoken = read_json(folder / _PROMPTS, dict) if (folder / _PROMPTS).exists() else {}
     if spoken.get("default_prompt_name") is not None:
         raise UserError(
-            f"{folder / _PROMPTS}: default_prompt_name is {json.dumps(spoken['default_prompt_name'])}, and kmem puts "
-            "no prompt before a text; set it to null to embed texts as they are"
+            f"{folder / _PROMPTS}: default_prompt_name is {json.dumps(spoken['default_prompt_name'])}, but kmem puts "
+            "no prompt before a text; set it to null to embed texts without a prompt"
         )
     return EncoderFolder(
         folder.resolve().name,
@@ -107,10 +109,10 @@ def read_encoder(folder: Path) -> EncoderFolder:
 
 
 def build(request: EmbedderRequest, folder: Path) -> dict[str, Any]:
-    """The encoder's files, and its licences, out of its folder; it is loaded once from where it then is.
+    """Copy the encoder's files and licences from its folder, and load the copy once as a check.
 
     Raises:
-        UserError: as `read_encoder`, or files that are damaged or do not fit each other.
+        UserError: as `read_encoder`, or files are damaged or do not fit each other.
     """
     source = request.options["encoder"]
     encoder = read_encoder(source)
@@ -126,11 +128,12 @@ def build(request: EmbedderRequest, folder: Path) -> dict[str, Any]:
         said = _first_line(error).replace(str(folder), str(encoder.files[CONFIG].parent))
         raise UserError(f"--encoder {source}: cannot be loaded: {said}") from error
     if not finite:
-        raise UserError(f"--encoder {source}: its embeddings are not numbers; fetch {WEIGHTS} again")
+        raise UserError(f"--encoder {source}: its embeddings are not finite numbers; fetch {WEIGHTS} again")
     if not encoder.licence_files:
         print(
-            f"--encoder {source}: no LICENSE file here, so neither the tree nor exports of models that use it hold the "
-            "encoder's licence; if it asks for that, put its text there and run the command again with --force",
+            f"--encoder {source}: no LICENSE file here, so the tree, and exports of models that use it, will not carry "
+            "the encoder's licence; if the licence requires that, put its text there and run the command again with "
+            "--force",
             file=sys.stderr,
             flush=True,
         )
@@ -138,8 +141,8 @@ def build(request: EmbedderRequest, folder: Path) -> dict[str, Any]:
 
 
 def _modules(folder: Path) -> tuple[Path, str, bool]:
-    """Where the transformer's files are, the pooling, and whether vectors get length 1; without modules.json they do,
-    as those of kmem's other embedders."""
+    """(Folder of the transformer's files, pooling, whether vectors are scaled to length 1). Without modules.json they
+    are, like the vectors of kmem's other embedders."""
     if not (folder / _MODULES).exists():
         pooling = _pooling(folder / _POOLING) if (folder / _POOLING).exists() else "mean"
         return folder, pooling, True
@@ -152,14 +155,14 @@ def _modules(folder: Path) -> tuple[Path, str, bool]:
         raise UserError(f"{path}: not a list of modules, each with type and path; fetch it again") from None
     if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise UserError(
-            f"{path}: its modules are {', '.join(names)}, and kmem knows Transformer, Pooling and Normalize, in this "
-            "order, the last one or none"
+            f"{path}: its modules are {', '.join(names)}, but kmem supports only Transformer, Pooling and optionally "
+            "Normalize, in this order"
         )
     return places[0], _pooling(places[1] / CONFIG), len(names) == 3
 
 
 def _pooling(path: Path) -> str:
-    """mean or cls, as the file says in Sentence-Transformers' older form (a switch for each) or its newer one."""
+    """mean or cls. Reads Sentence-Transformers' older form, which has a switch for each pooling, and its newer one."""
     config = read_json(path, dict)
     chosen = config.get("pooling_mode")
     if chosen is None:
@@ -167,7 +170,7 @@ def _pooling(path: Path) -> str:
         chosen = [_OLD_POOLINGS.get(name, name) for name in switches] or "mean"
     chosen = [chosen] if isinstance(chosen, str) else chosen
     if not isinstance(chosen, list) or len(chosen) != 1 or chosen[0] not in POOLINGS:
-        raise UserError(f"{path}: the pooling is {json.dumps(chosen)}, and kmem knows {' and '.join(POOLINGS)}")
+        raise UserError(f"{path}: the pooling is {json.dumps(chosen)}, but kmem supports {' and '.join(POOLINGS)}")
     return str(chosen[0])
 
 
@@ -175,19 +178,19 @@ def _weights(folder: Path) -> Path:
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS
     refuse_pickled(folder, "BertModel")
-    raise UserError(f"{folder / WEIGHTS}: missing; the encoder's weights are read from this one file")
+    raise UserError(f"{folder / WEIGHTS}: missing; kmem reads the encoder's weights from this one file")
 
 
 def _tokenizer_files(folder: Path) -> dict[str, Path]:
-    found = {name: folder / name for name in (TOKENIZER, VOCABULARY, *_BESIDE_TOKENIZER) if (folder / name).is_file()}
-    if not {TOKENIZER, VOCABULARY} & found.keys():
+    files = {name: folder / name for name in (TOKENIZER, VOCABULARY, *_BESIDE_TOKENIZER) if (folder / name).is_file()}
+    if not {TOKENIZER, VOCABULARY} & files.keys():
         raise UserError(f"{folder / TOKENIZER}: missing, and so is {VOCABULARY}; fetch either")
-    return found
+    return files
 
 
 def _write_tokenizer(source: Path, path: Path) -> None:
-    """tokenizer.json as Transformers has it: of BERT's, the switches of tokenizer_config.json come before those of the
-    folder's own tokenizer.json."""
+    """Write tokenizer.json as Transformers loads it: for BERT, the settings in tokenizer_config.json override those in
+    the folder's own tokenizer.json."""
     from transformers import AutoTokenizer
 
     try:
@@ -201,7 +204,8 @@ def _write_tokenizer(source: Path, path: Path) -> None:
 
 
 def _max_word_pieces(folder: Path, config: Mapping[str, Any], limits: Mapping[str, Any]) -> int:
-    """How many word pieces, its two marks included, the encoder reads at a time: the least of what the files say."""
+    """The number of word pieces that the encoder reads at a time, with its two special tokens: the smallest that the
+    files name."""
     named = {
         folder / CONFIG: config.get("max_position_embeddings", 512),
         folder / _LIMITS: limits.get("max_seq_length"),
@@ -213,7 +217,7 @@ def _max_word_pieces(folder: Path, config: Mapping[str, Any], limits: Mapping[st
         if number is None:
             continue
         if not isinstance(number, int | float) or number < 3:
-            raise UserError(f"{path}: {json.dumps(number)} word pieces at a time; at least 3 are needed")
+            raise UserError(f"{path}: {json.dumps(number)} word pieces at a time, but at least 3 are needed")
         least = min(least or int(number), int(number))
     return least
 

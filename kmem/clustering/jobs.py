@@ -1,4 +1,4 @@
-"""What worker processes do: embed, find centroids, find the nearest of them."""
+"""The jobs of worker processes: embed units, split nodes into centroids, assign units to the nearest centroid."""
 
 import hashlib
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class NodeJob:
 
 @dataclass(frozen=True)
 class AssignJob:
-    """Units start..stop-1, whose clusters on a level are to be found."""
+    """Units start..stop-1, which are to be assigned to clusters of a level."""
 
     folder: Path
     shape: tuple[int, int]
@@ -59,21 +59,21 @@ class AssignJob:
 
 @dataclass(frozen=True)
 class AddressJob:
-    """Units of a chunk whose leaves are to be found."""
+    """Units of a chunk, which are to be assigned to leaves."""
 
     chunk: Chunk
     tree: Path
     device: str = "cpu"
     chosen: NDArray[np.int64] | None = None
-    """[units] places of these in the chunk; None: all."""
+    """[units] indices of the units in the chunk; None: all."""
     blocked: tuple[ClusterPath, ...] = ()
     """Clusters that may not be entered."""
     own: NDArray[np.integer] | None = None
-    """[units] the leaf of each, whose cluster of level 1 that unit may not enter either."""
+    """[units] the leaf of each unit; a unit may not enter the level-1 cluster of its own leaf either."""
 
 
 def split_children(job: NodeJob) -> NDArray[np.float32]:
-    """Centroids of a node's children."""
+    """Centroids of a node's children: float32 [children, D]."""
     vectors = np.memmap(job.path, dtype=np.float32, mode="r", shape=job.shape)[job.chosen]
     digest = hashlib.blake2b(f"{job.seed}/{job.level}/{job.node}".encode(), digest_size=4).digest()
     name = node_name(job.node, job.level - 1, job.children)
@@ -94,13 +94,13 @@ def assign(job: AssignJob) -> Leaves:
         nodes = np.zeros(len(rows), dtype=np.int64)
     else:
         nodes = mapped(f"clusters{job.level - 1}", np.int32, job.shape[:1])[job.start : job.stop].astype(np.int64)
-    found = nearest_children(
+    nearest = nearest_children(
         torch.from_numpy(np.array(rows)),
         torch.from_numpy(nodes),
         torch.from_numpy(np.array(centroids)),
         job.children,
     )
-    return found.numpy().astype(np.int32)
+    return nearest.numpy().astype(np.int32)
 
 
 def embed(job: tuple[Chunk, Path, str, int]) -> NDArray[np.float32]:
@@ -122,9 +122,9 @@ def address(job: AddressJob) -> Leaves:
 
 def _embedded(chunk: Chunk, embedder: Path, device: str, chosen: NDArray[np.int64] | None = None) -> torch.Tensor:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a worker per core; and products of matrices round by the number of threads
+    torch.set_num_threads(1)  # a worker per core; besides, the rounding of matrix products depends on the threads
     try:
-        # Which embedder lies there now: a process may make several trees in one place.
+        # The identity of the embedder's files: a process may make several trees in one place.
         files = sorted(path for path in embedder.rglob("*") if path.is_file())
         identity = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
         return _embedder(embedder, identity, chunk.folder / "tokenizer", device).embed(read_chunk(chunk, chosen))
@@ -144,5 +144,5 @@ def _tree(folder: Path, identity: str) -> ClusterTree:
 
 
 def node_name(cluster: int, level: int, children: int) -> str:
-    """What messages call a cluster; level 0 is the root."""
+    """The name of a cluster in messages; level 0 is the root."""
     return f"cluster {format_path(path_of(cluster, level, children))}" if level else "the corpus"

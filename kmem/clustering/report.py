@@ -1,4 +1,4 @@
-"""What a person sees of a tree."""
+"""Tables that describe a tree and the addresses it gave."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ _MOST_SOURCES, _MOST_COLUMNS = 24, 16
 
 
 def print_tree(done: Addressed) -> None:
-    """Tables of the levels, of the clusters of the first, of where each source's text went, and of the addresses."""
+    """Print tables of the levels, the clusters of level 1, the clusters of each source's text, and the addresses."""
     from rich.console import Console
 
     console = Console(width=max(Console().width, 110))
@@ -27,7 +27,7 @@ def print_tree(done: Addressed) -> None:
 
 
 def padding_share(folder: Path, unit: Unit, leaves: Any, sequence_length: int) -> float:
-    """Share of an epoch's positions that hold no token where sequences keep to one leaf."""
+    """Share of an epoch's positions that hold no token if a sequence holds one leaf only."""
     order = LeafOrder(Corpus.open(folder).units("train", unit).lengths, leaves, sequence_length, 0, None)
     return order.padding / (order.spans_per_epoch * sequence_length)
 
@@ -35,7 +35,7 @@ def padding_share(folder: Path, unit: Unit, leaves: Any, sequence_length: int) -
 def _levels(done: Addressed) -> Any:
     from rich.table import Table
 
-    table = Table(title="training units per cluster, as the tree was made")
+    table = Table(title="training units per cluster when the tree was made")
     for name in ("level", "clusters", "smallest", "median", "largest", "largest / even share", "Gini"):
         table.add_column(name, justify="right")
     for level, sizes in enumerate(done.tree.record["sizes"], 1):
@@ -55,16 +55,16 @@ def _clusters(done: Addressed) -> Any:
     table.add_column("cluster", justify="right")
     table.add_column("units", justify="right")
     table.add_column("share", justify="right")
-    table.add_column("typical words of the data the tree was made from")
+    table.add_column("typical words in the data that the tree was made from")
     for cluster, (count, words) in enumerate(zip(counts, done.tree.record["words"], strict=True)):
         table.add_row(str(cluster), f"{count:,}", f"{count / counts.sum():.1%}", " ".join(words))
     return table
 
 
 def source_counts(done: Addressed) -> dict[str, NDArray[np.int64]]:
-    """Training units of each source in each cluster of level 1: int64 [children].
+    """Source -> its training units in each cluster of level 1, int64 [children].
 
-    Sources are the files that the folders were prepared from, or where these are many, the folders.
+    Sources are the files that the folders were prepared from, or the folders if there are many files.
     """
     unit, below = Unit.parse(done.tree.record["unit"]), done.tree.children ** (done.tree.levels - 1)
     files: dict[str, NDArray[np.int64]] = {}
@@ -78,23 +78,23 @@ def source_counts(done: Addressed) -> dict[str, NDArray[np.int64]]:
         for number, record in enumerate(corpus.manifest.sources):
             file = Path(record.path).name.split(".")[0]
             name = f"{folder.name}/{file}" if len(done.leaves) > 1 else file
-            found = np.bincount(first[source == number], minlength=done.tree.children)
-            files[name] = files.get(name, 0) + found
+            units = np.bincount(first[source == number], minlength=done.tree.children)
+            files[name] = files.get(name, 0) + units
     return files if len(files) <= _MOST_SOURCES else folders
 
 
 def _sources(done: Addressed) -> Any:
-    """None where there is one source."""
+    """The table of sources and clusters; None if there is only one source."""
     from rich.table import Table
 
     counts = source_counts(done)
     if len(counts) < 2:
         return None
-    found = np.stack([clusters / max(clusters.sum(), 1) for clusters in counts.values()]).max(axis=0).sum()
+    best = np.stack([clusters / max(clusters.sum(), 1) for clusters in counts.values()]).max(axis=0).sum()
     table = Table(
-        title="sources of the training units, and in which cluster of level 1 these are, in %",
-        caption=f"were all sources of one size, its cluster would tell a unit's source in {found / len(counts):.0%} of "
-        f"cases; {1 / len(counts):.0%} if clusters were blind to sources",
+        title="sources of the training units, and their share in each cluster of level 1, in %",
+        caption=f"if all sources had the same size, the cluster would predict a unit's source in "
+        f"{best / len(counts):.0%} of cases; {1 / len(counts):.0%} if clusters were independent of sources",
         min_width=100,
     )
     table.add_column("source", no_wrap=True, min_width=min(max(map(len, counts)), 24))
@@ -115,7 +115,7 @@ def _data(done: Addressed) -> Any:
     from rich.table import Table
 
     unit = Unit.parse(done.tree.record["unit"])
-    table = Table(title="addresses; and the padding of an epoch, were sequences to keep to one leaf")
+    table = Table(title="addresses, and the padding of an epoch if a sequence of T tokens holds one leaf only")
     table.add_column("data")
     for name in ("training units", "held out", "leaves in use", *(f"T={length:,}" for length in SEQUENCE_LENGTHS)):
         table.add_column(name, justify="right")

@@ -1,4 +1,4 @@
-"""One node of a cluster tree: k-means over its embeddings, with clusters kept from growing too large."""
+"""Split one node of a cluster tree: k-means over its embeddings, with a limit on the size of clusters."""
 
 import warnings
 from typing import Any
@@ -12,10 +12,10 @@ from kmem.model.bank_tree import nearest_children
 from kmem.wording import counted
 
 STEPS = 2
-"""Steps of Lloyd's algorithm between two looks at the sizes. After many steps k-means has found back to its old
-clusters; after one, the halves of a split have not come apart."""
+"""Steps of Lloyd's algorithm between two checks of the sizes. With many steps k-means returns to its old clusters; with
+one step the halves of a split have not separated yet."""
 LEAST_ROUNDS, MOST_ROUNDS = 10, 40
-"""Looks at the sizes: 20 steps at least (the paper's number), and until sizes are in balance."""
+"""Checks of the sizes: after at least 20 steps (the paper's number), until the sizes are balanced."""
 
 Vectors = NDArray[np.float32]
 
@@ -23,17 +23,18 @@ Vectors = NDArray[np.float32]
 def split_node(vectors: Vectors, children: int, balance: float, needed: int, seed: int, name: str) -> Vectors:
     """Centroids of a node's children: float32 [children, D].
 
-    k-means++, then Lloyd's algorithm. Every few steps a cluster with more than `balance` times its even share is split
-    at random with the smallest one: each gets the mean of a half (arXiv 2510.02375, section 3: clusters over 1.5/16 of
-    the assignments). So is the largest while a cluster has fewer vectors than needed. Of the states in balance the one
-    with the smallest distances is taken. In the end nearness alone decides: sizes are what a descent of the tree gives.
+    k-means++ gives the first centroids, then Lloyd's algorithm moves them. Every few steps a cluster with more than
+    `balance` times its even share is split at random with the smallest one: each gets the mean of a half
+    (arXiv 2510.02375, section 3: clusters over 1.5/16 of the assignments). The largest cluster is split in the same way
+    while any cluster has fewer vectors than needed. Among the balanced states the one with the smallest distances is
+    taken. The result assigns vectors to the nearest centroid, so sizes are those of a descent of the tree.
 
     Args:
         vectors: [N, D], a node's embeddings or a sample of them.
         balance: 0 for plain k-means.
         needed: vectors that each child must have, so that it can be split in turn.
-        seed: of 32 bits.
-        name: what to call the node in messages.
+        seed: a 32-bit integer.
+        name: name of the node in messages.
 
     Raises:
         UserError: the vectors do not fill the children.
@@ -45,7 +46,7 @@ def split_node(vectors: Vectors, children: int, balance: float, needed: int, see
     draw = np.random.RandomState(seed)
     limit = max(balance * len(vectors) / children, needed + 1) if balance else len(vectors)
     best: tuple[tuple[float, float], Any] = ((np.inf, np.inf), None)
-    # One thread: the sums of Lloyd's algorithm are added in the order in which threads finish.
+    # One thread: with more, Lloyd's algorithm adds its sums in the order in which threads finish.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         centroids, _ = kmeans_plusplus(vectors, children, random_state=draw)
@@ -71,7 +72,7 @@ def _rebalanced(
     needed: int,
     draw: np.random.RandomState,
 ) -> Vectors:
-    """Each cluster that is too large is split with one that is small, the largest with the smallest."""
+    """Split each cluster that is too large with a small one, the largest with the smallest."""
     centroids = centroids.copy()
     order = np.argsort(-sizes, kind="stable")
     count = max(int((sizes > limit).sum()), int((sizes < needed).sum()), 1)
@@ -85,8 +86,8 @@ def _rebalanced(
 
 
 def _filled(vectors: Vectors, centroids: Vectors, children: int, name: str) -> Vectors:
-    """The centroids, none of which is the nearest to no vector: such a one moves to the vector that lies farthest from
-    its centroid in the largest cluster of different vectors."""
+    """Move centroids until each is the nearest to some vector. A centroid that is not moves to the vector farthest from
+    its centroid in the largest cluster that has distinct vectors."""
     rows = torch.from_numpy(vectors)
     root = torch.zeros(len(vectors), dtype=torch.int64)
     for _ in range(4 * children):

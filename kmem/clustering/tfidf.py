@@ -1,4 +1,4 @@
-"""Making a TF-IDF embedder: document frequencies of the corpus, and a projection fitted on a sample of it."""
+"""Make a TF-IDF embedder: document frequencies of the corpus, and a projection fitted to a sample of it."""
 
 import math
 from pathlib import Path
@@ -17,15 +17,15 @@ from kmem.model.bank_embedder import TFIDF_FILE, term_weights
 from kmem.wording import counted
 
 SVD_UNITS = 32_768
-"""Units from which the projection is made; the matrix of their counts is held in memory."""
+"""Most units that the projection is made from; the matrix of their counts is held in host memory."""
 _DIM = 128
 
 
 def build(request: EmbedderRequest, folder: Path) -> dict[str, Any]:
-    """Document frequencies over all training units; the projection from a sample of them.
+    """Count document frequencies over all training units and fit the projection to a sample of them.
 
     Raises:
-        UserError: the corpus does not have as many dimensions, or no token tells one unit from another.
+        UserError: the corpus does not have that many dimensions, or no token distinguishes units.
     """
     from sklearn.decomposition import TruncatedSVD
     from threadpoolctl import threadpool_limits
@@ -41,13 +41,13 @@ def build(request: EmbedderRequest, folder: Path) -> dict[str, Any]:
     tokens = [chunk.tokens for chunk in chunks]
     frequency = np.zeros(vocabulary, dtype=np.int64)
     request.workspace.add_up("count", "counting tokens", counting, document_frequencies, frequency, tokens)
-    # No constant is added: a token that every unit holds says nothing, and weighs nothing.
+    # No constant is added: a token that every unit holds carries no information and gets weight 0.
     idf = np.array([math.log((1 + units) / (1 + count)) for count in frequency.tolist()], dtype=np.float32)
     idf[tokenizer.eos_token_id] = 0
     chosen = np.sort(permutation(request.seed, "units", 0, "projection", units)[:SVD_UNITS])
     matrix = _weights(chunks, chosen, idf)
     if not matrix.data.any():
-        raise UserError("every token occurs in every unit, so TF-IDF tells none from another; use smaller units")
+        raise UserError("every token occurs in every unit, so TF-IDF cannot distinguish units; use smaller units")
     with threadpool_limits(1):  # sums must not depend on the number of cores
         seed = int(permutation(request.seed, "embedder", 0, "svd", 1 << 16)[0])
         svd = TruncatedSVD(dim, algorithm="randomized", n_iter=5, random_state=seed).fit(matrix)
@@ -57,7 +57,7 @@ def build(request: EmbedderRequest, folder: Path) -> dict[str, Any]:
 
 
 def document_frequencies(job: tuple[Chunk, int]) -> NDArray[np.int64]:
-    """In how many units of a chunk each token occurs: [vocabulary]."""
+    """Number of units of a chunk in which each token occurs: int64 [vocabulary]."""
     chunk, vocabulary = job
     _, token, _ = _counts(read_chunk(chunk), vocabulary)
     return np.bincount(token, minlength=vocabulary)
@@ -91,7 +91,7 @@ def _weights(chunks: list[Chunk], chosen: NDArray[np.int64], idf: NDArray[np.flo
 
 
 def _counts(units: list[torch.Tensor], vocabulary: int) -> tuple[NDArray[np.int64], ...]:
-    """The units' distinct tokens: (place of the unit, token, how often it occurs there), in order of both."""
+    """The units' distinct tokens: (index of the unit, token, its count in the unit), sorted by unit and token."""
     unit = np.repeat(np.arange(len(units)), [len(ids) for ids in units])
     key, count = np.unique(unit * vocabulary + torch.cat(units).numpy(), return_counts=True)
     return key // vocabulary, key % vocabulary, count

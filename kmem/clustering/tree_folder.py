@@ -1,4 +1,4 @@
-"""Writing and copying a tree's folder."""
+"""Write and copy the folder of a tree."""
 
 import hashlib
 import json
@@ -33,12 +33,13 @@ def write_tree(
     embedder_folder: Path,
     described: Mapping[str, Any],
 ) -> None:
-    """Write it; tree.json comes last.
+    """Write the folder of a tree; tree.json comes last.
 
     Args:
-        centroids: of every level.
+        centroids: of each level, float32 [k^level, D].
         leaf_sizes: [k^p] training units of each leaf.
-        described: children, levels, unit, tokenizer, and whatever else tree.json shall say.
+        embedder_folder: copied into the tree's folder.
+        described: children, levels, unit, tokenizer, and further entries of tree.json.
     """
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(embedder_folder, folder / EMBEDDER_FOLDER)
@@ -68,8 +69,7 @@ def write_tree(
 
 
 def copy_tree(source: Path, target: Path) -> None:
-    """The files of a tree, with the modes that the umask gives: what tree.json names, and the licences beside the
-    embedder."""
+    """Copy the files that tree.json names and the licences beside the embedder, with modes that follow the umask."""
     (target / EMBEDDER_FOLDER).mkdir(parents=True, exist_ok=True)
     embedder = (f"{EMBEDDER_FOLDER}/{file.name}" for file in (source / EMBEDDER_FOLDER).iterdir())
     for name in (TREE_FILE, CENTROIDS_FILE, *embedder):
@@ -77,7 +77,7 @@ def copy_tree(source: Path, target: Path) -> None:
 
 
 def level_sizes(leaf_sizes: NDArray[np.int64], leaves_per_cluster: int) -> dict[str, Any]:
-    """How many clusters a level has, the units of the smallest, median and largest, and how uneven they are."""
+    """Number of clusters of a level; units in the smallest, median and largest; Gini coefficient of the sizes."""
     sizes = leaf_sizes.reshape(-1, leaves_per_cluster).sum(axis=1)
     return {
         "clusters": len(sizes),
@@ -89,7 +89,7 @@ def level_sizes(leaf_sizes: NDArray[np.int64], leaves_per_cluster: int) -> dict[
 
 
 def gini(sizes: NDArray[np.int64]) -> float:
-    """Gini coefficient: 0 where all are equal, near 1 where one has everything."""
+    """Gini coefficient: 0 if all sizes are equal, near 1 if one cluster has everything."""
     ordered = np.sort(sizes).astype(np.float64)
     count = len(ordered)
     if ordered.sum() == 0:

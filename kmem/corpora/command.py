@@ -20,7 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the .jsonl files")
     parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="where downloaded packages are kept (default: ~/.cache/kmem/packages)"
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="folder that keeps downloaded packages (default: ~/.cache/kmem/packages)",
     )
 
 

@@ -1,4 +1,4 @@
-"""Documents out of Debian packages: a dictionary, HTML essays, reStructuredText manuals, novels in R data."""
+"""Documents from Debian packages: a dictionary, HTML essays, reStructuredText manuals, novels in R data."""
 
 import gzip
 import re
@@ -16,12 +16,12 @@ _BLOCK_TAGS = frozenset(
 
 
 def dictionary_entries(root: Tree) -> Iterator[tuple[str, str]]:
-    """dict-gcide: one document per headword, wrapped lines joined, source tags and link braces left out."""
+    """dict-gcide: one document per headword; wrapped lines are joined, source tags and link braces removed."""
     raw = gzip.decompress((root / "usr" / "share" / "dictd" / "gcide.dict.dz").read_bytes())
     text = raw.decode("utf-8", errors="replace")
     text = re.sub(r"\s*\[(?:1913 Webster|WordNet|PJC|Webster|Century|RP|AS)[^\]]*\]", "", text)
     text = text.replace("{", "").replace("}", "")
-    # Entries begin at the margin, `Headword \Pronunciation\`; everything of theirs is indented.
+    # Entries begin at the margin, `Headword \Pronunciation\`; the rest of an entry is indented.
     for entry in re.split(r"\n(?=\S)", text):
         headword = entry.split("\\", 1)[0].strip()
         if headword and "\\" in entry and not headword.startswith("00-"):
@@ -38,7 +38,7 @@ def essays(root: Tree) -> Iterator[tuple[str, str]]:
 
 
 def kernel_manuals(root: Tree) -> Iterator[tuple[str, str]]:
-    """linux-doc: one document per reStructuredText source; translations left out."""
+    """linux-doc: one document per reStructuredText source, without translations."""
     top = root / "usr" / "share" / "doc"
     manuals = next(folder for folder in top.iterdir() if folder.name.startswith("linux-doc"))
     for path, file in _walk(manuals / "html" / "_sources", ""):
@@ -49,7 +49,7 @@ def kernel_manuals(root: Tree) -> Iterator[tuple[str, str]]:
 
 
 def novel_chapters(root: Tree) -> Iterator[tuple[str, str]]:
-    """r-cran-janeaustenr: one document per chapter, wrapped lines joined."""
+    """r-cran-janeaustenr: one document per chapter; wrapped lines are joined."""
     base = root / "usr" / "lib" / "R" / "site-library" / "janeaustenr" / "data"
     for lines in r_string_vectors((base / "Rdata.rdb").read_bytes()):
         title = next((line.strip() for line in lines if line.strip()), "")
@@ -66,14 +66,14 @@ def novel_chapters(root: Tree) -> Iterator[tuple[str, str]]:
 
 
 def r_string_vectors(database: bytes) -> Iterator[list[str]]:
-    """The string vectors of an R lazy-load database whose records hold nothing else.
+    """The string vectors of an R lazy-load database; other records are skipped.
 
-    A record is a big-endian length and a zlib stream; its content is R serialisation, XDR, version 2 or 3 (R Internals,
-    section 1.8).
+    A record is a big-endian length and a zlib stream. Its content is an R serialisation in XDR, version 2 or 3
+    (R Internals, section 1.8).
     """
     begin = 0
     while begin < len(database):
-        # Records follow one another without lengths of their own on disk: the stream says where it ends.
+        # The file does not say how long a record is on disk; the zlib stream says where it ends.
         stream = zlib.decompressobj()
         content = stream.decompress(database[begin + 4 :])
         begin = len(database) - len(stream.unused_data)

@@ -1,10 +1,9 @@
-"""A gazetteer of a made-up world: facts that a text repeats as often as Zipf's law has it, and questions about them.
+"""A gazetteer of a made-up world: facts that are repeated according to Zipf's law, and questions about them.
 
-The world has 16 lands of 16 regions, each land with words of its own, so that its documents form clusters of clusters.
-A place has one fact, its height, a number of three digits that nothing else tells. The place of rank r stands in
-MOST / r^EXPONENT documents, at least in one; every document says the same in other words. So what a model knows of a
-place depends on how often it read of it, and what a memory that is fetched for a context adds can be read off by
-frequency.
+The world has 16 lands of 16 regions. Each land has words of its own, so its documents form clusters of clusters. A
+place has one fact: its height, a three-digit number that cannot be inferred from anything else. The place of rank r
+occurs in MOST / r^EXPONENT documents, at least in one, and every document words the fact differently. So how well a
+model knows a place depends on how often it read about it, and the benefit of a bank can be measured by frequency.
 
 Place n and its document x are functions of (seed, n, x) alone.
 """
@@ -18,9 +17,9 @@ from kmem.corpora.packages import Tree
 
 PLACES = 4096
 MOST = 512
-"""Documents of the place of the first rank."""
+"""Number of documents about the place of the first rank."""
 EXPONENT = 0.75
-"""Below Zipf's 1, so that the ranks in the middle are not few."""
+"""Below Zipf's 1, so that places of middle frequency are not rare."""
 SEED = 0
 _BRANCHES = 16
 
@@ -50,7 +49,7 @@ _ONSETS = (
 _VOWELS = ("a", "e", "i", "o", "u", "ai", "au", "ei", "ia", "oa")
 _CODAS = ("", "d", "k", "l", "m", "n", "r", "rn", "s", "th")
 _KINDS = ("hill", "mountain", "peak", "plateau", "ridge", "rock", "tower", "volcano")
-# Of every land: beasts, goods, weather.
+# For each land: animals, goods, weather.
 _WORDS = (
     ("camels", "goats", "lizards", "dates", "carpets", "salt", "dry wind", "sandstorms"),
     ("reindeer", "wolves", "seals", "furs", "fish oil", "ivory", "snow", "polar nights"),
@@ -107,11 +106,11 @@ class Place:
     land_name: str
     height: int
     documents: int
-    """How many documents tell of it."""
+    """Number of documents about the place."""
 
 
 def place(number: int, seed: int = SEED) -> Place:
-    """Place `number`, below PLACES."""
+    """Place `number`, from 0 to PLACES - 1."""
     draw = random.Random(f"{seed} place {number}")
     region = draw.randrange(_BRANCHES**2)
     land = region // _BRANCHES
@@ -135,13 +134,13 @@ def document(where: Place, exposure: int, seed: int = SEED) -> str:
     for filler in draw.sample(_FILLERS, draw.randint(2, 3)):
         word, other = draw.sample(_WORDS[where.land], 2)
         sentences.append(_filled(filler, where, word=word, other=other, Word=word.capitalize()))
-    # Never right after the opening, where `questions` have it.
+    # Never right after the opening, where the prompts of `questions` have it.
     sentences.insert(draw.randint(1, len(sentences)), _filled(draw.choice(_FACTS), where))
     return " ".join([_filled(draw.choice(_OPENINGS), where), *sentences])
 
 
 def gazetteer(_root: Tree) -> Iterator[tuple[str, str]]:
-    """(text, source) of the corpus: all documents of all places."""
+    """(text, source) of each document of the corpus: all documents about all places."""
     for number in range(PLACES):
         where = place(number)
         for exposure in range(where.documents):
@@ -149,9 +148,9 @@ def gazetteer(_root: Tree) -> Iterator[tuple[str, str]]:
 
 
 def questions() -> Iterator[dict[str, Any]]:
-    """Of every place, the beginning of a document that the corpus does not hold, up to its fact.
+    """For every place, the beginning of a document that is not in the corpus, up to the fact.
 
-    `prompt` and `answer` are text, of which the answer begins with a blank; `documents` are the numbers of the corpus'
+    `prompt` and `answer` are text; the answer begins with a blank. `documents` are the numbers of the corpus's
     documents that tell the fact (kmem.data.questions).
     """
     first = 0
@@ -179,7 +178,7 @@ _cached: dict[int, tuple[list[str], list[int]]] = {}
 
 
 def _names(seed: int) -> list[str]:
-    """Distinct made-up names: of the lands, the regions and the places."""
+    """Distinct made-up names: first the lands', then the regions', then the places'."""
     return _world(seed)[0]
 
 
@@ -191,7 +190,7 @@ def _ranks(seed: int) -> list[int]:
 def _world(seed: int) -> tuple[list[str], list[int]]:
     if seed not in _cached:
         draw = random.Random(f"{seed} world")
-        names: dict[str, None] = {}  # a set that keeps its order
+        names: dict[str, None] = {}  # an ordered set
         while len(names) < _BRANCHES + _BRANCHES**2 + PLACES:
             syllables = draw.choice((2, 2, 3))
             name = "".join(draw.choice(_ONSETS) + draw.choice(_VOWELS) for _ in range(syllables)) + draw.choice(_CODAS)

@@ -1,4 +1,4 @@
-"""Data inside installable packages: found where it is installed, else fetched by pip or apt without installing it."""
+"""Data in installable packages: read where it is installed, else fetched by pip or apt without installing it."""
 
 import importlib.metadata
 import os
@@ -33,16 +33,16 @@ class Package:
     """An opened package."""
 
     root: Tree
-    """Where its files lie: for wheels the folder that holds the modules, for Debian packages the file system's root."""
+    """Root of its files: for wheels the folder that holds the modules, for Debian packages the root directory."""
     version: str
     origin: str
     """`installed`, or the file name of the archive."""
     sha256: str | None
-    """Of the archive."""
+    """Digest of the archive; None if there is none."""
 
 
 def default_cache() -> Path:
-    """Where downloaded packages are kept."""
+    """The folder that keeps downloaded packages."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kmem" / "packages"
 
 
@@ -57,10 +57,10 @@ def wheel_at_hand(name: str, version: str, cache: Path) -> bool:
 
 @contextmanager
 def open_wheel(name: str, version: str, cache: Path) -> Iterator[Package]:
-    """A PyPI package: the installed one whatever its version, or the wheel of `version`, downloaded once into `cache`.
+    """A PyPI package: the installed one in any version, or the wheel of `version`, downloaded once into `cache`.
 
     Raises:
-        UserError: it is not installed and pip cannot download it, or the download is damaged.
+        UserError: the package is not installed and pip cannot download it, or the download is damaged.
     """
     try:
         installed = importlib.metadata.distribution(name)
@@ -89,11 +89,11 @@ def open_debian(name: str, cache: Path) -> Iterator[Package]:
     """A Debian package, downloaded once into `cache` and unpacked for the duration of the block; nothing is installed.
 
     Raises:
-        UserError: no apt-get or dpkg-deb, the package cannot be downloaded, or it is damaged.
+        UserError: apt-get or dpkg-deb is missing, or the package cannot be downloaded or is damaged.
     """
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
-            raise UserError(f"{tool}: not found; the package {name} can be fetched on Debian and its relatives only")
+            raise UserError(f"{tool}: not found; the package {name} can be fetched only on Debian and its derivatives")
     pattern = f"{name}_*.deb"
     if not list(cache.glob(pattern)):
         _download(["apt-get", "--quiet", "download", name], f"Debian package {name}", pattern, cache)
@@ -107,15 +107,15 @@ def open_debian(name: str, cache: Path) -> Iterator[Package]:
 
 
 def _download(command: list[str], what: str, pattern: str, cache: Path) -> None:
-    """Run a download command in a folder of its own and move the one file that matches into the cache."""
+    """Run a download command in a temporary folder and move the one file that matches into the cache."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--cache {cache}: cannot be written ({error.strerror})") from None
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        found = list(Path(folder).glob(pattern))
-        if result.returncode or not found:
+        archives = list(Path(folder).glob(pattern))
+        if result.returncode or not archives:
             said = [line.strip() for line in (result.stderr + result.stdout).splitlines() if line.strip()]
             errors = [line for line in said if line.startswith(("ERROR:", "E:"))] or [l for l in said if "rror" in l]
             reason = errors[-1] if errors else ""
@@ -123,7 +123,7 @@ def _download(command: list[str], what: str, pattern: str, cache: Path) -> None:
                 f"{what} could not be downloaded ({reason or said[-1] if said else 'no message'}). "
                 f"Check that a package index can be reached, or put {pattern} into {cache}"
             )
-        os.replace(found[0], cache / found[0].name)
+        os.replace(archives[0], cache / archives[0].name)
 
 
 def _wheels(name: str, version: str) -> str:

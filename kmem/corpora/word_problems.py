@@ -1,7 +1,7 @@
-"""Arithmetic word problems with worked solutions, drawn from a seed: text whose every line can be checked.
+"""Arithmetic word problems with worked solutions, drawn from a seed: every line of the text can be checked.
 
-A problem is a story of several steps, a question, one equation per step, and the answer. Problem n is a function of
-(seed, n) alone, so that more problems extend a corpus without changing it.
+A problem is a story in several steps, a question, one equation per step, and the answer. Problem n is a function of
+(seed, n) alone, so more problems extend a corpus without changing it.
 """
 
 import random
@@ -36,7 +36,7 @@ class Problem:
     answer: int = 0
 
     def calculate(self, left: int, operation: str, right: int) -> int:
-        """Write down one equation; its result, which is never negative and never a fraction."""
+        """Add one equation and return its result, which is never negative and never a fraction."""
         results = {"+": left + right, "-": left - right, "*": left * right, "/": left // right if right else -1}
         result = results[operation]
         assert result >= 0
@@ -50,15 +50,15 @@ class Problem:
 
 
 def word_problem(number: int, seed: int = SEED) -> str:
-    """Problem `number` of a seed, as text of three lines."""
+    """Problem `number` of a seed, as three lines of text."""
     draw = random.Random(f"{seed} {number}")
     kind = draw.choice((_collection, _collection, _purchase, _journey, _sharing, _comparison))
     return str(kind(draw))
 
 
 def word_problems(_root: Tree) -> Iterator[tuple[str, str]]:
-    """(text, source) of the corpus: the first PROBLEMS numbers, less the few that repeat an earlier problem."""
-    seen: set[str] = set()  # a repeated one could stand on both sides of the held-out split
+    """(text, source) of each document: problems 0 to PROBLEMS - 1, without the few that repeat an earlier one."""
+    seen: set[str] = set()  # a repeated problem could be both trained on and held out
     for number in range(PROBLEMS):
         problem = word_problem(number)
         if problem not in seen:
@@ -112,7 +112,7 @@ def _purchase(draw: random.Random) -> Problem:
 
 
 def _journey(draw: random.Random) -> Problem:
-    """Distances from speeds and times, and what is left of the way."""
+    """Distances from speeds and times, and the distance that is left."""
     problem, ride = Problem(), draw.choice(_RIDES)
     way = 0
     for leg in range(draw.randint(2, 3)):
@@ -155,7 +155,7 @@ def _sharing(draw: random.Random) -> Problem:
 
 
 def _comparison(draw: random.Random) -> Problem:
-    """What others have, in terms of what one has, and the sum or a difference."""
+    """Amounts given in terms of one person's amount, and their sum or a difference."""
     problem = Problem()
     first, second, third = draw.sample(_NAMES, 3)
     things, have = draw.choice(_THINGS), draw.randint(6, 50)

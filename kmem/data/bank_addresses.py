@@ -1,7 +1,7 @@
-"""Memory addresses of a prepared folder: the leaf of a cluster tree that each document, or window, belongs to.
+"""Bank addresses of a prepared folder: the leaf of a cluster tree that each document, or window, belongs to.
 
-They stand beside the tokens: `train.addresses.npy` and `validation.addresses.npy` (int32, a leaf per unit in document
-order) and `addresses.json`, written last, which says of which tree and which data they are.
+They are stored beside the tokens: `train.addresses.npy` and `validation.addresses.npy` (int32, one leaf per unit in
+document order) and `addresses.json`, which names the tree and the data that they belong to and is written last.
 """
 
 import hashlib
@@ -30,15 +30,15 @@ Batching = Literal["packed", "leaf"]
 
 @dataclass(frozen=True)
 class Addressing:
-    """Which addresses sequences carry, and how they are put together."""
+    """Which addresses sequences carry, and how sequences are composed."""
 
     tree: Path
-    """Folder of the tree; the prepared folders must have addresses of it."""
+    """Folder of the tree; the prepared folders must have addresses from it."""
     batching: Batching = "packed"
-    """packed: sequences are those of a run without addresses, and each position has the address of its document or
-    window. leaf: a sequence holds units of one leaf only (kmem.data.leaf_order)."""
+    """packed: the same sequences as without addresses; each position has the address of its document or window. leaf: a
+    sequence holds units of one leaf only (kmem.data.leaf_order)."""
     subtrees: tuple[str, ...] = ()
-    """With leaf: paths of the clusters whose sequences are read, and all below them. None: all."""
+    """With leaf: paths of clusters; only sequences of leaves below them are read. Empty: all sequences."""
 
     def __post_init__(self) -> None:
         assert self.batching == "leaf" or not self.subtrees, "packed sequences hold text of all clusters"
@@ -52,13 +52,13 @@ class SplitAddresses:
     """[units] memory-mapped."""
     units: UnitMap
     continued: NDArray[np.bool_] | None
-    """[units] whether a unit's document goes on after it; None where units are documents."""
+    """[units] whether a unit's document continues after it; None where units are documents."""
     digest: str
     """Identity of the addresses."""
 
 
 def addresses_file(split: str) -> str:
-    """Name of the file with a split's leaves."""
+    """Name of the file that holds a split's leaves."""
     return f"{split}.addresses.npy"
 
 
@@ -69,7 +69,7 @@ def data_fingerprint(manifest: Manifest) -> str:
 
 
 def tree_record(tree: Path) -> dict[str, Any]:
-    """Contents of a tree's tree.json.
+    """Content of a tree's tree.json.
 
     Raises:
         UserError: there is no such tree, or it is damaged.
@@ -83,9 +83,13 @@ def tree_record(tree: Path) -> dict[str, Any]:
 def write_addresses(
     folder: Path, manifest: Manifest, tree: Mapping[str, Any], leaves: Mapping[str, NDArray[np.int32]]
 ) -> None:
-    """Store the addresses of both splits beside a prepared folder's tokens; an old set is replaced.
+    """Store the addresses of both splits beside a prepared folder's tokens and replace earlier ones.
 
-    A process killed in between leaves a folder without addresses.
+    If the process is killed meanwhile, the folder has no addresses.
+
+    Args:
+        tree: content of the tree's tree.json.
+        leaves: split -> int32 [units].
     """
     (folder / RECORD_FILE).unlink(missing_ok=True)
     splits = {}
@@ -109,7 +113,7 @@ def write_addresses(
 
 
 def stored_tree(folder: Path) -> str | None:
-    """Fingerprint of the tree whose addresses a prepared folder holds; None where it holds none that can be read."""
+    """Fingerprint of the tree whose addresses a prepared folder holds; None if it holds no readable addresses."""
     try:
         return str(json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["tree"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -117,7 +121,7 @@ def stored_tree(folder: Path) -> str | None:
 
 
 def stored_leaves(folder: Path, manifest: Manifest, tree: Mapping[str, Any]) -> dict[str, NDArray[np.int32]] | None:
-    """The addresses of both splits, if a prepared folder has those of this tree and of its data, undamaged."""
+    """The addresses of both splits, int32 [units]; None unless they are undamaged and belong to this tree and data."""
     try:
         record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
         if (record["format"], record["version"]) != (FORMAT, VERSION) or record["tree"] != tree["fingerprint"]:
@@ -140,19 +144,19 @@ def read_addresses(
 
     Args:
         starts, lengths: [documents] of the split, from its indexed dataset.
-        tree: folder of the tree that the addresses must be of.
+        tree: folder of the tree that the addresses must belong to.
 
     Raises:
-        UserError: no addresses, damaged ones, or those of another tree or of other data.
+        UserError: there are no addresses, or they are damaged or belong to another tree or to other data.
     """
     record, remedy = tree_record(tree), f"run kmem data cluster --data {folder} --tree {tree}"
     path = folder / RECORD_FILE
     if not path.is_file():
-        raise UserError(f"{path}: missing, so the documents have no memory addresses; {remedy}")
+        raise UserError(f"{path}: missing, so the documents have no bank addresses; {remedy}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        known = (found["format"], found["version"]) == (FORMAT, VERSION)
-        of_tree, of_data, described = found["tree"], found["data"], found["splits"][split]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = (content["format"], content["version"]) == (FORMAT, VERSION)
+        of_tree, of_data, described = content["tree"], content["data"], content["splits"][split]
         expected, digest = int(described["units"]), str(described["sha256"])
     except (ValueError, KeyError, TypeError):
         known = False
@@ -160,11 +164,11 @@ def read_addresses(
         raise UserError(f"{path}: damaged, or not of format {FORMAT} {VERSION}; {remedy} --force")
     if of_tree != record["fingerprint"]:
         raise UserError(
-            f"{path}: addresses of another tree ({of_tree[:12]}) than {tree} ({record['fingerprint'][:12]}); name that "
-            f"one, or {remedy} --force"
+            f"{path}: addresses of another tree ({of_tree[:12]}) than {tree} ({record['fingerprint'][:12]}); name the "
+            f"former, or {remedy} --force"
         )
     if of_data != data_fingerprint(manifest):
-        raise UserError(f"{path}: addresses of other data than the folder holds; {remedy} --force")
+        raise UserError(f"{path}: the addresses belong to other data than the folder holds; {remedy} --force")
     unit = Unit.parse(record["unit"])
     units = UnitMap(starts, lengths, unit)
     file = folder / addresses_file(split)
@@ -184,7 +188,7 @@ def read_addresses(
 
 
 def leaf_count(tree: Mapping[str, Any]) -> int:
-    """k^p."""
+    """Number of leaves, k^p."""
     return int(tree["children"] ** tree["levels"])
 
 
@@ -194,19 +198,19 @@ def leaves_below(tree: Mapping[str, Any], paths: Sequence[str]) -> dict[str, ran
     Raises:
         UserError: the tree has no such cluster.
     """
-    children, levels, found = tree["children"], tree["levels"], {}
+    children, levels, leaves = tree["children"], tree["levels"], {}
     for path in paths:
         try:
             level, number = cluster_of(parse_path(path), children, levels)
         except ValueError as error:
             raise UserError(f"data.addresses.subtrees: {error}") from None
         below = children ** (levels - level)
-        found[path] = range(number * below, (number + 1) * below)
-    return found
+        leaves[path] = range(number * below, (number + 1) * below)
+    return leaves
 
 
 def chosen_leaves(tree: Mapping[str, Any], paths: Sequence[str]) -> NDArray[np.bool_]:
-    """[leaves] whether a leaf is below one of the clusters.
+    """[leaves] whether a leaf lies below one of the clusters.
 
     Raises:
         UserError: as `leaves_below`.

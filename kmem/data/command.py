@@ -22,15 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tokenizer.add_argument("--tokenizer", type=Path, metavar="PATH", help="use a tokenizer.json or a tokenizer folder")
     parser.add_argument("--eos-token", metavar="TOKEN", help="EOS of a --tokenizer that does not name its own")
     parser.add_argument(
-        "--tokenizer-sample", type=int, default=256, metavar="MB", help="text to train a tokenizer on (default: 256)"
+        "--tokenizer-sample",
+        type=int,
+        default=256,
+        metavar="MB",
+        help="text to train a tokenizer on, at most (default: 256)",
     )
     parser.add_argument("--field", default="text", help="field or column that holds the text (default: text)")
     parser.add_argument(
         "--documents",
         default="file",
         metavar="HOW",
-        help="what a document is in plain text: file (default), line, blank-line, or marker:TEXT for lines of TEXT "
-        "between documents",
+        help="what counts as a document in plain text: file (default), line, blank-line, or marker:TEXT for a line "
+        "TEXT between documents",
     )
     parser.add_argument(
         "--validation-share", type=float, default=0.02, metavar="X", help="share of documents held out (default: 0.02)"

@@ -1,4 +1,4 @@
-"""Zstandard files as streams that notice when they have been cut off."""
+"""Zstandard files as streams that detect truncation."""
 
 import io
 from pathlib import Path
@@ -10,9 +10,9 @@ class CompressedFileError(Exception):
 
 
 def open_zstandard(path: Path) -> BinaryIO:
-    """Open a .zst file for reading its content; reading raises CompressedFileError where the data is damaged.
+    """Open the content of a .zst file for reading; reading raises CompressedFileError where the data is damaged.
 
-    zstandard's own stream_reader returns what a cut-off frame holds and ends as if all were well (0.25).
+    zstandard's own stream_reader (0.25) returns the content of a truncated frame and then ends without an error.
     """
     return cast(BinaryIO, io.BufferedReader(_ZstandardFile(path), buffer_size=1 << 20))
 
@@ -36,7 +36,7 @@ class _ZstandardFile(io.RawIOBase):
         return count
 
     def _refill(self) -> bool:
-        """Decompress the next piece of the file; False at its end."""
+        """Decompress the next piece of the file; False at the end of the file."""
         import zstandard
 
         compressed = b""

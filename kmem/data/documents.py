@@ -1,4 +1,4 @@
-"""Input files to documents: plain text, JSON lines and Parquet; what is wrong with a record is said with its place."""
+"""Read documents from plain text, JSON lines and Parquet; a problem with a record is reported with file and line."""
 
 import gzip
 import json
@@ -27,8 +27,8 @@ class Reading:
     field: str = "text"
     """Field or column that holds the text in JSON lines and Parquet."""
     documents: str = "file"
-    """What a document is in plain text: `file`, `line`, `blank-line` (paragraphs between empty lines), or
-    `marker:TEXT` (between lines that consist of TEXT)."""
+    """What counts as a document in plain text: `file`, `line`, `blank-line` (paragraphs between empty lines), or
+    `marker:TEXT` (text between lines that consist of TEXT)."""
 
     def __post_init__(self) -> None:
         known = self.documents in ("file", "line", "blank-line")
@@ -38,7 +38,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Problem:
-    """A record that gives no document."""
+    """A record that yields no document."""
 
     path: str
     line: int
@@ -53,18 +53,18 @@ class Problem:
 
 
 def find_files(inputs: Sequence[Path]) -> list[Path]:
-    """Files in the order given; a folder stands for the files with a supported ending below it, sorted by path.
+    """Files in the order given; a folder stands for all files below it with a supported suffix, sorted by path.
 
     Raises:
-        UserError: a path that does not exist, a file of another kind, a folder without input, a file given twice.
+        UserError: a path does not exist, a file is of another kind or given twice, or a folder has no input.
     """
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.is_file() and _is_input(file, path))
-            if not found:
+            inside = sorted(file for file in path.rglob("*") if file.is_file() and _is_input(file, path))
+            if not inside:
                 raise UserError(f"{path}: no input in this folder; kmem reads {SUPPORTED}")
-            files += found
+            files += inside
         elif not path.is_file():
             raise UserError(f"{path}: no such file or folder")
         elif _form(path) is None:
@@ -80,9 +80,9 @@ def find_files(inputs: Sequence[Path]) -> list[Path]:
 
 
 def read_documents(path: Path, reading: Reading) -> Iterator[str | Problem]:
-    """The documents of a file in order, and a Problem in place of each record that gives none.
+    """The documents of a file in order, with a Problem in place of each record that yields none.
 
-    Damage that ends a file early (a cut-off .gz or .zst, broken Parquet) is one Problem, the last.
+    Damage that ends a file early (a truncated .gz or .zst, broken Parquet) is one Problem, the last item.
 
     Raises:
         UserError: the file cannot be opened.
@@ -101,7 +101,7 @@ def read_documents(path: Path, reading: Reading) -> Iterator[str | Problem]:
 
 
 def _is_input(file: Path, folder: Path) -> bool:
-    """Whether a file found below a folder is meant: neither hidden nor part of prepared data, nor a description."""
+    """Whether a file below a folder is input: not hidden, not part of prepared data, and not provenance.json."""
     parts = file.relative_to(folder).parts
     hidden = any(part.startswith(".") or part.endswith((PARTIAL, REPLACED)) for part in parts)
     prepared = any((folder.joinpath(*parts[:depth]) / "train.idx").is_file() for depth in range(len(parts)))
@@ -141,7 +141,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes] | Problem]:
-    """Numbered raw lines with their line ends; a Problem where the compressed stream breaks."""
+    """Numbered raw lines with their line ends; a Problem where a compressed stream is damaged."""
     number = 0
     with _open(path) as stream:
         try:
@@ -164,12 +164,12 @@ def _decode(path: Path, number: int, raw: bytes) -> str | Problem:
 
 
 def _text(path: Path, reading: Reading) -> Iterator[tuple[int, str] | Problem]:
-    """Documents of a plain text file. Text is taken as it stands; only separators and a byte order mark go."""
+    """Documents of a plain text file. The text is not changed; only separators and a byte order mark are removed."""
     begin = 1
     parts: list[bytes] = []
     for line in _lines(path):
         if isinstance(line, Problem):
-            # What came before the damage is whole only where documents are lines.
+            # Documents before the damage are complete only if each is a line; those have been yielded.
             yield line
             return
         number, raw = line
@@ -197,7 +197,7 @@ def _joined(path: Path, begin: int, parts: list[bytes], verbatim: bool = False) 
     raw = b"".join(parts)
     if not verbatim:
         raw = raw.rstrip(b"\r\n")
-    if raw.strip():  # nothing between two separators is no document and no error
+    if raw.strip():  # an empty space between two separators is neither a document nor an error
         text = _decode(path, begin, raw)
         yield text if isinstance(text, Problem) else (begin, text)
 
@@ -232,7 +232,7 @@ def _field(path: Path, number: int, record: Any, field: str) -> tuple[int, str] 
         return Problem(str(path), number, "missing field", detail)
     if not isinstance(record[field], str):
         kind = "null" if record[field] is None else type(record[field]).__name__
-        return Problem(str(path), number, "missing field", f"field {field!r} holds no string but {kind}")
+        return Problem(str(path), number, "missing field", f"field {field!r} holds {kind}, expected a string")
     return number, record[field]
 
 
@@ -250,7 +250,9 @@ def _parquet(path: Path, reading: Reading) -> Iterator[tuple[int, str] | Problem
                 return
             kind = file.schema_arrow.field(reading.field).type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                yield Problem(str(path), 1, "missing field", f"column {reading.field!r} holds {kind}, expected string")
+                yield Problem(
+                    str(path), 1, "missing field", f"column {reading.field!r} holds {kind}, expected a string"
+                )
                 return
             for batch in file.iter_batches(batch_size=1024, columns=[reading.field]):
                 for value in batch.column(0):

@@ -1,4 +1,4 @@
-"""Which table rows a model's tokens address with a given tokenizer."""
+"""Which rows of its engram a model's tokens address with a given tokenizer."""
 
 from pathlib import Path
 
@@ -8,24 +8,24 @@ from kmem.model.engram_reader import EngramAddresses
 
 
 def model_addresses(model: ModelConfig, tokenizer: Path) -> EngramAddresses | None:
-    """The addresses of a model's n-gram memory, None for a model without.
+    """The addresses of a model's engram; None for a model without one.
 
     Args:
-        tokenizer: a tokenizer folder, as prepared data and runs hold one.
+        tokenizer: a tokenizer folder, such as the one in prepared data or in a run.
 
     Raises:
-        ConfigError: the tokenizer and the model's choices do not go together; names the field.
+        ConfigError: the model's settings do not fit the tokenizer; names the field.
     """
     if model.engram is None:
         return None
     loaded = load_tokenizer(tokenizer)
     if loaded.eos_token_id is None:
-        raise ConfigError(f"model.engram: the tokenizer {tokenizer} names no end of text, which pads n-grams")
+        raise ConfigError(f"model.engram: the tokenizer {tokenizer} names no end of text, but n-grams are padded by it")
     pad = model.engram.pad_token_id
     if model.engram.boundary == "eos" and pad not in (None, loaded.eos_token_id):
         raise ConfigError(
-            f"model.engram.pad_token_id: {pad} with boundary=eos, which pads with the end of text; the tokenizer's is "
-            f"{loaded.eos_token_id}: leave the field out"
+            f"model.engram.pad_token_id: {pad}, but boundary=eos pads with the tokenizer's end of text, which is "
+            f"{loaded.eos_token_id}; leave the field out"
         )
     try:
         return EngramAddresses.build(model.shape, loaded.eos_token_id, loaded, tokenizer_fingerprint(tokenizer))

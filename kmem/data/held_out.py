@@ -1,4 +1,4 @@
-"""Which documents of a preparation are held out."""
+"""Which documents of a prepared corpus are held out."""
 
 import hashlib
 
@@ -9,11 +9,11 @@ from kmem.data.manifest import Manifest
 
 
 def choose_held_out(documents: int, share: float, seed: int) -> NDArray[np.bool_]:
-    """[documents] whether a document is held out: those with the smallest of one random number per document.
+    """[documents] whether a document is held out. Each document draws a random number; the smallest are held out.
 
     Args:
-        documents: of all input files, in their order; two at least.
-        share: of the documents; one document is held out at least, and one is not.
+        documents: number of documents in all input files, at least two.
+        share: share of the documents to hold out. At least one document is held out, and at least one is not.
     """
     assert documents > 1
     count = min(max(round(documents * share), 1), documents - 1)
@@ -25,10 +25,10 @@ def choose_held_out(documents: int, share: float, seed: int) -> NDArray[np.bool_
 
 
 def source_of_documents(manifest: Manifest) -> dict[str, NDArray[np.int32]]:
-    """Of each split of a prepared folder, the input file (its place in the manifest) that each document is from."""
+    """Split of a prepared folder -> int32 [documents], the input file of each document (its place in the manifest)."""
     counts = [source.documents for source in manifest.sources]
     held_out = choose_held_out(sum(counts), manifest.options["validation_share"], manifest.options["seed"])
     source = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    found = {"train": source[~held_out], "validation": source[held_out]}
-    assert all(len(found[split]) == record.documents for split, record in manifest.splits.items())
-    return found
+    by_split = {"train": source[~held_out], "validation": source[held_out]}
+    assert all(len(by_split[split]) == record.documents for split, record in manifest.splits.items())
+    return by_split

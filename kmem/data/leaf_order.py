@@ -1,5 +1,5 @@
-"""The order of a corpus in sequences of one leaf each: units are permuted, joined within their leaf, cut, and the
-sequences of all leaves permuted (hierarchical memories, arXiv 2510.02375, section 4: data format)."""
+"""The order of a corpus whose sequences hold one leaf each: units are permuted, joined within their leaf and cut; then
+the sequences of all leaves are permuted (hierarchical memories, arXiv 2510.02375, section 4: data format)."""
 
 from collections import OrderedDict
 
@@ -12,11 +12,11 @@ from kmem.data.order import Epoch, Indices, offsets_of, permutation
 class LeafOrder:
     """Epochs of one corpus whose units have leaves: a pure function of (seed, digest, epoch).
 
-    A leaf of L tokens makes ceil(L / sequence_length) sequences, the last of them padded. So each epoch reads every
-    token exactly once, and has the same number of sequences; which tokens share a sequence changes. The two epochs used
-    last are kept.
+    A leaf of L tokens makes ceil(L / sequence_length) sequences; the last one is padded. So each epoch reads every
+    token exactly once and has the same number of sequences; which tokens share a sequence changes. The two most
+    recently used epochs are kept.
 
-    Of some leaves only, an epoch is that of all leaves without the others' sequences.
+    If only some leaves are chosen, an epoch is the epoch of all leaves without the sequences of the others.
     """
 
     def __init__(
@@ -30,11 +30,11 @@ class LeafOrder:
     ):
         """
         Args:
-            lengths: [units] tokens of each.
-            leaves: [units] the leaf of each.
-            digest: identifies the content and its addresses; None keeps units and sequences as they are stored, leaf
-                after leaf, in every epoch.
-            chosen: [leaves of the tree] those whose sequences are read; None: all.
+            lengths: [units] tokens of each unit.
+            leaves: [units] the leaf of each unit.
+            digest: identifies the content and its addresses; None keeps units and sequences in stored order, leaf after
+                leaf, in every epoch.
+            chosen: bool [leaves of the tree], whether a leaf's sequences are read; None: all are read.
         """
         self._lengths, self._leaves = lengths, np.asarray(leaves)
         self._seed, self._digest = seed, digest
@@ -42,18 +42,18 @@ class LeafOrder:
         self._spans_F = -(-self._tokens_F // sequence_length)
         self._begins_F = offsets_of(self._spans_F) * sequence_length
         self.all_spans = int(self._spans_F.sum())
-        """Sequences of an epoch of all leaves."""
+        """Sequences per epoch of all leaves, chosen or not."""
         read_F = np.ones(len(self._tokens_F), np.bool_) if chosen is None else chosen[: len(self._tokens_F)]
         self._read = None if chosen is None else np.repeat(read_F, self._spans_F)
         self.spans_per_epoch = int(self._spans_F[read_F].sum())
         self.padding = self.spans_per_epoch * sequence_length - int(self._tokens_F[read_F].sum())
-        """Positions of an epoch that hold no token."""
+        """Positions per epoch that hold no token."""
         ends = self._begins_F[:-1] + self._tokens_F
         self._ends = np.repeat(ends, self._spans_F)
         self._kept: OrderedDict[int, Epoch] = OrderedDict()
 
     def epoch(self, number: int) -> Epoch:
-        """The order of one epoch, built when it is first asked for; its `documents` are units."""
+        """The order of one epoch, built on first use; its `documents` are units."""
         if number not in self._kept:
             self._kept[number] = self._build(number)
             if len(self._kept) > 2:
@@ -71,7 +71,7 @@ class LeafOrder:
             spans = permutation(self._seed, self._digest, number, "sequences", self.all_spans)
         if self._read is not None:
             spans = spans[self._read[spans]]
-        # Units of a leaf follow one another; the next leaf begins with a sequence of its own.
+        # The units of a leaf follow one another; the next leaf begins with a new sequence.
         joined = offsets_of(self._lengths[units])
         leaf_start = offsets_of(self._tokens_F)[:-1]
         leaves = self._leaves[units]

@@ -1,4 +1,4 @@
-"""What `kmem data prepare` says about the folder it wrote. Written last: a folder with a manifest is complete."""
+"""The manifest of a prepared folder. `kmem data prepare` writes it last: a folder with a manifest is complete."""
 
 import json
 from pathlib import Path
@@ -27,18 +27,18 @@ class SplitRecord(_Record):
     """One split."""
 
     documents: int
-    """Documents."""
+    """Number of documents."""
     tokens: int
-    """Tokens, one EOS per document included."""
+    """Number of tokens, with one EOS per document."""
     bytes: int
-    """UTF-8 bytes of the documents' text; an EOS counts none."""
+    """UTF-8 bytes of the documents' text; an EOS counts as 0."""
 
 
 class TokenizerRecord(_Record):
     """The tokenizer in the folder `tokenizer/`."""
 
     fingerprint: str
-    """Identity of what text becomes which ids; see kmem.data.tokenizer.tokenizer_fingerprint."""
+    """Identity of the mapping from text to ids; see kmem.data.tokenizer.tokenizer_fingerprint."""
     size: int
     """Largest token id plus one."""
     eos_token: str
@@ -56,7 +56,7 @@ class SourceRecord(_Record):
     documents: int
     """Documents taken from it."""
     provenance: dict[str, Any] | None = None
-    """Package, version, licence and attribution, for files written by `kmem data corpora`."""
+    """Package, version, licence and attribution of files that `kmem data corpora` wrote."""
 
 
 class SkipRecord(_Record):
@@ -83,7 +83,7 @@ class Manifest(_Record):
     sources: tuple[SourceRecord, ...]
     skipped: SkipRecord
     options: dict[str, Any]
-    """The choices that decide the content: field, documents, validation share, seed, tokenizer size."""
+    """The options that decide the content: field, documents, validation share, seed, tokenizer size."""
 
     def write(self, folder: Path) -> None:
         """Write it into a folder."""
@@ -91,10 +91,10 @@ class Manifest(_Record):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a prepared folder whose files are all there in full size.
+    """The manifest of a prepared folder, after a check that every file is there in full size.
 
     Raises:
-        UserError: no such folder, unfinished preparation, unknown format, a missing or truncated file.
+        UserError: the folder is missing, unfinished or of an unknown format, or a file is missing or truncated.
     """
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
@@ -110,8 +110,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path}: not a manifest of prepared data; prepare the folder anew") from None
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format version {version}, this kmem reads {FORMAT_VERSION}; prepare the folder anew or use the "
-            f"kmem that wrote it ({tree.get('kmem_version', 'unknown')})"
+            f"{path}: format version {version}, but this kmem reads {FORMAT_VERSION}; prepare the folder anew or use "
+            f"the kmem that wrote it ({tree.get('kmem_version', 'unknown')})"
         )
     try:
         manifest = Manifest.model_validate(tree)
@@ -123,8 +123,8 @@ def read_manifest(folder: Path) -> Manifest:
         file = folder / name
         size = file.stat().st_size if file.is_file() else None
         if size != record.bytes:
-            found = "missing" if size is None else f"{size:,} bytes"
+            actual = "missing" if size is None else f"{size:,} bytes"
             raise UserError(
-                f"{file}: {found}, expected {record.bytes:,} bytes; copy it again or prepare the folder anew"
+                f"{file}: {actual}, expected {record.bytes:,} bytes; copy it again or prepare the folder anew"
             )
     return manifest

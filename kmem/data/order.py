@@ -1,4 +1,4 @@
-"""The order of a corpus: in each epoch documents are permuted, joined and cut into spans, and these permuted."""
+"""The order of a corpus: in each epoch documents are permuted, joined and cut into spans; then spans are permuted."""
 
 import hashlib
 from collections import OrderedDict
@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 ORDER_VERSION = 1
-"""Changes whenever the same data and seed would be read in another order; part of every data fingerprint."""
+"""Version of the order, part of every data fingerprint: it changes whenever the same data and seed would be read in
+another order."""
 
 Indices = NDArray[np.int64]
 
@@ -18,25 +19,25 @@ class Epoch:
     """One pass over a corpus of D documents and S spans."""
 
     documents: Indices
-    """[D] which document stands at each place."""
+    """[D] the document at each place."""
     offsets: Indices
     """[D + 1] where each place begins in the joined stream, in tokens; the last entry is the stream's length."""
     spans: Indices
-    """[S] which span of the stream is read at each position."""
+    """[S] the span of the stream that is read at each position of the epoch."""
     ends: Indices | None = None
-    """[S] where what a span may hold ends in the stream, by span; None is the stream's end for all."""
+    """[S] the end, in the stream, of the text that each span may hold; None: the stream's end for all."""
 
 
 class CorpusOrder:
     """Epochs of one corpus: a pure function of (seed, corpus digest, epoch).
 
-    A span covers sequence_length tokens of the joined stream and one more, the label of its last token, which is also
+    A span covers sequence_length tokens of the joined stream and one more: the label of its last token, which is also
     the first token of the next span. Each epoch reads every span once. The last few tokens of the stream (fewer than a
-    span) are left out, different ones in each epoch. The two epochs used last are kept.
+    span) are left out; they differ from epoch to epoch. The two most recently used epochs are kept.
     """
 
     def __init__(self, lengths: Indices, sequence_length: int, seed: int, digest: str):
-        """lengths: [D] tokens of each document, its EOS included. digest: identifies the corpus's content."""
+        """lengths: [D] tokens of each document, with its EOS. digest: identifies the corpus's content."""
         self._lengths = lengths
         self._seed = seed
         self._digest = digest
@@ -44,7 +45,7 @@ class CorpusOrder:
         self._kept: OrderedDict[int, Epoch] = OrderedDict()
 
     def epoch(self, number: int) -> Epoch:
-        """The order of one epoch, built when it is first asked for."""
+        """The order of one epoch, built on first use."""
         if number not in self._kept:
             documents = permutation(self._seed, self._digest, number, "documents", len(self._lengths))
             spans = permutation(self._seed, self._digest, number, "spans", self.spans_per_epoch)
@@ -56,8 +57,8 @@ class CorpusOrder:
 
 
 def permutation(seed: int, digest: str, epoch: int, what: str, count: int) -> Indices:
-    """A permutation of `count` that is a function of its name alone."""
-    # Sorting raw Philox words, because NumPy promises that these never change between versions; it makes no such
+    """A permutation of `count` items, int64 [count]; a pure function of the arguments."""
+    # Raw Philox words are sorted, because NumPy promises that they never change between versions. It makes no such
     # promise for Generator.permutation, and a resumed run must not depend on NumPy's version.
     name = f"{seed}/{digest}/{epoch}/{what}"
     key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "little")
@@ -65,7 +66,7 @@ def permutation(seed: int, digest: str, epoch: int, what: str, count: int) -> In
 
 
 def natural_order(lengths: Indices, sequence_length: int) -> Epoch:
-    """Documents and spans as they are stored; the last span may be shorter than sequence_length + 1 tokens."""
+    """Documents and spans in stored order; the last span may be shorter than sequence_length + 1 tokens."""
     tokens = int(lengths.sum(dtype=np.int64))
     spans = max(-(-(tokens - 1) // sequence_length), 0)
     return Epoch(np.arange(len(lengths)), offsets_of(lengths), np.arange(spans))

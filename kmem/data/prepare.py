@@ -1,7 +1,7 @@
-"""`kmem data prepare`: text in, tokenizer and Megatron indexed datasets out.
+"""`kmem data prepare`: turn text into a tokenizer and Megatron indexed datasets.
 
-Two passes over the input. The first checks every record, counts documents and hashes the files, so that errors come
-before hours of tokenizing and the held-out documents are chosen from a known number. The second tokenizes.
+There are two passes over the input. The first checks every record, counts documents and hashes the files: errors come
+before hours of tokenizing, and the held-out documents are chosen from a known number. The second tokenizes.
 """
 
 import json
@@ -48,13 +48,13 @@ class Preparation:
     """Files and folders."""
     out: Path
     tokenizer: Path | None = None
-    """An existing tokenizer.json or tokenizer folder; None trains one of vocab_size."""
+    """An existing tokenizer.json or tokenizer folder; None trains one with vocab_size tokens."""
     vocab_size: int | None = None
     eos_token: str | None = None
-    """EOS of an existing tokenizer that does not name its own."""
+    """The EOS of an existing tokenizer that does not name one."""
     reading: Reading = field(default_factory=Reading)
     validation_share: float = 0.02
-    """Share of the documents that is held out; at least one document."""
+    """Share of the documents that is held out; at least one document is."""
     seed: int = 1234
     """Chooses the held-out documents."""
     workers: int = 1
@@ -62,11 +62,11 @@ class Preparation:
     force: bool = False
     """Replace a finished preparation."""
     tokenizer_sample: int = 1 << 28
-    """Bytes of text a tokenizer is trained on, at most: the beginning of each file, in proportion to its size."""
+    """Most bytes of text that a tokenizer is trained on: the beginning of each file, in proportion to its size."""
 
 
 def prepare(options: Preparation) -> Manifest:
-    """Prepare a corpus; the folder `options.out` appears when it is complete.
+    """Prepare a corpus; the folder `options.out` appears only when it is complete.
 
     The folder's content depends on the input and the options, not on the number of workers.
 
@@ -106,7 +106,7 @@ class Survey:
     documents: int
     text_bytes: int
     problems: Counter[str]
-    """Records left out, by kind."""
+    """Number of records left out, by kind."""
     examples: tuple[str, ...]
 
 
@@ -118,10 +118,10 @@ class _SurveyTask:
 
 
 def survey_file(task: _SurveyTask) -> Survey:
-    """Read a file through, count and hash.
+    """Read a whole file, count its documents and hash it.
 
     Raises:
-        UserError: the first record that gives no document, unless they are skipped.
+        UserError: names the first record that yields no document, unless such records are skipped.
     """
     documents = text_bytes = 0
     problems: Counter[str] = Counter()
@@ -129,7 +129,7 @@ def survey_file(task: _SurveyTask) -> Survey:
     for item in read_documents(task.path, task.reading):
         if isinstance(item, Problem):
             if task.on_error == "fail":
-                raise UserError(f"{item}; --on-error skip leaves out what cannot be read")
+                raise UserError(f"{item}; --on-error skip leaves out unreadable records")
             problems[item.kind] += 1
             if len(examples) < _EXAMPLES:
                 examples.append(str(item))
@@ -156,8 +156,8 @@ def _check_splittable(documents: int, options: Preparation) -> None:
         raise UserError(f"{', '.join(map(str, options.inputs))}: no documents in the input")
     if documents == 1:
         raise UserError(
-            f"{', '.join(map(str, options.inputs))}: only one document, but training and validation are split by "
-            "document; add more, or cut plain text with --documents blank-line, line or marker:TEXT"
+            f"{', '.join(map(str, options.inputs))}: only one document, but training and validation need different "
+            "documents; add more, or cut plain text with --documents blank-line, line or marker:TEXT"
         )
 
 
@@ -176,7 +176,7 @@ def _tokenizer(
 def _training_sample(
     surveys: Sequence[Survey], held_out: NDArray[np.bool_], options: Preparation, progress: Progress
 ) -> Iterator[str]:
-    """Documents for the tokenizer: none that is held out, and of each file its share of the sample."""
+    """Documents that the tokenizer is trained on: none is held out, and each file gives its share of the sample."""
     share = min(1.0, options.tokenizer_sample / sum(survey.text_bytes for survey in surveys))
     first = 0
     for survey in surveys:
@@ -193,7 +193,7 @@ def _training_sample(
 
 
 def _documents(path: Path, reading: Reading) -> Iterator[str]:
-    """The documents of a file; the first pass has dealt with the problems."""
+    """The documents of a file; the first pass has reported its problems."""
     return (item for item in read_documents(path, reading) if isinstance(item, str))
 
 
@@ -214,7 +214,7 @@ class _Encoded:
 
 
 def encode_batch(task: _EncodeTask) -> _Encoded:
-    """Tokenize some documents; runs in a worker."""
+    """Tokenize a batch of documents; runs in a worker."""
     encoded = _encoder(task.tokenizer, task.eos_token_id).encode(task.texts)
     return _Encoded(
         ids=np.concatenate([np.array(ids, dtype=task.dtype) for ids in encoded]),
@@ -236,7 +236,7 @@ def _tokenize(
     options: Preparation,
     workers: Workers,
 ) -> tuple[str, dict[str, SplitRecord]]:
-    """Second pass: write train.bin/.idx and validation.bin/.idx; the tokens' dtype and the counts of each split."""
+    """Second pass: write train.bin/.idx and validation.bin/.idx; return the tokens' dtype and each split's counts."""
     from kmem.data.indexed import megatron_indexed_dataset
 
     _encoder.cache_clear()  # a folder of the same name may have held another tokenizer
@@ -357,7 +357,7 @@ def _manifest(
 
 
 def _provenance(survey: Survey) -> dict[str, Any] | None:
-    """What `kmem data corpora` wrote about this very file, if it did."""
+    """The provenance that `kmem data corpora` recorded for exactly this file; None if it did not write the file."""
     try:
         tree = json.loads((survey.path.parent / PROVENANCE_NAME).read_text(encoding="utf-8"))
         entry = tree["files"][survey.path.name]

@@ -1,4 +1,4 @@
-"""Progress of long work: a rich bar on a terminal, plain lines otherwise."""
+"""Progress of long work: a bar on a terminal, plain lines otherwise."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress:
-    """One task with a known amount of work, in units such as bytes. Used as a context manager; writes to stderr."""
+    """A task with a known amount of work, in units such as bytes. A context manager that writes to stderr."""
 
     def __init__(self, title: str, total: int):
         self._title = title
@@ -37,7 +37,7 @@ class Progress:
         return self
 
     def advance(self, amount: int) -> None:
-        """More work is done."""
+        """Report that `amount` more work is done."""
         self._done += amount
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self._done)

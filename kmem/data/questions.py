@@ -1,8 +1,9 @@
-"""Questions about a corpus, with how many documents of a training split tell the answer.
+"""Questions about a corpus, with the number of training documents that tell the answer.
 
 `kmem data corpora` writes NAME.questions beside NAME.jsonl: JSON lines with `prompt`, `answer`, and `documents`, the
-numbers of the corpus' documents that tell the answer. Which of these a model reads is decided when the corpus is split,
-so `kmem data prepare` puts the same questions into the prepared folder with their number, `exposures`.
+numbers of the corpus's documents that tell the answer. Which of these a model reads is decided when the corpus is
+split. So `kmem data prepare` copies the questions into the prepared folder, with the number of training documents that
+tell the answer, `exposures`, in place of `documents`.
 """
 
 import json
@@ -17,14 +18,14 @@ QUESTIONS_SUFFIX = ".questions"
 
 
 def count_exposures(corpus: Path, held_out: NDArray[np.bool_], folder: Path) -> Path | None:
-    """Write the questions of a corpus file into a prepared folder; where they are, None if the corpus has none.
+    """Write the questions of a corpus file into a prepared folder; return their path, None if there are none.
 
     Args:
-        corpus: the file that `kmem data corpora` wrote, unchanged.
+        corpus: a file that `kmem data corpora` wrote, unchanged.
         held_out: [documents of the file] whether a document is held out.
 
     Raises:
-        UserError: questions that are damaged or belong to another corpus.
+        UserError: the questions are damaged or belong to another corpus.
     """
     source = corpus.with_suffix(QUESTIONS_SUFFIX)
     if not source.is_file():

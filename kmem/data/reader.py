@@ -1,4 +1,4 @@
-"""Training and held-out sequences by number: every process reads any of them for itself, at any time."""
+"""Training and held-out sequences by number: every process can read any of them at any time."""
 
 import copy
 import hashlib
@@ -44,28 +44,31 @@ class PreparedData:
     tokenizer_fingerprint: str
     eos_token_id: int
     bytes_per_token_validation: float
-    """UTF-8 bytes per token of the validation documents, their EOS counted among the tokens. Bits per byte are
-    loss / ln 2 / this, with the mean loss per token in nats."""
+    """UTF-8 bytes per token of the validation documents; an EOS counts as a token. Bits per byte are
+    loss / ln 2 / this, where loss is the mean per token in nats."""
     fingerprint: str
-    """Identity of the training sequences and their order: equal fingerprints, of equal selections, give equal batches
-    for every sample."""
+    """Identity of the training sequences and their order: with equal fingerprints and selections, every sample is
+    equal."""
     sequences_fingerprint: str
-    """The same but for the addresses that sequences carry, where these do not decide what is a sequence."""
+    """The same without the addresses that sequences carry, unless addresses decide how sequences are composed."""
     selection: str = ""
-    """The subtrees whose sequences are read, as in `0,3.7`; empty: all text. Each selection has an order of its own."""
+    """The subtrees whose sequences are read, such as `0,3.7`; empty: all text. Each selection has an order of its own.
+    """
 
     def bits_per_byte(self, loss: float) -> float:
-        """A mean held-out loss in nats per token as bits per UTF-8 byte, comparable between tokenizers."""
+        """Convert a mean held-out loss in nats per token to bits per UTF-8 byte, comparable between tokenizers."""
         return loss / math.log(2) / self.bytes_per_token_validation
 
 
 def open_data(config: DataConfig, model_vocab_size: int, addressing: Addressing | None = None) -> PreparedData:
-    """Open the prepared corpora of a run; with `data.addresses`, or `addressing` instead, sequences carry memory
-    addresses.
+    """Open the prepared corpora of a run.
+
+    Args:
+        addressing: in place of `data.addresses`; with either, sequences carry bank addresses.
 
     Raises:
         UserError: a corpus is missing, unfinished, damaged or shorter than a sequence; the corpora do not share one
-            tokenizer; the tokenizer has more tokens than the model; a corpus has no addresses of the tree.
+            tokenizer; the tokenizer has more tokens than the model; a corpus has no addresses from the tree.
     """
     if addressing is None and config.addresses is not None:
         chosen = config.addresses
@@ -104,24 +107,24 @@ def open_data(config: DataConfig, model_vocab_size: int, addressing: Addressing 
 class SequenceReader:
     """Sequences of one split as a pure function of (configuration, sample number).
 
-    split `train`: samples count up without end over the whole run; each source passes through its documents in a new
-    order every epoch (kmem.data.order) and takes its turn by weight (kmem.data.blend). Nothing depends on how long the
-    run is meant to be.
+    Split `train`: sample numbers are unbounded. Each source is read in a new order every epoch (kmem.data.order), and
+    the blend takes sources by weight (kmem.data.blend). Nothing depends on the planned length of the run.
 
-    split `validation`: samples 0..len-1 in the order in which the documents are stored, source after source. The last
+    Split `validation`: samples 0..len-1 in the order in which the documents are stored, source after source. The last
     sequence of a source is padded with EOS tokens that have no labels.
 
-    With `addressing.batching` leaf, a sequence holds documents or windows of one leaf, and the last one of each leaf is
-    padded (kmem.data.leaf_order); held out, leaf follows leaf. With `addressing.subtrees` both splits are what they are
-    without, but for the sequences of other leaves, which are left out; a source's weight is multiplied by its part that
-    is not, so that its share of a cluster's text stays what it is in the whole text.
+    With `addressing.batching` leaf, a sequence holds documents or windows of one leaf, and the last sequence of each
+    leaf is padded (kmem.data.leaf_order); the validation split reads leaf after leaf. With `addressing.subtrees` both
+    splits leave out the sequences of other leaves and are otherwise the same. A source's weight is then multiplied by
+    the share of its sequences that remains, so each source keeps the share of a cluster's text that it has in the whole
+    text.
     """
 
     def __init__(self, config: DataConfig, split: str, addressing: Addressing | None = None):
         """
         Raises:
-            UserError: a corpus is missing, unfinished or damaged, or its training split is shorter than a sequence; it
-                has no addresses of the tree.
+            UserError: a corpus is missing, unfinished or damaged, its training split is shorter than a sequence, or it
+                has no addresses from the tree.
         """
         assert split in ("train", "validation")
         self._config = config
@@ -141,7 +144,7 @@ class SequenceReader:
         self._ends = offsets_of(np.array([source.spans for source in self._sources]))
 
     def _check_subtrees(self, addressing: Addressing) -> None:
-        """Every chosen cluster has text."""
+        """Check that every chosen cluster has training text."""
         for path, leaves in leaves_below(tree_record(addressing.tree), addressing.subtrees).items():
             if not any(source.holds(leaves) for source in self._sources):
                 raise UserError(
@@ -149,21 +152,21 @@ class SequenceReader:
                 )
 
     def __len__(self) -> int:
-        """Sequences in one pass over every source; training goes on beyond it, validation ends there."""
+        """Sequences in one pass over every source; training continues beyond it, validation ends there."""
         return int(self._ends[-1])
 
     @property
     def address_digests(self) -> list[str]:
-        """Identity of the addresses of each source, their tree's included; empty without."""
+        """Identity of each source's addresses and of their tree; empty without addresses."""
         return [source.addresses.digest for source in self._sources if source.addresses is not None]
 
     @property
     def leaves(self) -> NDArray[np.integer]:
-        """int32 [units] the leaf of each document or window, source after source; of sequences that carry addresses."""
+        """int32 [units] the leaf of each document or window, source after source; only if sequences carry addresses."""
         return np.concatenate([source.leaves for source in self._sources])
 
     def with_leaves(self, leaves: NDArray[np.integer]) -> "SequenceReader":
-        """The same sequences, in which units have other addresses; [units] as `leaves`."""
+        """A reader of the same sequences whose units have other addresses: [units], in the order of `self.leaves`."""
         other, start = copy.copy(self), 0
         other._sources = []
         for source in self._sources:
@@ -173,28 +176,27 @@ class SequenceReader:
         return other
 
     def units(self, samples: Sequence[int]) -> NDArray[np.int64]:
-        """Which units sequences hold: places in `leaves`, ascending."""
+        """The units that these sequences hold: indices into `leaves`, ascending."""
         numbered = self.with_leaves(np.arange(len(self.leaves)))
-        found = [np.empty(0, dtype=np.int64)]
+        parts = [np.empty(0, dtype=np.int64)]
         for start in range(0, len(samples), _SEQUENCES_AT_A_TIME):
             addresses = numbered.read(samples[start : start + _SEQUENCES_AT_A_TIME]).addresses
             assert addresses is not None
-            found.append(np.unique(addresses.numpy()))
-        return np.unique(np.concatenate(found))
+            parts.append(np.unique(addresses.numpy()))
+        return np.unique(np.concatenate(parts))
 
     @property
     def tokens(self) -> int:
-        """Tokens of the split over all sources, EOS included."""
+        """Tokens of the split in all sources, with EOS."""
         return sum(int(source.indexed.lengths.sum()) for source in self._sources)
 
     @property
     def padding(self) -> int:
-        """Positions without a token in one pass over every source, of len(self) sequences."""
+        """Positions without a token in one pass over every source, that is, in len(self) sequences."""
         return sum(source.padding for source in self._sources)
 
     def spread(self, count: int | None) -> list[int]:
-        """At most `count` validation samples, evenly spaced so that every source and its whole length is represented;
-        None takes all."""
+        """At most `count` validation samples, evenly spaced over all sources and their whole length; None takes all."""
         count = len(self) if count is None else min(count, len(self))
         return [number * len(self) // count for number in range(count)]
 
@@ -257,14 +259,14 @@ class SequenceReader:
 
 @dataclass(frozen=True)
 class _Rows:
-    """n rows of T tokens and the token after them; int64."""
+    """n rows of T tokens and the token after each row; int64."""
 
     tokens: NDArray[np.int64]  # [n, T + 1]
     documents: NDArray[np.int64]  # [n, T + 1] numbered from 0 in each row
     positions: NDArray[np.int64]  # [n, T + 1] within the document, from its first token in the row
     real: NDArray[np.int64]  # [n] tokens before the padding
     addresses: NDArray[np.int64] | None  # [n, T + 1]
-    # (rows, columns, tokens): the token that follows a window in its document, where another one follows in the row.
+    # (rows, columns, tokens): the token after a window in its document, where the row continues with another token.
     continuations: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = field(default_factory=list)
 
 
@@ -282,7 +284,7 @@ class _Source:
             )
         self._length = config.sequence_length
         self._padding = manifest.tokenizer.eos_token_id
-        # What is joined to a stream: documents, or units of one leaf.
+        # The pieces that are joined into a stream: documents, or units of one leaf.
         self._starts, self._lengths = self.indexed.starts, lengths
         self.addresses: SplitAddresses | None = None
         if addressing is not None:
@@ -306,7 +308,8 @@ class _Source:
             if self.spans == 0:
                 raise UserError(
                     f"{folder}: its {record.tokens:,} training tokens are fewer than one sequence of "
-                    f"data.sequence_length={self._length} and its last label; add text or shorten the sequences"
+                    f"data.sequence_length={self._length} and the label of its last token; add text or shorten the "
+                    "sequences"
                 )
         else:
             self._natural = natural_order(lengths, self._length)
@@ -314,7 +317,7 @@ class _Source:
             self.padding = max(self.spans * self._length - record.tokens, 0)
 
     def with_leaves(self, leaves: NDArray[np.integer]) -> "_Source":
-        """The same sequences, in which units have other addresses."""
+        """The same sequences with other addresses of their units."""
         other = copy.copy(self)
         other.leaves = leaves
         return other
@@ -322,17 +325,17 @@ class _Source:
     def holds(self, leaves: range) -> bool:
         """Whether any unit has one of these leaves."""
         assert self.addresses is not None
-        found = self.addresses.leaves
-        return bool(((found >= leaves.start) & (found < leaves.stop)).any())
+        own = self.addresses.leaves
+        return bool(((own >= leaves.start) & (own < leaves.stop)).any())
 
     def fill(self, rows: _Rows, here: NDArray[np.int64], number: int, positions: NDArray[np.int64]) -> None:
-        """Write the spans at positions of an epoch into the rows `here`."""
+        """Write the spans at `positions` of epoch `number` into the rows `here`."""
         epoch: Epoch = self._natural if self._order is None else self._order.epoch(number)
         width = self._length + 1
         span_n = epoch.spans[positions]
         start_n = span_n * self._length
         stop_n = np.minimum(start_n + width, epoch.offsets[-1] if epoch.ends is None else epoch.ends[span_n])
-        # A row is joined from pieces, one per document (or unit) that it touches.
+        # A row is joined from pieces, one per document (or unit) that it overlaps.
         first_n = np.searchsorted(epoch.offsets, start_n, side="right") - 1
         count_n = np.searchsorted(epoch.offsets, stop_n, side="left") - first_n
         row_p = np.repeat(np.arange(len(here)), count_n)
@@ -394,8 +397,8 @@ def _content_digest(manifest: Manifest) -> str:
 def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
     if tokenizer_fingerprint(folder / "tokenizer") != manifest.tokenizer.fingerprint:
         raise UserError(
-            f"{folder}/tokenizer/tokenizer.json: not the tokenizer the folder was prepared with (see manifest.json); "
-            "restore it or prepare the folder anew"
+            f"{folder}/tokenizer/tokenizer.json: not the tokenizer that the folder was prepared with (see "
+            "manifest.json); restore it or prepare the folder anew"
         )
 
 
@@ -414,6 +417,6 @@ def _fingerprint(
         "document_attention": config.document_attention,
         "seed": config.seed,
     }
-    if addressing is not None:  # left out otherwise: data without addresses is the same data as ever
+    if addressing is not None:  # left out otherwise, so data without addresses keeps its fingerprint
         tree["addresses"] = [addressing.batching, *digests]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

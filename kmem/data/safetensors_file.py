@@ -1,8 +1,8 @@
-"""Writing one safetensors file front to back in bounded memory.
+"""Write a safetensors file from front to back in bounded memory.
 
 The `safetensors` library writes a file from a dict that holds every tensor at once. Here the header is computed from
-declared shapes, then tensors (or slices of them) are appended one at a time, so a file may be larger than memory.
-Reading needs nothing of the kind: `safetensors.safe_open` maps the file and slices it.
+declared shapes; then tensors (or slices of them) are appended one at a time, so a file may be larger than host memory.
+Reading needs no such code: `safetensors.safe_open` maps the file and slices it.
 """
 
 import hashlib
@@ -36,14 +36,14 @@ DTYPE_NAMES = {
 """torch dtype -> its name in a safetensors header."""
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
-SLICE_BYTES = 64 << 20  # a tensor that must be moved or made contiguous is copied this much at a time
+SLICE_BYTES = 64 << 20  # a tensor that must be moved or made contiguous is copied in slices of this size
 
 
 class SafetensorsWriter:
-    """Writes `path` as an `AtomicFile`, which gets its name once every declared tensor is there.
+    """Writes `path` as an `AtomicFile`, which gets its name once every declared tensor is written.
 
-    As a context manager it closes the file at the end of the block, and removes it when the block raises: a file of
-    the final name is always complete.
+    As a context manager it closes the file at the end of the block and removes it if the block raises: a file with the
+    final name is always complete.
 
     Args:
         path: the finished file. Its folder exists.
@@ -51,9 +51,9 @@ class SafetensorsWriter:
         metadata: text stored under `__metadata__`.
 
     Raises:
-        ValueError: an unknown dtype, or an order in which a tensor would start at an odd address (declare wider dtypes
-            first).
-        UserError: the disk is full or the file cannot be made.
+        ValueError: a dtype is unknown, or a tensor would start at an offset that is not a multiple of its item size
+            (declare wider dtypes first).
+        UserError: the disk is full or the file cannot be created.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class SafetensorsWriter:
         self._tensors = {name: (tuple(shape), dtype) for name, (shape, dtype) in tensors.items()}
         self._names = list(self._tensors)
         self._next = 0  # index of the tensor being written
-        self._values = 0  # its values written so far
+        self._values = 0  # values of that tensor written so far
         self._hash = hashlib.sha256()
         self._digest: str | None = None
         header, data_bytes = _header(self._tensors, metadata)
@@ -82,7 +82,7 @@ class SafetensorsWriter:
 
     @property
     def sha256(self) -> str:
-        """Digest of the finished file, hexadecimal; only after close()."""
+        """Hexadecimal SHA-256 digest of the finished file; only after close()."""
         assert self._digest is not None, f"{self.path} is not closed yet"
         return self._digest
 
@@ -92,14 +92,14 @@ class SafetensorsWriter:
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise ValueError(f"{name}: declared {list(shape)} {dtype}, got {list(tensor.shape)} {tensor.dtype}")
         if self._values:
-            raise ValueError(f"{name}: its first {self._values} values were written already")
+            raise ValueError(f"{name}: its first {self._values} values are already written")
         self._append_tensor(tensor)
         self._next += 1
 
     def write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
         """Append rows [start, start + len(rows)) of the next declared tensor along its first dimension.
 
-        Rows come in order; the tensor is complete with its last row.
+        Rows are written in order; the tensor is complete after its last row.
         """
         shape, dtype = self._expect(name)
         if not shape or tuple(rows.shape[1:]) != shape[1:] or rows.dtype != dtype:
@@ -113,8 +113,8 @@ class SafetensorsWriter:
         self.write_values(name, rows)
 
     def write_values(self, name: str, values: torch.Tensor) -> None:
-        """Append values of any shape to the next declared tensor, in row-major order: parts of rows that are too long
-        to be held. The tensor is complete with its last value."""
+        """Append values of any shape to the next declared tensor, in row-major order, such as parts of rows that are
+        too long to hold. The tensor is complete after its last value."""
         shape, dtype = self._expect(name)
         size = prod(shape)
         if values.dtype != dtype or self._values + values.numel() > size:
@@ -148,7 +148,7 @@ class SafetensorsWriter:
         self._digest = self._hash.hexdigest()
 
     def abort(self) -> None:
-        """Give up: remove what was written. After close() it does nothing."""
+        """Give up and remove the partial file. After close() this does nothing."""
         self._file.discard()
 
     def __enter__(self) -> "SafetensorsWriter":
@@ -187,7 +187,7 @@ class SafetensorsWriter:
             for start in range(0, len(view), SLICE_BYTES):
                 part = view[start : start + SLICE_BYTES]
                 self._hash.update(part)
-                while part:  # an unbuffered write may stop short
+                while part:  # an unbuffered write may write less than it is given
                     count = self._file.stream.write(part)
                     self._written += count
                     part = part[count:]
@@ -205,8 +205,10 @@ class SafetensorsWriter:
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors that are held in memory, with the mode that the umask gives: files of `safetensors.torch.save_file`
-    are readable by their owner alone (safetensors 0.8), and those of a tree or an export are for others too.
+    """Write a file from tensors in memory, with a mode that follows the umask.
+
+    `safetensors.torch.save_file` (0.8) makes files that only their owner can read, but files of a tree or an export are
+    for others too.
 
     Raises:
         ValueError, UserError: as `SafetensorsWriter`.
@@ -218,16 +220,19 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tens
 
 
 def refuse_pickled(folder: Path, model_class: str) -> None:
-    """For a folder without safetensors.
+    """Explain a folder without safetensors, if its weights are pickled.
+
+    Args:
+        model_class: the class of Transformers that converts them.
 
     Raises:
-        UserError: it has weights that only unpickling would read; says how this class of Transformers converts them.
+        UserError: the folder has weights that only unpickling would read; says how to convert them.
     """
     pickled = sorted(file for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
     if pickled:
         raise UserError(
-            f"{pickled[0]}: kmem does not unpickle weights, which can run any code; convert them where you trust the "
-            f"folder: python -c 'from transformers import {model_class}; "
+            f"{pickled[0]}: kmem does not unpickle weights, since unpickling can run any code; if you trust the "
+            f"folder, convert them: python -c 'from transformers import {model_class}; "
             f'{model_class}.from_pretrained("{folder}").save_pretrained("{folder}")\''
         )
 
@@ -235,14 +240,14 @@ def refuse_pickled(folder: Path, model_class: str) -> None:
 def _header(
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], metadata: Mapping[str, str] | None
 ) -> tuple[bytes, int]:
-    """The file's first bytes (length, JSON, padding) and the bytes of data that follow."""
+    """(The file's first bytes: length, JSON and padding; the number of data bytes that follow.)"""
     entries: dict[str, object] = {}
     if metadata:
         entries["__metadata__"] = dict(metadata)
     offset = 0
     for name, (shape, dtype) in tensors.items():
         if dtype not in DTYPE_NAMES:
-            raise ValueError(f"{name}: safetensors have no {dtype}")
+            raise ValueError(f"{name}: safetensors has no {dtype}")
         if offset % dtype.itemsize:
             raise ValueError(f"{name}: {dtype} would start at byte {offset}; declare wider dtypes first")
         end = offset + prod(shape) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Tokenizers: trained on the corpus or taken from a file or folder, saved as a Hugging Face folder, identified."""
+"""Tokenizers: train one on the corpus or adopt an existing one, save it as a Hugging Face folder, and identify it."""
 
 import hashlib
 import json
@@ -29,9 +29,11 @@ class SavedTokenizer:
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> SavedTokenizer:
-    """Train a byte-level BPE (GPT-2's pre-tokenizer, no normalisation: any text comes back unchanged) and save it.
+    """Train a byte-level BPE and save it. It has GPT-2's pre-tokenizer and no normalisation, so any text decodes to
+    itself.
 
-    The result depends on the texts alone. It is smaller than vocab_size when the texts give fewer merges.
+    The result depends on the texts and `vocab_size` alone. It has fewer than `vocab_size` tokens if the texts give
+    fewer merges.
 
     Raises:
         UserError: vocab_size cannot hold the 256 bytes and the EOS.
@@ -59,10 +61,10 @@ def adopt_tokenizer(path: Path, eos_token: str | None, folder: Path) -> SavedTok
 
     Args:
         path: a tokenizer.json, or a folder that AutoTokenizer.from_pretrained loads without custom code.
-        eos_token: overrides the tokenizer's own EOS; needed where it does not name one.
+        eos_token: overrides the tokenizer's own EOS; needed if the tokenizer does not name one.
 
     Raises:
-        UserError: not a tokenizer, or no EOS.
+        UserError: `path` is not a tokenizer, or its EOS is unknown.
     """
     from tokenizers import Tokenizer
 
@@ -72,7 +74,7 @@ def adopt_tokenizer(path: Path, eos_token: str | None, folder: Path) -> SavedTok
         try:
             loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
             if not loaded.is_fast:
-                raise ValueError("it has no tokenizer.json and none can be made")
+                raise ValueError("it has no tokenizer.json, and none can be made")
         except Exception as error:  # Transformers raises many kinds
             raise UserError(f"--tokenizer {path}: not loadable by transformers.AutoTokenizer: {error}") from None
         eos_token = _eos(loaded.backend_tokenizer, eos_token or loaded.eos_token, path)
@@ -94,7 +96,7 @@ def adopt_tokenizer(path: Path, eos_token: str | None, folder: Path) -> SavedTok
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
-    """Identity of a tokenizer: the hash of everything in tokenizer.json that decides which ids a text becomes.
+    """Identity of a tokenizer: the SHA-256 hash of everything in tokenizer.json that decides a text's ids.
 
     Layout, truncation, padding and template settings do not change it.
 
@@ -117,7 +119,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The Transformers tokenizer of a folder, without running code of the folder's.
+    """The Transformers tokenizer in a folder. No code from the folder is run.
 
     Raises:
         UserError: there is none, or Transformers cannot load it.
@@ -131,19 +133,19 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 class Encoder:
-    """Text to token ids, one EOS after each document. Used inside worker processes."""
+    """Encodes text as token ids, with one EOS after each document. Used inside worker processes."""
 
     def __init__(self, folder: Path, eos_token_id: int):
         from tokenizers import Tokenizer
 
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        # A document that spells out `<|endoftext|>` contains those characters, not the end of a document.
+        # In a document the text `<|endoftext|>` is ordinary characters, not the end of the document.
         self._tokenizer.encode_special_tokens = True
         self._eos_token_id = eos_token_id
         self._cut = _PIECE_CHARACTERS if _splits_at_newlines(self._tokenizer) else None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each document, EOS included."""
+        """Token ids of each document, with its EOS."""
         pieces = [pieces_of(text, self._cut) for text in texts]
         flat = [piece for document in pieces for piece in document]
         encoded = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
@@ -160,10 +162,10 @@ _PIECE_CHARACTERS = 1 << 18
 
 
 def pieces_of(text: str, characters: int | None) -> list[str]:
-    """Cut a long text before a newline that follows no whitespace, every `characters` or a little later.
+    """Cut a long text every `characters` or a little later, always before a newline that follows no whitespace.
 
     Encoding a book at once would take gigabytes. GPT-2's pre-tokenizer looks ahead only within a run of whitespace and
-    never lets a run start inside a word, so cutting where a run starts with a newline keeps the token ids.
+    never starts a run inside a word, so a cut where a run starts with a newline keeps the token ids.
     """
     if characters is None or len(text) <= characters:
         return [text]
@@ -180,7 +182,7 @@ def pieces_of(text: str, characters: int | None) -> list[str]:
 
 
 def _splits_at_newlines(tokenizer: Any) -> bool:
-    """Whether pieces_of keeps this tokenizer's ids: GPT-2's pre-tokenizer alone and nothing that spans pieces."""
+    """Whether `pieces_of` keeps this tokenizer's ids: it has only GPT-2's pre-tokenizer, and nothing spans pieces."""
     tree = json.loads(tokenizer.to_str())
     pre_tokenizer = tree["pre_tokenizer"] or {}
     return (
@@ -223,24 +225,25 @@ def _describe(folder: Path, eos_token: str) -> SavedTokenizer:
 
 
 def _eos(tokenizer: Any, named: str | None, path: Path) -> str:
-    """The EOS token: the one named, or the only known one among the tokenizer's special tokens."""
+    """The EOS token: `named`, or the only known EOS among the tokenizer's special tokens."""
     if named is not None:
         if tokenizer.token_to_id(named) is None:
             raise UserError(f"--eos-token {named}: not in the vocabulary of {path}")
         return named
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-    found = [token for token in _KNOWN_EOS if token in special]
-    if len(found) != 1:
+    candidates = [token for token in _KNOWN_EOS if token in special]
+    if len(candidates) != 1:
         listed = ", ".join(sorted(special)[:20]) or "none"
         raise UserError(
             f"--tokenizer {path}: it does not say which token ends a document; add --eos-token TOKEN "
             f"(special tokens: {listed})"
         )
-    return found[0]
+    return candidates[0]
 
 
 def _check_loads_alike(saved: SavedTokenizer, path: Path) -> None:
-    """Transformers rebuilds some tokenizers from their class; its ids must be those the corpus is encoded with."""
+    """Check that Transformers gives the ids that the corpus is encoded with: it rebuilds some tokenizers from their
+    class."""
     from transformers import AutoTokenizer
 
     probe = "The  quick brown fox\n\njumped over 12,345 dogs' tails: naïve — 東京 🙂\tdon't!"

@@ -1,4 +1,4 @@
-"""What has a memory address of its own: a document, or a window of one."""
+"""Units: a unit has a bank address of its own and is a document or a window of one."""
 
 from dataclasses import dataclass
 
@@ -16,14 +16,14 @@ class Unit:
     """The rule that cuts documents into units."""
 
     window: int | None = None
-    """Tokens of a window; None where a unit is a whole document."""
+    """Tokens per window; None if a unit is a whole document."""
 
     @classmethod
     def parse(cls, text: str) -> "Unit":
-        """`document`, or `window:N`.
+        """Parse `document` or `window:N`.
 
         Raises:
-            UserError: neither.
+            UserError: the text is neither.
         """
         kind, _, number = text.partition(":")
         if text == "document":
@@ -39,13 +39,13 @@ class Unit:
 class UnitMap:
     """The units of a split, numbered in document order.
 
-    Windows do not overlap. What is left of a document after its last whole window is a window of its own from half a
-    window's length on, and belongs to the window before it otherwise: a window has N/2 to 3N/2 tokens, unless its
+    Windows do not overlap. The rest of a document after its last whole window is a window of its own if it has at least
+    half a window's length; otherwise it belongs to the window before. So a window has N/2 to 3N/2 tokens, unless its
     document is shorter.
     """
 
     def __init__(self, starts: Indices, lengths: Indices, unit: Unit):
-        """starts, lengths: [documents] place of each document in the stream and its tokens, EOS included."""
+        """starts, lengths: [documents] where each document begins in the stream, and its tokens, with its EOS."""
         self._unit = unit
         self._document_starts = starts
         if unit.window is None:
@@ -60,7 +60,7 @@ class UnitMap:
         self.documents = np.repeat(np.arange(len(lengths)), counts)
         nth = np.arange(len(self.documents)) - self.first[self.documents]
         self.starts = starts[self.documents] + nth * unit.window
-        """[units] where each unit begins in the stream."""
+        """[units] where each unit begins in the stream, in tokens."""
         ends = np.where(
             nth + 1 == counts[self.documents], (starts + lengths)[self.documents], self.starts + unit.window
         )
@@ -71,14 +71,14 @@ class UnitMap:
         return int(self.first[-1])
 
     def of(self, documents: Indices, places: Indices) -> Indices:
-        """The units of places in the stream, whose documents are given."""
+        """The unit of each place in the stream, given its document."""
         if self._unit.window is None:
             return documents
         nth = (places - self._document_starts[documents]) // self._unit.window
         return np.minimum(self.first[documents] + nth, self.first[documents + 1] - 1)
 
     def continued(self) -> NDArray[np.bool_]:
-        """[units] whether the document goes on after the unit."""
+        """[units] whether the document continues after the unit."""
         ends = np.zeros(len(self), dtype=bool)
         ends[self.first[1:] - 1] = True
         return ~ends

@@ -1,4 +1,4 @@
-"""Worker processes that give results in order and leave nothing behind, however the parent ends."""
+"""Worker processes that return results in order and never outlive their parent, however it ends."""
 
 import multiprocessing
 import os
@@ -23,7 +23,7 @@ def available_cores() -> int:
 
 
 class Workers:
-    """`count` processes, or this process alone when count is 1. Used as a context manager."""
+    """`count` worker processes, or this process alone if `count` is 1. A context manager."""
 
     def __init__(self, count: int):
         self._count = count
@@ -32,13 +32,14 @@ class Workers:
 
     def __enter__(self) -> "Workers":
         if self._count > 1:
-            # Spawned, since a fork of a process with threads (tokenizers, PyTorch) may hang.
+            # Spawned: a fork of a process with threads (tokenizers, PyTorch) may hang.
             context = multiprocessing.get_context("spawn")
             self._executor = ProcessPoolExecutor(self._count, mp_context=context, initializer=_begin)
         return self
 
     def in_order(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """function of each item, in the order of the items; a few items per worker are read ahead.
+        """Apply `function` to each item and yield results in the order of the items; a few items per worker are read
+        ahead.
 
         Raises:
             UserError: a worker process died.
@@ -56,8 +57,8 @@ class Workers:
                 yield pending.popleft().result()
         except BrokenProcessPool:
             raise UserError(
-                "a worker process was killed, perhaps for lack of memory; free some, or use fewer --workers where the "
-                "command has them"
+                "a worker process was killed, perhaps for lack of host memory; free some, or use fewer --workers if "
+                "the command has that option"
             ) from None
 
     def __exit__(
@@ -78,7 +79,7 @@ def _begin() -> None:
     assert parent is not None
 
     def follow() -> None:
-        # A parent that is killed closes no queue: workers would wait for work for ever.
+        # A parent that is killed does not close the queue, so workers would wait for work forever.
         parent.join()
         os._exit(1)
 

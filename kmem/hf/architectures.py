@@ -1,4 +1,4 @@
-"""Which architecture a model is exported to, and how its configuration translates in both directions."""
+"""Which architecture a model is exported to, and the translation of its configuration in both directions."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -33,20 +33,22 @@ def choose(model: ModelConfig, custom_code: bool = False) -> Choice:
 
     Args:
         model: the model section of a run.
-        custom_code: take kmem's own code whatever the shape.
+        custom_code: choose kmem's own code whatever the shape.
     """
     if custom_code:
         return Choice(KMEM, "--custom-code was given")
     if model.moe is not None and model.moe.chain is not None:
         return Choice(KMEM, "no native architecture has a chain of experts (model.moe.chain)")
     if model.engram is not None:
-        return Choice(KMEM, "no native architecture has an n-gram memory (model.engram)")
+        return Choice(KMEM, "no native architecture has an engram (model.engram)")
     if model.bank is not None:
-        return Choice(KMEM, "no native architecture has a memory bank (model.bank)")
+        return Choice(KMEM, "no native architecture has a bank (model.bank)")
     if model.shape.branches > 1:
         return Choice(KMEM, "no native architecture has a residual stream of branches (model.hyper_connections)")
     if model.attention.kind == "gqa" and model.attention.qk_norm_span == "all_heads":
-        return Choice(KMEM, "no native architecture norms queries and keys over all heads (attention.qk_norm_span)")
+        return Choice(
+            KMEM, "no native architecture normalizes queries and keys over all heads (attention.qk_norm_span)"
+        )
     for architecture in NATIVE:
         if architecture.asks(model):
             obstacles = architecture.obstacles(model)
@@ -57,7 +59,7 @@ def choose(model: ModelConfig, custom_code: bool = False) -> Choice:
 
 
 def to_fields(model: ModelConfig, architecture: Architecture) -> dict[str, Any]:
-    """The fields of config.json that describe a model, tokens and dtype apart."""
+    """The fields of config.json that describe a model, without tokens and dtype."""
     if architecture is KMEM:
         return architecture.to_fields(model)
     return {

@@ -1,4 +1,4 @@
-"""kmem's own model class in Transformers: the files that ship with an export, and registration inside kmem."""
+"""kmem's own model class in Transformers: the files that ship with an export, and its registration inside kmem."""
 
 import ast
 import inspect
@@ -15,30 +15,30 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_kmem.KmemForCausalLM",
 }
 REGISTERED = "registered_embedder"
-"""Module of an export that holds the class of an embedder which is not kmem's own."""
+"""Module of an export that holds the class of a registered embedder, one that is not kmem's own."""
 
 
 def code_files() -> list[Path]:
-    """The files of kmem/model that a custom-code export needs: the model class and all it imports relatively.
+    """The files of kmem/model that a custom-code export needs: the model class and everything it imports relatively.
 
-    Transformers copies the same closure, which it finds by the same form of import (`from .name import ...`).
+    Transformers copies the same closure: it follows the same form of import (`from .name import ...`).
     """
     folder = Path(kmem.model.__file__).parent
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     todo = [ENTRY]
     while todo:
         name = todo.pop()
-        if name not in found:
-            found[name] = folder / f"{name}.py"
-            todo += _relative_imports(found[name])
-    return [found[name] for name in sorted(found)]
+        if name not in files:
+            files[name] = folder / f"{name}.py"
+            todo += _relative_imports(files[name])
+    return [files[name] for name in sorted(files)]
 
 
 def embedder_class(name: str) -> type | None:
-    """What reads an embedder that was registered from outside kmem; None for those that are kmem's own.
+    """The class that reads an embedder registered from outside kmem; None for kmem's own embedders.
 
     Raises:
-        UserError: its file needs more than there is beside exported weights.
+        UserError: its file imports kmem or its neighbours, which an export does not carry.
     """
     reader = bank_embedder.EMBEDDERS[name]
     if reader.__module__ == bank_embedder.__name__:
@@ -47,14 +47,19 @@ def embedder_class(name: str) -> type | None:
     imported = {name for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for name in _packages(node)}
     if imported & {"", "kmem"}:
         raise UserError(
-            f"{path}: imports {'kmem' if 'kmem' in imported else 'its neighbours'}, and exports carry this file alone, "
-            f"for torch and Transformers; put {reader.__name__}, which reads the embedder {name}, in a file of its own"
+            f"{path}: imports {'kmem' if 'kmem' in imported else 'its neighbours'}, but an export carries this file "
+            f"alone; put {reader.__name__}, which reads the embedder {name}, in a file of its own that imports only "
+            "torch and Transformers"
         )
     return reader
 
 
 def write_code(folder: Path, embedder: str | None) -> None:
-    """Put the model class into an export, with what reads the embedder of its memory bank's tree.
+    """Copy the model class into an export, with the class that reads the embedder of the bank's tree.
+
+    Args:
+        folder: of the export.
+        embedder: the name of the tree's embedder; None for a model without a bank.
 
     Raises:
         UserError: as `embedder_class`.
@@ -82,7 +87,7 @@ def register() -> None:
 
 
 def _packages(node: ast.AST) -> list[str]:
-    """Packages that a node of a module imports; '' for its own."""
+    """Packages that a node of a module imports; '' for a relative import."""
     if isinstance(node, ast.Import):
         return [alias.name.split(".")[0] for alias in node.names]
     if isinstance(node, ast.ImportFrom):

@@ -1,4 +1,4 @@
-"""A checkpoint to a Hugging Face folder, tensor by tensor: memory holds a slice of one tensor at a time."""
+"""Write a checkpoint as a Hugging Face folder, tensor by tensor: host memory holds a slice of one tensor at a time."""
 
 import json
 import shutil
@@ -32,13 +32,13 @@ from kmem.model.export_tables import INDEX_FILE, WEIGHTS_FILE
 from kmem.model.parameter_counts import tensor_shapes
 from kmem.wording import counted
 
-SLICE_BYTES = 32 << 20  # rows of a large tensor travel in parts of this size
+SLICE_BYTES = 32 << 20  # rows of a large tensor are copied in parts of this size
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 
 
 class TrainedModel(Addressed, Banked, Protocol):
-    """What export needs of a checkpoint; `kmem.checkpoint.reader.CheckpointReader` has it."""
+    """What `export` reads from a checkpoint; `kmem.checkpoint.reader.CheckpointReader` implements it."""
 
     @property
     def facts(self) -> Mapping[str, Any]: ...
@@ -62,23 +62,23 @@ def export(
     force: bool = False,
     say: Callable[[str], None] = print,
 ) -> Choice:
-    """Write the folder, which appears when it is complete.
+    """Write the folder, which appears only when it is complete, and return the choice of architecture.
 
     Args:
         trained: the checkpoint.
         out: the folder to make; it may exist if it is empty.
         custom_code: ship kmem's own code even where a native architecture fits.
-        dtype: fp32 or bf16, of tables too; selection biases stay fp32.
-        max_shard_bytes: weight files are no longer than this, single tensors apart; tables are cut into tensors that
-            fit.
-        tree: folder of the cluster tree of a memory bank; default: the run's own.
+        dtype: fp32 or bf16, for tables too; selection biases stay fp32.
+        max_shard_bytes: the largest weight file. A file is larger only if a single tensor is; tables are split into
+            tensors that fit.
+        tree: folder of the bank's cluster tree; default: the tree of the run.
         force: replace an earlier export.
         say: receives the choice of architecture and its reason.
 
     Raises:
-        UserError: the folder exists, the checkpoint does not fit its own model section, the tokenizer is missing or
-            has more tokens than the model, its n-gram memory was trained with other addresses than the tokenizer gives
-            now, its memory bank has no tree or another one, no space.
+        UserError: the folder exists; the checkpoint does not match its own model section; the tokenizer is missing or
+            has more tokens than the model; the engram was trained with other addresses than the tokenizer gives now;
+            the bank has no tree, or another tree; the disk has no space.
     """
     out = out.resolve()
     is_export = (out / "config.json").is_file() and (out / INDEX_FILE).is_file()
@@ -117,7 +117,7 @@ def export(
     with atomic_folder(out, replace=force) as partial:
         free = shutil.disk_usage(partial).free
         if free < total:
-            raise UserError(f"--out {out}: the weights need {total} bytes and {free} are free; choose another folder")
+            raise UserError(f"--out {out}: the weights need {total} bytes but {free} are free; choose another folder")
         with Progress(f"exporting {total / 1e6:,.1f} MB", total) as progress:
             _write_weights(trained, addresses, shards, DTYPES[dtype], partial, progress)
         _write_descriptions(trained, choice, config, tokens, dtype, tree, partial)
@@ -125,7 +125,7 @@ def export(
             copy_tree(tree, partial / TREE_FOLDER)
     say(f"exported to {out}: {total / 1e6:,.1f} MB in {counted(len(shards), 'weight file')}")
     if embedder.get("licences") == []:
-        say(f"{out / TREE_FOLDER / EMBEDDER_FOLDER}: the encoder {embedder['encoder']} came without a LICENSE file")
+        say(f"{out / TREE_FOLDER / EMBEDDER_FOLDER}: the encoder {embedder['encoder']} has no LICENSE file")
     return choice
 
 
@@ -137,7 +137,12 @@ def transformers_config(
     addresses: EngramAddresses | None = None,
     parts: TableParts | None = None,
 ) -> Any:
-    """The Transformers configuration object of an export; `addresses` are those of its engram.
+    """The Transformers configuration object of an export.
+
+    Args:
+        tokens: name -> id of the special tokens, such as `eos_token_id`.
+        addresses: of the engram, if the model has one.
+        parts: rows of the tensors that hold each table.
 
     Raises:
         UserError: Transformers refuses the values.
@@ -168,7 +173,7 @@ def transformers_config(
 
 
 def target_parameters(config: Any, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of what the Transformers class itself holds, tied copies left out."""
+    """Name -> shape of the parameters and buffers that the Transformers class holds, without tied copies."""
     from transformers import AutoModelForCausalLM
 
     held = {}
@@ -177,13 +182,13 @@ def target_parameters(config: Any, architecture: Architecture) -> dict[str, tupl
         held = {"tables": "device"}
     with torch.device("meta"):
         target = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **held)
-    # On the meta device nothing is tied yet, so that tied copies are known by name only.
+    # On the meta device nothing is tied yet, so tied copies are recognised by name.
     tied = set(target._tied_weights_keys or ()) if config.tie_word_embeddings else set()
     return {name: tuple(tensor.shape) for name, tensor in target.state_dict().items() if name not in tied}
 
 
 def plan_shards(pieces: Sequence[Piece], dtype: torch.dtype, max_bytes: int) -> list[list[Piece]]:
-    """Consecutive pieces in files of at most `max_bytes`; within a file the wider dtype comes first."""
+    """Split consecutive pieces into files of at most `max_bytes`; within a file the wider dtype comes first."""
     shards: list[list[Piece]] = [[]]
     size = 0
     for piece in pieces:
@@ -248,8 +253,11 @@ def _write_piece(
 
 
 def _side_by_side(trained: TrainedModel, piece: Piece) -> Iterator[torch.Tensor]:
-    """The values of rows that stand side by side, in row-major order, a slice at a time; a long row layer by layer."""
-    rows = SLICE_BYTES // (2 * piece.shape[1] * torch.float32.itemsize)  # the layers' columns, and side by side
+    """The values of a piece whose rows join the rows of several tensors, in row-major order, a slice at a time.
+
+    A row that is longer than a slice comes tensor by tensor.
+    """
+    rows = SLICE_BYTES // (2 * piece.shape[1] * torch.float32.itemsize)  # twice: the tensors' rows, and joined
     if rows:
         for start in range(piece.start, piece.stop, rows):
             stop = min(start + rows, piece.stop)
@@ -261,10 +269,10 @@ def _side_by_side(trained: TrainedModel, piece: Piece) -> Iterator[torch.Tensor]
 
 
 def _tree(trained: TrainedModel, given: Path | None) -> Path | None:
-    """The tree to export; its embedder is loaded once, so that a damaged one is found here."""
+    """The tree to export. Its embedder is loaded once, so a damaged one is noticed here."""
     if trained.config.model.bank is None:
         if given is not None:
-            raise UserError(f"--tree {given}: the model has no memory bank (model.bank)")
+            raise UserError(f"--tree {given}: the model has no bank (model.bank)")
         return None
     checkpoint_router(trained, given)
     return checkpoint_tree(trained, given)
@@ -295,8 +303,7 @@ def _write_descriptions(
 
 
 def _pad_left(path: Path) -> None:
-    """Let the tokenizer put padding before prompts where it does not say where: what is generated follows the last
-    token."""
+    """Make the tokenizer pad on the left unless it names a side: generated text follows the last token of a row."""
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     path.write_text(json.dumps({"padding_side": "left", **settings}, indent=2, ensure_ascii=False), encoding="utf-8")
 
@@ -305,18 +312,18 @@ def _token_ids(tokenizer: Path, vocab_size: int) -> dict[str, int]:
     """Ids of the special tokens that the tokenizer names.
 
     Raises:
-        UserError: no tokenizer there, or one with ids that the model has no embedding for.
+        UserError: there is no tokenizer, or it has ids that the model has no embedding for.
     """
     if not tokenizer.is_dir():
         raise UserError(
-            f"{tokenizer}: no tokenizer here; copy the folder `tokenizer` of the prepared data to that place"
+            f"{tokenizer}: no tokenizer here; copy the folder `tokenizer` of the prepared data to this place"
         )
     loaded = load_tokenizer(tokenizer)
     largest = max(loaded.get_vocab().values(), default=0)
     if largest >= vocab_size:
         raise UserError(
-            f"{tokenizer}: token id {largest} is beyond model.vocab_size={vocab_size}; this is not the tokenizer the "
-            "model was trained with"
+            f"{tokenizer}: token id {largest} is beyond model.vocab_size={vocab_size}; this is not the tokenizer that "
+            "the model was trained with"
         )
     named = {f"{kind}_token_id": getattr(loaded, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     return {name: number for name, number in named.items() if number is not None}

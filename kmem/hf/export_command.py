@@ -1,4 +1,4 @@
-"""`kmem export`: a checkpoint to a Hugging Face folder."""
+"""`kmem export`: write a checkpoint as a Hugging Face folder."""
 
 import argparse
 import re
@@ -17,12 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--custom-code", action="store_true", help="ship kmem's own code even where a native architecture fits"
     )
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
     parser.add_argument(
-        "--max-shard-size", default="2GB", metavar="SIZE", help="longest weight file, such as 500MB (default: 2GB)"
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the weights (default: fp32)"
     )
     parser.add_argument(
-        "--tree", type=Path, metavar="TREE", help="cluster tree of a memory bank (default: that of the run)"
+        "--max-shard-size", default="2GB", metavar="SIZE", help="largest weight file, such as 500MB (default: 2GB)"
+    )
+    parser.add_argument(
+        "--tree", type=Path, metavar="TREE", help="cluster tree of the memory bank (default: the tree of the run)"
     )
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
 
@@ -49,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as `2GB` (10^9) or `512MiB` (2^20).
+    """A size such as `2GB` (10^9) or `512MiB` (2^20), in bytes.
 
     Raises:
         UserError: not a positive size.

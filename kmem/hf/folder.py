@@ -1,4 +1,4 @@
-"""Reading the tensors of a Hugging Face model folder from mapped safetensors files. Nothing is unpickled."""
+"""Read the tensors of a Hugging Face model folder from memory-mapped safetensors files. Nothing is unpickled."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from kmem.wording import counted
 
 @dataclass(frozen=True)
 class FolderTensor:
-    """Where a tensor lies, and what it is."""
+    """The file that holds a tensor, with the tensor's shape and dtype."""
 
     file: Path
     shape: tuple[int, ...]
@@ -26,19 +26,19 @@ class FolderTensor:
 
 
 class ModelFolder:
-    """A folder with config.json and safetensors weights, whole or sharded under an index.
+    """A folder with config.json and safetensors weights, in one file or in shards with an index.
 
     Raises:
-        UserError: no such folder, no config.json, no safetensors, or a file that is missing or damaged.
+        UserError: the folder is missing, has no config.json or no safetensors, or a file is missing or damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = read_config(self.path)
-        """config.json as it stands."""
+        """The content of config.json, unchanged."""
         self._files: dict[Path, Any] = {}
         self.tensors: Mapping[str, FolderTensor] = self._find_tensors()
-        """Every tensor of the weight files."""
+        """Every tensor in the weight files."""
 
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor."""
@@ -49,7 +49,7 @@ class ModelFolder:
         return self._files[self.tensors[name].file].get_slice(name)[start:stop]
 
     def read_columns(self, name: str, start: int, stop: int, left: int, right: int) -> torch.Tensor:
-        """Columns [left, right) of rows [start, stop) of a tensor of two dimensions."""
+        """Columns [left, right) of rows [start, stop) of a two-dimensional tensor."""
         return self._files[self.tensors[name].file].get_slice(name)[start:stop, left:right]
 
     def _find_tensors(self) -> dict[str, FolderTensor]:
@@ -64,24 +64,24 @@ class ModelFolder:
         else:
             refuse_pickled(self.path, "AutoModelForCausalLM")
             raise UserError(f"{self.path}: neither {WEIGHTS_FILE} nor {INDEX_FILE} here")
-        found: dict[str, FolderTensor] = {}
+        tensors: dict[str, FolderTensor] = {}
         for file in files:
             path = self.path / file
             if Path(file).name != file or not path.is_file():
-                raise UserError(f"{index}: names {file}, which is not a file of this folder; fetch the folder again")
+                raise UserError(f"{index}: names {file}, which is not a file in this folder; fetch the folder again")
             for name, tensor in self._open(path).items():
-                if name in found:
-                    raise UserError(f"{path}: {name} is in {found[name].file.name} too")
-                found[name] = tensor
+                if name in tensors:
+                    raise UserError(f"{path}: {name} is in {tensors[name].file.name} too")
+                tensors[name] = tensor
         if places is not None:
-            astray = {name for name, file in places.items() if name not in found or found[name].file.name != file}
-            astray |= found.keys() - places.keys()
+            astray = {name for name, file in places.items() if name not in tensors or tensors[name].file.name != file}
+            astray |= tensors.keys() - places.keys()
             if astray:
                 listed = ", ".join(sorted(astray)[:5])
                 raise UserError(
                     f"{index}: does not agree with the weight files about {counted(len(astray), 'tensor')}: {listed}"
                 )
-        return found
+        return tensors
 
     def _open(self, path: Path) -> dict[str, FolderTensor]:
         try:
@@ -89,21 +89,21 @@ class ModelFolder:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a complete safetensors file ({error}); fetch it again") from None
         self._files[path] = file
-        found = {}
+        tensors = {}
         for name in file.keys():  # noqa: SIM118 - the file is no mapping
             entry = file.get_slice(name)
             dtype = entry.get_dtype()
             if dtype not in TORCH_DTYPES:
                 raise UserError(f"{path}: {name} has dtype {dtype}, which kmem does not read")
-            found[name] = FolderTensor(path, tuple(entry.get_shape()), TORCH_DTYPES[dtype])
-        return found
+            tensors[name] = FolderTensor(path, tuple(entry.get_shape()), TORCH_DTYPES[dtype])
+        return tensors
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a model folder as it stands.
+    """The content of a model folder's config.json, unchanged.
 
     Raises:
-        UserError: no such folder, or none of a model; that of a training run is told how it becomes one.
+        UserError: the folder is missing or holds no model; for a training run the message says how to export it.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name a local folder with config.json and safetensors weights")
@@ -111,7 +111,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     trained = (folder / COMMIT_FILE).is_file() or any(map(committed_steps, (folder, folder / "checkpoints")))
     if trained and not file.exists():
         raise UserError(
-            f"{folder}: this is a training run, and a Hugging Face folder is needed; kmem export --checkpoint {folder} "
-            "--out FOLDER writes it"
+            f"{folder}: this is a training run, but a Hugging Face folder is needed; write one with kmem export "
+            f"--checkpoint {folder} --out FOLDER"
         )
     return read_json(file, dict)

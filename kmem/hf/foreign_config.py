@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face folder as kmem's model section, refusing what kmem cannot express."""
+"""Translate config.json of a Hugging Face folder into kmem's model section; refuse what kmem cannot express."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +14,11 @@ from kmem.hf.native import GLM4_MOE, QWEN3_MOE, Architecture
 MTP_FIELD = "num_nextn_predict_layers"
 
 _HARMLESS = {
-    # tokens, versions, and what training or serving may do: the function stays the same
+    # tokens, versions and settings of training or serving: the model computes the same function
     *("_name_or_path", "architectures", "auto_map", "aux_loss_alpha", "bos_token_id", "dtype", "eos_token_id"),
     *("ep_size", "model_type", "output_router_logits", "pad_token_id", "pretraining_tp", "seq_aux", "torch_dtype"),
     *("transformers_version", "use_cache"),
-    # checked, or another name of something read
+    # checked below, or another name for a field that is read
     *("head_dim", "layer_types", "max_window_layers", "num_local_experts", "partial_rotary_factor", "qk_head_dim"),
     *("rope_scaling", "rope_theta", "sliding_window", MTP_FIELD, "num_mtp_layers"),
 }
@@ -28,20 +28,20 @@ def read_architecture(fields: Mapping[str, Any], path: Path) -> Architecture:
     """The architecture that `model_type` names.
 
     Raises:
-        UserError: it is none that kmem imports.
+        UserError: kmem does not import it.
     """
     kind = fields.get("model_type")
     if kind not in BY_MODEL_TYPE:
         known = ", ".join(sorted(BY_MODEL_TYPE))
-        raise UserError(f"{path}: model_type={kind!r} is not an architecture that kmem imports; those are {known}")
+        raise UserError(f"{path}: kmem does not import model_type={kind!r}; it imports {known}")
     return BY_MODEL_TYPE[str(kind)]
 
 
 def read_config(fields: Mapping[str, Any], architecture: Architecture, path: Path) -> Any:
-    """The Transformers configuration, with the defaults of its class, checked against what kmem can express.
+    """The Transformers configuration with the defaults of its class, checked against what kmem can express.
 
     Raises:
-        UserError: names the field.
+        UserError: names the field that kmem cannot express.
     """
     import transformers
 
@@ -65,7 +65,7 @@ def read_model(config: Any, architecture: Architecture, path: Path) -> ModelConf
     """The model section of a checked configuration.
 
     Raises:
-        UserError: names the field of the section that does not hold.
+        UserError: names the invalid field of the section.
     """
     try:
         return ModelConfig.model_validate(from_fields(config, architecture))
@@ -87,8 +87,8 @@ def _check_rope(config: Any, fields: Mapping[str, Any], architecture: Architectu
     known = rope.get("rope_type", "default") in ("default", "llama3")
     if not known or not isinstance(rope.get("rope_theta"), int | float):
         raise UserError(
-            f"{path}: {name}={rope} is not supported; kmem's rotary embedding has rope_theta, and the scaling of "
-            "Llama 3 (rope_type llama3) or none"
+            f"{path}: {name}={rope} is not supported; kmem's rotary embedding has rope_theta and either no scaling or "
+            "that of Llama 3 (rope_type llama3)"
         )
     if architecture is not GLM4_MOE and rope.get("partial_rotary_factor", 1) != 1:
         raise UserError(
@@ -99,10 +99,10 @@ def _check_rope(config: Any, fields: Mapping[str, Any], architecture: Architectu
 def _check_layers(config: Any, architecture: Architecture, path: Path) -> None:
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - {"full_attention"}:
-        raise UserError(f"{path}: layer_types has {sorted(kinds)}; kmem has full attention in every layer")
+        raise UserError(f"{path}: layer_types has {sorted(kinds)}; kmem computes full attention in every layer")
     if architecture is QWEN3_MOE:
         dense = sorted(config.mlp_only_layers)
         if dense != list(range(len(dense))):
-            raise UserError(f"{path}: mlp_only_layers={dense}: kmem's dense layers are the first ones")
+            raise UserError(f"{path}: mlp_only_layers={dense}: in kmem the dense layers must come first")
         if not config.num_experts:
             raise UserError(f"{path}: num_experts=0: a dense Qwen3 has model_type qwen3")

@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="default: 100")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (default: 0.8)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="sample from the most likely tokens up to this total")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     add_control_arguments(parser)
     add_bank_arguments(parser)
@@ -62,7 +62,7 @@ def continue_text(
     """The prompt and its continuation. An empty prompt starts a document.
 
     Raises:
-        UserError: the whole would be longer than the model is meant for.
+        UserError: prompt and continuation would be longer than `max_position_embeddings`.
     """
     import torch
 
@@ -72,8 +72,8 @@ def continue_text(
     longest = model.config.max_position_embeddings
     if len(ids) + max_new_tokens > longest:
         raise UserError(
-            f"--max-new-tokens {max_new_tokens}: the prompt has {counted(len(ids), 'token')} and the model is "
-            f"meant for {longest}"
+            f"--max-new-tokens {max_new_tokens}: the prompt has {counted(len(ids), 'token')} and the model takes "
+            f"{longest} at most"
         )
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature:

@@ -1,4 +1,4 @@
-"""`kmem import`: a Hugging Face folder to a run that training starts from."""
+"""`kmem import`: turn a Hugging Face folder into a run that training starts from."""
 
 import argparse
 from pathlib import Path
@@ -9,14 +9,14 @@ from kmem.config import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="source", required=True, type=Path, metavar="DIR", help="Hugging Face folder")
     parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="run folder to make")
-    parser.add_argument("--drop-mtp", action="store_true", help="leave out layers for multi-token prediction")
+    parser.add_argument("--drop-mtp", action="store_true", help="leave out the layers for multi-token prediction")
     parser.add_argument(
         "--chain-iterations", type=int, metavar="C",
-        help="make MoE layers chains of experts of C iterations that start by computing what the layers compute",
+        help="turn MoE layers into chains of experts with C iterations that at first compute the same as the layers",
     )  # fmt: skip
     parser.add_argument(
         "--chain-set", nargs="+", default=[], metavar="FIELD=VALUE",
-        help="with --chain-iterations: fields of model.moe.chain, as residual=outer norm=once gates=shared",
+        help="with --chain-iterations: fields of model.moe.chain, such as residual=outer norm=once gates=shared",
     )  # fmt: skip
 
 

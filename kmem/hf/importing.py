@@ -1,4 +1,5 @@
-"""A Hugging Face folder to the checkpoint of a run, tensor by tensor: fp32 masters at step 0, no optimizer state."""
+"""Turn a Hugging Face folder into the checkpoint of a run, tensor by tensor: fp32 masters at step 0, no optimizer
+state."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -33,13 +34,13 @@ from kmem.model.engram_export import COMPRESSION, EngramDescription
 from kmem.model.parameter_counts import tensor_shapes
 
 TRAINABLE = (torch.float32, torch.bfloat16, torch.float16)
-RECOMPUTED = ".rotary_emb.inv_freq"  # in folders of older Transformers; every reader computes it for itself
+RECOMPUTED = ".rotary_emb.inv_freq"  # in folders of older Transformers; every model recomputes it
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import made."""
+    """The result of an import."""
 
     checkpoint: Path
     """Folder of the checkpoint at step 0."""
@@ -59,11 +60,12 @@ def import_folder(
     """Make the run folder `out`: a checkpoint, the tokenizer, `config.yaml` to edit, `model.yaml` to include.
 
     Args:
-        source: a folder of Qwen3-MoE, DeepSeek-V3, GLM-4-MoE, Qwen3, Qwen2, Llama or kmem with safetensors weights.
+        source: a folder with safetensors weights of Qwen3-MoE, DeepSeek-V3, GLM-4-MoE, Qwen3, Qwen2, Llama or kmem.
         out: a folder that does not exist or is empty.
-        drop_mtp: leave out layers for multi-token prediction.
-        chain_iterations: make the MoE layers chains of so many iterations that start by computing what they computed.
-        chain_choices: further fields of these chains, as `residual=outer`.
+        drop_mtp: leave out the layers for multi-token prediction.
+        chain_iterations: turn the MoE layers into chains with this many iterations, which at first compute the same as
+            the layers.
+        chain_choices: further fields of these chains, such as `residual=outer`.
         say: receives what was found and what was left out.
 
     Raises:
@@ -80,11 +82,12 @@ def import_folder(
     say(f"architecture: {architecture.name}")
     if chain_iterations is not None:
         say(
-            f"its MoE layers become chains of {chain_iterations} iterations; the later ones are scaled by zero at first"
+            f"its MoE layers become chains of {chain_iterations} iterations; at first all but the first are scaled by "
+            "zero"
         )
     ignored = ignored_fields(folder.config, model, architecture)
     if ignored:
-        say(f"fields of config.json that were not read: {', '.join(ignored)}")
+        say(f"ignored fields of config.json: {', '.join(ignored)}")
 
     engram = _engram(config, model, described)
     bank = _bank(config, model, described)
@@ -99,7 +102,7 @@ def import_folder(
         str(source),
         expected={piece.name: piece.shape for piece in pieces},
         found={name: tensor.shape for name, tensor in kept.items()},
-        remedy="the weights are not those that its config.json describes",
+        remedy="the weights do not match its config.json",
     )
     _check_dtypes({name: tensor for name, tensor in kept.items() if name != COMPRESSION})
 
@@ -133,8 +136,9 @@ def import_folder(
 
 
 def starting_config(out: Path, model: ModelConfig) -> Config:
-    """A configuration whose run folder is `out`: the model as imported, data and optimisation to be filled in. A memory
-    bank is addressed by the tree that lies in the run folder.
+    """A configuration whose run folder is `out`, with the imported model; data and optimisation are to be filled in.
+
+    A bank is addressed by the tree in the run folder.
 
     Raises:
         ConfigError: the folder's name cannot be a run's name.
@@ -161,7 +165,7 @@ def starting_config(out: Path, model: ModelConfig) -> Config:
 
 
 def _engram(config: Any, model: ModelConfig, path: Path) -> EngramDescription | None:
-    """Addressing and tables of a model with n-gram memory, which only kmem's own folders have."""
+    """Addressing and tables of a model with an engram, which only kmem's own folders have."""
     if model.engram is None:
         return None
     shape = model.shape
@@ -174,7 +178,7 @@ def _engram(config: Any, model: ModelConfig, path: Path) -> EngramDescription | 
 
 
 def _bank(config: Any, model: ModelConfig, path: Path) -> BankDescription | None:
-    """Tables and tree of a model with a memory bank, which only kmem's own folders have."""
+    """Tables and tree of a model with a bank, which only kmem's own folders have."""
     if model.bank is None:
         return None
     try:
@@ -184,10 +188,10 @@ def _bank(config: Any, model: ModelConfig, path: Path) -> BankDescription | None
 
 
 def _bring_tree(source: Path, bank: BankDescription, run: Path) -> dict[str, Any]:
-    """Copy the tree; returns its description."""
+    """Copy the tree and return its description."""
     folder = source / TREE_FOLDER
     if not folder.is_dir():
-        raise UserError(f"{folder}: missing, and it addresses the memory bank's rows; fetch or export the folder again")
+        raise UserError(f"{folder}: missing, but this tree addresses the bank's rows; fetch or export the folder again")
     tokenizer = run / "tokenizer"
     try:
         bank.router(folder, load_tokenizer(tokenizer) if tokenizer.is_dir() else None)
@@ -196,26 +200,26 @@ def _bring_tree(source: Path, bank: BankDescription, run: Path) -> dict[str, Any
         raise UserError(str(error)) from error
     record = tree_record(folder)
     if record.get("tokenizer") is not None and tokenizer.is_dir():
-        found = tokenizer_fingerprint(tokenizer)
-        if found != record["tokenizer"]:
+        fingerprint = tokenizer_fingerprint(tokenizer)
+        if fingerprint != record["tokenizer"]:
             raise UserError(
-                f"{source}: its tokenizer ({found[:12]}) is not the one whose ids the tree's embedder counts "
+                f"{source}: its tokenizer ({fingerprint[:12]}) is not the one whose ids the tree's embedder counts "
                 f"({record['tokenizer'][:12]}); fetch or export the folder again"
             )
     return record
 
 
 def _check_addresses(source: Path, engram: EngramDescription, model: ModelConfig, tokenizer: Path) -> None:
-    """The run's tokenizer reads the rows that the folder's did."""
+    """Check that the run's tokenizer addresses the same rows as the folder's."""
     if not tokenizer.is_dir():
-        raise UserError(f"{source}: has no tokenizer, which addresses the rows of its n-gram memory; add its files")
+        raise UserError(f"{source}: has no tokenizer, but its engram's rows are addressed by one; add its files")
     addresses = model_addresses(model, tokenizer)
     assert addresses is not None
     check_addressing(source, engram.addressing.to_manifest(), addresses)
 
 
 class _Parts:
-    """The parts of one kmem tensor, read from the folder as they are asked for."""
+    """The parts of one kmem tensor, read from the folder on demand."""
 
     def __init__(
         self, folder: ModelFolder, model: ModelConfig, pieces: list[Piece], interleaved: bool, bar: Progress
@@ -237,13 +241,13 @@ class _Parts:
         if self._interleaved:
             assert isinstance(self._model.attention, LatentAttention)
             order = half_split_rows(self._model.attention, tensor)
-        for piece in self._pieces[tensor]:  # of a stack: expert by expert, gate before up
+        for piece in self._pieces[tensor]:  # a stack's pieces come expert by expert, gate before up
             for part in self._rows(piece) if order is None else [self._folder.read(piece.name)[order]]:
                 yield part.float()
                 self._bar.advance(part.numel())
 
     def _side_by_side(self, tensor: str) -> Iterator[torch.Tensor]:
-        """The columns that are this tensor's in the pieces that hold several."""
+        """This tensor's columns of the pieces that hold several tensors side by side."""
         for piece in self._columns[tensor]:
             width = piece.shape[1] // len(piece.beside)
             start = piece.beside.index(tensor) * width
@@ -261,14 +265,14 @@ class _Parts:
 
 
 def _left_out(folder: ModelFolder, model: ModelConfig, architecture: Architecture, drop_mtp: bool) -> list[str]:
-    """Tensors of a native folder that kmem has no use for."""
+    """Tensors of a native folder that kmem does not import."""
     if architecture is KMEM:
         return []
     extra = [name for name in folder.tensors if _layer(name) >= model.num_layers]
     if extra and not drop_mtp and folder.config.get(MTP_FIELD):
         raise UserError(
             f"{folder.path / 'config.json'}: {MTP_FIELD}={folder.config[MTP_FIELD]}: kmem has no layers for "
-            f"multi-token prediction ({extra[0]}, ...); add --drop-mtp to import the model without them"
+            f"multi-token prediction ({extra[0]}, ...); import the model without them with --drop-mtp"
         )
     left_out = [name for name in folder.tensors if name.endswith(RECOMPUTED)] + (extra if drop_mtp else [])
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
@@ -293,8 +297,8 @@ def _check_dtypes(tensors: dict[str, FolderTensor]) -> None:
 
 
 def _bring_tokenizer(source: Path, target: Path, say: Callable[[str], None]) -> dict[str, str]:
-    """Copy the tokenizer; returns what a run compares its data's tokenizer with."""
+    """Copy the tokenizer and return the fingerprint that a run compares with its data's tokenizer."""
     if any((source / name).is_file() for name in TOKENIZER_FILES):
         return {"tokenizer": adopt_tokenizer(source, None, target).fingerprint}
-    say(f"no tokenizer in {source}; an export needs its folder as `tokenizer` in the run folder")
+    say(f"no tokenizer in {source}; before an export, put one into the run folder as `tokenizer`")
     return {}

@@ -1,8 +1,8 @@
 """Which tensor of a Hugging Face folder holds which rows of which kmem tensor.
 
-One table serves every native architecture and both directions. On disk a folder has one tensor per expert and
-projection (Transformers stacks them while loading), so a stack of experts is cut into pieces; everything else is one
-piece. A piece always is a range of rows, which lets models larger than memory pass through.
+One map serves every native architecture in both directions. On disk a folder has one tensor per expert and projection
+(Transformers stacks them while loading), so a stack of experts is cut into pieces; any other tensor is one piece. A
+piece is always a range of rows, so a model may be larger than host memory.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,8 +21,7 @@ from kmem.wording import counted
 
 LISTED = 20  # differences named in an error
 
-# kmem name -> name in a native folder; {expert} is a number. Several names share the
-# rows of a tensor evenly.
+# kmem name -> name in a native folder; {expert} stands for a number. Several names share the rows of a tensor evenly.
 TABLE: dict[str, tuple[str, ...]] = {
     "embedding.weight": ("model.embed_tokens.weight",),
     "norm.weight": ("model.norm.weight",),
@@ -68,12 +67,12 @@ STACKED = {
     "feed_forward.experts.gate_up_proj": "mlp.experts.gate_up_proj",
     "feed_forward.experts.down_proj": "mlp.experts.down_proj",
 }
-"""Stacks of experts -> the Transformers parameter that their pieces become when it loads the folder."""
+"""Stack of experts -> the parameter that Transformers stacks its pieces into when it loads the folder."""
 
 
 WIDE = ".selection_bias"
-"""End of the names of tensors that stay in fp32 whatever the folder's dtype: the bias moves in steps that bf16 cannot
-resolve."""
+"""Suffix of the names of tensors that stay in fp32 whatever the folder's dtype: the bias is updated in steps that bf16
+cannot resolve."""
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -83,38 +82,38 @@ class Piece:
     """One tensor of a folder: rows [start, stop) of a kmem tensor, or of one expert of a stack."""
 
     name: str
-    """Its name on disk."""
+    """The piece's name on disk."""
     shape: tuple[int, ...]
-    """Its shape."""
+    """The piece's shape."""
     parameter: str
-    """The parameter of the Transformers model that it becomes, or becomes a part of."""
+    """The parameter of the Transformers model that the piece becomes, alone or as a part."""
     tensor: str | None
-    """kmem's tensor; None for one that is no weight: the compression of the vocabulary, or a tensor without elements
-    that the architecture insists on; and where `beside` has several."""
+    """kmem's tensor. None for a piece that is no weight (the compression of the vocabulary, or a tensor without
+    elements that the architecture insists on), and where `beside` names several."""
     start: int = 0
     expert: int | None = None
-    """Index into the stack's first dimension; None for a tensor that is no stack."""
+    """Index into the stack's first dimension; None for a tensor that is not a stack."""
     dtype: torch.dtype | None = None
-    """Its dtype where that is not the folder's."""
+    """The piece's dtype; None: the folder's."""
     beside: tuple[str, ...] = ()
-    """kmem's tensors whose rows stand side by side in it: the layers' blocks of a memory bank."""
+    """The kmem tensors whose rows stand side by side in the piece's rows: the blocks of a bank's layers."""
 
     @property
     def stop(self) -> int:
-        """End of its rows."""
+        """The first row after the piece's rows."""
         return self.start + self.shape[0]
 
 
 TableParts = Mapping[str, Mapping[int, Sequence[int]]]
-"""Kind of memory -> key of an exported table (`ModelKind.exported_rows`) -> rows of each tensor that holds a range of
-its rows."""
+"""Kind of memory -> key of an exported table (`ModelKind.exported_rows`) -> number of rows in each tensor that holds a
+part of the table."""
 
 
 def folder_pieces(model: ModelConfig, architecture: Architecture, parts: TableParts | None = None) -> list[Piece]:
     """The tensors of a folder of this architecture, in kmem's order; together they hold every row once.
 
     Args:
-        parts: of the tables; those that it lacks are one tensor each.
+        parts: how tables are split into tensors; a table that is not named is one tensor.
     """
     shape, tensors = model.shape, tensor_shapes(model.shape)
     kinds = kinds_of(shape)
@@ -125,29 +124,32 @@ def folder_pieces(model: ModelConfig, architecture: Architecture, parts: TablePa
         for name in table.columns[:1]
     }
     beside = {name for kind in kinds for table in kind.exported_rows(shape).values() for name in table.columns[1:]}
-    found: list[Piece] = []
+    pieces: list[Piece] = []
     apart: list[Piece] = []
     for tensor, size in tensors.items():
         if tensor in tables:
             table, rows = tables[tensor]
-            (found if table.name == tensor else apart).extend(_table(table, rows))
+            (pieces if table.name == tensor else apart).extend(_table(table, rows))
         elif tensor not in beside:
-            found += (_own if architecture is KMEM else _native)(tensor, tuple(size))
-    found += apart
+            pieces += (_own if architecture is KMEM else _native)(tensor, tuple(size))
+    pieces += apart
     for kind in kinds:
         for name, length in kind.exported_tensors(shape).items():
-            found.append(Piece(name, (length,), name, None, dtype=torch.int64))
+            pieces.append(Piece(name, (length,), name, None, dtype=torch.int64))
     if architecture is DEEPSEEK_V3:
-        found += _empty_shared_experts(model)
-    assert len({piece.name for piece in found}) == len(found)
-    kept = sum(prod(piece.shape) for piece in found if piece.tensor or piece.beside)
+        pieces += _empty_shared_experts(model)
+    assert len({piece.name for piece in pieces}) == len(pieces)
+    kept = sum(prod(piece.shape) for piece in pieces if piece.tensor or piece.beside)
     assert kept == sum(map(prod, tensors.values()))
-    return found
+    return pieces
 
 
 def table_parts(model: ModelConfig, itemsize: int, max_bytes: int) -> dict[str, dict[int, list[int]]]:
-    """Rows of the tensors that hold each table: near equal and at most `max_bytes` long with values of `itemsize`, but
-    for single rows, which stay whole."""
+    """Number of rows in each tensor that holds a part of a table, as `TableParts`.
+
+    The parts of a table are nearly equal, and at most `max_bytes` long with values of `itemsize` bytes. A single row is
+    never cut.
+    """
     return {
         kind.name: {
             key: _near_equal(table.rows, table.width * itemsize, max_bytes)
@@ -163,15 +165,19 @@ def _near_equal(rows: int, row_bytes: int, max_bytes: int) -> list[int]:
 
 
 def parameters(pieces: Iterable[Piece], tensors: Shapes) -> dict[str, Sequence[int]]:
-    """Name -> shape of the Transformers parameters that these pieces fill once it has stacked the experts."""
+    """Name -> shape of the Transformers parameters that these pieces fill once the experts are stacked."""
     return {piece.parameter: piece.shape if piece.expert is None else tensors[piece.tensor or ""] for piece in pieces}
 
 
 def check_tensor_sets(what: str, expected: Shapes, found: Shapes, remedy: str) -> None:
-    """Every expected tensor is there and every tensor there is expected, with the same shape.
+    """Check that `found` has exactly the expected tensors, with the expected shapes.
+
+    Args:
+        what: what holds the tensors, for the message.
+        remedy: what to do about a difference, for the message.
 
     Raises:
-        UserError: lists the differences, `what` and `remedy`.
+        UserError: names `what` and `remedy` and lists the differences.
     """
     missing = [f"missing: {name} {list(expected[name])}" for name in expected if name not in found]
     unknown = [f"not expected: {name} {list(found[name])}" for name in found if name not in expected]
@@ -183,14 +189,14 @@ def check_tensor_sets(what: str, expected: Shapes, found: Shapes, remedy: str) -
     problems = missing + unknown + reshaped
     if problems:
         listed = problems[:LISTED] + ([f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else [])
-        raise UserError("\n  ".join([f"{what}: does not fit in {counted(len(problems), 'tensor')}; {remedy}", *listed]))
+        raise UserError("\n  ".join([f"{what}: {counted(len(problems), 'tensor')} do not match; {remedy}", *listed]))
 
 
 def half_split_rows(attention: LatentAttention, tensor: str) -> torch.Tensor | None:
-    """Row order that turns a DeepSeek-V3 tensor with `rope_interleave` into kmem's half-split layout.
+    """Row order that turns a DeepSeek-V3 tensor with `rope_interleave` into kmem's half-split layout; int64 [rows].
 
-    Interleaved weights rotate rows (0, 1), (2, 3), ... of the rotary part together, half-split ones rows
-    (0, d/2), (1, d/2 + 1), .... None for tensors without rotary rows.
+    Interleaved weights rotate the pairs of rows (0, 1), (2, 3), ... of the rotary part; half-split weights rotate the
+    pairs (0, d/2), (1, d/2 + 1), .... None for tensors without rotary rows.
     """
     rope = attention.qk_rope_head_dim
     even_then_odd = torch.cat([torch.arange(0, rope, 2), torch.arange(1, rope, 2)])
@@ -208,14 +214,14 @@ def _own(tensor: str, shape: tuple[int, ...]) -> list[Piece]:
 
 
 def _table(table: ExportedRows, parts: Sequence[int]) -> list[Piece]:
-    found, start = [], 0
+    pieces, start = [], 0
     tensor = table.columns[0] if len(table.columns) == 1 else None
     for number, rows in enumerate(parts):
         name = table.part(number)
         beside = table.columns if tensor is None else ()
-        found.append(Piece(name, (rows, table.width), name, tensor, start, beside=beside))
+        pieces.append(Piece(name, (rows, table.width), name, tensor, start, beside=beside))
         start += rows
-    return found
+    return pieces
 
 
 def _dtype(tensor: str) -> torch.dtype | None:
@@ -244,13 +250,13 @@ def _native(tensor: str, shape: tuple[int, ...]) -> list[Piece]:
 
 
 def _place(tensor: str) -> tuple[str, str]:
-    """A kmem name as (its layer's prefix in a native folder, or nothing; its name within the layer)."""
+    """Split a kmem name into (the layer's prefix in a native folder, or ""; the name within the layer)."""
     parts = tensor.split(".", 2)
     return (f"model.layers.{parts[1]}.", parts[2]) if parts[0] == "layers" else ("", tensor)
 
 
 def _empty_shared_experts(model: ModelConfig) -> list[Piece]:
-    """Transformers' DeepSeek-V3 always has shared experts; without any they are matrices of width 0."""
+    """Transformers' DeepSeek-V3 always has shared experts; for a model without any they are matrices of width 0."""
     assert model.moe
     if model.moe.num_shared_experts:
         return []

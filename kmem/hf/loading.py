@@ -1,4 +1,4 @@
-"""A model and its tokenizer to run, from a run's checkpoint or from a Hugging Face folder."""
+"""Load a model and its tokenizer for inference, from a run's checkpoint or from a Hugging Face folder."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -31,17 +31,18 @@ def load(path: Path, controls: Mapping[str, str] | None = None, bank: BankOption
 
     Args:
         path: a run folder, the folder of one step, or a Hugging Face folder with safetensors weights. No code from the
-            folder is run: kmem's own architecture is taken from the installed kmem.
-        controls: kind of memory -> what it gives the model in place of what it reads.
-        bank: how a memory bank is used.
+            folder is run: the class for kmem's own architecture is the installed kmem's.
+        controls: kind of memory -> control, which replaces what the memory reads.
+        bank: how the bank is used.
 
     Raises:
-        UserError: neither of these, damaged, or no tokenizer; or an option that the model has no memory for.
+        UserError: `path` is neither of these or is damaged, there is no tokenizer, or an option is for a memory that
+            the model does not have.
     """
     controls, bank = controls or {}, bank or BankOptions()
     if (path / "config.json").is_file():
         if bank.tree is not None:
-            raise UserError(f"--tree {bank.tree}: a Hugging Face folder has its own; leave it out")
+            raise UserError(f"--tree {bank.tree}: a Hugging Face folder has its own tree; leave it out")
         model, tokenizer = _load_folder(path)
     else:
         reader = CheckpointReader(path)
@@ -58,10 +59,10 @@ def _set_controls(model: Any, controls: Mapping[str, str], options: BankOptions)
     bank = getattr(model, "contexts", None)
     if bank is None:
         if options != BankOptions():
-            raise UserError("--bank-levels, --blocked and --tree are for models with a memory bank (model.bank)")
+            raise UserError("--bank-levels, --blocked and --tree are for models with a bank (model.bank)")
         return
     if controls.get("bank") == "blocked":
-        raise UserError("--control bank=blocked: is for kmem eval; name clusters with --blocked")
+        raise UserError("--control bank=blocked: only for kmem eval; here, name clusters with --blocked")
     set_controls(bank, controls.get("bank", "fetched" if options.blocked else bank.control), options.levels)
     try:
         bank.block(options.blocked)

@@ -19,7 +19,11 @@ def model_card(
     """Markdown with the front matter that the Hugging Face hub reads.
 
     Args:
-        tree: folder of the cluster tree of a memory bank.
+        config: the configuration of the run.
+        facts: name -> value of what the checkpoint records about the run.
+        choice: the architecture of the export and its reason.
+        dtype_name: dtype of the weights.
+        tree: folder of the bank's cluster tree; None for a model without a bank.
     """
     counts = count_parameters(config.model.shape)
     own = choice.architecture is KMEM
@@ -46,8 +50,8 @@ def model_card(
     )
     if config.model.engram is not None:
         note += (
-            f"\nOf its parameters {counts.components['engram_table']:,} are rows of n-gram memory, of which a token "
-            'reads a few. With `tables="mmap"` in `from_pretrained` they stay in the weight files.\n'
+            f"\nOf its parameters {counts.components['engram_table']:,} are rows of an n-gram memory (engram); a token "
+            'reads a few of them. With `tables="mmap"` in `from_pretrained` the rows stay in the weight files.\n'
         )
     if tree is not None:
         note += _bank(counts, tree)
@@ -95,10 +99,10 @@ def _bank(counts: ParameterCounts, tree: Path) -> str:
     licences = [f"`{name}`" for name in sorted(beside) if name.upper().startswith(LICENCES)]
     return (
         f"\nOf its parameters {counts.anchor:,} are the anchor, the model without memory, and "
-        f"{counts.components['bank']:,} a memory bank, the blocks of clusters of contexts"
-        + (f"; {generic:,} more are generic blocks, of no cluster" if generic else "")
-        + f". A context fetches {counts.fetched:,} of the bank: `generate` those of its prompts, "
-        "`model.fetch(context)` those of contexts that you name. They stay in the weight files until they are fetched. "
+        f"{counts.components['bank']:,} are a memory bank: blocks of parameters, one block for each cluster of contexts"
+        + (f"; {generic:,} more are generic blocks, which belong to no cluster" if generic else "")
+        + f". A context fetches {counts.fetched:,} of the bank's parameters: `generate` fetches for its prompts, "
+        "`model.fetch(context)` for contexts that you name. Blocks stay in the weight files until they are fetched. "
         f"`{TREE_FOLDER}/` holds the clusters and the embedder of contexts, {embedder}"
         + (f", with its licence: {', '.join(licences)} in `{TREE_FOLDER}/{EMBEDDER_FOLDER}/`" if licences else "")
         + ".\n"
@@ -106,13 +110,13 @@ def _bank(counts: ParameterCounts, tree: Path) -> str:
 
 
 def _held_out(facts: Mapping[str, Any]) -> dict[str, str]:
-    """The evaluations a run remembers, each with the step it belongs to."""
+    """The evaluations that a run recorded, each with its step."""
     rows = {}
     for name in ("held_out", "held_out_at_start"):
-        found = facts.get(name)
-        if isinstance(found, Mapping):
-            rows[f"Held out at step {found['step']}"] = (
-                f"{found['bits_per_byte']:.4f} bits per byte, loss {found['loss']:.4f} ({found['tokens']:,} tokens)"
+        result = facts.get(name)
+        if isinstance(result, Mapping):
+            rows[f"Held out at step {result['step']}"] = (
+                f"{result['bits_per_byte']:.4f} bits per byte, loss {result['loss']:.4f} ({result['tokens']:,} tokens)"
             )
     return rows
 

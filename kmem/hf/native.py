@@ -1,7 +1,7 @@
-"""The Transformers architectures that kmem's models can be: what asks for each, what stands in its way, its fields.
+"""The native architectures of Transformers: which models ask for each, what prevents its use, how fields translate.
 
-An architecture is native when Transformers computes exactly what kmem computes, so that an exported folder loads
-without custom code.
+An architecture is native when Transformers computes exactly what kmem computes, so an exported folder loads without
+custom code.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,29 +10,29 @@ from typing import Any
 
 from kmem.config import GroupedQueryAttention, LatentAttention, ModelConfig, RopeScaling
 
-LATENT_NORM_EPS = 1e-6  # of DeepSeek-V3's norms of compressed queries and keys, whatever rms_norm_eps says
+LATENT_NORM_EPS = 1e-6  # DeepSeek-V3's norms of compressed queries and keys use it whatever rms_norm_eps says
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model type of Transformers, seen from kmem."""
+    """One model type of Transformers and its translation to and from kmem's model section."""
 
     name: str
-    """What people call it."""
+    """The name that people use."""
     model_type: str
     """`model_type` in config.json."""
     class_name: str
     """The causal language model class."""
     shape: str
-    """The shape that asks for it, in words."""
+    """The shape of the models that it fits, in words."""
     asks: Callable[[ModelConfig], bool]
     """Whether a model has that shape."""
     obstacles: Callable[[ModelConfig], list[str]]
-    """Options of a model of that shape that the architecture cannot express."""
+    """The options of a model of that shape that the architecture cannot express, in words."""
     to_fields: Callable[[ModelConfig], dict[str, Any]]
     """Model section -> fields of config.json."""
     from_fields: Callable[[Any], dict[str, Any]]
-    """A Transformers config -> model section, less what all architectures share."""
+    """A Transformers config -> model section, without the fields that all architectures share."""
     required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Fields of config.json that must have one of these values for kmem to compute the same model."""
 
@@ -48,31 +48,31 @@ def _mla(model: ModelConfig) -> LatentAttention:
 
 
 def _group_obstacles(model: ModelConfig) -> list[str]:
-    """Group-limited routing as DeepSeek-V3 and GLM-4-MoE write it: the best two scores stand for a group."""
+    """Group-limited routing in DeepSeek-V3 and GLM-4-MoE: the score of a group is the sum of its two best scores."""
     assert model.moe
-    found = []
+    obstacles = []
     per_group = model.moe.num_experts // model.moe.num_groups
     if per_group < 2:
-        found.append(f"its router takes two scores of each group and model.moe leaves {per_group} experts to a group")
+        obstacles.append(f"its router takes two scores of each group, but model.moe has {per_group} experts per group")
     elif model.moe.num_groups > 1 and model.moe.group_score_top_k != 2:
-        found.append(
+        obstacles.append(
             f"its router takes two scores of each group, not model.moe.group_score_top_k={model.moe.group_score_top_k}"
         )
-    return found
+    return obstacles
 
 
 def rope_parameters(model: ModelConfig) -> dict[str, Any]:
-    """The rotary embedding as Transformers writes it; all its architectures know the scaling of Llama 3."""
+    """The rotary embedding in Transformers' form; all its architectures support the scaling of Llama 3."""
     scaling = model.rope_scaling
-    found: dict[str, Any] = {
+    parameters: dict[str, Any] = {
         "rope_type": "default" if scaling is None else scaling.kind,
         "rope_theta": model.rope_theta,
     }
-    return found if scaling is None else {**found, **scaling.model_dump(exclude={"kind"})}
+    return parameters if scaling is None else {**parameters, **scaling.model_dump(exclude={"kind"})}
 
 
 def rope_scaling(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
-    """`model.rope_scaling` of Transformers' `rope_parameters`, not yet checked."""
+    """Transformers' `rope_parameters` as `model.rope_scaling`, not yet checked."""
     if parameters.get("rope_type", "default") == "default":
         return None
     names = RopeScaling.model_fields.keys() - {"kind"}
@@ -99,10 +99,12 @@ def _gqa_section(config: Any, qk_norm: bool, rotary_fraction: float = 1.0, qkv_b
 
 
 def _plain_gqa_obstacles(model: ModelConfig) -> list[str]:
-    found = []
+    obstacles = []
     if _gqa(model).qkv_bias:
-        found.append("its attention has biases on all four projections or none, and model.attention.qkv_bias is true")
-    return found + _whole_heads_obstacles(model)
+        obstacles.append(
+            "its attention has biases on all four projections or on none, but model.attention.qkv_bias is true"
+        )
+    return obstacles + _whole_heads_obstacles(model)
 
 
 def _whole_heads_obstacles(model: ModelConfig) -> list[str]:
@@ -115,14 +117,14 @@ def _whole_heads_obstacles(model: ModelConfig) -> list[str]:
 
 def _qwen3_moe_obstacles(model: ModelConfig) -> list[str]:
     assert model.moe
-    found = _plain_gqa_obstacles(model)
+    obstacles = _plain_gqa_obstacles(model)
     if model.moe.num_groups > 1:
-        found.append(f"it has no group-limited routing (model.moe.num_groups={model.moe.num_groups})")
+        obstacles.append(f"it has no group-limited routing (model.moe.num_groups={model.moe.num_groups})")
     if model.moe.scaling_factor != 1:
-        found.append(f"it does not scale router weights (model.moe.scaling_factor={model.moe.scaling_factor})")
+        obstacles.append(f"it does not scale router weights (model.moe.scaling_factor={model.moe.scaling_factor})")
     if model.moe.selection_bias:
-        found.append("its router has no bias (model.moe.selection_bias is true)")
-    return found
+        obstacles.append("its router has no bias (model.moe.selection_bias is true)")
+    return obstacles
 
 
 def _qwen3_moe_fields(model: ModelConfig) -> dict[str, Any]:
@@ -195,14 +197,14 @@ def _biased_moe_section(config: Any) -> dict[str, Any]:
 
 
 def _glm4_moe_obstacles(model: ModelConfig) -> list[str]:
-    found = _group_obstacles(model)
+    obstacles = _group_obstacles(model)
     width = model.shape.head_dim * _gqa(model).rotary_fraction
     if int(width) != round(width):
-        found.append(
-            f"it rounds head_dim x model.attention.rotary_fraction={_gqa(model).rotary_fraction} down "
-            f"where kmem rounds it to {round(width)}"
+        obstacles.append(
+            f"it rounds head_dim x model.attention.rotary_fraction={_gqa(model).rotary_fraction} down, "
+            f"while kmem rounds it to {round(width)}"
         )
-    return found
+    return obstacles
 
 
 def _glm4_moe_fields(model: ModelConfig) -> dict[str, Any]:
@@ -229,10 +231,10 @@ def _glm4_moe_section(config: Any) -> dict[str, Any]:
 
 
 def _deepseek_v3_obstacles(model: ModelConfig) -> list[str]:
-    found = _group_obstacles(model)
+    obstacles = _group_obstacles(model)
     if model.norm_eps != LATENT_NORM_EPS:
-        found.append(f"its latent norms have epsilon {LATENT_NORM_EPS}, not model.norm_eps={model.norm_eps}")
-    return found
+        obstacles.append(f"its latent norms have epsilon {LATENT_NORM_EPS}, not model.norm_eps={model.norm_eps}")
+    return obstacles
 
 
 def _deepseek_v3_fields(model: ModelConfig) -> dict[str, Any]:
@@ -273,13 +275,13 @@ def _dense_fields(model: ModelConfig) -> dict[str, Any]:
 
 
 def _llama_obstacles(model: ModelConfig) -> list[str]:
-    found = _whole_heads_obstacles(model)
+    obstacles = _whole_heads_obstacles(model)
     if model.hidden_size % model.attention.num_heads:
-        found.append(
-            f"it wants model.attention.num_heads={model.attention.num_heads} to divide "
+        obstacles.append(
+            f"it requires that model.attention.num_heads={model.attention.num_heads} divides "
             f"model.hidden_size={model.hidden_size}"
         )
-    return found
+    return obstacles
 
 
 EVERYWHERE: dict[str, tuple[Any, ...]] = {
@@ -287,7 +289,7 @@ EVERYWHERE: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, None),
     "quantization_config": (None,),
 }
-PLAIN_BIAS: dict[str, tuple[Any, ...]] = {"attention_bias": (False,)}  # it would put a bias on o_proj too
+PLAIN_BIAS: dict[str, tuple[Any, ...]] = {"attention_bias": (False,)}  # True would put a bias on o_proj too
 FULL_ATTENTION: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False,)}
 
 QWEN3_MOE = Architecture(
@@ -342,7 +344,7 @@ DEEPSEEK_V3 = Architecture(
         **EVERYWHERE,
         **PLAIN_BIAS,
         "rms_norm_eps": (LATENT_NORM_EPS,),
-        # fields of the original repository's code, which Transformers does not read
+        # fields that only the original repository's code reads, not Transformers
         "moe_layer_freq": (1, None),
         "scoring_func": ("sigmoid", None),
         "topk_method": ("noaux_tc", None),

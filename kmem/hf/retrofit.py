@@ -1,4 +1,4 @@
-"""A mixture of experts taken over as chains of experts that start by computing exactly what it computes."""
+"""Retrofit a mixture of experts: turn its layers into chains of experts that at first compute exactly the same."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,27 +16,28 @@ _NORM = re.compile(r"(layers\.\d+\.)feed_forward\.norms\.\d+\.")
 
 
 def chained(model: ModelConfig, iterations: int, choices: Sequence[str] = ()) -> ModelConfig:
-    """The model with `iterations` passes through the experts of each MoE layer, the later ones scaled by zero at first.
+    """The model with `iterations` passes through the experts of each MoE layer; at first the later passes are scaled by
+    zero.
 
     Args:
-        choices: further fields of `model.moe.chain`, as `residual=outer`.
+        choices: further fields of `model.moe.chain`, such as `residual=outer`.
 
     Raises:
-        UserError: it has no experts or has chains already, fewer than two iterations are asked for, or the choices do
-            not make a chain that starts as the layer.
+        UserError: the model has no experts or already has chains, `iterations` is less than 2, or the choices do not
+            give a chain that at first computes the same as the layer.
     """
     if iterations < 2:
         raise UserError(f"--chain-iterations {iterations}: at least 2; the first iteration is the layer as it is")
     if model.moe is None:
         raise UserError("--chain-iterations: the model has no experts")
     if model.moe.chain is not None:
-        raise UserError("--chain-iterations: the model's layers are chains of experts already")
+        raise UserError("--chain-iterations: the model's layers already are chains of experts")
     fields: dict[str, Any] = {}
     for choice in choices:
         name, equals, value = choice.partition("=")
         if not equals or name in ("iterations", "retrofit_scale"):
             raise UserError(
-                f"--chain-set {choice}: expected a field of model.moe.chain and its value, as residual=outer"
+                f"--chain-set {choice}: expected a field of model.moe.chain and its value, such as residual=outer"
             )
         fields[name] = value
     try:
@@ -51,10 +52,10 @@ def chained(model: ModelConfig, iterations: int, choices: Sequence[str] = ()) ->
 
 
 class ChainedParts:
-    """The parts of a tensor of the chained model: each router and norm is a copy of the layer's one, scales are zero.
+    """The parts of a tensor of the chained model: each router and norm is a copy of the layer's, scales are zero.
 
     Args:
-        parts: tensor name -> its parts, of the model before.
+        parts: tensor name -> its parts in the original model.
         model: the chained model.
     """
 
