@@ -49,7 +49,7 @@ def test_every_token_meets_its_own_blocks_once(seed, one_each):
         rows = [[row_of(int(address), level) for address in batch.addresses.flatten()] for batch in batches]
         used = [sorted({row for row in found if row is not None}) for found in rows]
         assert plan.rows.tolist() == sorted({row for found in used for row in found})
-        assert [plan.rows[index].tolist() for index in plan.index] == used
+        assert [plan.rows[index.numpy()].tolist() for index in plan.index] == used
         for number, found in enumerate(rows):
             met = {}
             for tokens, counts in groups[number].groups:
