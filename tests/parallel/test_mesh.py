@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from kmem.config import ConfigError, UserError
-from kmem.parallel.mesh import any_rank, raise_on_all_ranks, run_on_all_ranks
+from kmem.parallel.mesh import raise_on_all_ranks, run_on_all_ranks
 from kmem.parallel.pipeline import split_samples
 from tests.parallel.meshes import SHAPES, ranks_of
 
@@ -68,7 +68,3 @@ def test_a_problem_of_a_rank_is_raised_as_the_users_error(alone):
         run_on_all_ranks(lambda: failing(ConfigError("field: wrong")))
     with pytest.raises(ZeroDivisionError):  # a bug stays one
         run_on_all_ranks(lambda: failing(ZeroDivisionError()))
-
-
-def test_flags_of_any_rank(alone):
-    assert any_rank([True, False]) == [True, False]

@@ -1,6 +1,7 @@
 """Steps of a stage's tables: begun ahead, activated in order, committed or skipped, read for evaluations."""
 
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,13 +25,15 @@ class StageTable:
     """A table of a kind."""
 
     norm_group = None
+    rows, folder = ROWS, None
 
     def __init__(self, name, kind, depth, optimizer):
         self.name, self.section, self.optimizer = name, kind, optimizer
         self.settings = TableConfig(prefetch_depth=depth)
 
     def spec(self, config):
-        return TableSpec(self.name, ROWS, DIM, init_std=0.5)
+        store = "host" if self.folder is None else "mmap"
+        return TableSpec(self.name, self.rows, DIM, store=store, folder=self.folder, init_std=0.5)
 
     def pieces(self, table):
         return {self.name: table.pieces()}
@@ -188,7 +191,7 @@ def test_what_is_off_is_neither_planned_nor_fetched(stage):
     one, two = Memory("one", "first"), Memory("two", "second")
     tables = stage(one, two)
     looked_up = tables.evaluate(ids(4), {"one": "off"})
-    assert set(looked_up.working_sets) == set() | {"second"}
+    assert set(looked_up.working_sets) == {"second"}
     assert set(looked_up.beside) == {"two"}
     assert set(looked_up.off) == {"one"}
     assert (one.asked, [control for _, control in two.asked]) == ([], [None])
@@ -279,6 +282,22 @@ def test_tables_beyond_the_memory_of_the_machine_are_refused_before_any_is_alloc
     monkeypatch.setattr(stage_tables, "available_host_memory", lambda: rows * 2)
     with pytest.raises(UserError, match=r"^one\.store and two\.store: .*host memory.*store=mmap"):
         stage(Memory("one", "first", optimizer=None), Memory("two", "second", optimizer=None))
+
+
+@pytest.mark.parametrize(
+    ("rows", "folder", "message"),
+    [
+        (ROWS, "/proc/nowhere", r"^one\.folder: /proc/nowhere cannot be made"),
+        (10**13, None, r"^table first: .* GiB .*\bdisk .* GiB "),
+    ],
+    ids=["folder", "disk"],
+)
+def test_a_mapped_table_that_cannot_be_had_is_refused(stage, tmp_path, rows, folder, message):
+    memory = Memory("one", "first")
+    memory.tables[0].rows, memory.tables[0].folder = rows, Path(folder or tmp_path)
+    with pytest.raises(UserError, match=message):
+        stage(memory)
+    assert not [thread for thread in threading.enumerate() if thread.name == "kmem-tables"]
 
 
 def test_one_gradient_that_is_not_finite_is_enough(stage):
