@@ -8,6 +8,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 
 import pytest
 import torch
+import torch.distributed as dist
 
 # Triton reads it when it is first imported, which any library may do before the kernel tests run.
 if not torch.cuda.is_available():
@@ -35,6 +36,14 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("full") and not config.getoption("--full"):
             item.add_marker(pytest.mark.skip(reason="long case: launch/test.sh --full"))
+
+
+@pytest.fixture
+def alone():
+    """This process is the only rank of a world."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
