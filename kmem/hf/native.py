@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kmem.config import GroupedQueryAttention, LatentAttention, ModelConfig, RopeScaling
+from kmem.wording import counted
 
 LATENT_NORM_EPS = 1e-6  # DeepSeek-V3's norms of compressed queries and keys use it whatever rms_norm_eps says
 
@@ -53,7 +54,10 @@ def _group_obstacles(model: ModelConfig) -> list[str]:
     obstacles = []
     per_group = model.moe.num_experts // model.moe.num_groups
     if per_group < 2:
-        obstacles.append(f"its router takes two scores of each group, but model.moe has {per_group} experts per group")
+        obstacles.append(
+            f"its router takes two scores of each group, and model.moe.num_groups={model.moe.num_groups} leaves "
+            f"{counted(per_group, 'expert')} per group"
+        )
     elif model.moe.num_groups > 1 and model.moe.group_score_top_k != 2:
         obstacles.append(
             f"its router takes two scores of each group, not model.moe.group_score_top_k={model.moe.group_score_top_k}"

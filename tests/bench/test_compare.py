@@ -91,6 +91,18 @@ def comparison(prepared, tmp_path):
     return write
 
 
+def command_case(words):
+    """Run a command as this rank; its exit code."""
+    return main(words)
+
+
+@pytest.fixture
+def warm_runs(ranks, monkeypatch):
+    """Runs train in a rank process that has imported everything, in place of a new process each."""
+    monkeypatch.setattr(compare_runs, "launch_local", lambda words, count: ranks.run(count, command_case, words)[0])
+
+
+@pytest.mark.usefixtures("warm_runs")
 def test_a_comparison_is_trained_evaluated_and_reported_once(comparison, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     command = ["bench", "compare", str(comparison()), "--out", str(out), "--seeds", "1"]
@@ -118,6 +130,7 @@ def test_a_comparison_is_trained_evaluated_and_reported_once(comparison, tmp_pat
     assert json.loads((out / "report.json").read_text()) == results
 
 
+@pytest.mark.usefixtures("warm_runs")
 def test_banks_are_evaluated_by_what_contexts_fetch_and_asked_questions(comparison, prepared, tmp_path, capsys):
     """A bank with fetched and generic blocks, one with generic blocks only, and a model without."""
     data = tmp_path / "data"

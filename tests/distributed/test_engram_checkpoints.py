@@ -75,6 +75,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.full
 def test_other_addresses_are_refused(ranks, wide_run):
     """On every rank with the same message, which names the field."""
     root, _ = wide_run
@@ -111,4 +112,4 @@ def test_memory_added_to_a_checkpoint_is_a_no_op_at_first(ranks, tmp_path):
         assert added["losses"][SAVE] == pytest.approx(plain["losses"][SAVE], abs=tolerance)
         assert added["losses"][SAVE + 1] != pytest.approx(plain["losses"][SAVE + 1], abs=1e-6)
     (message,) = ranks.run(1, refusals, [engram_config()], str(tmp_path))[0]
-    assert message.startswith("model.engram.init_std: 0.3, and ")
+    assert message.startswith("model.engram.init_std: 0.3, ")

@@ -287,8 +287,8 @@ def test_tables_beyond_the_memory_of_the_machine_are_refused_before_any_is_alloc
 @pytest.mark.parametrize(
     ("rows", "folder", "message"),
     [
-        (ROWS, "/proc/nowhere", r"^one\.folder: /proc/nowhere cannot be made"),
-        (10**13, None, r"^table first: .* GiB .*\bdisk .* GiB "),
+        (ROWS, "/proc/nowhere", r"^one\.folder: /proc/nowhere "),
+        (10**13, None, r"^table first: .* GiB .*\bdisk\b.* GiB "),
     ],
     ids=["folder", "disk"],
 )

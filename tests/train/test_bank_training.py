@@ -271,6 +271,7 @@ def test_documents_without_addresses_are_one_error(bank_run, addressed, capsys):
     assert re.search(rf"{folder}/addresses\.json: missing.*kmem data cluster", capsys.readouterr().err)
 
 
+@pytest.mark.full
 def test_another_tree_than_the_checkpoints_is_refused(ranks, bank_run, addressed, tmp_path):
     first, _ = bank_run(train__steps=2)
     assert ranks.run(1, trainer_case, first)[0]["error"] is None

@@ -115,11 +115,12 @@ def test_the_figures_of_a_mesh_are_those_of_one_rank(ranks, engram_run):
     assert sum(record["memories"]["engram"]["1"]["bytes"] for record in records(trees[1])) > 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model__engram__rows_per_head": 10**12}, r"^engram\.store: .* GiB .*host memory.* GiB .*store=mmap"),
-        ({"model__engram__rows_per_head": 10**13, "engram__store": "mmap"}, r"^table .* GiB .*\bdisk .* GiB "),
+        ({"model__engram__rows_per_head": 10**13, "engram__store": "mmap"}, r"^table .* GiB .*\bdisk\b.* GiB "),
         (
             {"engram__store": "mmap", "engram__folder": "/proc/nowhere"},
             r"^engram\.folder: /proc/nowhere/case ",

@@ -217,6 +217,7 @@ def test_weights_alone_begin_a_run_of_its_own(ranks, run_config, first):
     assert (answer["error"], answer["started_at"]) == (None, 2)
 
 
+@pytest.mark.full
 def test_what_a_run_cannot_begin_with_is_refused_on_every_rank(ranks, run_config, first, tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(f"text number {number} is another one" for number in range(50)))
     other = tmp_path / "other"
