@@ -286,7 +286,7 @@ OBSTACLES = {
     "attention.qkv_bias": ("qwen3_moe", {"attention": {"qkv_bias": True}}),
     "attention.rotary_fraction": ("qwen3", {"attention": {"rotary_fraction": 0.5}}),
     "moe.group_score_top_k": ("glm4_moe", {"moe": {"group_score_top_k": 1}}),
-    "moe.num_groups": ("deepseek_v3", {"moe": {"num_groups": 8, "group_score_top_k": 1}}),
+    "leaves 1 expert per group": ("deepseek_v3", {"moe": {"num_groups": 8, "group_score_top_k": 1}}),
     "norm_eps": ("deepseek_v3", {"norm_eps": 1e-5}),
     "attention.num_heads": ("llama", {"attention": {"num_heads": 6, "num_kv_heads": 2}}),
     "rounds head_dim": ("glm4_moe", {"attention": {"head_dim": 16, "rotary_fraction": 0.74}}),
