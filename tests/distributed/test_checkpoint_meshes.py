@@ -65,7 +65,9 @@ def test_lost_moments_would_be_seen(ranks, wide_run, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"model__tie_embeddings": True}, {"train__precision": "bf16"}], ids=["tied", "bf16"]
+    "changes",
+    [{"model__tie_embeddings": True}, pytest.param({"train__precision": "bf16"}, marks=pytest.mark.full)],
+    ids=["tied", "bf16"],
 )
 def test_variants_reshard(ranks, tmp_path, changes):
     world, mesh = WIDE

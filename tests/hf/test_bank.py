@@ -300,7 +300,7 @@ def folder_of_sentences(where):
     return decoder, where / "out", text
 
 
-@pytest.mark.parametrize("embedder", ["tfidf", "minilm"])
+@pytest.mark.parametrize("embedder", ["tfidf", pytest.param("minilm", marks=pytest.mark.full)])
 def test_torch_and_transformers_suffice(embedder, folders, tmp_path):
     decoder, folder, own = (*folders("ffn"), router()) if embedder == "tfidf" else folder_of_sentences(tmp_path)
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}

@@ -190,7 +190,14 @@ assert "kmem" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("name", ["softmax and shared experts", "chain of experts", "deepseek"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("softmax and shared experts", marks=pytest.mark.full),
+        pytest.param("chain of experts", marks=pytest.mark.full),
+        "deepseek",
+    ],
+)
 def test_custom_code_needs_no_kmem(name, tmp_path):
     """In a process where kmem cannot be imported, from another folder, and again after save_pretrained."""
     config = (OWN | MEMORY)[name]

@@ -97,7 +97,7 @@ def stored(data: Path) -> list[int]:
     )
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("pooling", ["mean", pytest.param("cls", marks=pytest.mark.full)])
 def test_an_encoder_of_ones_own_goes_with_the_export(pooling, data, tmp_path):
     encoder = write_sentence_bert(tmp_path / "bert", pooling)
     if pooling == "cls":

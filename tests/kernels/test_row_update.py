@@ -91,7 +91,7 @@ def update(settings, state, step, dim, device, backend):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rounding", ["fp32", "nearest", "random"])
-@pytest.mark.parametrize("dim", [1, 5, 40, 520])
+@pytest.mark.parametrize("dim", [1, 5, 40, pytest.param(520, marks=pytest.mark.full)])
 @pytest.mark.parametrize("settings", OPTIMIZERS, ids=lambda s: s.name + "-decayed" * (type(s) is BlockOptimizerConfig))
 def test_the_bits_are_those_of_the_host(settings, dim, rounding, device):
     settings = settings.model_copy(update={"stochastic_rounding": rounding == "random"})

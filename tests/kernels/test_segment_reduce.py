@@ -27,7 +27,7 @@ def ids(count, segments, seed=0):
         (3 * CHUNK + 1, 1, 8),
         (CHUNK, 2, 264),
         (2000, 150, 40),
-        (2 * CHUNK + 2, 2, 600),
+        pytest.param(2 * CHUNK + 2, 2, 600, marks=pytest.mark.full),
     ],
 )
 def test_bitwise_equal_to_the_definition(count, segments, columns, dtype, device):

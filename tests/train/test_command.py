@@ -35,7 +35,9 @@ def checkpoints(tree):
     return Path(tree["folder"]) / tree["name"] / "checkpoints"
 
 
-@pytest.mark.parametrize(("nproc", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("nproc", "number"), [(1, signal.SIGTERM), pytest.param(2, signal.SIGINT, marks=pytest.mark.full)]
+)
 def test_a_signal_finishes_the_step_saves_and_exits_zero(run_config, nproc, number):
     tree, path = run_config(train__steps=100000, checkpoint__every=None, evaluation__at_start=False)
     command = [*KMEM, "train", "--config", str(path), "--nproc", str(nproc)]
