@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from kmem.config import UserError
 from kmem.data.safetensors_file import SafetensorsWriter
-from kmem.model.bank_export import TREE_FOLDER, BankDescription
+from kmem.model.bank_export import TREE_FOLDER, ExportedBank
 from kmem.model.bank_inference import InferenceBank
-from kmem.model.bank_layout import BankLayout, Part, bank_table_part_name
+from kmem.model.bank_kind import BankKind
+from kmem.model.bank_layout import BankLayout, Part, bank_table_name, bank_table_part_name
 from kmem.model.bank_router import ContextRouter
-from kmem.model.export_tables import WEIGHTS_FILE, map_tables
+from kmem.model.export_tables import WEIGHTS_FILE, ExportedTable, map_tables
+from kmem.model.exported_memory import exported_memory
 from kmem.model.mapped_rows import MappedRows
 from kmem.model.shape import Shape
 
@@ -54,7 +57,7 @@ class FetchTimes:
 
 
 @dataclass(frozen=True)
-class ExportedBank:
+class TimedBank:
     """The bank of an exported folder."""
 
     layout: BankLayout
@@ -63,7 +66,7 @@ class ExportedBank:
     vocab_size: int
 
 
-def open_bank(folder: Path) -> ExportedBank:
+def open_bank(folder: Path) -> TimedBank:
     """Open the bank of an exported folder; the rest of the model is not read.
 
     Raises:
@@ -83,14 +86,16 @@ def open_bank(folder: Path) -> ExportedBank:
 
     register()  # otherwise Transformers warns about a tokenizer of an unknown model type
     try:
-        described = BankDescription.read(Shape(model), config.get("bank_parts", {}), config.get("bank_tree"))
+        exported = exported_memory(BankKind(), Shape(model), SimpleNamespace(**config))
+        assert isinstance(exported, ExportedBank)
+        described = exported.description
         router = described.router(folder / TREE_FOLDER, load_tokenizer(folder))
-        return ExportedBank(described.layout, map_tables(described.tables(), find), router, int(model["vocab_size"]))
+        return TimedBank(described.layout, map_tables(exported.tables, find), router, int(model["vocab_size"]))
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from error
 
 
-def synthetic_bank(folder: Path, layers: int, width: int, ranks: tuple[int, ...], children: int) -> ExportedBank:
+def synthetic_bank(folder: Path, layers: int, width: int, ranks: tuple[int, ...], children: int) -> TimedBank:
     """A bank of random bf16 blocks of the kind ffn, in a file like an export's and without a tree.
 
     Args:
@@ -112,13 +117,17 @@ def synthetic_bank(folder: Path, layers: int, width: int, ranks: tuple[int, ...]
             while left:
                 writer.write_values(name, values[:left])
                 left -= min(left, len(values))
-    parts_of = {level: [layout.rows(level)] for level in layout.levels}
-    described = BankDescription(layout, parts_of, None)
-    mapped = map_tables(described.tables(), lambda file: str(folder / file) if file == WEIGHTS_FILE else None)
-    return ExportedBank(layout, mapped, None, 0)
+    tables = {
+        level: ExportedTable(
+            bank_table_name(level), layout.row_values(level), {bank_table_part_name(level, 0): layout.rows(level)}
+        )
+        for level in layout.levels
+    }
+    mapped = map_tables(tables, lambda file: str(folder / file) if file == WEIGHTS_FILE else None)
+    return TimedBank(layout, mapped, None, 0)
 
 
-def measure(bank: ExportedBank, placement: Placement, contexts: int, seed: int, like: Tensor) -> FetchTimes:
+def measure(bank: TimedBank, placement: Placement, contexts: int, seed: int, like: Tensor) -> FetchTimes:
     """Fetch for `contexts` contexts with random leaves of the whole tree, then of one level-1 cluster.
 
     Before each fetch the pages of levels on disk are dropped.
@@ -167,7 +176,7 @@ def measure(bank: ExportedBank, placement: Placement, contexts: int, seed: int, 
     )
 
 
-def route_ms(bank: ExportedBank, contexts: int, seed: int) -> float | None:
+def route_ms(bank: TimedBank, contexts: int, seed: int) -> float | None:
     """Median time, in ms, to embed a context of CONTEXT_TOKENS tokens and descend the tree; None without a tree."""
     if bank.router is None:
         return None
@@ -181,7 +190,7 @@ def route_ms(bank: ExportedBank, contexts: int, seed: int) -> float | None:
     return 1e3 * statistics.median(times[1:])  # the first call also loads the embedder
 
 
-def bytes_needed(bank: ExportedBank, placement: Placement) -> int:
+def bytes_needed(bank: TimedBank, placement: Placement) -> int:
     """Bytes of the levels that are placed in host memory."""
     return sum(
         bank.layout.rows(level) * bank.layout.row_values(level) * bank.rows[level].dtype.itemsize
@@ -207,7 +216,7 @@ class _Held:
         return self._table[rows]
 
 
-def _drop(bank: ExportedBank, placement: Placement) -> None:
+def _drop(bank: TimedBank, placement: Placement) -> None:
     for level, place in placement.items():
         if place == "disk":
             for file in bank.rows[level].files:

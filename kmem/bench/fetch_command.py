@@ -13,7 +13,7 @@ from kmem.config import ConfigError, UserError
 from kmem.wording import counted
 
 if TYPE_CHECKING:
-    from kmem.bench.fetch import ExportedBank, FetchTimes, Placement
+    from kmem.bench.fetch import FetchTimes, Placement, TimedBank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +87,7 @@ def placements(text: str | None, levels: Sequence[int]) -> "list[Placement]":
     return [placement]
 
 
-def _measure(arguments: argparse.Namespace, bank: "ExportedBank") -> None:
+def _measure(arguments: argparse.Namespace, bank: "TimedBank") -> None:
     import torch
 
     from kmem.bench.fetch import CONTEXT_TOKENS, bytes_needed, measure, route_ms

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kmem.checkpoint.bank.layout import bank_layout, checkpoint_router, checkpoint_tree, mapped_bank
+from kmem.checkpoint.bank.layout import bank_layout, checkpoint_router, checkpoint_tree
 from kmem.checkpoint.bank.options import set_controls
 from kmem.checkpoint.controls import Choices
 from kmem.checkpoint.reader import CheckpointReader
@@ -17,8 +17,10 @@ from kmem.data.bank_addresses import Addressing
 from kmem.data.batch import SequenceBatch
 from kmem.data.reader import SequenceReader
 from kmem.data.workers import available_cores
+from kmem.hf.memory_folders import mapped_tables
 from kmem.model.bank_blocks import BankInput
 from kmem.model.bank_inference import InferenceBank
+from kmem.model.bank_kind import BankKind
 from kmem.model.bank_router import ContextRouter
 from kmem.model.bank_tree import ClusterTree
 
@@ -39,9 +41,8 @@ class EvaluatedBank:
         trained = "fetched" if choice.blocked else reader.config.model.shape.bank_control
         control = choices.controls.get("bank", trained)
         self._blocked = control == "blocked"
-        self._bank = InferenceBank(layout)
+        self._bank = InferenceBank(layout, mapped_tables(reader, BankKind()))
         set_controls(self._bank, "fetched" if self._blocked else control, choice.levels)
-        self._bank.sources = mapped_bank(reader, layout)
         self._tree: ClusterTree | None = None
         self._router: ContextRouter | None = None
         try:

@@ -1,30 +1,52 @@
 """Memories of a checkpoint in one process, by kind."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from kmem.checkpoint.controls import Choices
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.data.batch import SequenceBatch
 from kmem.eval.bank import EvaluatedBank
-from kmem.eval.engram import EvaluatedEngram
+from kmem.hf.memory_folders import open_memory
 from kmem.model.decoder import Decoder
+from kmem.model.exported_memory import ForwardTokens
+from kmem.model.memory_kind import ModelKind
 
 
-class EvaluatedMemory(Protocol):
-    """One kind of memory, with a control or as it was trained."""
+class EvaluatedMemory:
+    """A memory that reads tokens, with a control or as it was trained. Its rows stay in the checkpoint's files.
+
+    Raises:
+        UserError: the memory lacks its control.
+        CheckpointError: what addresses the rows is missing or another, or a file is damaged.
+    """
+
+    def __init__(self, reader: CheckpointReader, kind: ModelKind, decoder: Decoder, choices: Choices) -> None:
+        self._memory, self._tensors = open_memory(reader, kind, decoder)
+        self._memory.control = choices.controls.get(kind.name, self._memory.control)
 
     def of_batch(self, batch: SequenceBatch, like: Tensor) -> dict[int, Any]:
         """What each layer reads for sequences of data. `like` is a tensor of the model's dtype and device."""
+        return self._read(batch.input_ids.to(like.device), batch.document_ids.to(like.device), like)
 
     def of_prompts(self, prompts: Sequence[Sequence[int]], ids: Tensor, like: Tensor) -> dict[int, Any]:
         """What each layer reads for token ids [B, T] that begin with these prompts."""
+        return self._read(ids, torch.zeros_like(ids), like)
+
+    def _read(self, ids: Tensor, documents: Tensor, like: Tensor) -> dict[int, Any]:
+        like = like.new_empty(*ids.shape)
+        return self._memory.inputs(
+            ForwardTokens(like, ids, document_ids=documents, continued=False, tensors=self._tensors)
+        )
 
 
-OPEN: dict[str, Callable[[CheckpointReader, Decoder, Choices], EvaluatedMemory]] = {
-    "engram": EvaluatedEngram,
-    "bank": lambda reader, _, choices: EvaluatedBank(reader, choices),
-}
-"""Kind -> function that opens it."""
+def evaluated_memory(
+    reader: CheckpointReader, kind: ModelKind, decoder: Decoder, choices: Choices
+) -> EvaluatedMemory | EvaluatedBank:
+    """A memory of an evaluated checkpoint; its methods are those of `EvaluatedMemory`."""
+    if kind.name == "bank":
+        return EvaluatedBank(reader, choices)
+    return EvaluatedMemory(reader, kind, decoder, choices)

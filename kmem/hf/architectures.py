@@ -5,6 +5,7 @@ from typing import Any
 
 from kmem.config import ModelConfig
 from kmem.hf.native import NATIVE, Architecture, rope_parameters, rope_scaling
+from kmem.model.memory_kinds import kinds_of
 from kmem.wording import counted
 
 KMEM = Architecture(
@@ -39,10 +40,8 @@ def choose(model: ModelConfig, custom_code: bool = False) -> Choice:
         return Choice(KMEM, "--custom-code was given")
     if model.moe is not None and model.moe.chain is not None:
         return Choice(KMEM, "no native architecture has a chain of experts (model.moe.chain)")
-    if model.engram is not None:
-        return Choice(KMEM, "no native architecture has an engram (model.engram)")
-    if model.bank is not None:
-        return Choice(KMEM, "no native architecture has a bank (model.bank)")
+    for kind in kinds_of(model.shape):
+        return Choice(KMEM, f"no native architecture has this memory (model.{kind.name})")
     if model.shape.branches > 1:
         return Choice(KMEM, "no native architecture has a residual stream of branches (model.hyper_connections)")
     if model.attention.kind == "gqa" and model.attention.qk_norm_span == "all_heads":

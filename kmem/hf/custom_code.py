@@ -54,19 +54,19 @@ def embedder_class(name: str) -> type | None:
     return reader
 
 
-def write_code(folder: Path, embedder: str | None) -> None:
-    """Copy the model class into an export, with the class that reads the embedder of the bank's tree.
+def write_code(folder: Path) -> None:
+    """Copy the model class into an export."""
+    for file in code_files():
+        shutil.copyfile(file, folder / file.name)
 
-    Args:
-        folder: of the export.
-        embedder: the name of the tree's embedder; None for a model without a bank.
+
+def write_embedder(folder: Path, embedder: str) -> None:
+    """Add the class that reads a registered embedder to an export that has the model class.
 
     Raises:
         UserError: as `embedder_class`.
     """
-    for file in code_files():
-        shutil.copyfile(file, folder / file.name)
-    reader = None if embedder is None else embedder_class(embedder)
+    reader = embedder_class(embedder)
     if reader is None:
         return
     shutil.copyfile(str(inspect.getsourcefile(reader)), folder / f"{REGISTERED}.py")

@@ -5,50 +5,29 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from kmem.checkpoint.bank.layout import Banked, checkpoint_router, checkpoint_tree
-from kmem.checkpoint.engram.reading import Addressed, checkpoint_addresses
-from kmem.clustering.tree_folder import copy_tree
 from kmem.config import Config, UserError
-from kmem.data.bank_addresses import tree_record
 from kmem.data.progress import Progress
 from kmem.data.safetensors_file import SafetensorsWriter
 from kmem.data.tokenizer import load_tokenizer
 from kmem.files import atomic_folder, check_replaceable
 from kmem.hf.architectures import KMEM, Choice, choose, to_fields
-from kmem.hf.custom_code import AUTO_MAP, embedder_class, register, write_code
+from kmem.hf.custom_code import AUTO_MAP, register, write_code
 from kmem.hf.key_map import Piece, TableParts, check_tensor_sets, folder_pieces, parameters, table_parts
+from kmem.hf.memory_folders import FolderParts, TrainedModel, folder_of
 from kmem.hf.model_card import model_card
 from kmem.hf.native import Architecture
-from kmem.model.bank_embedder import read_embedder_record
-from kmem.model.bank_export import TREE_FOLDER
-from kmem.model.bank_tree import EMBEDDER_FOLDER
-from kmem.model.engram_export import COMPRESSION
-from kmem.model.engram_reader import EngramAddresses
 from kmem.model.export_tables import INDEX_FILE, WEIGHTS_FILE
+from kmem.model.memory_kinds import kinds_of
 from kmem.model.parameter_counts import tensor_shapes
 from kmem.wording import counted
 
 SLICE_BYTES = 32 << 20  # rows of a large tensor are copied in parts of this size
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
-
-
-class TrainedModel(Addressed, Banked, Protocol):
-    """What `export` reads from a checkpoint; `kmem.checkpoint.reader.CheckpointReader` implements it."""
-
-    @property
-    def facts(self) -> Mapping[str, Any]: ...
-
-    @property
-    def tensors(self) -> Mapping[str, Any]:
-        """Canonical name -> an object with `.shape`."""
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor along its first dimension."""
 
 
 def export(
@@ -95,16 +74,13 @@ def export(
         remedy="it was not saved by a run of its own model section",
     )
     tokens = _token_ids(trained.tokenizer_path, model.vocab_size)
-    addresses = checkpoint_addresses(trained)
-    tree = _tree(trained, tree)
-    embedder = {} if tree is None else read_embedder_record(tree / EMBEDDER_FOLDER)
-    if embedder:
-        embedder_class(embedder["name"])
+    folders = {kind.name: folder_of(kind) for kind in kinds_of(model.shape)}
+    if tree is not None and not any(folder.takes_tree for folder in folders.values()):
+        raise UserError(f"--tree {tree}: the model has no bank (model.bank)")
+    memories = {name: folder.exported(trained, tree) for name, folder in folders.items()}
     parts = table_parts(model, DTYPES[dtype].itemsize, max_shard_bytes)
     pieces = folder_pieces(model, choice.architecture, parts)
-    config = transformers_config(trained.config, choice.architecture, tokens, DTYPES[dtype], addresses, parts)
-    if tree is not None:
-        config.bank_tree = tree_record(tree)["fingerprint"]
+    config = transformers_config(trained.config, choice.architecture, tokens, DTYPES[dtype], memories, parts)
     check_tensor_sets(
         f"{choice.architecture.class_name} of this version of Transformers",
         expected=target_parameters(config, choice.architecture),
@@ -119,13 +95,15 @@ def export(
         if free < total:
             raise UserError(f"--out {out}: the weights need {total} bytes but {free} are free; choose another folder")
         with Progress(f"exporting {total / 1e6:,.1f} MB", total) as progress:
-            _write_weights(trained, addresses, shards, DTYPES[dtype], partial, progress)
-        _write_descriptions(trained, choice, config, tokens, dtype, tree, partial)
-        if tree is not None:
-            copy_tree(tree, partial / TREE_FOLDER)
+            _write_weights(trained, memories, shards, DTYPES[dtype], partial, progress)
+        _write_descriptions(trained, choice, config, tokens, dtype, list(memories.values()), partial)
+        for memory in memories.values():
+            if memory.write is not None:
+                memory.write(partial)
     say(f"exported to {out}: {total / 1e6:,.1f} MB in {counted(len(shards), 'weight file')}")
-    if embedder.get("licences") == []:
-        say(f"{out / TREE_FOLDER / EMBEDDER_FOLDER}: the encoder {embedder['encoder']} has no LICENSE file")
+    for memory in memories.values():
+        for note in memory.notes:
+            say(f"{out}/{note}")
     return choice
 
 
@@ -134,14 +112,14 @@ def transformers_config(
     architecture: Architecture,
     tokens: Mapping[str, int],
     dtype: torch.dtype,
-    addresses: EngramAddresses | None = None,
+    memories: Mapping[str, FolderParts] | None = None,
     parts: TableParts | None = None,
 ) -> Any:
     """The Transformers configuration object of an export.
 
     Args:
         tokens: name -> id of the special tokens, such as `eos_token_id`.
-        addresses: of the engram, if the model has one.
+        memories: kind -> parts of the model's memory.
         parts: rows of the tensors that hold each table.
 
     Raises:
@@ -150,8 +128,8 @@ def transformers_config(
     import transformers
 
     fields = to_fields(config.model, architecture)
-    if addresses is not None:
-        fields["engram_addressing"] = addresses.addressing.to_manifest()
+    for kind, memory in (memories or {}).items():
+        fields |= {f"{kind}_{name}": value for name, value in memory.fields.items()}
     for kind, tables in (parts or {}).items():
         fields[f"{kind}_parts"] = {str(key): list(rows) for key, rows in tables.items()}
     ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **tokens}
@@ -203,22 +181,21 @@ def plan_shards(pieces: Sequence[Piece], dtype: torch.dtype, max_bytes: int) -> 
 
 def _write_weights(
     trained: TrainedModel,
-    addresses: EngramAddresses | None,
+    memories: Mapping[str, FolderParts],
     shards: list[list[Piece]],
     dtype: torch.dtype,
     folder: Path,
     progress: Progress,
 ) -> None:
     count, places = len(shards), {}
+    beside = {name: tensor for memory in memories.values() for name, tensor in memory.tensors.items()}
     for number, shard in enumerate(shards, start=1):
         name = WEIGHTS_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         declared = {piece.name: (piece.shape, _dtype(piece, dtype)) for piece in shard}
         with SafetensorsWriter(folder / name, declared, {"format": "pt"}) as writer:
             for piece in shard:
-                if piece.name == COMPRESSION:
-                    compression = None if addresses is None else addresses.compression
-                    assert compression is not None
-                    writer.write(piece.name, compression.lookup)
+                if piece.name in beside:
+                    writer.write(piece.name, beside[piece.name])
                 else:
                     _write_piece(trained, piece, _dtype(piece, dtype), writer, progress)
         places.update(dict.fromkeys(declared, name))
@@ -268,23 +245,13 @@ def _side_by_side(trained: TrainedModel, piece: Piece) -> Iterator[torch.Tensor]
             yield trained.read_rows(tensor, row, row + 1)
 
 
-def _tree(trained: TrainedModel, given: Path | None) -> Path | None:
-    """The tree to export. Its embedder is loaded once, so a damaged one is noticed here."""
-    if trained.config.model.bank is None:
-        if given is not None:
-            raise UserError(f"--tree {given}: the model has no bank (model.bank)")
-        return None
-    checkpoint_router(trained, given)
-    return checkpoint_tree(trained, given)
-
-
 def _write_descriptions(
     trained: TrainedModel,
     choice: Choice,
     config: Any,
     tokens: Mapping[str, int],
     dtype: str,
-    tree: Path | None,
+    memories: Sequence[FolderParts],
     folder: Path,
 ) -> None:
     from transformers import GenerationConfig
@@ -297,8 +264,8 @@ def _write_descriptions(
             shutil.copyfile(file, folder / file.name)
     _pad_left(folder / "tokenizer_config.json")
     if choice.architecture is KMEM:
-        write_code(folder, None if tree is None else read_embedder_record(tree / EMBEDDER_FOLDER)["name"])
-    card = model_card(trained.config, trained.facts, choice, dtype, tree)
+        write_code(folder)
+    card = model_card(trained.config, trained.facts, choice, dtype, memories)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -6,31 +6,28 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
 import kmem
 from kmem.checkpoint.commit import Progress as RunProgress
-from kmem.checkpoint.manifest import check_addressing
 from kmem.checkpoint.writer import write_weights
-from kmem.clustering.tree_folder import copy_tree
 from kmem.config import Config, LatentAttention, ModelConfig, UserError, dump_config, parse_config
-from kmem.data.bank_addresses import tree_record
-from kmem.data.engram_addresses import model_addresses
 from kmem.data.progress import Progress
-from kmem.data.tokenizer import adopt_tokenizer, load_tokenizer, tokenizer_fingerprint
+from kmem.data.tokenizer import adopt_tokenizer
 from kmem.files import atomic_folder
 from kmem.hf.architectures import KMEM
 from kmem.hf.export import SLICE_BYTES
 from kmem.hf.folder import FolderTensor, ModelFolder
 from kmem.hf.foreign_config import MTP_FIELD, ignored_fields, read_architecture, read_config, read_model
 from kmem.hf.key_map import Piece, check_tensor_sets, folder_pieces, half_split_rows
+from kmem.hf.memory_folders import folder_of
 from kmem.hf.native import DEEPSEEK_V3, Architecture
 from kmem.hf.retrofit import ChainedParts, chained
-from kmem.model.bank_export import TREE_FOLDER, BankDescription
-from kmem.model.engram_export import COMPRESSION, EngramDescription
+from kmem.model.bank_export import TREE_FOLDER
+from kmem.model.exported_memory import exported_memory
+from kmem.model.memory_kinds import kinds_of
 from kmem.model.parameter_counts import tensor_shapes
 
 TRAINABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,11 +86,12 @@ def import_folder(
     if ignored:
         say(f"ignored fields of config.json: {', '.join(ignored)}")
 
-    engram = _engram(config, model, described)
-    bank = _bank(config, model, described)
-    memories: dict[str, EngramDescription | BankDescription | None] = {"engram": engram, "bank": bank}
-    table_rows = {kind: memory.parts for kind, memory in memories.items() if memory is not None}
-    pieces = folder_pieces(model, architecture, table_rows)
+    kinds = kinds_of(model.shape)
+    try:
+        memories = {kind.name: exported_memory(kind, model.shape, config) for kind in kinds}
+    except ValueError as error:
+        raise UserError(f"{described}: {error}") from error
+    pieces = folder_pieces(model, architecture, {name: memory.parts for name, memory in memories.items()})
     left_out = _left_out(folder, model, architecture, drop_mtp)
     if left_out:
         say(f"tensors left out: {len(left_out)} ({', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''})")
@@ -104,7 +102,8 @@ def import_folder(
         found={name: tensor.shape for name, tensor in kept.items()},
         remedy="the weights do not match its config.json",
     )
-    _check_dtypes({name: tensor for name, tensor in kept.items() if name != COMPRESSION})
+    beside = {name for kind in kinds for name in kind.exported_tensors(model.shape)}
+    _check_dtypes({name: tensor for name, tensor in kept.items() if name not in beside})
 
     interleaved = architecture is DEEPSEEK_V3 and bool(config.rope_interleave)
     shapes = tensor_shapes(target.shape)
@@ -112,11 +111,11 @@ def import_folder(
     facts = {"imported_from": folder.path.resolve().name, "imported_as": architecture.name, "kmem": kmem.__version__}
     with atomic_folder(out) as partial:
         tokenizer = _bring_tokenizer(folder.path, partial / "tokenizer", say)
-        if engram is not None:
-            _check_addresses(folder.path, engram, target, partial / "tokenizer")
-        manifests = {} if engram is None else {"engram": engram.addressing.to_manifest()}
-        if bank is not None:
-            manifests["bank"] = _bring_tree(folder.path, bank, partial)
+        manifests = {}
+        for kind in kinds:
+            manifest = folder_of(kind).imported(folder.path, memories[kind.name], target, partial)
+            if manifest is not None:
+                manifests[kind.name] = manifest
         with Progress(f"importing {elements * 4 / 1e6:,.1f} MB", elements) as bar:
             parts = _Parts(folder, model, pieces, interleaved, bar)
             checkpoint = write_weights(
@@ -162,60 +161,6 @@ def starting_config(out: Path, model: ModelConfig) -> Config:
             },
         }
     )
-
-
-def _engram(config: Any, model: ModelConfig, path: Path) -> EngramDescription | None:
-    """Addressing and tables of a model with an engram, which only kmem's own folders have."""
-    if model.engram is None:
-        return None
-    shape = model.shape
-    try:
-        return EngramDescription.read(
-            shape, getattr(config, "engram_addressing", None), getattr(config, "engram_parts", {})
-        )
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def _bank(config: Any, model: ModelConfig, path: Path) -> BankDescription | None:
-    """Tables and tree of a model with a bank, which only kmem's own folders have."""
-    if model.bank is None:
-        return None
-    try:
-        return BankDescription.read(model.shape, getattr(config, "bank_parts", {}), getattr(config, "bank_tree", None))
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def _bring_tree(source: Path, bank: BankDescription, run: Path) -> dict[str, Any]:
-    """Copy the tree and return its description."""
-    folder = source / TREE_FOLDER
-    if not folder.is_dir():
-        raise UserError(f"{folder}: missing, but this tree addresses the bank's rows; fetch or export the folder again")
-    tokenizer = run / "tokenizer"
-    try:
-        bank.router(folder, load_tokenizer(tokenizer) if tokenizer.is_dir() else None)
-        copy_tree(folder, run / TREE_FOLDER)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    record = tree_record(folder)
-    if record.get("tokenizer") is not None and tokenizer.is_dir():
-        fingerprint = tokenizer_fingerprint(tokenizer)
-        if fingerprint != record["tokenizer"]:
-            raise UserError(
-                f"{source}: its tokenizer ({fingerprint[:12]}) is not the one whose ids the tree's embedder counts "
-                f"({record['tokenizer'][:12]}); fetch or export the folder again"
-            )
-    return record
-
-
-def _check_addresses(source: Path, engram: EngramDescription, model: ModelConfig, tokenizer: Path) -> None:
-    """Check that the run's tokenizer addresses the same rows as the folder's."""
-    if not tokenizer.is_dir():
-        raise UserError(f"{source}: has no tokenizer, but its engram's rows are addressed by one; add its files")
-    addresses = model_addresses(model, tokenizer)
-    assert addresses is not None
-    check_addressing(source, engram.addressing.to_manifest(), addresses)
 
 
 class _Parts:

@@ -1,16 +1,13 @@
 """Load a model and its tokenizer for inference, from a run's checkpoint or from a Hugging Face folder."""
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kmem.checkpoint.bank.layout import bank_layout, bank_tensors, checkpoint_router, mapped_bank
 from kmem.checkpoint.bank.options import BankOptions, set_controls
 from kmem.checkpoint.controls import check_controls
-from kmem.checkpoint.engram.reading import checkpoint_addresses, mapped_tables
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import UserError
 from kmem.data.tokenizer import load_tokenizer
@@ -18,10 +15,10 @@ from kmem.hf.architectures import KMEM
 from kmem.hf.custom_code import register
 from kmem.hf.folder import ModelFolder
 from kmem.hf.key_map import check_tensor_sets
+from kmem.hf.memory_folders import folder_of
 from kmem.model.bank_embedder import without_progress_bars
 from kmem.model.bank_tree import format_path
-from kmem.model.engram_export import COMPRESSION
-from kmem.model.engram_reader import EngramAddresses, table_name
+from kmem.model.memory_kinds import kinds_of
 from kmem.model.parameter_counts import tensor_shapes
 from kmem.model.shape import Shape
 
@@ -54,8 +51,9 @@ def load(path: Path, controls: Mapping[str, str] | None = None, bank: BankOption
 def _set_controls(model: Any, controls: Mapping[str, str], options: BankOptions) -> None:
     shape = getattr(model, "shape", Shape({}))  # native architectures have no memory
     check_controls(controls, shape, "--control")
-    if "engram" in controls:
-        model.engram_control = controls["engram"]
+    for kind, control in controls.items():
+        if kind != "bank":
+            model.memories[kind].control = control
     bank = getattr(model, "contexts", None)
     if bank is None:
         if options != BankOptions():
@@ -75,9 +73,7 @@ def _load_folder(path: Path) -> tuple[Any, Any]:
 
     folder = ModelFolder(path)  # its errors name files; it also refuses pickled weights
     register()
-    section = folder.config.get("model")
-    own = folder.config.get("model_type") == KMEM.model_type
-    kept = {"tables": "mmap"} if own and isinstance(section, dict) and section.get("engram") else {}
+    kept = {"tables": "mmap"} if folder.config.get("model_type") == KMEM.model_type else {}
     try:
         with without_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(
@@ -99,26 +95,18 @@ def _load_checkpoint(reader: CheckpointReader, tree: Path | None) -> Any:
         found={name: tuple(info.shape) for name, info in reader.tensors.items()},
         remedy="it was not saved by a run of its own model section",
     )
-    addresses = checkpoint_addresses(reader)
-    layout = bank_layout(reader.config)
+    shape = model_section.shape
+    kinds = kinds_of(shape)
+    described = {kind.name: folder_of(kind).described(reader) for kind in kinds}
     fields: dict[str, Any] = {"model": model_section.model_dump(mode="json")}
-    tables = _tables(addresses) | bank_tensors(layout)
+    tables = {name for kind in kinds for name in kind.tables(shape)}
     weights = {name: reader.read(name) for name in reader.tensors if name not in tables}
-    if addresses is not None:
-        fields["engram_addressing"] = addresses.addressing.to_manifest()
-        if addresses.compression is not None:
-            weights[COMPRESSION] = addresses.compression.lookup
+    for name, parts in described.items():
+        fields |= {f"{name}_{field}": value for field, value in parts.fields.items()}
+        weights |= parts.tensors
     with torch.device("meta"):
         model = KmemForCausalLM(KmemConfig(**fields), tables="mmap")
     model.load_state_dict(weights, assign=True)
-    if addresses is not None:
-        model.use_rows(mapped_tables(reader, addresses))
-    if layout is not None:
-        assert model.contexts is not None
-        model.contexts.sources = mapped_bank(reader, layout)
-        model.contexts.router = partial(checkpoint_router, reader, tree)
+    for kind in kinds:
+        folder_of(kind).open(reader, model.memories[kind.name], tree)
     return model.eval()
-
-
-def _tables(addresses: EngramAddresses | None) -> set[str]:
-    return set() if addresses is None else {table_name(layer) for layer in addresses.layers}

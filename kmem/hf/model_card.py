@@ -1,20 +1,17 @@
 """The README.md of an exported folder: what was trained, on what, and how to load it."""
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import kmem
-from kmem.clustering.encoder_folder import LICENCES
 from kmem.config import Config, dump_config
 from kmem.hf.architectures import KMEM, Choice
-from kmem.model.bank_export import TREE_FOLDER
-from kmem.model.bank_tree import EMBEDDER_FOLDER, read_tree_record
-from kmem.model.parameter_counts import ParameterCounts, count_parameters
+from kmem.hf.memory_folders import FolderParts
+from kmem.model.parameter_counts import count_parameters
 
 
 def model_card(
-    config: Config, facts: Mapping[str, Any], choice: Choice, dtype_name: str, tree: Path | None = None
+    config: Config, facts: Mapping[str, Any], choice: Choice, dtype_name: str, memories: Sequence[FolderParts] = ()
 ) -> str:
     """Markdown with the front matter that the Hugging Face hub reads.
 
@@ -23,7 +20,7 @@ def model_card(
         facts: name -> value of what the checkpoint records about the run.
         choice: the architecture of the export and its reason.
         dtype_name: dtype of the weights.
-        tree: folder of the bank's cluster tree; None for a model without a bank.
+        memories: parts of the model's memories.
     """
     counts = count_parameters(config.model.shape)
     own = choice.architecture is KMEM
@@ -48,13 +45,7 @@ def model_card(
         if own
         else ""
     )
-    if config.model.engram is not None:
-        note += (
-            f"\nOf its parameters {counts.components['engram_table']:,} are rows of an n-gram memory (engram); a token "
-            'reads a few of them. With `tables="mmap"` in `from_pretrained` the rows stay in the weight files.\n'
-        )
-    if tree is not None:
-        note += _bank(counts, tree)
+    note += "".join(f"\n{parts.card(counts)}\n" for parts in memories if parts.card is not None)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---
 library_name: transformers
@@ -90,23 +81,6 @@ harmful statements included.
 {dump_config(config).rstrip()}
 ```
 """
-
-
-def _bank(counts: ParameterCounts, tree: Path) -> str:
-    generic = counts.components.get("generic", 0)
-    embedder = str(read_tree_record(tree)["embedder"]["name"])
-    beside = (path.name for path in (tree / EMBEDDER_FOLDER).iterdir())
-    licences = [f"`{name}`" for name in sorted(beside) if name.upper().startswith(LICENCES)]
-    return (
-        f"\nOf its parameters {counts.anchor:,} are the anchor, the model without memory, and "
-        f"{counts.components['bank']:,} are a memory bank: blocks of parameters, one block for each cluster of contexts"
-        + (f"; {generic:,} more are generic blocks, which belong to no cluster" if generic else "")
-        + f". A context fetches {counts.fetched:,} of the bank's parameters: `generate` fetches for its prompts, "
-        "`model.fetch(context)` for contexts that you name. Blocks stay in the weight files until they are fetched. "
-        f"`{TREE_FOLDER}/` holds the clusters and the embedder of contexts, {embedder}"
-        + (f", with its licence: {', '.join(licences)} in `{TREE_FOLDER}/{EMBEDDER_FOLDER}/`" if licences else "")
-        + ".\n"
-    )
 
 
 def _held_out(facts: Mapping[str, Any]) -> dict[str, str]:

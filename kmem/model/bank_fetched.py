@@ -14,15 +14,15 @@ Training reads rows from sharded tables instead (`kmem.tables`) and makes the `B
 each layer, that layer's columns of the distinct rows (`BankLayout.by_layer`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .bank_blocks import BankInput, group_tokens
-from .bank_layout import MISSING, BankLayout, bank_table_name
-from .engram_reader import RowSource, RowTable
+from .bank_layout import MISSING, BankLayout
+from .export_tables import RowSource
 
 # Shape letters: B sequences, T tokens, U distinct rows, V values of a row.
 
@@ -80,41 +80,3 @@ class FetchedBlocks:
 def without_blocks(layout: BankLayout) -> dict[int, BankInput]:
     """Inputs for `Decoder` with which the model computes as without a bank."""
     return dict.fromkeys(layout.layers, BankInput(layout))
-
-
-class BankParameters(nn.Module):
-    """All tables of a bank in device memory, as parameters."""
-
-    def __init__(self, layout: BankLayout, parts: Mapping[int, Sequence[int]] | None = None) -> None:
-        """`parts`: level -> number of rows of each part of its table; default: one part."""
-        super().__init__()
-        self.layout = layout
-        for level in layout.levels:
-            table = RowTable(list((parts or {}).get(level, [layout.rows(level)])), layout.row_values(level))
-            self.add_module(bank_table_name(level).partition(".")[2], table)
-
-    @property
-    def sources(self) -> dict[int, RowSource]:
-        """Level -> its table, from which rows are read."""
-        return {level: self.table(level) for level in self.layout.levels}
-
-    def table(self, level: int) -> RowTable:
-        """The table of a level, [rows, V]."""
-        table = self.get_submodule(bank_table_name(level).partition(".")[2])
-        assert isinstance(table, RowTable)
-        return table
-
-    @torch.no_grad()
-    def initialise_(self, seed: int) -> None:
-        """Set every row to its initial values."""
-        for level in self.layout.levels:
-            start = 0
-            for part in self.table(level).parts:
-                part.copy_(self.layout.initial_rows(seed, level, start, start + len(part)))
-                start += len(part)
-
-    def forward(
-        self, leaves: Tensor, generic: Tensor | bool = False, levels: Sequence[int] | None = None
-    ) -> FetchedBlocks:
-        """The blocks of leaves int64 [B] or [B, T]; takes the arguments of `BankLayout.row_ids`."""
-        return FetchedBlocks.read(self.layout, self.layout.row_ids(leaves, generic, levels), self.sources)

@@ -26,7 +26,7 @@ from .bank_fetched import FetchedBlocks, distinct_rows, without_blocks
 from .bank_layout import MISSING, BankLayout
 from .bank_router import Context, ContextRouter
 from .bank_tree import ClusterPath
-from .engram_reader import RowSource
+from .export_tables import RowSource
 
 # Shape letters: B sequences or contexts, T tokens, n fetched contexts, U distinct rows, V values of a row.
 
@@ -113,10 +113,10 @@ class InferenceBank:
     Threads may not compute on separate CUDA streams: they share fetched rows, and nothing synchronises the streams.
     """
 
-    def __init__(self, layout: BankLayout, sources: Mapping[int, RowSource] | None = None) -> None:
+    def __init__(self, layout: BankLayout, sources: dict[int, RowSource] | None = None) -> None:
         self.layout = layout
-        self.sources = dict(sources or {})
-        """Level -> function that reads its rows."""
+        self.sources = {} if sources is None else sources
+        """Level -> function that reads its rows. May be filled later."""
         self.router: ContextRouter | Callable[[], ContextRouter] | None = None
         """The router, or a function that loads it when it is first needed."""
         self._controls = Controls()

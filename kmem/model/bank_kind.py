@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from .bank_blocks import BankInput
+from .bank_export import ExportedBank
 from .bank_layout import BankLayout, bank_table_name, layer_bank_name
 from .memory_kind import ExportedRows, MemoryModule, ModelKind, TableShape
 from .shape import Shape
@@ -28,6 +29,8 @@ class BankKind(ModelKind):
     controls = ("fetched", "generic", "none", "blocked")
     """generic: the generic blocks instead of the clusters' blocks. none: no blocks. blocked: the blocks of the next
     nearest clusters, as if the bank had nothing below the context's own cluster of level 1."""
+    exported = ExportedBank
+    exported_fields = ("tree",)
 
     def trained_control(self, shape: Shape) -> str:
         return shape.bank_control

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bank_blocks import BankInput
 from .bank_contexts import Contexts, as_contexts
-from .bank_inference import Fetch, InferenceBank, InferenceSession
+from .bank_export import ExportedBank
+from .bank_inference import Fetch, InferenceBank
 from .bank_tree import ClusterPath
-from .carried_cache import bank_cache_layer
+from .exported_memory import ExportedMemory
 
 # Shape letters: B sequences, T tokens, n contexts.
 
@@ -22,10 +22,15 @@ class BankContexts:
     Without a bank, `contexts` is None and everything works as in Transformers.
     """
 
-    contexts: InferenceBank | None
-    shape: Any
+    memories: Mapping[str, ExportedMemory]
     embedding: Any
     generation_config: Any
+
+    @property
+    def contexts(self) -> InferenceBank | None:
+        """The bank and its fetched contexts; None for a model without a bank."""
+        bank = self.memories.get("bank")
+        return bank.contexts if isinstance(bank, ExportedBank) else None
 
     @property
     def bank_control(self) -> str:
@@ -54,6 +59,18 @@ class BankContexts:
     @bank_blocked.setter
     def bank_blocked(self, value: Iterable[ClusterPath | str] | None) -> None:
         self._contexts().block(value)
+
+    def choose_bank(self, control: str | None, levels: Sequence[int] | None) -> None:
+        """Set the control and the levels of the bank; None leaves the default.
+
+        Raises:
+            ValueError: the model has no bank, or the bank no such control or level.
+        """
+        bank = self.contexts
+        if bank is not None:
+            bank.choose(control or bank.control, levels)
+        elif control not in (None, "fetched") or levels is not None:
+            raise ValueError("bank_control and bank_levels are for models with a bank (model.bank)")
 
     def fetch(
         self,
@@ -127,62 +144,6 @@ class BankContexts:
         with bank.generation(prompt):
             return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
-    @torch.compiler.disable  # contexts are looked up on the host
-    def _fetched(
-        self,
-        hidden: Tensor,
-        input_ids: Tensor | None,
-        token_mask: Tensor | None,
-        addresses: Tensor | None,
-        cache: Any,
-    ) -> dict[int, BankInput]:
-        """Layer -> the blocks that it reads for the tokens [B, T]; empty for a model without a bank."""
-        if self.contexts is None:
-            return {}
-        session, (batch, tokens) = self.contexts.session(), hidden.shape[:2]
-        leaves = None
-        if session.controls.control == "fetched":
-            leaves = self._addresses(session, input_ids, token_mask, addresses, cache)
-            if leaves.dim() == 1 and len(leaves) != batch:
-                leaves = _spread(leaves, batch)
-            if leaves.shape not in ((batch,), (batch, tokens)):
-                raise ValueError(
-                    f"addresses of shape {list(leaves.shape)}: give one for each of the {batch} sequences, [{batch}], "
-                    f"or one for each of their tokens, [{batch}, {tokens}]"
-                )
-            carried = None if cache is None else bank_cache_layer(cache, self.shape.num_layers)
-            if carried is not None and carried.leaves is None and leaves.dim() == 1:
-                carried.leaves = leaves
-        return session.inputs(leaves, batch, tokens, hidden)
-
-    def _addresses(
-        self,
-        session: InferenceSession,
-        input_ids: Tensor | None,
-        token_mask: Tensor | None,
-        addresses: Tensor | None,
-        cache: Any,
-    ) -> Tensor:
-        """Leaves [n] or [B, T], on the host."""
-        if addresses is not None:
-            return addresses.cpu()
-        if session.controls.leaves is not None:
-            return session.controls.leaves
-        carried = None if cache is None else bank_cache_layer(cache, self.shape.num_layers)
-        if carried is not None and carried.leaves is not None:
-            return carried.leaves
-        prompt = session.prompt_leaves()
-        if prompt is not None:
-            return prompt
-        if cache is not None and cache.get_seq_length():
-            raise ValueError(
-                "past_key_values holds tokens whose contexts this model has not looked up: continue a cache that this "
-                "model filled, or call fetch(context) first"
-            )
-        if input_ids is None:
-            raise ValueError("a bank looks up token ids: give input_ids or addresses, or call fetch(context) first")
-        return session.route(as_contexts(input_ids, token_mask))
-
     def _contexts(self) -> InferenceBank:
         if self.contexts is None:
             raise ValueError("this model has no bank (model.bank)")
@@ -198,13 +159,3 @@ class BankContexts:
         pad, end = (options.get(f"{name}_token_id", getattr(config, f"{name}_token_id")) for name in ("pad", "eos"))
         ends = end if isinstance(end, list | tuple) else [end]
         return None if pad is None or pad in ends else ids.ne(pad)
-
-
-def _spread(leaves: Tensor, batch: int) -> Tensor:
-    """Leaves [n] repeated for a batch, each for B / n consecutive sequences; int64 [B]."""
-    if batch % len(leaves):
-        raise ValueError(
-            f"{len(leaves)} contexts were fetched, but {batch} sequences are given: fetch the contexts of these "
-            "sequences, or call forget()"
-        )
-    return leaves.repeat_interleave(batch // len(leaves))

@@ -22,11 +22,8 @@ class KmemConfig(PretrainedConfig):
     """`model` is kmem's model section as plain data, and the only source of truth. The names that Transformers expects
     are read from it, and written to config.json for tools that read nothing else.
 
-    Args:
-        engram_addressing: for a model with an engram, which n-gram reads which row: `NgramAddressing.to_manifest`.
-        engram_parts: layer, as text -> rows of each tensor of its table, in order. Default: one tensor.
-        bank_parts: for a model with a bank, level, as text -> rows of each tensor of its table. Default: one tensor.
-        bank_tree: fingerprint of the cluster tree that the bank was trained with; the folder `tree` holds the tree.
+    Each kind of memory has further fields, which begin with its name: `NAME_parts` (key of each table, as text -> rows
+    of each tensor of the table, in order; default: one tensor), and those in `ModelKind.exported_fields`.
 
     Raises:
         ValueError: config.json gives one of those names a value that contradicts `model`.
@@ -39,20 +36,10 @@ class KmemConfig(PretrainedConfig):
         self,
         model: dict[str, Any] | None = None,
         use_cache: bool = True,
-        engram_addressing: dict[str, Any] | None = None,
-        engram_parts: dict[str, list[int]] | None = None,
-        bank_parts: dict[str, list[int]] | None = None,
-        bank_tree: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.model = renamed_keys(model or {})
         self.use_cache = use_cache
-        if engram_addressing is not None:
-            self.engram_addressing = engram_addressing
-            self.engram_parts = engram_parts or {}
-        if self.model.get("bank") is not None:
-            self.bank_parts = bank_parts or {}
-            self.bank_tree = bank_tree
         for name in DERIVED:
             if name in kwargs:
                 given, value = kwargs.pop(name), getattr(self, name)

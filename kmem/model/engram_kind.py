@@ -1,7 +1,7 @@
 """The engram as a kind of memory: rows of hashed n-grams at the entrance of some layers."""
 
 from .engram import Engram
-from .engram_export import COMPRESSION
+from .engram_export import COMPRESSION, ExportedEngram
 from .engram_reader import table_name, table_rows
 from .memory_kind import ModelKind, TableShape
 from .shape import Shape
@@ -14,6 +14,8 @@ class EngramKind(ModelKind):
     controls = ("on", "off", "shuffled", "single-row")
     """off: layers compute without the engram. shuffled: every n-gram reads another n-gram's row. single-row: every
     n-gram reads the first row of each head."""
+    exported = ExportedEngram
+    exported_fields = ("addressing",)
 
     def layers(self, shape: Shape) -> tuple[int, ...]:
         return () if shape.engram is None else tuple(sorted(shape.engram.layers))
@@ -37,6 +39,9 @@ class EngramKind(ModelKind):
             table_name(layer): TableShape(layer, rows, shape.engram.row_dim)
             for layer, rows in table_rows(shape).items()
         }
+
+    def init_std(self, shape: Shape) -> float:
+        return shape.engram.init_std
 
     def exported_tensors(self, shape: Shape) -> dict[str, int]:
         return {COMPRESSION: shape.vocab_size} if shape.engram.compression else {}

@@ -9,32 +9,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .engram import ConvolutionState, Engram, EngramInput
 from .engram_compression import TokenCompression, compress_vocabulary
 from .engram_hash import prime_sizes
 from .engram_ngrams import MISSING, NgramAddressing
-from .memory_kind import OFF
+from .export_tables import RowSource
 from .shape import Shape
 
-# Shape letters: B sequences, T tokens, K rows per token and layer, R rows of a table (R_i of part i), D values of a
-# row, N largest n-gram order.
+# Shape letters: B sequences, T tokens, K rows per token and layer, R rows of a table, N largest n-gram order.
 
 SHUFFLE_SEED = 0
-
-RowSource = Callable[[Tensor], Tensor]
-"""Row ids int64 [B, T, K] -> rows [B, T, K, D] on the device of the ids."""
 
 
 def table_name(layer: int) -> str:
     """Canonical name of a layer's table, [R, D]."""
     return f"layers.{layer}.engram.table"
-
-
-def table_part_name(layer: int, part: int) -> str:
-    """Name of one row range of a layer's table in an export, [R_i, D]; a part of `RowTable`."""
-    return f"{table_name(layer)}.parts.{part}"
 
 
 def table_rows(shape: Shape) -> dict[int, int]:
@@ -168,8 +159,13 @@ class EngramState:
         """Remove the last `tokens` tokens, and restart recording.
 
         Raises:
-            ValueError: fewer tokens were recorded.
+            ValueError: fewer tokens were recorded, or the number is negative.
         """
+        if tokens < 0:
+            raise ValueError(
+                f"crop({-tokens}): give the number of tokens to remove as a negative number; assisted decoding with an "
+                "engram needs a Transformers whose caches have activate_past_recording()"
+            )
         length = self.context.shape[1]
         recorded = 0 if self._recorded is None else self._recorded.shape[1] - length
         if tokens > recorded:
@@ -208,7 +204,7 @@ class EngramReader:
     ) -> None:
         self.addresses = addresses
         self.control = "on"
-        """One of `EngramKind.controls`. Can be set."""
+        """One of `EngramKind.controls` but "off". Can be set."""
         self.sources = dict(sources)
         self._modules = dict(modules)
 
@@ -224,8 +220,8 @@ class EngramReader:
         document_ids: Tensor | None = None,
         present: Tensor | None = None,
         state: EngramState | None = None,
-    ) -> dict[int, Any]:
-        """Layer -> its input for token ids int64 [B, T]: an `EngramInput`, or OFF under the control "off".
+    ) -> dict[int, EngramInput]:
+        """Layer -> its input for token ids int64 [B, T].
 
         Args:
             document_ids: int64 [B, T]; default: each sequence is one document.
@@ -235,11 +231,8 @@ class EngramReader:
         addressing = self.addresses.addressing
         ids = self.addresses.addressed(input_ids, present)
         context = None if state is None else state.context
-        inputs: dict[int, Any] = {}
+        inputs: dict[int, EngramInput] = {}
         for table, layer in enumerate(addressing.layers):
-            if self.control == "off":
-                inputs[layer] = OFF
-                continue
             rows = addressing.row_ids(table, ids, document_ids, context)
             if self.control != "on":
                 rows = torch.where(rows >= 0, other_rows(addressing, table, self.control)(rows), rows)
@@ -250,26 +243,6 @@ class EngramReader:
         if state is not None:
             state.advance(ids, addressing.next_context(ids, document_ids, context))
         return inputs
-
-
-class RowTable(nn.Module):
-    """A table in device memory, as one or more parameters of consecutive rows [R_i, D]."""
-
-    def __init__(self, parts: list[int], dim: int, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.parts = nn.ParameterList(nn.Parameter(torch.empty(rows, dim, dtype=dtype)) for rows in parts)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Row ids int64 [..] -> rows [.., D]."""
-        if len(self.parts) == 1:
-            return self.parts[0][rows]
-        flat = rows.flatten()
-        out, start = self.parts[0].new_empty(len(flat), self.parts[0].shape[1]), 0
-        for part in self.parts:
-            places = ((flat >= start) & (flat < start + len(part))).nonzero().squeeze(1)
-            out.index_copy_(0, places, part[flat[places] - start])
-            start += len(part)
-        return out.view(*rows.shape, -1)
 
 
 def _bases(engram: Any) -> list[int]:

@@ -5,10 +5,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+
 from .mapped_rows import MappedRows
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
+
+# Shape letters: R_i rows of part i of a table, D values of a row.
+
+RowSource = Callable[[Tensor], Tensor]
+"""Row ids int64 [..] -> rows [.., D] on the device of the ids."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ def read_parts(recorded: Sequence[int] | None, rows: int, field: str, table: str
         recorded: numbers of rows from config.json.
         rows: rows of the model's table.
         field: field of config.json, for the message.
-        table: which of the field's tables it is, for the message.
+        table: name of the table, for the message.
 
     Raises:
         ValueError: the recorded numbers do not add up to `rows`.
@@ -96,3 +104,23 @@ def weight_files(tensors: Iterable[str], find: Callable[[str], str | None]) -> d
     if missing:
         raise ValueError(f"{index}: names {missing[0]}, which does not exist; fetch the folder again")
     return {name: paths[file] or "" for name, file in files.items()}
+
+
+class RowTable(nn.Module):
+    """A table in device memory, as one or more parameters of consecutive rows [R_i, D]."""
+
+    def __init__(self, parts: list[int], dim: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList(nn.Parameter(torch.empty(rows, dim, dtype=dtype)) for rows in parts)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Row ids int64 [..] -> rows [.., D]."""
+        if len(self.parts) == 1:
+            return self.parts[0][rows]
+        flat = rows.flatten()
+        out, start = self.parts[0].new_empty(len(flat), self.parts[0].shape[1]), 0
+        for part in self.parts:
+            places = ((flat >= start) & (flat < start + len(part))).nonzero().squeeze(1)
+            out.index_copy_(0, places, part[flat[places] - start])
+            start += len(part)
+        return out.view(*rows.shape, -1)

@@ -14,11 +14,14 @@ The training half of a kind has the same name, in `kmem/parallel/memory_kinds.py
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
 from .shape import Shape
+
+if TYPE_CHECKING:
+    from .exported_memory import ExportedMemory
 
 # Shape letters: B sequences, T tokens, H hidden size, M branches of the residual stream, h heads, e width of a query
 # head, e' width of a value head.
@@ -168,6 +171,16 @@ class ModelKind:
     def tables(self, shape: Shape) -> dict[str, TableShape]:
         """Canonical name -> table, in the order of checkpoints."""
         raise NotImplementedError
+
+    def init_std(self, shape: Shape) -> float:
+        """Standard deviation of the initial values of rows."""
+        raise NotImplementedError
+
+    exported: type["ExportedMemory"]
+    """The memory of a whole model in one process, such as an export."""
+    exported_fields: tuple[str, ...] = ()
+    """Fields of an export's config.json that describe the rows, without the kind's name before them, in addition to
+    `parts`."""
 
     def exported_rows(self, shape: Shape) -> dict[int, ExportedRows]:
         """Key -> table. In config.json, the field `NAME_parts` holds under this key the numbers of rows of the table's

@@ -1,8 +1,7 @@
 """kmem's model as a Transformers causal language model. Ships beside exported weights."""
 
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +10,16 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .bank_export import BANK_TABLES, TREE_FOLDER, BankDescription
-from .bank_fetched import BankParameters
-from .bank_inference import InferenceBank
 from .bank_modeling import BankContexts
-from .carried_cache import bank_cache_layer, engram_cache_layer
+from .carried_cache import carried_by
 from .configuration_kmem import KmemConfig
 from .decoder import Decoder
-from .engram import Engram
-from .engram_compression import TokenCompression
-from .engram_export import COMPRESSION, TABLES, EngramDescription
-from .engram_reader import EngramAddresses, EngramReader, RowSource, RowTable
-from .export_tables import map_tables
+from .export_tables import RowTable
+from .exported_memory import ExportedMemory, ForwardTokens, exported_memory, modules_of
 from .hyper_connections import collapse_branches, expand_branches
 from .init import initialise_
 from .mask import padded_positions, padding_mask
-from .memory_kinds import KINDS
+from .memory_kinds import kinds_of
 from .pretrained_folder import PretrainedFolder
 from .rope import rotation
 from .shape import Shape
@@ -45,9 +38,9 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
     `generate` for its prompts, and a forward pass without either for its own tokens (see `forward` for the rule).
 
     Args:
-        tables: where the tables of an engram or a bank are kept. device: they are parameters. mmap: they stay in the
-            weight files, mapped and read-only; `from_pretrained(.., tables="mmap")` finds the files. Default: device
-            for an engram, mmap for a bank.
+        tables: where the tables of memories are kept. device: they are parameters. mmap: they stay in the weight files,
+            mapped and read-only; `from_pretrained(.., tables="mmap")` finds the files. Default: mmap for a bank, device
+            for the other memories.
         bank_control: what a bank gives all contexts: "fetched", or as a control "generic" or "none". Default:
             "fetched", or "generic" if the model was trained with generic blocks only.
         bank_levels: levels of the bank that are on; default: all.
@@ -79,39 +72,25 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         self.layers = decoder.layers
         self.norm = decoder.norm
         self.head: nn.Module | None = decoder.head
-        self.engram_description: EngramDescription | None = None
-        self._engram_control = "on"
-        self._rows: dict[int, RowSource] = {}
-        self._reading: EngramReader | None = None
-        if self.shape.engram is not None:
-            manifest, parts = getattr(config, "engram_addressing", None), getattr(config, "engram_parts", {})
-            self.engram_description = EngramDescription.read(self.shape, manifest, parts)
-            if self.engram_description.compressed:
-                self.register_buffer(COMPRESSION, torch.zeros(self.shape.vocab_size, dtype=torch.int64))
-            if tables == "mmap":
-                self._keys_to_ignore_on_load_unexpected = {TABLES}
+        self.memories: dict[str, ExportedMemory] = {}
+        """Kind -> memory; its `control` can be set, for example `model.memories["engram"].control = "off"`."""
+        self._mapped: set[str] = set()
+        self._row_tables: dict[nn.Module, tuple[ExportedMemory, int]] = {}
+        for kind in kinds_of(self.shape):
+            self.memories[kind.name] = memory = exported_memory(kind, self.shape, config)
+            memory.attach(modules_of(self.layers, kind, self.shape))
+            for name, length in kind.exported_tensors(self.shape).items():
+                self.register_buffer(name, torch.zeros(length, dtype=torch.int64))
+            if (tables or memory.tables_kept) == "mmap":
+                self._mapped.add(kind.name)
             else:
-                for layer, rows in self.engram_description.parts.items():
-                    self._rows[layer] = table = RowTable(rows, self.engram_description.row_dim)
-                    self._engram(layer).add_module("table", table)
-        self.bank_description: BankDescription | None = None
-        self.contexts: InferenceBank | None = None
-        self._tree_folder: Callable[[], Path] | None = None
-        if self.shape.bank is not None:
-            parts, tree = getattr(config, "bank_parts", {}), getattr(config, "bank_tree", None)
-            self.bank_description = BankDescription.read(self.shape, parts, tree)
-            self.contexts = InferenceBank(self.bank_description.layout)
-            self.contexts.choose(bank_control or self.shape.bank_control, bank_levels)
-            if tables == "device":
-                self.bank = BankParameters(self.bank_description.layout, self.bank_description.parts)
-                self.contexts.sources = self.bank.sources
-            else:
-                self._keys_to_ignore_on_load_unexpected = {
-                    *(self._keys_to_ignore_on_load_unexpected or ()),
-                    BANK_TABLES,
-                }
-        elif bank_control not in (None, "fetched") or bank_levels is not None:
-            raise ValueError("bank_control and bank_levels are for models with a bank (model.bank)")
+                for key, (name, table) in zip(memory.tables, memory.hold(), strict=True):
+                    self._add(name, table)
+                    self._row_tables[table.parts] = memory, key
+        if self._mapped:
+            names = [table.name for kind in sorted(self._mapped) for table in self.memories[kind].tables.values()]
+            self._keys_to_ignore_on_load_unexpected = {rf"^{re.escape(name)}\.parts\." for name in names}
+        self.choose_bank(bank_control, bank_levels)
         self._names = {module: name for name, module in self.named_modules()}
         self.post_init()
 
@@ -126,16 +105,9 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         folder = PretrainedFolder.of(pretrained_model_name_or_path, kwargs)
-        if model.engram_description is not None:
-            if kwargs.get("tables") == "mmap":
-                model.use_rows(map_tables(model.engram_description.tables(), folder.find))
-            model.engram_reader()  # refuses another compression
-        bank = model.bank_description
-        if bank is not None:
-            if kwargs.get("tables") != "device":
-                model.contexts.sources = dict(map_tables(bank.tables(), folder.find))
-            model.contexts.router = partial(folder.router, bank, model.config)
-            model._tree_folder = partial(folder.tree, bank)
+        for kind, memory in model.memories.items():
+            memory.loaded(folder, model.config, mapped=kind in model._mapped)
+            memory.check(model._memory_tensors(memory))
         return loaded
 
     def get_input_embeddings(self) -> nn.Module:
@@ -149,44 +121,6 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.head = new_embeddings
-
-    @property
-    def engram_control(self) -> str:
-        """What engram layers read: "on", or as a control "off", "shuffled" or "single-row". Can be set."""
-        return self._engram_control
-
-    @engram_control.setter
-    def engram_control(self, value: str) -> None:
-        KINDS["engram"].check_control(self.shape, value)
-        self._engram_control = value
-
-    def use_rows(self, sources: Mapping[int, RowSource]) -> None:
-        """Set the functions that read each layer's rows, for tables="mmap"."""
-        self._rows, self._reading = dict(sources), None
-
-    def engram_reader(self) -> EngramReader:
-        """The reader of a model with an engram.
-
-        Raises:
-            ValueError: `token_compression` is not the map that the tables were trained with, or the tables are mapped
-                and `use_rows` was not called.
-        """
-        assert self.engram_description is not None
-        lookup = getattr(self, COMPRESSION, None)
-        if self._reading is not None:
-            known = self._reading.addresses.compression
-            if known is None or known.lookup is lookup:  # the tensor differs after a move to another device
-                return self._reading
-        if self.engram_description.parts.keys() != self._rows.keys():
-            raise ValueError('tables="mmap": the tables stay in the weight files; load the model with from_pretrained')
-        compression = None
-        if lookup is not None:
-            size = self.engram_description.addressing.compressed_vocab_size
-            assert size is not None
-            compression = TokenCompression(lookup, size)
-        addresses = EngramAddresses(self.engram_description.addressing, compression)
-        self._reading = EngramReader(addresses, self._rows, {layer: self._engram(layer) for layer in self._rows})
-        return self._reading
 
     def forward(
         self,
@@ -209,12 +143,12 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         Args:
             attention_mask: [B, S] over cached and new tokens, 0 where a token is padding; or bool [B, 1, T, S], True
                 where a query may attend.
-            position_ids: [B, T]. Default: positions count from the first token that is not padding. The look-back of an
-                engram does not depend on them.
+            position_ids: [B, T]. Default: positions count from the first token that is not padding. The look-back of
+                n-grams does not depend on them.
             labels: [B, T], token ids like `input_ids`, -100 where the loss leaves a token out; they are shifted here.
             logits_to_keep: keep the logits of this many last positions, or of the positions in this tensor; 0 keeps
                 all.
-            token_mask: [B, T], 0 where a token is padding; an engram skips padding. Needed if `attention_mask` does not
+            token_mask: [B, T], 0 where a token is padding; memories skip padding. Needed if `attention_mask` does not
                 tell it. Default: the last T columns of `attention_mask` [B, S].
             addresses: for a bank, the leaf of each sequence [B] or token [B, T]. Default: the leaves of `fetch`, else
                 the leaves with which the cache began, else the leaves of the running `generate`'s prompts, else the
@@ -227,8 +161,8 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if self.engram_description is not None and input_ids is None:
-            raise ValueError("a model with an engram reads token ids: give input_ids, not inputs_embeds")
+        for kind in self._reads_token_ids() if input_ids is None else ():
+            raise ValueError(f"a model with model.{kind} reads token ids: give input_ids, not inputs_embeds")
         hidden = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None:
@@ -242,10 +176,7 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         mask = _mask(attention_mask, queries, cached)
         if token_mask is None and attention_mask is not None and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -queries:]
-        read = {
-            "engram": self._read(input_ids, token_mask, past_key_values),
-            "bank": self._fetched(hidden, input_ids, token_mask, addresses, past_key_values),
-        }
+        read = self._read(hidden, input_ids, token_mask, addresses, past_key_values)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [hidden]
         branches = self.shape.branches
@@ -280,45 +211,48 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         are padding."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
         mask = inputs.get("attention_mask")
-        has_memory = self.engram_description is not None or self.contexts is not None
-        if has_memory and attention_mask is not None and mask is not None and mask.dim() == 4:
+        if self.memories and attention_mask is not None and mask is not None and mask.dim() == 4:
             inputs["token_mask"] = attention_mask[:, -mask.shape[2] :]
         return inputs
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, for models without an engram: another vocabulary would change every address.
+        """As in Transformers. If a memory reads token ids, the size cannot change: the addresses of its rows depend on
+        it.
 
         Raises:
-            ValueError: the model has an engram and the size would change.
+            ValueError: the model has such a memory and the size would change.
         """
-        if self.engram_description is not None and new_num_tokens not in (None, self.config.vocab_size):
-            raise ValueError("the vocabulary of a model with an engram is fixed: the addresses of rows depend on it")
+        for kind in self._reads_token_ids() if new_num_tokens not in (None, self.config.vocab_size) else ():
+            raise ValueError(f"the vocabulary is fixed: the addresses of the rows of model.{kind} depend on it")
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, together with a bank's tree.
+        """As in Transformers, together with what memories keep beside the weights, such as a bank's tree.
 
         Raises:
             ValueError: tables are mapped, so they would not be saved.
         """
-        sources = (*self._rows.values(), *(() if self.contexts is None else self.contexts.sources.values()))
-        mapped = self.contexts is not None and not self.contexts.sources
-        if mapped or not all(isinstance(rows, RowTable) for rows in sources):
+        if not all(memory.is_saved for memory in self.memories.values()):
             raise ValueError(
                 'tables="mmap": the tables are not part of the model; load it with tables="device" to save it'
             )
         saved = super().save_pretrained(save_directory, *args, **kwargs)
-        if self._tree_folder is not None:
-            tree, target = self._tree_folder(), Path(save_directory) / TREE_FOLDER
-            if tree.resolve() != target.resolve():
-                shutil.rmtree(target, ignore_errors=True)  # an earlier tree's embedder may have other files
-                shutil.copytree(tree, target)
+        for memory in self.memories.values():
+            memory.saved(Path(save_directory))
         return saved
 
-    def _engram(self, layer: int) -> Engram:
-        engram = self.layers[layer].get_submodule("engram")
-        assert isinstance(engram, Engram)
-        return engram
+    def _reads_token_ids(self) -> list[str]:
+        return [kind for kind, memory in self.memories.items() if memory.needs_token_ids]
+
+    def _memory_tensors(self, memory: ExportedMemory) -> dict[str, Tensor]:
+        return {name: self.get_buffer(name) for name in memory.kind.exported_tensors(self.shape)}
+
+    def _add(self, name: str, table: RowTable) -> None:
+        """Add a table under its name, such as `layers.2.engram.table`."""
+        path, _, last = name.rpartition(".")
+        if "." not in path and not hasattr(self, path):
+            self.add_module(path, nn.Module())
+        self.get_submodule(path).add_module(last, table)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -327,44 +261,53 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         before the first token is read, so they must exist by then."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
-        if self.engram_description is not None and cache is not None:
-            layer = engram_cache_layer(cache, self.shape.num_layers)
-            if getattr(generation_config, "is_assistant", False):
+        if cache is None:
+            return
+        for kind, memory in self.memories.items():
+            layer = carried_by(cache, kind, self.shape.num_layers) if memory.keeps_state else None
+            if layer is not None and getattr(generation_config, "is_assistant", False):
                 layer.activate_past_recording()
-        if self.contexts is not None and cache is not None:
-            bank_cache_layer(cache, self.shape.num_layers)
 
-    @torch.compiler.disable  # rows of mapped tables come from numpy, and the state is not a tensor
-    def _read(self, input_ids: Tensor | None, token_mask: Tensor | None, cache: Any) -> dict[int, Any]:
-        """Layer -> input of its engram for the tokens [B, T]; empty for a model without an engram."""
-        if self.engram_description is None or input_ids is None:
-            return {}
-        reader, state = self.engram_reader(), None
-        reader.control = self._engram_control
-        if cache is not None:
-            layer = engram_cache_layer(cache, self.shape.num_layers)
-            state = layer.begun(reader, len(input_ids), input_ids.device)
-        present = None if token_mask is None or bool(token_mask.all()) else token_mask.bool()
-        return reader.read(input_ids, present=present, state=state)
+    @torch.compiler.disable  # rows of mapped tables come from numpy, and states are not tensors
+    def _read(
+        self,
+        hidden: Tensor,
+        input_ids: Tensor | None,
+        token_mask: Tensor | None,
+        addresses: Tensor | None,
+        cache: Any,
+    ) -> dict[str, dict[int, Any]]:
+        """Kind -> layer -> what the memory reads for the tokens [B, T]."""
+        read = {}
+        for kind, memory in self.memories.items():
+            layer = None
+            if cache is not None and memory.keeps_state:
+                layer = carried_by(cache, kind, self.shape.num_layers)
+            tokens = ForwardTokens(
+                like=hidden,
+                input_ids=input_ids,
+                present=token_mask,
+                addresses=addresses,
+                continued=cache is not None and cache.get_seq_length() > 0,
+                tensors=self._memory_tensors(memory),
+            )
+            read[kind] = memory.inputs(tokens, None if layer is None else layer.carried)
+        return read
 
-    def _first_rows(self, parts: nn.ParameterList, table: str) -> None:
+    def _first_rows(self, parts: nn.Module) -> None:
+        memory, key = self._row_tables[parts]
         start = 0
-        for part in parts:
-            stop = start + len(part)
+        for part in parts.parameters():
             if not getattr(part, "_is_hf_initialized", False):
-                if table.startswith("bank.level"):
-                    level = int(table.removeprefix("bank.level"))
-                    part.copy_(self.bank.layout.initial_rows(torch.initial_seed(), level, start, stop))
-                else:
-                    nn.init.normal_(part, std=self.shape.engram.init_std)
-            start = stop
+                memory.initialise_rows_(part, key, start, torch.initial_seed())
+            start += len(part)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """kmem's initialisation, from the process's seed. Tensors that were loaded from a checkpoint keep their
         values."""
         if isinstance(module, nn.ParameterList):
-            self._first_rows(module, self._names[module].removesuffix(".parts"))
+            self._first_rows(module)
         if next(module.children(), None) is not None or isinstance(module, nn.ParameterList):
             return  # only modules without children own tensors
         tensors = (*module.parameters(), *module.buffers())

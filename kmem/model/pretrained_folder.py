@@ -4,15 +4,10 @@ weights."""
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 from transformers.utils.hub import cached_file
-
-from .bank_export import BankDescription
-from .bank_router import ContextRouter, DeferredTokenizer
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -39,14 +34,6 @@ class PretrainedFolder:
     def tokenizer(self, config: Any) -> Any:
         """The model's tokenizer."""
         return AutoTokenizer.from_pretrained(self.source, config=config, trust_remote_code=False, **self.options)
-
-    def tree(self, bank: BankDescription) -> Path:
-        """The folder of a bank's tree, as `BankDescription.find_tree` gives it."""
-        return bank.find_tree(self.find)
-
-    def router(self, bank: BankDescription, config: Any) -> ContextRouter:
-        """A bank's tree and embedder, as `BankDescription.router` gives them."""
-        return bank.router(self.tree(bank), DeferredTokenizer(partial(self.tokenizer, config)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle without the access token."""

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from kmem.config import parse_config
 from kmem.data.batch import SequenceBatch
-from kmem.model.bank_fetched import BankParameters
 from kmem.model.bank_layout import GENERIC, MISSING, BankLayout, layer_bank_name
 from kmem.model.decoder import Decoder
 from kmem.model.init import initialise_
@@ -17,6 +16,7 @@ from kmem.parallel.bank_step import rows_of
 from kmem.parallel.bank_usage import BankUsage
 from tests.distributed.bank_case import addressed, bank_config
 from tests.distributed.training_case import synthetic_sequences, train_case
+from tests.model.bank_parameters import BankParameters
 
 STEPS = 6
 MESHES = {

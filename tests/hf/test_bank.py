@@ -368,7 +368,7 @@ def test_rows_learn_in_transformers_as_in_kmem(folders):
         rows.requires_grad_()
     decoder.bank_logits.__wrapped__(decoder, ids, leaves).square().sum().backward()
     for level, rows in decoder.rows.items():
-        found = torch.cat([part.grad for part in model.bank.table(level).parts])
+        found = torch.cat([part.grad for part in model.get_submodule(f"bank.level{level}.parts")])
         torch.testing.assert_close(found, rows.grad, rtol=1e-4, atol=1e-4)
         rows.requires_grad_(False)
 
@@ -391,7 +391,7 @@ def test_a_new_model_starts_as_without_a_bank():
     torch.manual_seed(3)
     model = KmemForCausalLM(config, tables="device")
     expected = model(tokens(), addresses=torch.arange(4)).logits
-    assert torch.cat([part for part in model.bank.table(1).parts]).abs().sum() > 0
+    assert torch.cat([part for part in model.get_submodule("bank.level1.parts")]).abs().sum() > 0
     model.bank_control = "none"
     assert torch.equal(model(tokens()).logits, expected)
 

@@ -175,7 +175,7 @@ def test_what_is_done_to_the_sequences_of_a_cache_is_done_to_the_state(name, fol
         cache.crop(-1)
     cache = DynamicCache()
     cache.update(torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 3, 16), 0)
-    with pytest.raises(ValueError, match=r"past_key_values .*n-grams"):
+    with pytest.raises(ValueError, match=r"past_key_values .*engram"):
         model(ids, past_key_values=cache, use_cache=True)
     with pytest.raises(ValueError, match=r"cache .*\b2 sequences\b.*\b1\b"):
         model(ids[:1], past_key_values=model(ids, use_cache=True).past_key_values)
@@ -275,7 +275,7 @@ def test_wrong_calls_are_refused(folders):
             r"engram_addressing .*\{2: \d+, 1: \d+\} .*\{2: \d+, 0: \d+\} ",
         ),
         ({"engram_addressing": {**manifest, "orders": [3, 2]}}, r"engram_addressing: .*orders .*\[3, 2\]"),
-        ({"engram_parts": {"0": [1, 2]}}, r"engram_parts .*layer 0\b.*\b348 rows"),
+        ({"engram_parts": {"0": [1, 2]}}, r"engram_parts .*layers\.0\.engram.*\b348 rows"),
     ]:
         with pytest.raises(ValueError, match=message):
             KmemForCausalLM(KmemConfig(**{**fields, **change}))
@@ -315,12 +315,12 @@ def test_damaged_files_of_a_table_are_named(message, folders, tmp_path):
         return str(tmp_path / name) if (tmp_path / name).is_file() else None
 
     with pytest.raises(ValueError, match=f"{file}: .*{message}"):
-        map_tables(model.engram_description.tables(), find)
+        map_tables(model.memories["engram"].tables, find)
     (tmp_path / file).unlink()
     with pytest.raises(ValueError, match=rf"model\.safetensors\.index\.json: .*{file}"):
-        map_tables(model.engram_description.tables(), find)
+        map_tables(model.memories["engram"].tables, find)
     with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json nor model\.safetensors"):
-        map_tables(model.engram_description.tables(), lambda name: None)
+        map_tables(model.memories["engram"].tables, lambda name: None)
 
 
 def test_another_compression_of_the_vocabulary_is_refused(folders, tmp_path):
@@ -361,7 +361,7 @@ def test_memory_is_imported_with_its_tokenizer_alone(folders, tmp_path):
     for change, message in [
         ({"engram_addressing": {**config["engram_addressing"], "seed": 1}}, r"^model\.engram: .*\bseed .*\b0 .*\b1 "),
         ({"engram_addressing": None}, r"config\.json: engram_addressing .*model\.engram"),
-        ({"engram_parts": {"0": [1]}}, r"config\.json: engram_parts .*layer 0\b"),
+        ({"engram_parts": {"0": [1]}}, r"config\.json: engram_parts .*layers\.0\.engram"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match=message):

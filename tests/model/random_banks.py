@@ -3,10 +3,10 @@
 import torch
 
 from kmem.config.bank import BankConfig
-from kmem.model.bank_fetched import BankParameters
 from kmem.model.bank_layout import MISSING, BankLayout
 from kmem.model.shape import Shape
 from tests.model import tiny
+from tests.model.bank_parameters import BankParameters
 
 KINDS = ("ffn", "lora_ffn", "lora_qk", "lora_ov", "kv")
 MLA = {**tiny.MLA, "qk_nope_head_dim": 16}

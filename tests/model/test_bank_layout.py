@@ -8,13 +8,13 @@ import torch
 
 from kmem.config import ModelConfig
 from kmem.config.bank import BankConfig
-from kmem.model.bank_fetched import BankParameters
 from kmem.model.bank_layout import MISSING, BankLayout
 from kmem.model.decoder import Decoder
-from kmem.model.engram_reader import RowTable
+from kmem.model.export_tables import RowTable
 from kmem.model.init import TRUNCATION
 from kmem.model.shape import Shape
 from tests.model import tiny
+from tests.model.bank_parameters import BankParameters
 from tests.model.random_banks import KINDS, shape
 
 ANCHORS = [

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kmem.model.engram_reader import RowTable
+from kmem.model.export_tables import RowTable
 from kmem.model.mapped_rows import MappedRows, SafetensorsFile, Segment
 
 ROWS, DIM = 61, 12

@@ -1,22 +1,15 @@
 """The bank of a checkpoint for use in one process: its tree is checked, its rows stay in the checkpoint's files."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
 from kmem.checkpoint.pieces import CheckpointError
-from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import Config
 from kmem.data.bank_addresses import tree_record
 from kmem.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from kmem.model.bank_export import TREE_FOLDER
 from kmem.model.bank_layout import BankLayout, layer_bank_name
 from kmem.model.bank_router import ContextRouter
-from kmem.model.engram_reader import RowSource
-from kmem.model.mapped_rows import MappedRows
 
 
 class Banked(Protocol):
@@ -102,26 +95,8 @@ def checkpoint_router(reader: Banked, given: Path | None = None) -> ContextRoute
         raise CheckpointError(str(error)) from error
 
 
-def mapped_bank(reader: CheckpointReader, layout: BankLayout) -> dict[int, RowSource]:
-    """Level -> its rows, fetched from the checkpoint's mapped files."""
-    return {
-        level: _SideBySide([reader.map_rows(layer_bank_name(layer, level)) for layer in layout.layers])
-        for level in layout.levels
-    }
-
-
 def bank_tensors(layout: BankLayout | None) -> set[str]:
     """Names of the tensors of a checkpoint that hold the bank."""
     if layout is None:
         return set()
     return {layer_bank_name(layer, level) for layer in layout.layers for level in layout.levels}
-
-
-@dataclass(frozen=True)
-class _SideBySide:
-    """Tables whose rows are joined into one."""
-
-    tables: list[MappedRows]
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return torch.cat([table(rows) for table in self.tables], dim=-1)

@@ -5,13 +5,9 @@ from typing import Any, Protocol
 
 from kmem.checkpoint.manifest import check_addressing
 from kmem.checkpoint.pieces import CheckpointError
-from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import Config
 from kmem.data.engram_addresses import model_addresses
-from kmem.model.decoder import Decoder
-from kmem.model.engram import Engram
-from kmem.model.engram_reader import EngramAddresses, EngramReader, table_name
-from kmem.model.mapped_rows import MappedRows
+from kmem.model.engram_reader import EngramAddresses
 
 
 class Addressed(Protocol):
@@ -48,21 +44,3 @@ def checkpoint_addresses(reader: Addressed) -> EngramAddresses | None:
     assert addresses is not None
     check_addressing(reader.folder, reader.addressing, addresses)
     return addresses
-
-
-def mapped_tables(reader: CheckpointReader, addresses: EngramAddresses) -> dict[int, MappedRows]:
-    """Layer -> its rows, fetched from the checkpoint's mapped files."""
-    return {layer: reader.map_rows(table_name(layer)) for layer in addresses.layers}
-
-
-def checkpoint_engram(reader: CheckpointReader, decoder: Decoder) -> EngramReader:
-    """The engram of a checkpoint whose model has one, for the modules of `decoder`.
-
-    Raises:
-        CheckpointError: as in `checkpoint_addresses`, or a file is missing or damaged.
-    """
-    addresses = checkpoint_addresses(reader)
-    assert addresses is not None
-    modules = {layer: decoder.layers[layer].get_submodule("engram") for layer in addresses.layers}
-    engrams = {layer: module for layer, module in modules.items() if isinstance(module, Engram)}
-    return EngramReader(addresses, mapped_tables(reader, addresses), engrams)
