@@ -4,12 +4,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from kmem.config.memory import MemorySection
 from kmem.config.section import Section
 from kmem.model.shape import Shape  # plain Python: where a bank has blocks is decided once, for runs and exports
 from kmem.wording import counted
 
 if TYPE_CHECKING:
     from kmem.config.model import ModelConfig
+    from kmem.config.run import Config
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -29,7 +31,7 @@ class GenericBlocks(Section):
     """Whether to draw for each sequence, or once for all sequences of an optimizer step."""
 
 
-class BankConfig(Section):
+class BankConfig(MemorySection):
     """Hierarchical memory bank (arXiv 2510.02375): a tree of clusters of documents, and for every cluster a block of
     weights in each of the chosen layers. A context uses the blocks on the path from the root to its leaf.
 
@@ -89,12 +91,14 @@ class BankConfig(Section):
             )
         return self
 
-    def check_model(self, model: "ModelConfig") -> None:
-        """Check that a model can have this bank.
+    def check_run(self, config: "Config") -> None:
+        if config.data.addresses is None:
+            raise ValueError(
+                "model.bank needs data.addresses, which select its blocks; name the folder of a tree that "
+                "kmem data cluster has written, as in data.addresses.tree=data/tree"
+            )
 
-        Raises:
-            ValueError: names the field of the model's section, and the remedy.
-        """
+    def check_model(self, model: "ModelConfig") -> None:
         placed, layers = self.placed_layers, model.num_layers
         if isinstance(placed, tuple) and max(placed) >= layers:
             raise ValueError(

@@ -1,11 +1,15 @@
 """Engram: which n-grams address which rows, and how the rows enter the residual stream."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from kmem.config.section import Section
+from kmem.config.memory import MemorySection
+
+if TYPE_CHECKING:
+    from kmem.config.model import ModelConfig
+    from kmem.config.run import Config
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -61,7 +65,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 """Settings of the published models."""
 
 
-class EngramConfig(Section):
+class EngramConfig(MemorySection):
     """N-gram lookup (Engram, arXiv 2601.07372) at the entrance of the listed layers.
 
     Fields that are left out come from the preset; the saved configuration holds every value. `docs/engram.md` explains
@@ -139,3 +143,20 @@ class EngramConfig(Section):
         if max(base or 1 for base in bases) > (2**63 - 1) // (2 * len(self.orders) * self.heads):
             raise ValueError(f"rows_per_head={self.rows_per_head}: the ids of all heads must fit in 64 bits")
         return self
+
+    def check_model(self, model: "ModelConfig") -> None:
+        if max(self.layers) >= model.num_layers:
+            raise ValueError(
+                f"engram.layers={list(self.layers)} is out of range for num_layers={model.num_layers}; "
+                "layers count from 0"
+            )
+        if (self.pad_token_id or 0) >= model.vocab_size:
+            raise ValueError(f"engram.pad_token_id={self.pad_token_id} is no id of vocab_size={model.vocab_size}")
+
+    def check_run(self, config: "Config") -> None:
+        within = {"boundary": self.boundary == "document", "conv_within_documents": self.conv_within_documents}
+        for name in (name for name, wanted in within.items() if wanted and not config.data.document_attention):
+            raise ValueError(
+                f"model.engram.{name}={getattr(self, name)} needs data.document_attention=true, without which a "
+                "sequence counts as one document; set it to true, or choose boundary=eos or none"
+            )

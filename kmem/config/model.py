@@ -6,6 +6,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from kmem.config.bank import BankConfig
 from kmem.config.engram import EngramConfig
+from kmem.config.memory import MemorySection
+from kmem.config.over_encoding import OverEncodingConfig
+from kmem.config.per_layer_embeddings import PerLayerEmbeddingsConfig
 from kmem.config.section import Section
 from kmem.model.shape import Shape  # plain Python
 from kmem.wording import counted
@@ -249,8 +252,14 @@ class ModelConfig(Section):
     """Experts; null makes a dense model."""
     hyper_connections: HyperConnectionsConfig | None = None
     """Branches of the residual stream; null is the plain residual."""
+    over_encoding: OverEncodingConfig | None = None
+    """N-grams added to the input embedding; null makes a model without them. The section `over_encoding` describes
+    their table."""
     engram: EngramConfig | None = None
     """N-gram lookup; null makes a model without it. The section `engram` describes its tables."""
+    per_layer_embeddings: PerLayerEmbeddingsConfig | None = None
+    """A vector per token id in each layer; null makes a model without them. The section `per_layer_embeddings`
+    describes their tables."""
     bank: BankConfig | None = None
     """Blocks of weights that contexts fetch; null makes a model without them. The section `bank` describes their
     tables."""
@@ -285,24 +294,30 @@ class ModelConfig(Section):
                 f"hyper_connections.branches={branches} does not go with moe.chain, whose layers contain their "
                 "residual connection; use 1 branch or no chain"
             )
-        if self.engram is not None:
-            if max(self.engram.layers) >= self.num_layers:
-                raise ValueError(
-                    f"engram.layers={list(self.engram.layers)} is out of range for num_layers={self.num_layers}; "
-                    "layers count from 0"
-                )
-            if (self.engram.pad_token_id or 0) >= self.vocab_size:
-                raise ValueError(
-                    f"engram.pad_token_id={self.engram.pad_token_id} is no id of vocab_size={self.vocab_size}"
-                )
         dense = self.num_layers if self.moe is None else self.moe.first_dense_layers
         if dense > self.num_layers:
             raise ValueError(f"moe.first_dense_layers={dense} is out of range for num_layers={self.num_layers}")
         if dense and self.intermediate_size is None:
             raise ValueError(f"intermediate_size is needed: {counted(dense, 'layer')} with a dense feed-forward")
-        if self.bank is not None:
-            self.bank.check_model(self)
+        replaced: dict[int, str] = {}
+        for name, section in self.memories.items():
+            section.check_model(self)
+            for layer in section.replaced_layers(self):
+                if layer in replaced:
+                    raise ValueError(f"{name} and {replaced[layer]} both replace the feed-forward of layer {layer}")
+                replaced[layer] = name
+        if self.bank is not None and self.bank.kind in ("ffn", "lora_ffn"):
+            for layer in sorted(replaced.keys() & set(self.shape.bank_layers)):
+                raise ValueError(
+                    f"bank.kind={self.bank.kind} adds to the feed-forward of layer {layer}, which {replaced[layer]} "
+                    "replaces; choose other layers, or another kind"
+                )
         return self
+
+    @property
+    def memories(self) -> dict[str, MemorySection]:
+        """Kind of memory -> its section, for the kinds that the model has."""
+        return {name: section for name, section in self if isinstance(section, MemorySection)}
 
     @property
     def shape(self) -> Shape:

@@ -98,6 +98,10 @@ class Config(Section):
     """Optimisation."""
     engram: TableConfig = TableConfig()
     """Tables of the engram."""
+    over_encoding: TableConfig = TableConfig()
+    """Table of over-encoding."""
+    per_layer_embeddings: TableConfig = TableConfig()
+    """Tables of per-layer embeddings."""
     bank: BankTableConfig = BankTableConfig()
     """Tables of the bank."""
     parallel: ParallelConfig = ParallelConfig()
@@ -131,11 +135,8 @@ class Config(Section):
                 "parallel.zero_stage=0 does not go with train.precision=bf16: DeepSpeed's bf16 optimizer is always "
                 "sharded; use 1"
             )
-        if self.model.bank is not None and self.data.addresses is None:
-            raise ValueError(
-                "model.bank needs data.addresses, which select its blocks; name the folder of a tree that "
-                "kmem data cluster has written, as in data.addresses.tree=data/tree"
-            )
+        for section in self.model.memories.values():
+            section.check_run(self)
         for control in self.evaluation.controls:
             kind = control.partition("=")[0]
             if getattr(self.model, kind, None) is None:
@@ -154,14 +155,6 @@ class Config(Section):
                 raise ValueError(
                     f"checkpoint.asynchronous=true does not go with model.{name}: tables are written from where they "
                     "lie, and a copy of them may not fit; set it to false"
-                )
-        engram = self.model.engram
-        if engram is not None and not self.data.document_attention:
-            within = {"boundary": engram.boundary == "document", "conv_within_documents": engram.conv_within_documents}
-            for name in (name for name, wanted in within.items() if wanted):
-                raise ValueError(
-                    f"model.engram.{name}={getattr(engram, name)} needs data.document_attention=true, without which a "
-                    "sequence counts as one document; set it to true, or choose boundary=eos or none"
                 )
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise ValueError(

@@ -104,12 +104,12 @@ class RowOptimizerConfig(Section):
 
 
 class TableConfig(Section):
-    """Tables of the model's engram: where rows live, how far ahead they are fetched, how they are trained."""
+    """Tables of a memory: where rows live, how far ahead they are fetched, how they are trained."""
 
     store: Literal["device", "host", "mmap"] = "host"
     """Where a rank keeps its rows and their optimizer state: device memory, host memory, or a mapped file."""
     folder: str | None = None
-    """mmap: a folder local to the machine. Default: `engram` in the run folder."""
+    """mmap: a folder local to the machine. Default: a folder with the memory's name in the run folder."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of the rows; optimizer state is fp32."""
     prefetch_depth: Annotated[int, Field(ge=0, le=64)] = 1

@@ -18,7 +18,8 @@ class BankModule(MemoryModule):
     def attend(self, query: Tensor, read: BankInput) -> Tensor | None:
         return read.attend(query)
 
-    def feed(self, x: Tensor, out: Tensor, read: BankInput) -> Tensor:
+    def feed(self, x: Tensor, out: Tensor | None, read: BankInput) -> Tensor:
+        assert out is not None, "configurations refuse a bank where another memory replaces the feed-forward"
         return read.widen(x, out)
 
 

@@ -9,15 +9,16 @@ from torch import Tensor, nn
 from .attention import KeyValueCache, build_attention
 from .chain_of_experts import ChainOfExperts
 from .feed_forward import FeedForward
-from .hyper_connections import HyperConnection, collapse_branches, expand_branches
+from .hyper_connections import HyperConnection
 from .loss import linear_cross_entropy
 from .matmul import Linear, linear
 from .memory_kind import LayerMemories, MemoryModule
-from .memory_kinds import layer_kinds
+from .memory_kinds import layer_kinds, replaces_feed_forward
 from .moe import MoE
 from .norm import RMSNorm
 from .rope import Rotation, rotation
 from .shape import Shape
+from .stream import close_stream, join_stream, open_stream, split_stream
 
 # Shape letters: B sequences, T tokens, S tokens with keys, H hidden size, M branches of the residual stream, V
 # vocabulary.
@@ -34,7 +35,8 @@ class Embedding(nn.Embedding):
 
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)), with memories at the places that `memory_kind` lists. The
-    feed-forward is dense, a MoE, or a chain of experts. A chain of experts contains its own residual connection.
+    feed-forward is dense, a MoE, a chain of experts, or a memory that replaces it. A chain of experts contains its own
+    residual connection.
 
     With hyper-connections, x has M branches, and attention and feed-forward read a mixture of them. `local_experts`:
     global numbers of the experts held here (default: all).
@@ -61,7 +63,7 @@ class DecoderLayer(nn.Module):
         rotary: Rotation | None = None,
         memories: Mapping[str, Any] = _NOTHING,
     ) -> Tensor:
-        """hidden [B, T, H] or [B, T, M, H], position_ids int64 [B, T] -> the same shape.
+        """hidden [B, T, H], [B, T, M, H] or a stream as in `open_stream`, position_ids int64 [B, T] -> the same shape.
 
         `mask`: bool [B, 1, T, S], True where a query may attend; None means plain causal attention. `rotary`:
         `rotation(shape, position_ids)`, if the caller computes it once for all layers. `memories`: name of each kind of
@@ -69,6 +71,7 @@ class DecoderLayer(nn.Module):
         """
         rotated = rotation(self.shape, position_ids) if rotary is None else rotary
         read = LayerMemories(self.memories, memories)
+        hidden, embedding = split_stream(hidden, self.shape)
         hidden = read.enter(hidden)
         hidden = self.attention_connection(
             hidden, lambda x: self.attention(self.attention_norm(x), rotated, mask, cache, read)
@@ -77,7 +80,7 @@ class DecoderLayer(nn.Module):
             hidden = self._feed_forward(hidden, read)
         else:
             hidden = self.feed_forward_connection(hidden, lambda x: self._feed_forward(x, read))
-        return read.leave(hidden)
+        return join_stream(read.leave(hidden, embedding), embedding)
 
     @property
     def memories(self) -> dict[str, MemoryModule]:
@@ -87,11 +90,12 @@ class DecoderLayer(nn.Module):
     def _feed_forward(self, x: Tensor, memories: LayerMemories) -> Tensor:
         """Norm and feed-forward [B, T, H]; a chain of experts adds x itself."""
         normed, feed_forward = self.feed_forward_norm(x), self.feed_forward
+        out = None
         if isinstance(feed_forward, ChainOfExperts):
             out = feed_forward(x, normed)
         elif isinstance(feed_forward, FeedForward):
             out = feed_forward(normed, memories)
-        else:
+        elif feed_forward is not None:
             out = feed_forward(normed)
         return memories.feed(normed, out)
 
@@ -103,8 +107,12 @@ def build_connection(shape: Shape) -> HyperConnection:
     return HyperConnection(shape.hidden_size, shape.branches, norm_eps=shape.norm_eps, **chosen)
 
 
-def build_feed_forward(shape: Shape, index: int, local_experts: range | None) -> FeedForward | MoE | ChainOfExperts:
-    """The feed-forward of layer `index`."""
+def build_feed_forward(
+    shape: Shape, index: int, local_experts: range | None
+) -> FeedForward | MoE | ChainOfExperts | None:
+    """The feed-forward of layer `index`; None if a memory replaces it."""
+    if replaces_feed_forward(shape, index):
+        return None
     if not shape.has_experts(index):
         return FeedForward(shape.hidden_size, shape.intermediate_size)
     return MoE(shape, local_experts) if shape.chain is None else ChainOfExperts(shape, local_experts)
@@ -117,7 +125,7 @@ class Head(nn.Module):
     def __init__(self, shape: Shape, embedding: Embedding | None = None) -> None:
         super().__init__()
         assert shape.tie_embeddings == (embedding is not None), "give the embedding to a tied head, and to no other"
-        self.branches = shape.branches
+        self.shape = shape
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.head = None if shape.tie_embeddings else Linear(shape.hidden_size, shape.vocab_size, bias=False)
         self._tied_to = (embedding,)  # in a tuple, so that it is not registered as a submodule
@@ -139,8 +147,8 @@ class Head(nn.Module):
         return linear_cross_entropy(self.normed(hidden), self.projection_weight, labels)
 
     def normed(self, hidden: Tensor) -> Tensor:
-        """Collapse the branches of hidden [B, T, H] or [B, T, M, H] and apply the norm; [B, T, H]."""
-        return self.norm(collapse_branches(hidden, self.branches))
+        """The norm of the last layer's stream, [B, T, H]."""
+        return self.norm(close_stream(hidden, self.shape))
 
 
 class Decoder(Head):
@@ -149,7 +157,6 @@ class Decoder(Head):
     def __init__(self, shape: Shape) -> None:
         embedding = Embedding(shape)
         super().__init__(shape, embedding if shape.tie_embeddings else None)
-        self.shape = shape
         self.embedding = embedding
         self.layers = nn.ModuleList(DecoderLayer(shape, index) for index in range(shape.num_layers))
 
@@ -163,7 +170,7 @@ class Decoder(Head):
     ) -> Tensor:
         """Token ids and positions [B, T] -> the last layer's hidden [B, T, H] or, with M branches, [B, T, M, H], for
         `logits` or `loss`. `memories`: kind -> layer -> the input that the memory reads for these tokens."""
-        hidden = expand_branches(self.embedding(input_ids), self.branches)
+        hidden = open_stream(self.embedding(input_ids), self.shape)
         rotary = rotation(self.shape, position_ids)
         for index, layer in enumerate(self.layers):
             read = {kind: by_layer[index] for kind, by_layer in memories.items() if index in by_layer}

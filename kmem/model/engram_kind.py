@@ -3,11 +3,12 @@
 from .engram import Engram
 from .engram_export import COMPRESSION, ExportedEngram
 from .engram_reader import table_name, table_rows
-from .memory_kind import ModelKind, TableShape
+from .memory_kind import TableShape
 from .shape import Shape
+from .token_rows import TokenRowsKind
 
 
-class EngramKind(ModelKind):
+class EngramKind(TokenRowsKind):
     """One table per layer; token ids address its rows."""
 
     name = "engram"

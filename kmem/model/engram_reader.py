@@ -17,6 +17,7 @@ from .engram_hash import prime_sizes
 from .engram_ngrams import MISSING, NgramAddressing
 from .export_tables import RowSource
 from .shape import Shape
+from .token_rows import TokenState, shuffled_within
 
 # Shape letters: B sequences, T tokens, K rows per token and layer, R rows of a table, N largest n-gram order.
 
@@ -108,84 +109,44 @@ class EngramAddresses:
         tokens."""
         return self.addressing.row_ids(self.layers.index(layer), self.addressed(input_ids), document_ids)
 
+    def other_rows(self, layer: int, control: str) -> Callable[[Tensor], Tensor]:
+        """A function from the row ids of a layer's table to row ids that belong to other n-grams, for a control.
 
-def other_rows(addressing: NgramAddressing, table: int, control: str) -> Callable[[Tensor], Tensor]:
-    """A function from the row ids of a table to row ids that belong to other n-grams, for a control.
-
-    Args:
-        control: single-row: the first row of each head. shuffled: rows at a fixed random distance within their head, so
-            each row is read by exactly one other address.
-    """
-    draw = random.Random(f"{SHUFFLE_SEED} {table}")
-    distances = [draw.randrange(1, size) for size in addressing.sizes[table]]
-
-    def other(rows: Tensor) -> Tensor:
-        numbers = (addressing.sizes[table], addressing.offsets(table), distances)
-        sizes, first, distance = (torch.tensor(values, device=rows.device) for values in numbers)
-        return first.expand_as(rows) if control == "single-row" else (rows - first + distance) % sizes + first
-
-    return other
+        Args:
+            control: single-row: the first row of each head. shuffled: rows at a fixed random distance within their
+                head.
+        """
+        table = self.layers.index(layer)
+        draw = random.Random(f"{SHUFFLE_SEED} {table}")
+        sizes, first = torch.tensor(self.addressing.sizes[table]), torch.tensor(self.addressing.offsets(table))
+        distance = torch.tensor([draw.randrange(1, size) for size in sizes.tolist()])
+        if control == "single-row":
+            return lambda rows: first.to(rows.device).expand_as(rows)
+        return shuffled_within(sizes, first, distance)
 
 
-class EngramState:
+class EngramState(TokenState):
     """The engram's state for a batch of sequences in generation: the last N-1 addressed ids, and the inputs of each
     layer's convolution, if it has one."""
 
     def __init__(self, context: Tensor, convolutions: dict[int, ConvolutionState]) -> None:
-        self.context = context
-        """int64 [B, N-1], MISSING before a sequence's first token."""
+        super().__init__(context)
         self.convolutions = convolutions
-        self._recorded: Tensor | None = None  # int64 [B, N-1 + tokens since recording began or the last crop]
-
-    @property
-    def batch(self) -> int:
-        """Number of sequences."""
-        return len(self.context)
 
     def record(self, on: bool) -> None:
-        """Set whether to record what `crop` needs to remove later tokens."""
-        if on != (self._recorded is not None):
-            self._recorded = self.context if on else None
+        super().record(on)
         for state in self.convolutions.values():
             state.recording = on
 
-    def advance(self, ids: Tensor, context: Tensor) -> None:
-        """Note that the addressed ids int64 [B, T] were read; `context` [B, N-1] is the look-back of the next ones."""
-        self.context = context
-        if self._recorded is not None:
-            self._recorded = torch.cat((self._recorded, ids), dim=1)
-
     def crop(self, tokens: int) -> None:
-        """Remove the last `tokens` tokens, and restart recording.
-
-        Raises:
-            ValueError: fewer tokens were recorded, or the number is negative.
-        """
-        if tokens < 0:
-            raise ValueError(
-                f"crop({-tokens}): give the number of tokens to remove as a negative number; assisted decoding with an "
-                "engram needs a Transformers whose caches have activate_past_recording()"
-            )
-        length = self.context.shape[1]
-        recorded = 0 if self._recorded is None else self._recorded.shape[1] - length
-        if tokens > recorded:
-            raise ValueError(
-                f"cannot remove {tokens} tokens: the engram has recorded {recorded}; call activate_past_recording() of "
-                "the cache before the tokens are read"
-            )
-        if self._recorded is None:
-            return
-        self._recorded = self._recorded[:, recorded - tokens : recorded - tokens + length]
-        self.context = self._recorded
-        for state in self.convolutions.values():
+        recording = self._recorded is not None
+        super().crop(tokens)
+        for state in self.convolutions.values() if recording else ():
             state.crop(tokens)
 
     def reorder(self, order: Tensor) -> None:
-        """Select the sequences `order` int64 [B'] for beam search; a sequence may occur several times."""
+        super().reorder(order)
         order = order.to(self.context.device)
-        self.context = self.context.index_select(0, order)
-        if self._recorded is not None:
-            self._recorded = self._recorded.index_select(0, order)
         for state in self.convolutions.values():
             state.reorder(order)
 
@@ -235,7 +196,7 @@ class EngramReader:
         for table, layer in enumerate(addressing.layers):
             rows = addressing.row_ids(table, ids, document_ids, context)
             if self.control != "on":
-                rows = torch.where(rows >= 0, other_rows(addressing, table, self.control)(rows), rows)
+                rows = torch.where(rows >= 0, self.addresses.other_rows(layer, self.control)(rows), rows)
             # A missing token reads row 0, and its update is masked.
             values = self.sources[layer](rows if present is None else rows.clamp_min(0))
             convolution = None if state is None else state.convolutions.get(layer)

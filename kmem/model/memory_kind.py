@@ -8,7 +8,7 @@ these places, whatever their kinds are:
     project       every projection of the attention and of a dense feed-forward
     attend        the queries of the attention
     feed          the feed-forward's input and output
-    leave         the end of the layer, on the residual stream
+    leave         the end of the layer, on the residual stream, beside the input embedding if a kind asks for it
 
 The training half of a kind has the same name, in `kmem/parallel/memory_kinds.py`.
 """
@@ -16,6 +16,7 @@ The training half of a kind has the same name, in `kmem/parallel/memory_kinds.py
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .shape import Shape
@@ -34,6 +35,10 @@ class MemoryModule(nn.Module):
     for it.
     """
 
+    knows_off = False
+    """Whether it is also called under the control "off", with `read` OFF, because the layer computes otherwise without
+    the memory than it would have without the module."""
+
     def enter(self, hidden: Tensor, read: Any) -> Tensor:
         """The residual stream [B, T, H] or [B, T, M, H] at the entrance of the layer."""
         return hidden
@@ -47,12 +52,13 @@ class MemoryModule(nn.Module):
         and not rotated; None: nothing is added."""
         return None
 
-    def feed(self, x: Tensor, out: Tensor, read: Any) -> Tensor:
-        """The feed-forward's output [B, T, H] for its normed input x [B, T, H]."""
+    def feed(self, x: Tensor, out: Tensor | None, read: Any) -> Tensor | None:
+        """The feed-forward's output [B, T, H] for its normed input x [B, T, H]. `out` is None in a layer whose
+        feed-forward the kind replaces (`ModelKind.replaces_feed_forward`)."""
         return out
 
-    def leave(self, hidden: Tensor, read: Any) -> Tensor:
-        """The residual stream at the end of the layer."""
+    def leave(self, hidden: Tensor, embedding: Tensor | None, read: Any) -> Tensor:
+        """The residual stream at the end of the layer; `embedding` [B, T, H] if `ModelKind.carries_embedding`."""
         return hidden
 
 
@@ -67,7 +73,9 @@ class LayerMemories:
         assert modules.keys() == reads.keys(), (
             f"a layer with the memories {list(modules)} was given inputs for {list(reads)}"
         )
-        self._pairs = [(module, reads[kind]) for kind, module in modules.items() if reads[kind] is not OFF]
+        self._pairs = [
+            (module, reads[kind]) for kind, module in modules.items() if reads[kind] is not OFF or module.knows_off
+        ]
 
     def enter(self, hidden: Tensor) -> Tensor:
         for module, read in self._pairs:
@@ -86,14 +94,15 @@ class LayerMemories:
             out = out if added is None else out + added
         return out
 
-    def feed(self, x: Tensor, out: Tensor) -> Tensor:
+    def feed(self, x: Tensor, out: Tensor | None) -> Tensor:
+        """The feed-forward's output; zeros where a kind replaces it and is switched off."""
         for module, read in self._pairs:
             out = module.feed(x, out, read)
-        return out
+        return torch.zeros_like(x) if out is None else out
 
-    def leave(self, hidden: Tensor) -> Tensor:
+    def leave(self, hidden: Tensor, embedding: Tensor | None) -> Tensor:
         for module, read in self._pairs:
-            hidden = module.leave(hidden, read)
+            hidden = module.leave(hidden, embedding, read)
         return hidden
 
 
@@ -167,6 +176,15 @@ class ModelKind:
     def module(self, shape: Shape, layer: int) -> MemoryModule:
         """The module of a layer that has this memory."""
         raise NotImplementedError
+
+    def replaces_feed_forward(self, shape: Shape, layer: int) -> bool:
+        """Whether the layer's feed-forward is this memory: the layer has no other."""
+        return False
+
+    def carries_embedding(self, shape: Shape) -> bool:
+        """Whether the kind's modules read the input embedding at the end of layers. It then goes along with the
+        residual stream, so that it crosses pipeline stages."""
+        return False
 
     def tables(self, shape: Shape) -> dict[str, TableShape]:
         """Canonical name -> table, in the order of checkpoints."""

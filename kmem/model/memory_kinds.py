@@ -3,9 +3,13 @@
 from .bank_kind import BankKind
 from .engram_kind import EngramKind
 from .memory_kind import ModelKind
+from .over_encoding import OverEncodingKind
+from .per_layer_embeddings import PerLayerEmbeddingsKind
 from .shape import Shape
 
-KINDS: dict[str, ModelKind] = {kind.name: kind for kind in (EngramKind(), BankKind())}
+KINDS: dict[str, ModelKind] = {
+    kind.name: kind for kind in (OverEncodingKind(), EngramKind(), BankKind(), PerLayerEmbeddingsKind())
+}
 """Name of the section in the model's configuration -> kind."""
 
 
@@ -25,3 +29,13 @@ def owner_of(tensor: str) -> str | None:
 def layer_kinds(shape: Shape, layer: int) -> list[ModelKind]:
     """The kinds of memory that a layer has."""
     return [kind for kind in kinds_of(shape) if layer in kind.layers(shape)]
+
+
+def replaces_feed_forward(shape: Shape, layer: int) -> bool:
+    """Whether a memory is the layer's feed-forward."""
+    return any(kind.replaces_feed_forward(shape, layer) for kind in layer_kinds(shape, layer))
+
+
+def carries_embedding(shape: Shape) -> bool:
+    """Whether the input embedding goes along with the residual stream."""
+    return any(kind.carries_embedding(shape) for kind in kinds_of(shape))

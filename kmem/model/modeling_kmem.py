@@ -16,13 +16,13 @@ from .configuration_kmem import KmemConfig
 from .decoder import Decoder
 from .export_tables import RowTable
 from .exported_memory import ExportedMemory, ForwardTokens, exported_memory, modules_of
-from .hyper_connections import collapse_branches, expand_branches
 from .init import initialise_
 from .mask import padded_positions, padding_mask
 from .memory_kinds import kinds_of
 from .pretrained_folder import PretrainedFolder
 from .rope import rotation
 from .shape import Shape
+from .stream import close_stream, open_stream
 
 # Shape letters: B sequences, T new tokens, S cached and new tokens, V vocabulary.
 
@@ -179,14 +179,13 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         read = self._read(hidden, input_ids, token_mask, addresses, past_key_values)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [hidden]
-        branches = self.shape.branches
-        hidden = expand_branches(hidden, branches)
+        hidden = open_stream(hidden, self.shape)
         for index, layer in enumerate(self.layers):
             memories = {kind: by_layer[index] for kind, by_layer in read.items() if index in by_layer}
             hidden = layer(hidden, position_ids, mask, past_key_values, rotary, memories)
             if wanted:
-                states.append(collapse_branches(hidden, branches))
-        hidden = self.norm(collapse_branches(hidden, branches))
+                states.append(close_stream(hidden, self.shape))
+        hidden = self.norm(close_stream(hidden, self.shape))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if self.head is None:
             logits = nn.functional.linear(hidden[:, kept], self.embedding.get_parameter("weight"))

@@ -7,12 +7,14 @@ from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467); statistics in at least fp32."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467); statistics in at least fp32. All
+    weights are `start` at first."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, start: float = 1.0) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
+        self.initial_values = {"weight": start}
+        self.weight = nn.Parameter(torch.full((width,), start))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":  # torch has a fused kernel for CUDA devices only

@@ -86,7 +86,7 @@ def count_parameters(shape: Shape) -> ParameterCounts:
                 components[name] = components.get(name, 0) + elements
             touched, multiplied = (sum(part[place] for part in parts.values()) for place in (1, 2))
         else:
-            touched = multiplied = _size(feed_forward)
+            touched = multiplied = 0 if feed_forward is None else _size(feed_forward)
             components["feed_forward"] += touched
         always = norms + _size(layer.attention)
         connections = _size(layer.attention_connection) + _size(layer.feed_forward_connection)

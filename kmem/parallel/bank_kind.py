@@ -1,7 +1,7 @@
 """The bank in training: one table per level. A row holds the blocks of one cluster for all layers of a stage."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,7 +182,7 @@ class StageBank(StageMemory):
         return BankInput(layout, groups, blocks)
 
     def close_step(self, step: BegunStep, sampled: bool) -> dict[str, dict[str, Any]]:
-        return {str(level): asdict(figures) for level, figures in self.ledger.close_step(step, sampled).items()}
+        return self.ledger.close_step(step, sampled)
 
     def state(self, saving: bool) -> dict[str, Pieces]:
         return self.ledger.usage.state(saving)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from kmem.model.decoder import DecoderLayer, Embedding, Head
-from kmem.model.hyper_connections import collapse_branches, expand_branches
 from kmem.model.loss import linear_cross_entropy
 from kmem.model.norm import RMSNorm
 from kmem.model.shape import Shape
+from kmem.model.stream import close_stream, open_stream
 from kmem.parallel.step_context import StepContext
 
 
@@ -29,17 +29,17 @@ class StageLayer(nn.Module):
 
 
 class EmbeddingLayer(StageLayer):
-    """Token ids [B, T] to hidden states [B, T, H], or with M residual branches [B, T, M, H]."""
+    """Token ids [B, T] to the stream of `open_stream`."""
 
     def __init__(self, shape: Shape):
         super().__init__(Embedding(shape), "embedding.")
-        self.branches = shape.branches
+        self.shape = shape
 
     def forward(self, input_ids: Tensor) -> Tensor:
         hidden = self.module(input_ids)
         if self.context.frozen and torch.is_grad_enabled():
             hidden.requires_grad_()  # the engine runs a backward pass through every stage, with or without blocks
-        return expand_branches(hidden, self.branches)
+        return open_stream(hidden, self.shape)
 
 
 class TransformerLayer(StageLayer):
@@ -74,10 +74,10 @@ class NormLayer(StageLayer):
 
     def __init__(self, shape: Shape):
         super().__init__(RMSNorm(shape.hidden_size, shape.norm_eps), "norm.")
-        self.branches = shape.branches
+        self.shape = shape
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.module(collapse_branches(hidden, self.branches))
+        return self.module(close_stream(hidden, self.shape))
 
 
 def tied_loss(layer: EmbeddingLayer, hidden: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from kmem.config import Config, dump_config
+from kmem.model.memory_kinds import replaces_feed_forward
 from kmem.model.parameter_counts import ParameterCounts, count_parameters, tensor_shapes
 from kmem.parallel.memory_kind import MemoryKind
 from kmem.parallel.memory_kinds import kinds_of
@@ -152,6 +153,8 @@ def _activation_bytes(config: Config, layer: int) -> int:
     for kind in kinds_of(model.shape):
         if layer - 1 in kind.model.layers(model.shape):
             values += kind.activation_values(config, layer - 1)
+    if replaces_feed_forward(model.shape, layer - 1):
+        return tokens * values * width
     if model.moe is not None and layer > model.moe.first_dense_layers:
         chain = model.moe.chain
         passes = 1 if chain is None else chain.iterations

@@ -72,8 +72,7 @@ class StepRecord:
     both experts, [expert of the previous pass][expert of this pass]."""
 
     memories: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    """Kind of memory -> layer or level -> figures: for engram the fields of `kmem.parallel.engram_ledger.LayerEngram`
-    and dedup_ratio, for a bank the fields of `kmem.parallel.bank_ledger.LevelBank`."""
+    """Kind of memory -> layer or level -> figures: those that its `StageMemory.close_step` documents."""
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "step", **asdict(self)}

@@ -8,7 +8,7 @@ import torch
 
 from kmem.cli import main
 from kmem.config import ModelConfig
-from kmem.model.engram_reader import EngramAddresses, other_rows
+from kmem.model.engram_reader import EngramAddresses
 from tests.train.test_trainer import metrics
 from tests.train.trainer_case import trainer_case
 
@@ -73,11 +73,12 @@ def test_controls_of_engram(ranks, run_config, capsys, corpus):
 
 
 def test_shuffled_rows_are_other_rows_of_the_same_head():
-    addressing = EngramAddresses.build(tiny_model().shape, eos_token_id=0).addressing
+    addresses = EngramAddresses.build(tiny_model().shape, eos_token_id=0)
+    addressing = addresses.addressing
     rows = torch.arange(addressing.rows(0)).view(1, -1, 1).expand(-1, -1, addressing.total_heads)
     sizes, offsets = torch.tensor(addressing.sizes[0]), torch.tensor(addressing.offsets(0))
     rows = (rows % sizes + offsets).contiguous()
-    shuffled, single = (other_rows(addressing, 0, way)(rows) for way in ("shuffled", "single-row"))
+    shuffled, single = (addresses.other_rows(addresses.layers[0], way)(rows) for way in ("shuffled", "single-row"))
     assert torch.equal(single, offsets.expand_as(rows))
     for head, (size, offset) in enumerate(zip(addressing.sizes[0], addressing.offsets(0), strict=True)):
         pairs = set(zip(rows[0, :, head].tolist(), shuffled[0, :, head].tolist(), strict=True))

@@ -1,0 +1,31 @@
+"""Per-layer embeddings in training."""
+
+from pathlib import Path
+
+from kmem.checkpoint.pieces import CheckpointError
+from kmem.config import Config
+from kmem.model.per_layer_embeddings import PerLayerEmbeddingsKind
+from kmem.parallel.token_rows import TokenRowsTraining
+
+
+class PerLayerEmbeddingsTraining(TokenRowsTraining):
+    """Rows of token ids are fetched ahead of the step that reads them."""
+
+    model = PerLayerEmbeddingsKind()
+
+    def check_added(self, config: Config, folder: Path) -> None:
+        section = config.model.per_layer_embeddings
+        assert section is not None
+        if section.form == "stem" or section.output_scale:
+            raise CheckpointError(
+                f"model.per_layer_embeddings: {folder} has none, and adding it would change what the model computes; "
+                "choose form=gemma3n with output_scale=0, leave it out, or train from the start"
+            )
+
+    def activation_values(self, config: Config, layer: int) -> int:
+        width = self.model.row_values(config.model.shape, layer)
+        replaces = self.model.replaces_feed_forward(config.model.shape, layer)
+        return 3 * width if replaces else 5 * width + 3 * config.model.hidden_size
+
+
+KIND = PerLayerEmbeddingsTraining()
