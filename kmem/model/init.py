@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from .experts import Experts
-from .norm import RMSNorm
 from .shape import Shape
 
 RESIDUAL_WRITERS = ("o_proj", "down_proj")
@@ -19,8 +18,8 @@ TRUNCATION = 3.0
 def initialise_(module: nn.Module, shape: Shape, seed: int, prefix: str = "") -> None:
     """Fill every parameter and persistent buffer of `module`; a canonical name is `prefix` + the local name.
 
-    Norm weights are one, biases zero. A module can set other tensors in `initial_values` (numbers that broadcast to the
-    tensor). All other matrices are drawn from a truncated normal with standard deviation `init_std`. With
+    A module sets tensors in `initial_values` (numbers that broadcast to the tensor), as norms do. Other vectors, such as
+    biases, are zero. All other matrices are drawn from a truncated normal with standard deviation `init_std`. With
     `depth_scaled_init`, the matrices that write into the residual stream use `init_std` / sqrt(2 * num_layers) (GPT-2's
     rule). Every matrix, and every expert of a stack, has its own generator, on the CPU and in fp32, so each rank draws
     only what it holds.
@@ -38,7 +37,7 @@ def _initialise_tensor(tensor: Tensor, name: str, owner: nn.Module, shape: Shape
         tensor.copy_(torch.tensor(constants[local_name]))
         return
     if tensor.dim() == 1:
-        tensor.fill_(1 if isinstance(owner, RMSNorm) else 0)
+        tensor.zero_()
         return
     std = shape.init_std
     if shape.depth_scaled_init and any(part in RESIDUAL_WRITERS for part in name.split(".")):
