@@ -39,6 +39,7 @@ from kmem.parallel.pipeline import Pipeline, split_samples
 from kmem.parallel.stage_tables import mapped_folder
 from kmem.parallel.step_context import StepContext
 from kmem.parallel.table_bytes import TableBytes
+from kmem.tables.exchange import Exchange
 from kmem.tables.table import Table
 from kmem.tables.table_spec import TableSpec
 from kmem.tables.working_set import StepPlan
@@ -120,6 +121,8 @@ class VectorTable:
     layer: int
     section: str = NAME
     norm_group: dist.ProcessGroup | None = None
+    in_forward: Exchange | None = None
+    is_copy: bool = False
 
     @property
     def optimizer(self) -> RowOptimizerConfig:

@@ -9,6 +9,7 @@ from kmem.config.engram import EngramConfig
 from kmem.config.memory import MemorySection
 from kmem.config.over_encoding import OverEncodingConfig
 from kmem.config.per_layer_embeddings import PerLayerEmbeddingsConfig
+from kmem.config.product_key_memory import ProductKeyMemoryConfig
 from kmem.config.section import Section
 from kmem.model.shape import Shape  # plain Python
 from kmem.wording import counted
@@ -260,6 +261,9 @@ class ModelConfig(Section):
     per_layer_embeddings: PerLayerEmbeddingsConfig | None = None
     """A vector per token id in each layer; null makes a model without them. The section `per_layer_embeddings`
     describes their tables."""
+    product_key_memory: ProductKeyMemoryConfig | None = None
+    """A pool of rows that hidden states choose from; null makes a model without it. The section `product_key_memory`
+    describes its table."""
     bank: BankConfig | None = None
     """Blocks of weights that contexts fetch; null makes a model without them. The section `bank` describes their
     tables."""

@@ -7,6 +7,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from kmem.config.data import DataConfig
 from kmem.config.errors import ConfigError
 from kmem.config.model import ModelConfig
+from kmem.config.product_key_memory import PoolTableConfig
 from kmem.config.section import Section
 from kmem.config.tables import BankTableConfig, TableConfig
 from kmem.config.train import TrainConfig
@@ -102,6 +103,8 @@ class Config(Section):
     """Table of over-encoding."""
     per_layer_embeddings: TableConfig = TableConfig()
     """Tables of per-layer embeddings."""
+    product_key_memory: PoolTableConfig = PoolTableConfig()
+    """Table of the product-key memory."""
     bank: BankTableConfig = BankTableConfig()
     """Tables of the bank."""
     parallel: ParallelConfig = ParallelConfig()

@@ -5,10 +5,12 @@ from .engram_kind import EngramKind
 from .memory_kind import ModelKind
 from .over_encoding import OverEncodingKind
 from .per_layer_embeddings import PerLayerEmbeddingsKind
+from .product_key_memory import ProductKeyMemoryKind
 from .shape import Shape
 
 KINDS: dict[str, ModelKind] = {
-    kind.name: kind for kind in (OverEncodingKind(), EngramKind(), BankKind(), PerLayerEmbeddingsKind())
+    kind.name: kind
+    for kind in (OverEncodingKind(), EngramKind(), BankKind(), PerLayerEmbeddingsKind(), ProductKeyMemoryKind())
 }
 """Name of the section in the model's configuration -> kind."""
 

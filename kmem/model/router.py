@@ -92,13 +92,22 @@ class Router(nn.Module):
         return self
 
 
+MOST_MAXIMA = 8
+"""Up to this many choices are made by as many passes over the values."""
+
+
 def stable_top_k(values: Tensor, k: int) -> Tensor:
     """Indices of the k largest values of the last dimension, best first; among equal values, the lower index wins.
 
     torch.topk leaves the order of equal values open, but a choice that differs between devices or batch shapes would
     make results depend on the mesh. torch.max guarantees the first index. To choose a few of some dozens, it is also
-    faster than sorting.
+    faster than sorting; to choose more, values and indices are packed into integers, which are all different.
     """
+    if k > MOST_MAXIMA:
+        bits = values.float().contiguous().view(torch.int32).long()
+        ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # the order of the floats
+        lower_first = torch.arange(values.shape[-1] - 1, -1, -1, device=values.device)
+        return (ascending << 32 | lower_first).topk(k, dim=-1).indices
     best = []
     for _ in range(k):
         best.append(values.max(dim=-1, keepdim=True).indices)

@@ -27,10 +27,10 @@ from kmem.parallel.bank_step import plan_blocks
 from kmem.parallel.memory_kind import BegunStep, MemoryKind, MemoryPlan, StageMemory, StageParts
 from kmem.parallel.mesh import Mesh
 from kmem.parallel.stage_tables import mapped_folder
-from kmem.parallel.stages import stage_bounds
+from kmem.parallel.stages import stages_with
 from kmem.parallel.table_bytes import TableBytes
 from kmem.tables import counter_random
-from kmem.tables.exchange import join_groups
+from kmem.tables.exchange import Exchange, join_groups
 from kmem.tables.sharding import RowSelection
 from kmem.tables.table import Table
 from kmem.tables.table_spec import TableSpec
@@ -148,7 +148,7 @@ class StageBank(StageMemory):
         self.whole = BankLayout.of(parts.shape)
         self.layout = self.whole.of_layers(self.layers)
         group = None
-        stages = _stages_with(config, mesh, self.whole.layers)
+        stages = stages_with(config, mesh, self.whole.layers)
         if config.bank.optimizer.clip_norm is not None and len(stages) > 1:
             ranks = [stage * mesh.data + rank for stage in stages for rank in range(mesh.data)]
             group = join_groups([ranks], config.parallel.timeout_seconds)
@@ -203,6 +203,8 @@ class BankTable:
         self, config: Config, layout: BankLayout, level: int, norm_group: dist.ProcessGroup | None = None
     ) -> None:
         self.settings: TableConfig = config.bank
+        self.in_forward: Exchange | None = None
+        self.is_copy = False
         self.optimizer: RowOptimizerConfig | None = config.bank.optimizer
         self.layout, self.level, self.norm_group = layout, level, norm_group
         self.selection = RowSelection(layout.rows(level), tuple(held_rows(config, layout, level)))
@@ -250,16 +252,6 @@ def tree_folder(config: Config) -> Path:
     """Folder of the tree whose leaves address the bank of a run that has a bank."""
     assert config.data.addresses is not None
     return Path(config.data.addresses.tree).expanduser()
-
-
-def _stages_with(config: Config, mesh: Mesh, layers: Sequence[int]) -> list[int]:
-    """Stages that have any of these layers."""
-    bounds = stage_bounds(config)
-    return [
-        stage
-        for stage in range(mesh.pipeline)
-        if any(bounds[stage] <= layer + 1 < bounds[stage + 1] for layer in layers)
-    ]
 
 
 def _addressed(batch: SequenceBatch, address: int) -> SequenceBatch:

@@ -20,6 +20,7 @@ from kmem.model.memory_kind import MemoryModule, ModelKind
 from kmem.model.shape import Shape
 from kmem.parallel.mesh import Mesh
 from kmem.parallel.table_bytes import TableBytes
+from kmem.tables.exchange import Exchange
 from kmem.tables.table import Table, Ticket
 from kmem.tables.table_spec import TableSpec
 from kmem.tables.working_set import StepPlan
@@ -39,6 +40,11 @@ class StageTable(Protocol):
     """Optimizer of its rows; None if they are frozen."""
     norm_group: dist.ProcessGroup | None
     """Ranks over which the gradient norm is summed for clipping; None: the ranks of the stage."""
+    in_forward: Exchange | None
+    """Collectives for a table that layers look up in the forward pass, on the main thread, with a group of their own;
+    None: rows are fetched before it, by the worker."""
+    is_copy: bool
+    """Whether another stage saves the same table."""
 
     def spec(self, config: Config) -> TableSpec:
         """The specification of the table."""
@@ -116,6 +122,15 @@ class StageMemory:
     def read(self, layer: int, context: "StepContext") -> Any:
         """The input of a layer's memory for the running micro-batch: the `read` argument of its `MemoryModule`."""
         raise NotImplementedError
+
+    def commit(self, scale: float, learning_rate: float) -> None:
+        """Update the rows of tables that layers looked up in the forward pass; the others are updated by the worker.
+        Called on all ranks, before weights change.
+
+        Args:
+            scale: factor on the summed gradients of all ranks.
+            learning_rate: of the backbone.
+        """
 
     def close_step(self, step: BegunStep, sampled: bool) -> dict[str, dict[str, Any]]:
         """Figures of a step over all ranks, by layer or level, as plain data. Collective over the world.

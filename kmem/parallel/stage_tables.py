@@ -24,7 +24,7 @@ from kmem.tables.exchange import Exchange, join_groups
 from kmem.tables.stores import StoreError, available_host_memory, gib
 from kmem.tables.table import Table
 from kmem.tables.table_spec import TableSpec, row_bytes
-from kmem.tables.worker import TableWorker
+from kmem.tables.worker import InlineWorker, TableWorker
 from kmem.tables.working_set import StepPlan, WorkingSet
 
 
@@ -32,12 +32,12 @@ from kmem.tables.working_set import StepPlan, WorkingSet
 class LookedUp:
     """The look-ups of a stage's memories for the micro-batches of a step."""
 
-    working_sets: Mapping[str, WorkingSet] = field(default_factory=dict)
+    working_sets: dict[str, WorkingSet] = field(default_factory=dict)
     """Table -> its working set."""
     beside: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Kind -> for each micro-batch, the data that layers need besides rows, on the host."""
-    off: Collection[str] = ()
-    """Kinds that are switched off."""
+    controls: Mapping[str, str] = field(default_factory=dict)
+    """Kind -> control that replaces what training reads."""
 
 
 class StageTables:
@@ -94,6 +94,7 @@ class StageTables:
         def build() -> None:
             for spec, memory, table in planned:
                 assert worker is not None
+                own = worker if table.in_forward is None else InlineWorker(table.in_forward)
                 if spec.folder is not None:
                     try:
                         spec.folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +104,7 @@ class StageTables:
                 settings = table.settings
                 self._of[spec.name] = memory, table
                 self.tables[spec.name] = Table(
-                    spec, table.optimizer, worker, device, settings.staleness, settings.prefetch_depth,
+                    spec, table.optimizer, own, device, settings.staleness, settings.prefetch_depth,
                     settings.threads, initialise=False, norm_group=table.norm_group,
                 )  # fmt: skip
 
@@ -139,7 +140,7 @@ class StageTables:
         return step
 
     def _fetch_ahead(self) -> None:
-        for name, table in self.tables.items():
+        for name, table in self._fetched.items():
             for step in self._ahead:
                 if name not in step.tickets and table.in_flight <= table.depth:
                     step.tickets[name] = table.begin(self._plan(name, step.plans))
@@ -158,6 +159,8 @@ class StageTables:
             optimizer = self._of[name][1].optimizer
             rate = 0.0 if optimizer is None else learning_rate * optimizer.lr_multiplier
             ticket.commit(self._scale, rate, skip=optimizer is None)
+        for memory in self.memories:
+            memory.commit(self._scale, learning_rate)
 
     def evaluate(self, micro_batches: Sequence[SequenceBatch], controls: Mapping[str, str]) -> LookedUp:
         """Look up read-only rows as the last commit left them. Steps in flight are not affected.
@@ -173,10 +176,10 @@ class StageTables:
         }
         working_sets = {
             name: table.evaluate(self._plan(name, plans))
-            for name, table in self.tables.items()
+            for name, table in self._fetched.items()
             if self._of[name][0].kind in plans
         }
-        return LookedUp(working_sets, self._beside(plans), off)
+        return LookedUp(working_sets, self._beside(plans), controls)
 
     def _plan(self, name: str, plans: Mapping[str, PlanOnce]) -> Callable[[], StepPlan]:
         """A function that gives the plan of a table; the worker calls it while an earlier step runs."""
@@ -190,11 +193,22 @@ class StageTables:
             if memory.tables and memory.kind in plans
         }
 
-    def pieces(self) -> dict[str, dict[str, Pieces]]:
-        """Canonical name -> array (`rows`, its optimizer's state, `step`) -> this rank's part of it."""
+    @property
+    def _fetched(self) -> dict[str, Table]:
+        """Tables whose rows are fetched before the forward pass."""
+        return {name: table for name, table in self.tables.items() if self._of[name][1].in_forward is None}
+
+    def pieces(self, saving: bool = False) -> dict[str, dict[str, Pieces]]:
+        """Canonical name -> array (`rows`, its optimizer's state, `step`) -> this rank's part of it.
+
+        Args:
+            saving: leave out copies that another stage saves.
+        """
         pieces: dict[str, dict[str, Pieces]] = {}
         for name, table in self.tables.items():
-            pieces |= self._of[name][1].pieces(table)
+            described = self._of[name][1]
+            if not (saving and described.is_copy):
+                pieces |= described.pieces(table)
         return pieces
 
     def close(self, error: BaseException | None = None) -> None:

@@ -1,7 +1,10 @@
 """How layers are divided over pipeline stages."""
 
+from collections.abc import Sequence
+
 from kmem.config import Config
 from kmem.model.parameter_counts import count_parameters
+from kmem.parallel.mesh import Mesh
 
 
 def stage_bounds(config: Config) -> list[int]:
@@ -27,6 +30,16 @@ def stage_bounds(config: Config) -> list[int]:
         longest = max(range(len(bounds) - 1), key=lambda stage: bounds[stage + 1] - bounds[stage])
         bounds.insert(longest + 1, (bounds[longest] + bounds[longest + 1] + 1) // 2)
     return bounds
+
+
+def stages_with(config: Config, mesh: Mesh, layers: Sequence[int]) -> list[int]:
+    """Stages that have any of these decoder layers."""
+    bounds = stage_bounds(config)
+    return [
+        stage
+        for stage in range(mesh.pipeline)
+        if any(bounds[stage] <= layer + 1 < bounds[stage + 1] for layer in layers)
+    ]
 
 
 def _fill(weights: list[int], capacity: int) -> list[int]:

@@ -4,7 +4,7 @@ Only the hidden tensor crosses a stage boundary. Every stage reads the step's to
 which micro-batch a layer is computing, in the forward pass and in its recomputation.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,14 +58,14 @@ class StepContext:
     """True in training; False in evaluation, whose statistics do not count."""
     loss_factor: float = 1.0
     """Factor on the summed cross entropy of a micro-batch."""
-    working_sets: Mapping[str, WorkingSet] = field(default_factory=dict)
-    """Table -> the rows that the step's micro-batches look up."""
+    working_sets: dict[str, WorkingSet] = field(default_factory=dict)
+    """Table, or look-up of the forward pass -> rows that the step's micro-batches look up."""
     frozen: bool = False
     """Only the bank is trained: hidden states need gradients, weights do not."""
     memories: Sequence[StageMemory] = ()
     """Memories of this stage."""
-    off: Collection[str] = ()
-    """Kinds of memory that a control switches off."""
+    controls: Mapping[str, str] = field(default_factory=dict)
+    """Kind of memory -> control that replaces what training reads."""
     _mask: tuple[int, Tensor] | None = None
 
     @property
@@ -95,7 +95,7 @@ class StepContext:
     def read(self, layer: int) -> dict[str, Any]:
         """Kind -> input of a layer's memory for the running micro-batch."""
         return {
-            memory.kind: OFF if memory.kind in self.off else memory.read(layer, self)
+            memory.kind: OFF if self.controls.get(memory.kind) == "off" else memory.read(layer, self)
             for memory in self.memories
             if layer in memory.layers
         }
@@ -107,7 +107,7 @@ class StepContext:
     def load(self, micro_batches: list[MicroBatch], looked_up: LookedUp) -> None:
         """Set the micro-batches of the running step and their look-ups."""
         self.micro_batches, self._mask = micro_batches, None
-        self.working_sets, self.off = looked_up.working_sets, looked_up.off
+        self.working_sets, self.controls = looked_up.working_sets, looked_up.controls
 
     def unload(self) -> None:
         """Release the rows of a finished step."""

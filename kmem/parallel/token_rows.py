@@ -17,6 +17,7 @@ from kmem.parallel.mesh import Mesh
 from kmem.parallel.stage_tables import mapped_folder
 from kmem.parallel.table_bytes import TableBytes
 from kmem.parallel.table_figures import row_norms, table_figures
+from kmem.tables.exchange import Exchange
 from kmem.tables.table import Table
 from kmem.tables.table_spec import TableSpec
 from kmem.tables.working_set import StepPlan
@@ -107,6 +108,8 @@ class TokenTable:
         self.settings: TableConfig = kind.settings(config)
         self.optimizer: RowOptimizerConfig | None = kind.optimizer(config)
         self.norm_group: dist.ProcessGroup | None = None
+        self.in_forward: Exchange | None = None
+        self.is_copy = False
         self._kind, self._name, self._table = kind.model, name, table
 
     def spec(self, config: Config) -> TableSpec:

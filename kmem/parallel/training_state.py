@@ -56,7 +56,7 @@ def model_state(pipeline: Pipeline, *, saving: bool, moments: bool, row_state: b
             state[f"{kind}/{fragment.name}"] = Pieces.interval(fragment.size, fragment.start, values)
     for name, buffer in pipeline.named_buffers():
         state[WEIGHT + name] = Pieces.interval(buffer.numel(), 0, buffer)
-    tables = pipeline.stage_tables.pieces()
+    tables = pipeline.stage_tables.pieces(saving)
     for name, arrays in tables.items():
         state[WEIGHT + name] = arrays.pop("rows")
         if row_state:

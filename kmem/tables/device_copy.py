@@ -78,7 +78,7 @@ class DeviceCopy:
         else:
             rows, *index = self.upload(rows, *places)
         with self._streamed():
-            working_set = WorkingSet(rows.float(), index, trainable)
+            working_set = WorkingSet(rows.float(), index, trainable, plan.rows)
         return working_set, None if self._stream is None else self._event()
 
     def follow(self, event: object) -> None:

@@ -30,14 +30,14 @@ from kmem.tables.device_copy import DeviceCopy
 from kmem.tables.exchange import Request
 from kmem.tables.hazards import Hazards
 from kmem.tables.row_optimizers import RowOptimizer, RowUpdate, make_row_optimizer
-from kmem.tables.row_optimizers.update import host_array
+from kmem.tables.row_optimizers.update import host_array, sum_by_row
 from kmem.tables.row_threads import RowThreads
 from kmem.tables.row_transport import make_row_transport
 from kmem.tables.segments import Segments
 from kmem.tables.sharding import RowSelection, row_range
 from kmem.tables.stores import CHUNK_BYTES, ArrayLayout, Store
 from kmem.tables.table_spec import DTYPES, StepMetrics, TableSpec
-from kmem.tables.worker import TableWorker
+from kmem.tables.worker import InlineWorker, TableWorker
 from kmem.tables.working_set import StepPlan, WorkingSet
 
 # Shape letters: M micro-batches, U unique rows that a step of this rank reads, W rows that all ranks want from this
@@ -123,7 +123,8 @@ class Table:
         spec: the description of the table.
         optimizer: the optimizer of the rows. None: the rows are frozen, without gradients and optimizer state, and
             every step is skipped.
-        worker: this rank's worker thread, shared by its tables.
+        worker: this rank's worker thread, shared by its tables; or `InlineWorker`, for a table that layers look up in
+            the forward pass.
         device: device where working sets are used, and device of the "device" store.
         staleness: number of earlier steps whose commits a row need not wait for; 0 is exact.
         depth: number of steps that may be begun beyond the one being computed.
@@ -141,7 +142,7 @@ class Table:
         self,
         spec: TableSpec,
         optimizer: RowOptimizerConfig | None,
-        worker: TableWorker,
+        worker: TableWorker | InlineWorker,
         device: torch.device | str = "cpu",
         staleness: int = 0,
         depth: int = 1,
@@ -219,11 +220,37 @@ class Table:
         self._worker.submit(lambda: self._fetch(step, self._made(plan), written))
         return Ticket(self, step)
 
-    def evaluate(self, plan: Planned) -> WorkingSet:
-        """Read rows in the state after the last queued commit, without gradients. Does not affect steps in flight."""
+    def evaluate(self, plan: Planned, trainable: bool = False) -> WorkingSet:
+        """Read rows in the state after the last queued commit. Does not affect steps in flight.
+
+        Args:
+            trainable: whether look-ups collect gradients, for `owner_sums` and `update`.
+        """
         written = self._written(self._begun)
-        working_set, arrived = self._worker.call(lambda: self._fetch_unchanging(self._made(plan), written))
+        working_set, arrived = self._worker.call(lambda: self._fetch_unchanging(self._made(plan), written, trainable))
         return self._copy.hand_over(working_set, arrived)
+
+    def owner_sums(self, rows: np.ndarray, gradient: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Send gradients fp32 [U, D] of distinct rows [U], ascending, to the owners. Returns (local numbers of this
+        rank's rows for which gradients came, ascending; their sums in the order of ranks)."""
+
+        def summed() -> tuple[np.ndarray, np.ndarray]:
+            request = self._exchange.request(rows, self.spec.rows)
+            return sum_by_row(request.wanted, self._exchange.to_owners(request, gradient))
+
+        return self._worker.call(summed)
+
+    def update(self, rows: np.ndarray, gradients: np.ndarray, scale: float, learning_rate: float) -> None:
+        """Update rows of this rank that no step holds: local numbers [W] and gradients fp32 [W, D], which are summed in
+        their order. `scale` and `learning_rate` as in `Ticket.commit`; all ranks that share the table call it."""
+        assert not self._open, "steps in flight hold rows"
+
+        def update() -> None:
+            segments = Segments.of(rows)
+            self.store.fetch_ahead(segments.unique)
+            self._apply(segments, gradients, scale, learning_rate)
+
+        self._worker.call(update)
 
     @property
     def trained(self) -> bool:
@@ -421,19 +448,11 @@ class Table:
         sent = self._exchange.bytes
         self._hazards.end(step.number)
         if not skip:
-            optimizer = self._optimizer
-            assert optimizer is not None
             if gradient is None:  # a rank without gradients must take part, too
                 gradient = self._copy.zeros(len(step.fresh_asked), self.spec.dim)
             wanted = self._transport.to_owners(step.request, gradient, computed)
             began = time.perf_counter()
-            self._optimizer_step += 1
-            update = RowUpdate(step.owned, wanted, scale, int(self._optimizer_step), rate)
-            if self.store.on_host:
-                self._copy.settle()  # gathers in place must have read the rows before they are written
-                optimizer.apply(self.store, update, self.local.start)
-            else:
-                self._copy.run(lambda: optimizer.apply(self.store, update, self.local.start))
+            self._apply(step.owned, wanted, scale, rate)
             step.metrics.owner_ms = 1e3 * (time.perf_counter() - began)
         step.metrics.bytes += self._exchange.bytes - sent
         self._finished.append(step.metrics)
@@ -448,17 +467,28 @@ class Table:
             self._unserved.remove(other)
             self._hand_out(other)
 
+    def _apply(self, segments: Segments, gradients: np.ndarray | Tensor, scale: float, rate: float) -> None:
+        optimizer = self._optimizer
+        assert optimizer is not None
+        self._optimizer_step += 1
+        update = RowUpdate(segments, gradients, scale, int(self._optimizer_step), rate)
+        if self.store.on_host:
+            self._copy.settle()  # gathers in place must have read the rows before they are written
+            optimizer.apply(self.store, update, self.local.start)
+        else:
+            self._copy.run(lambda: optimizer.apply(self.store, update, self.local.start))
+
     def _hand_out(self, step: _Step) -> None:
         step.ready.set_result(self._copy.working_set(step.rows, step.plan, self.trained))
 
-    def _fetch_unchanging(self, plan: StepPlan, written: object) -> tuple[WorkingSet, object]:
+    def _fetch_unchanging(self, plan: StepPlan, written: object, trainable: bool) -> tuple[WorkingSet, object]:
         self._copy.follow(written)
         unique = plan.rows
         request = self._exchange.request(unique, self.spec.rows)
         self.store.fetch_ahead(request.wanted, writing=False)
         rows: Any = self._transport.empty(len(unique))
         self._transport.serve(request, np.ones(len(request.wanted), bool), np.ones(len(unique), bool), rows)
-        return self._copy.working_set(rows, plan, trainable=False)
+        return self._copy.working_set(rows, plan, trainable)
 
     def _made(self, planned: Planned) -> StepPlan:
         plan = StepPlan.of(planned) if isinstance(planned, Tensor) else planned()

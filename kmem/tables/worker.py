@@ -117,3 +117,31 @@ class TableWorker:
             f"tables: the exchange between ranks stopped ({type(self.error).__name__}: {self.error}); "
             "the log of the rank that failed first names the cause; the last checkpoint is intact"
         )
+
+
+class InlineWorker:
+    """Does the work at once, in the calling thread, with an exchange of its own."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self.error: BaseException | None = None
+
+    def submit(self, job: Callable[[], Any]) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(job())
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+    def promise(self) -> Future:
+        return Future()
+
+    def wait(self, future: Future) -> Any:
+        return future.result(0)
+
+    def call(self, job: Callable[[], Any]) -> Any:
+        return job()
+
+    def fail(self, error: BaseException) -> None:
+        self.error = self.error or error

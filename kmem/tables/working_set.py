@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kmem.config import UserError
 from kmem.tables.row_optimizers import kernels
 from kmem.tables.segments import Segments
+from kmem.tables.stores import CHUNK_BYTES
 
 # Shape letters: M micro-batches, U unique rows of a step, u rows of a micro-batch, D values of a row.
 
@@ -60,11 +62,15 @@ class WorkingSet:
         rows: [U, D] fp32, on the compute device.
         index: the index of the step's plan, on the compute device.
         trainable: False for evaluation: lookups are then not recorded for autograd.
+        asked: [U], the numbers of the rows in the table, if anyone needs them later.
     """
 
-    def __init__(self, rows: Tensor, index: Sequence[Tensor], trainable: bool = True) -> None:
+    def __init__(
+        self, rows: Tensor, index: Sequence[Tensor], trainable: bool = True, asked: np.ndarray | None = None
+    ) -> None:
         self.rows = rows.requires_grad_(trainable)
         self.index = index
+        self.asked = np.zeros(0, np.int64) if asked is None else asked
         self.gradient: Tensor | None = None
         """[U, D] fp32; None until a backward pass has reached a lookup."""
 
@@ -77,6 +83,11 @@ class WorkingSet:
         """[u, stop - start] fp32: columns of the rows of a micro-batch, whose index must be [u] without repetition. For
         rows whose columns belong to several layers."""
         return _Columns.apply(self.rows, self, self.index[micro_batch], start, stop)
+
+    def weighted(self, micro_batch: int, weights: Tensor) -> Tensor:
+        """[N, D] fp32: for each of N tokens, the sum of its rows with weights fp32 [N, ..], in the shape of the index
+        of the micro-batch."""
+        return _Weighted.apply(weights, self, self.index[micro_batch])
 
     def finite(self) -> Tensor:
         """bool scalar on the device: True if no gradient is infinite or NaN. (inf and NaN survive the sum.)"""
@@ -135,3 +146,29 @@ class _Columns(torch.autograd.Function):
         (index,) = ctx.saved_tensors
         ctx.working_set.accumulate_columns(index, *ctx.part, gradient)
         return None, None, None, None, None
+
+
+class _Weighted(torch.autograd.Function):
+    """Holds the rows of a few tokens at a time: those of all tokens would be many times larger than the working set."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, working_set: WorkingSet, index: Tensor) -> Tensor:
+        ctx.working_set = working_set
+        ctx.save_for_backward(weights, index)
+        bags = index.flatten(1), weights.detach().flatten(1)
+        return F.embedding_bag(bags[0], working_set.rows.detach(), per_sample_weights=bags[1], mode="sum")
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        weights, index = ctx.saved_tensors
+        working_set, dim = ctx.working_set, gradient.shape[1]
+        rows, flat, factors = working_set.rows.detach(), index.flatten(1), weights.flatten(1)
+        grad_weights = torch.empty_like(factors)
+        tokens = max(1, CHUNK_BYTES // (8 * dim * flat.shape[1]))
+        for start in range(0, len(flat), tokens):
+            part = slice(start, start + tokens)
+            grad_weights[part] = torch.einsum("nkd,nd->nk", rows[flat[part]], gradient[part])
+            if working_set.rows.requires_grad:
+                working_set.accumulate(flat[part], factors[part][..., None] * gradient[part][:, None])
+        return grad_weights.view_as(weights), None, None

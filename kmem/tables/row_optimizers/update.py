@@ -56,6 +56,15 @@ class RowUpdate:
         return replace(self, segments=Segments.distinct(self.rows), gradients=gradients)
 
 
+def sum_by_row(rows: np.ndarray, gradients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers int64 [W] and gradients fp32 [W, D] -> (distinct rows [U], ascending; the sums of their gradients
+    [U, D], in the order of the entries)."""
+    segments = Segments.of(rows)
+    sums = np.empty((len(segments.unique), gradients.shape[1]), np.float32)
+    kernels.sum_segments(sums, segments.order, segments.starts, np.ascontiguousarray(gradients))
+    return segments.unique, sums
+
+
 def take_missed_steps(store: Store, update: RowUpdate) -> np.ndarray:
     """[U, 1] int64: number of optimizer steps that each row has missed since its last one. Sets the last step of the
     rows to this step. Rows that come from a longer run (`kmem bank replace`) have missed none."""

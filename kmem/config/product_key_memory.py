@@ -1,0 +1,64 @@
+"""Product-key memory: a pool of rows that the hidden state chooses from, shared by some layers."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from kmem.config.memory import MemorySection
+from kmem.config.tables import TableConfig
+
+if TYPE_CHECKING:
+    from kmem.config.model import ModelConfig
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class ProductKeyMemoryConfig(MemorySection):
+    """A pool of num_keys^2 rows of hidden_size values in place of the feed-forward of the chosen layers (Memory+, arXiv
+    2412.09764; product keys, arXiv 1907.05242). `docs/product_key_memory.md` has the formulas.
+
+    The hidden state chooses the rows, so they cannot be fetched ahead.
+    """
+
+    layers: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+    """Decoder layers that share the pool, counted from 0 (the paper: 4, 12 and 20 of 22)."""
+    num_keys: PositiveInt = 1024
+    """Keys of each half of a query; the pool has num_keys^2 rows."""
+    key_dim: Annotated[int, Field(ge=2)] = 512
+    """Values of a query, which is cut into halves; must be even."""
+    heads: PositiveInt = 4
+    """Queries of a token in a layer."""
+    top_k: PositiveInt = 32
+    """Rows that a query takes."""
+    qk_norm: bool = False
+    """RMSNorm of the halves of queries and of keys."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ProductKeyMemoryConfig":
+        if self.key_dim % 2:
+            raise ValueError(f"key_dim={self.key_dim} must be even: queries are cut into halves")
+        if self.top_k > self.num_keys:
+            raise ValueError(f"top_k={self.top_k} exceeds num_keys={self.num_keys}, the choices of half a query")
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers={list(self.layers)} names a layer twice")
+        return self
+
+    def check_model(self, model: "ModelConfig") -> None:
+        if max(self.layers) >= model.num_layers:
+            raise ValueError(
+                f"product_key_memory.layers={list(self.layers)} is out of range for num_layers={model.num_layers}; "
+                "layers count from 0"
+            )
+
+    def replaced_layers(self, model: "ModelConfig") -> tuple[int, ...]:
+        return self.layers
+
+
+class PoolTableConfig(TableConfig):
+    """The table of a pool that layers look up in the forward pass: where rows live and how they are trained. Look-ups
+    wait for the rows, so stores other than `device` slow the forward pass down."""
+
+    store: Literal["device", "host", "mmap"] = "device"
+    """Where a rank keeps its rows and their optimizer state: device memory, host memory, or a mapped file."""
+    prefetch_depth: Annotated[int, Field(ge=0, le=0)] = 0
+    """Always 0: the rows of a step are known when its layers have run."""
