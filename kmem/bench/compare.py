@@ -13,7 +13,7 @@ from kmem.config import Config, ConfigError, load_config
 from kmem.config.load import config_folders
 from kmem.config.section import Section
 from kmem.data.questions import QUESTIONS_SUFFIX
-from kmem.model.memory_kinds import kinds_of
+from kmem.model.memory_kinds import kinds_of, replaces_feed_forward
 from kmem.model.parameter_counts import count_parameters
 from kmem.wording import counted
 
@@ -226,7 +226,10 @@ def measure(config: Config) -> Size:
         moe, chain = model.moe, model.moe.chain
         passes = 1 if chain is None else chain.iterations
         shared_passes = 1 if chain is None or chain.shared_experts == "once" else passes
-        layers = model.num_layers - moe.first_dense_layers
+        layers = sum(
+            model.shape.has_experts(layer) and not replaces_feed_forward(model.shape, layer)
+            for layer in range(model.num_layers)
+        )
         calls = layers * (passes * moe.top_k + shared_passes * moe.num_shared_experts)
     read = 0
     for kind in kinds_of(model.shape):
