@@ -1,6 +1,7 @@
 """Read documents from plain text, JSON lines and Parquet; a problem with a record is reported with file and line."""
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from kmem.config import UserError
-from kmem.data.compressed import CompressedFileError, open_zstandard
 from kmem.files import PARTIAL, REPLACED
 
 PROVENANCE_NAME = "provenance.json"
@@ -136,7 +136,10 @@ def _open(path: Path) -> IO[bytes]:
     if path.suffix.lower() == ".gz":
         return cast(IO[bytes], gzip.open(path, "rb"))
     if path.suffix.lower() == ".zst":
-        return open_zstandard(path)
+        import pyarrow
+
+        # zstandard's own stream_reader (0.25) returns the content of a truncated frame and then ends without an error.
+        return cast(IO[bytes], io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), 1 << 20))
     return open(path, "rb")
 
 
@@ -148,7 +151,9 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes] | Problem]:
             for raw in stream:
                 number += 1
                 yield number, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-        except (gzip.BadGzipFile, zlib.error, EOFError, CompressedFileError) as error:
+        except (OSError, zlib.error, EOFError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's error; gzip and pyarrow report damage without a number
             yield Problem(
                 str(path), number + 1, "corrupt file", f"the compressed file is damaged from here on ({error})"
             )
