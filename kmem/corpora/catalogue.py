@@ -195,7 +195,7 @@ def _extract(name: str, corpus: Corpus, out: Path, cache: Path) -> dict[str, Any
                 text = "\n\n".join(kept)
                 if text:
                     record = {"text": text, "domain": corpus.domain, "source": source}
-                    file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+                    file.stream.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
                     documents += 1
                     text_bytes += len(text.encode("utf-8"))
             if corpus.questions is not None:

@@ -97,7 +97,7 @@ def write_addresses(
         path = folder / addresses_file(split)
         assert values.dtype == np.int32
         with AtomicFile(path) as file:
-            np.save(file, values, allow_pickle=False)
+            np.save(file.stream, values, allow_pickle=False)
         splits[split] = {"units": len(values), "sha256": file_digest(path)}
     record = {
         "format": FORMAT,

@@ -110,11 +110,10 @@ def test_a_missing_folder_is_a_user_error(tmp_path):
 
 def test_an_old_file_stays_until_the_new_one_is_complete(tmp_path):
     for value in (1.0, 2.0):
-        writer = SafetensorsWriter(tmp_path / "a", {"x": ((1,), torch.float32)})
-        writer.write("x", torch.tensor([value]))
-        if value == 2.0:
-            assert read(tmp_path / "a")[0]["x"].item() == 1.0
-        writer.close()
+        with SafetensorsWriter(tmp_path / "a", {"x": ((1,), torch.float32)}) as writer:
+            writer.write("x", torch.tensor([value]))
+            if value == 2.0:
+                assert read(tmp_path / "a")[0]["x"].item() == 1.0
     assert read(tmp_path / "a")[0]["x"].item() == 2.0
 
 
