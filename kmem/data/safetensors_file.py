@@ -176,21 +176,6 @@ class SafetensorsWriter(AtomicFile):
         return UserError(f"{self.path}: cannot be written: {error.strerror}")
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a file from tensors in memory, with a mode that follows the umask.
-
-    `safetensors.torch.save_file` (0.8) makes files that only their owner can read, but files of a tree or an export are
-    for others too.
-
-    Raises:
-        ValueError, UserError: as `SafetensorsWriter`.
-    """
-    ordered = sorted(tensors.items(), key=lambda entry: (-entry[1].itemsize, entry[0]))
-    with SafetensorsWriter(path, {name: (tensor.shape, tensor.dtype) for name, tensor in ordered}) as writer:
-        for name, tensor in ordered:
-            writer.write(name, tensor)
-
-
 def refuse_pickled(folder: Path, model_class: str) -> None:
     """Explain a folder without safetensors, if its weights are pickled.
 
