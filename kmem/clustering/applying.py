@@ -163,7 +163,7 @@ def leaves_around(
     all_leaves = np.empty(len(numbers), dtype=np.int32)
     title = f"{folder.name}: {split} addresses, clusters blocked"
     with Pool(workers) as pool, Progress(title, sum(weights)) as progress:
-        for here, weight, leaves in zip(places, weights, pool.in_order(address, jobs, weights), strict=True):
+        for here, weight, leaves in zip(places, weights, pool.weighed(address, jobs, weights), strict=True):
             all_leaves[here] = leaves
             progress.advance(weight)
     return all_leaves

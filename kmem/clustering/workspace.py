@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,22 +28,15 @@ SECONDS_WORTH_PROCESSES = 20.0
 """Processes are started only if more work than this is left, since each imports PyTorch and more."""
 
 
-class Pool:
+class Pool(Workers):
     """Worker processes, started once a stage turns out to be long and used for all later stages."""
 
     def __init__(self, count: int):
-        self._count = count
-        self._workers = Workers(count)
+        super().__init__(count)
         self._locks: list[int] = []
 
-    def __enter__(self) -> "Pool":
-        self._workers.__enter__()  # starts no process yet
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._workers.__exit__(kind, error, trace)
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        super().__exit__(kind, *details)
         while self._locks:
             os.close(self._locks.pop())
 
@@ -64,7 +56,7 @@ class Pool:
             raise UserError(f"{folder}: another kmem data cluster is at work here; wait until it ends") from None
         self._locks.append(descriptor)
 
-    def in_order(
+    def weighed(
         self, function: Callable[[Job], Result], jobs: Sequence[Job], weights: Sequence[int]
     ) -> Iterator[Result]:
         """Apply `function` to each job and yield results in the order of the jobs.
@@ -77,7 +69,7 @@ class Pool:
         for number, job in enumerate(jobs):
             spent = time.monotonic() - started
             if self._count > 1 and number and spent / (total - left) * left > SECONDS_WORTH_PROCESSES:
-                yield from self._workers.in_order(function, jobs[number:])
+                yield from self.in_order(function, jobs[number:])
                 return
             yield function(job)
             left -= weights[number]
@@ -191,30 +183,25 @@ class Workspace:
     ) -> None:
         """Run the remaining jobs of a stage whose result is the sum of the jobs' results; add it to `total`.
 
-        Each mark writes the sum to a new file, `STAGE.JOBS.array`, so that no job is counted twice.
+        Each mark replaces the file `STAGE.sum`, which holds the number of jobs and their sum, so that no job is counted
+        twice.
         """
-        done = self._done.get(stage, 0)
-        marked = self.folder / f"{stage}.{done}.array"
-        if done and (not marked.is_file() or marked.stat().st_size != total.nbytes):
-            self._forget(stage)
-            done = 0
+        path = self.folder / f"{stage}.sum"
         # The number of jobs and their sum change together; an interruption in between would count a job twice.
-        state = [(done, np.fromfile(marked, dtype=np.int64) if done else np.zeros_like(total))]
+        state = [np.zeros(1 + len(total), dtype=np.int64)]
+        if stage in self._done and path.is_file() and path.stat().st_size == state[0].nbytes:
+            state = [np.fromfile(path, dtype=np.int64)]
+        self._done[stage] = int(state[0][0])
 
         def store(job: Job, result: NDArray[np.int64]) -> None:
-            state[0] = (state[0][0] + 1, state[0][1] + result)
+            state[0] = state[0] + np.append(1, result)
 
         def save(_: int) -> int:
-            count, summed = state[0]
-            current, recorded = (f"{stage}.{number}.array" for number in (count, self._done.get(stage, 0)))
-            atomic_write(self.folder / current, summed.tobytes())
-            for file in self.folder.glob(f"{stage}.*.array"):
-                if file.name not in (current, recorded):
-                    file.unlink()
-            return count
+            atomic_write(path, state[0].tobytes())
+            return int(state[0][0])
 
         self._proceed(stage, title, jobs, function, store, save, weights)
-        total += state[0][1]
+        total += state[0][1:]
 
     def remove(self) -> None:
         """Delete the folder: the work is finished and its result stored elsewhere, or the work cannot be done."""
@@ -243,7 +230,7 @@ class Workspace:
             progress.advance(sum(weights[:done]))
             marked = time.monotonic()
             try:
-                for result in self._pool.in_order(function, jobs[done:], weights[done:]):
+                for result in self._pool.weighed(function, jobs[done:], weights[done:]):
                     store(jobs[done], result)
                     progress.advance(weights[done])
                     done += 1
