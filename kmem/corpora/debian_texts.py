@@ -6,8 +6,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from html.parser import HTMLParser
-
-from kmem.corpora.packages import Tree
+from pathlib import Path
 
 _SKIPPED_TAGS = frozenset({"script", "style", "head", "nav", "form"})
 _BLOCK_TAGS = frozenset(
@@ -15,7 +14,7 @@ _BLOCK_TAGS = frozenset(
 )
 
 
-def dictionary_entries(root: Tree) -> Iterator[tuple[str, str]]:
+def dictionary_entries(root: Path) -> Iterator[tuple[str, str]]:
     """dict-gcide: one document per headword; wrapped lines are joined, source tags and link braces removed."""
     raw = gzip.decompress((root / "usr" / "share" / "dictd" / "gcide.dict.dz").read_bytes())
     text = raw.decode("utf-8", errors="replace")
@@ -29,15 +28,15 @@ def dictionary_entries(root: Tree) -> Iterator[tuple[str, str]]:
             yield "\n\n".join(paragraph for paragraph in paragraphs if paragraph), f"gcide: {headword}"
 
 
-def essays(root: Tree) -> Iterator[tuple[str, str]]:
+def essays(root: Path) -> Iterator[tuple[str, str]]:
     """anarchism: one document per HTML page."""
     folder = root / "usr" / "share" / "doc" / "anarchism" / "html"
-    for file in sorted(folder.iterdir(), key=lambda file: file.name):
+    for file in sorted(folder.iterdir()):
         if file.name.endswith(".html"):
             yield html_text(file.read_bytes().decode("utf-8", errors="replace")), file.name
 
 
-def kernel_manuals(root: Tree) -> Iterator[tuple[str, str]]:
+def kernel_manuals(root: Path) -> Iterator[tuple[str, str]]:
     """linux-doc: one document per reStructuredText source, without translations."""
     top = root / "usr" / "share" / "doc"
     manuals = next(folder for folder in top.iterdir() if folder.name.startswith("linux-doc"))
@@ -48,7 +47,7 @@ def kernel_manuals(root: Tree) -> Iterator[tuple[str, str]]:
             yield text, path.removesuffix(".txt")
 
 
-def novel_chapters(root: Tree) -> Iterator[tuple[str, str]]:
+def novel_chapters(root: Path) -> Iterator[tuple[str, str]]:
     """r-cran-janeaustenr: one document per chapter; wrapped lines are joined."""
     base = root / "usr" / "lib" / "R" / "site-library" / "janeaustenr" / "data"
     for lines in r_string_vectors((base / "Rdata.rdb").read_bytes()):
@@ -132,8 +131,8 @@ def _unwrap(text: str) -> str:
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
-def _walk(folder: Tree, prefix: str) -> Iterator[tuple[str, Tree]]:
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
+    for entry in sorted(folder.iterdir()):
         if entry.is_dir():
             yield from _walk(entry, f"{prefix}{entry.name}/")
         else:

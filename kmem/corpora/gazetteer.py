@@ -12,9 +12,8 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
-
-from kmem.corpora.packages import Tree
 
 PLACES = 4096
 MOST = 512
@@ -141,7 +140,7 @@ def document(where: Place, exposure: int, seed: int = SEED) -> str:
     return " ".join([_filled(draw.choice(_OPENINGS), where), *sentences])
 
 
-def gazetteer(_root: Tree) -> Iterator[tuple[str, str]]:
+def gazetteer(_root: Path) -> Iterator[tuple[str, str]]:
     """(text, source) of each document of the corpus: all documents about all places."""
     for number in range(PLACES):
         where = place(number)
