@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kmem.clustering.applying import WORKING, Addressed, address_split
 from kmem.clustering.checks import check_device, check_embedder, check_no_tree, check_sizes, check_unaddressed
-from kmem.clustering.corpus import Chunk, Corpus, check_one_tokenizer, open_corpora
+from kmem.clustering.corpus import Chunk, Corpus, open_corpora
 from kmem.clustering.embedders import DEFAULT_KIND, KINDS, EmbedderRequest, OptionValue, build_embedder
 from kmem.clustering.jobs import AssignJob, Leaves, NodeJob, assign, embed, node_name, split_children
 from kmem.clustering.tree_folder import copy_tree, write_tree
@@ -20,6 +20,7 @@ from kmem.clustering.workspace import Pool, Workspace, clear_finished
 from kmem.config import UserError
 from kmem.data.bank_addresses import write_addresses
 from kmem.data.order import permutation
+from kmem.data.tokenizer import check_one_tokenizer
 from kmem.data.units import Unit
 from kmem.files import atomic_folder
 from kmem.model.bank_embedder import EMBEDDER_FILE, read_embedder_record
@@ -68,7 +69,7 @@ def make_tree(request: TreeRequest) -> Addressed:
 def _make_tree(request: TreeRequest, pool: Pool) -> Addressed:
     check_device(request.embedder, request.device)
     corpora = open_corpora(request.data)
-    check_one_tokenizer(corpora)
+    check_one_tokenizer("--data", request.data, [corpus.manifest for corpus in corpora])
     kind = KINDS[request.embedder]
     chunks = [chunk for corpus in corpora for chunk in corpus.chunks("train", request.unit, kind.chunk_tokens)]
     units = sum(chunk.stop - chunk.start for chunk in chunks)

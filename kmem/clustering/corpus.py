@@ -14,7 +14,7 @@ from kmem.config import UserError
 from kmem.data.bank_addresses import data_fingerprint
 from kmem.data.indexed import IndexedTokens
 from kmem.data.manifest import Manifest, read_manifest
-from kmem.data.tokenizer import tokenizer_fingerprint
+from kmem.data.tokenizer import check_tokenizer
 from kmem.data.units import Unit, UnitMap
 
 SPLITS = ("train", "validation")
@@ -50,8 +50,7 @@ class Corpus:
             UserError: the folder is missing, unfinished or damaged.
         """
         manifest = read_manifest(folder)
-        if tokenizer_fingerprint(folder / "tokenizer") != manifest.tokenizer.fingerprint:
-            raise UserError(f"{folder}/tokenizer: not the tokenizer that the folder was prepared with; prepare it anew")
+        check_tokenizer(folder, manifest)
         return cls(folder, manifest, data_fingerprint(manifest))
 
     def units(self, split: str, unit: Unit) -> UnitMap:
@@ -80,19 +79,6 @@ def open_corpora(folders: Sequence[Path]) -> list[Corpus]:
         if resolved.count(folder.resolve()) > 1:
             raise UserError(f"--data {folder}: named twice; leave one out")
     return [Corpus.open(folder) for folder in folders]
-
-
-def check_one_tokenizer(corpora: list[Corpus]) -> None:
-    """
-    Raises:
-        UserError: the folders do not share one tokenizer.
-    """
-    for corpus in corpora[1:]:
-        if corpus.manifest.tokenizer.fingerprint != corpora[0].manifest.tokenizer.fingerprint:
-            raise UserError(
-                f"--data: {corpus.folder} and {corpora[0].folder} were prepared with different tokenizers; prepare one "
-                f"of them again with --tokenizer {corpora[0].folder}/tokenizer"
-            )
 
 
 def read_chunk(chunk: Chunk, chosen: NDArray[np.int64] | None = None) -> list[Tensor]:

@@ -27,7 +27,7 @@ from kmem.data.indexed import IndexedTokens
 from kmem.data.leaf_order import LeafOrder
 from kmem.data.manifest import Manifest, read_manifest
 from kmem.data.order import ORDER_VERSION, CorpusOrder, Epoch, natural_order, offsets_of
-from kmem.data.tokenizer import tokenizer_fingerprint
+from kmem.data.tokenizer import check_one_tokenizer, check_tokenizer
 from kmem.wording import counted
 
 _SEQUENCES_AT_A_TIME = 256
@@ -75,12 +75,8 @@ def open_data(config: DataConfig, model_vocab_size: int, addressing: Addressing 
         addressing = Addressing(_folder(chosen.tree), chosen.batching, chosen.subtrees or ())
     manifests = [read_manifest(_folder(source.path)) for source in config.sources]
     for source, manifest in zip(config.sources, manifests, strict=True):
-        _check_tokenizer(_folder(source.path), manifest)
-        if manifest.tokenizer.fingerprint != manifests[0].tokenizer.fingerprint:
-            raise UserError(
-                f"data.sources: {source.path} and {config.sources[0].path} were prepared with different tokenizers; "
-                f"prepare one of them again with --tokenizer {config.sources[0].path}/tokenizer"
-            )
+        check_tokenizer(_folder(source.path), manifest)
+    check_one_tokenizer("data.sources", [source.path for source in config.sources], manifests)
     tokenizer = manifests[0].tokenizer
     if tokenizer.size > model_vocab_size:
         raise UserError(
@@ -392,14 +388,6 @@ def _folder(path: str) -> Path:
 def _content_digest(manifest: Manifest) -> str:
     """Identity of a corpus's training tokens and documents."""
     return f"{manifest.files['train.bin'].sha256}/{manifest.files['train.idx'].sha256}"
-
-
-def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
-    if tokenizer_fingerprint(folder / "tokenizer") != manifest.tokenizer.fingerprint:
-        raise UserError(
-            f"{folder}/tokenizer/tokenizer.json: not the tokenizer that the folder was prepared with (see "
-            "manifest.json); restore it or prepare the folder anew"
-        )
 
 
 def _fingerprint(

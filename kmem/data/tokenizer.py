@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kmem.config import UserError
-from kmem.data.manifest import TokenizerRecord
+from kmem.data.manifest import Manifest, TokenizerRecord
 
 END_OF_TEXT = "<|endoftext|>"
 """The EOS token of tokenizers trained by kmem."""
@@ -104,6 +104,37 @@ def tokenizer_fingerprint(folder: Path) -> str:
         kept["model"]["merges"] = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in merges]
     canonical = json.dumps(kept, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def check_tokenizer(folder: Path, manifest: Manifest) -> None:
+    """
+    Args:
+        folder: prepared data.
+
+    Raises:
+        UserError: the tokenizer is not the one that the folder was prepared with.
+    """
+    if tokenizer_fingerprint(folder / "tokenizer") != manifest.tokenizer.fingerprint:
+        raise UserError(
+            f"{folder}/tokenizer/tokenizer.json: not the tokenizer that the folder was prepared with (see "
+            "manifest.json); restore it or prepare the folder anew"
+        )
+
+
+def check_one_tokenizer(field: str, folders: Sequence[str | Path], manifests: Sequence[Manifest]) -> None:
+    """
+    Args:
+        field: names the folders.
+
+    Raises:
+        UserError: the folders do not share one tokenizer.
+    """
+    for folder, manifest in zip(folders, manifests, strict=True):
+        if manifest.tokenizer.fingerprint != manifests[0].tokenizer.fingerprint:
+            raise UserError(
+                f"{field}: {folder} and {folders[0]} were prepared with different tokenizers; prepare one of them "
+                f"again with --tokenizer {folders[0]}/tokenizer"
+            )
 
 
 def load_tokenizer(folder: Path) -> Any:
