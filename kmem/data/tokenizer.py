@@ -57,14 +57,12 @@ def adopt_tokenizer(path: Path, eos_token: str | None, folder: Path) -> Tokenize
     from tokenizers import Tokenizer
 
     if path.is_dir():
-        from transformers import AutoTokenizer
-
         try:
-            loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-            if not loaded.is_fast:
-                raise ValueError("it has no tokenizer.json, and none can be made")
-        except Exception as error:  # Transformers raises many kinds
-            raise UserError(f"--tokenizer {path}: not loadable by transformers.AutoTokenizer: {error}") from None
+            loaded = load_tokenizer(path)
+        except UserError as error:
+            raise UserError(f"--tokenizer {error}") from None
+        if not loaded.is_fast:
+            raise UserError(f"--tokenizer {path}: it has no tokenizer.json, and none can be made")
         eos_token = _eos(loaded.backend_tokenizer, eos_token or loaded.eos_token, path)
         loaded.eos_token = eos_token
         loaded.backend_tokenizer.no_truncation()
@@ -263,15 +261,11 @@ def _eos(tokenizer: Any, named: str | None, path: Path) -> str:
 def _check_loads_alike(folder: Path, eos_token_id: int, path: Path) -> None:
     """Check that Transformers gives the ids that the corpus is encoded with: it rebuilds some tokenizers from their
     class."""
-    from transformers import AutoTokenizer
-
     probe = "The  quick brown fox\n\njumped over 12,345 dogs' tails: naïve — 東京 🙂\tdon't!"
     try:
-        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # Transformers raises many kinds
-        raise UserError(
-            f"--tokenizer {path}: its copy is not loadable by transformers.AutoTokenizer: {error}"
-        ) from None
+        loaded = load_tokenizer(folder)
+    except UserError as error:
+        raise UserError(f"--tokenizer {path}: its copy cannot be used: {error}") from None
     through_transformers = loaded.encode(probe, add_special_tokens=False)
     direct = Encoder(folder, eos_token_id).encode([probe])[0][:-1]
     if through_transformers != direct or loaded.eos_token_id != eos_token_id:
