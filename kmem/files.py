@@ -103,7 +103,8 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
             try:
                 _clear(partial)
                 yield partial
-                _sync(partial)
+                for entry in [*partial.rglob("*"), partial]:
+                    sync_path(entry)  # everything is on the disk before the folder gets its name
                 (partial / _LOCK).unlink()
                 if replace and path.exists():
                     shutil.rmtree(old, ignore_errors=True)
@@ -181,9 +182,3 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(entry)
         elif entry.name != _LOCK:
             entry.unlink()
-
-
-def _sync(folder: Path) -> None:
-    """Flush everything in the folder to the disk, before the folder gets its name."""
-    for path in [*folder.rglob("*"), folder]:
-        sync_path(path)
