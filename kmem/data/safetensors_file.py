@@ -62,12 +62,10 @@ class SafetensorsWriter(AtomicFile):
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         assert sys.byteorder == "little", "safetensors are little-endian"
-        self._tensors = {name: (tuple(shape), dtype) for name, (shape, dtype) in tensors.items()}
-        self._names = list(self._tensors)
-        self._next = 0  # index of the tensor being written
-        self._values = 0  # values of that tensor written so far
+        self._missing = {name: (tuple(shape), dtype) for name, (shape, dtype) in tensors.items()}
+        self._values = 0  # values written so far of the first tensor that is not complete
         self._hash = hashlib.sha256()
-        header, data_bytes = _header(self._tensors, metadata)
+        header, data_bytes = _header(self._missing, metadata)
         self.size = len(header) + data_bytes
         """Bytes of the finished file."""
         self.sha256: str
@@ -114,7 +112,8 @@ class SafetensorsWriter(AtomicFile):
         self._append_tensor(values)
         self._values += values.numel()
         if self._values == size:
-            self._next, self._values = self._next + 1, 0
+            del self._missing[name]
+            self._values = 0
 
     def commit(self) -> None:
         """Flush to the disk and give the file its name.
@@ -123,9 +122,9 @@ class SafetensorsWriter(AtomicFile):
             ValueError: declared tensors are missing; the file is removed.
             UserError: the disk is full.
         """
-        if self._next < len(self._names):
-            missing = self._names[self._next :]
+        if self._missing:
             self.discard()
+            missing = list(self._missing)
             raise ValueError(f"{self.path}: {len(missing)} declared tensors were not written, first {missing[0]}")
         assert self._written == self.size
         try:
@@ -135,10 +134,10 @@ class SafetensorsWriter(AtomicFile):
         self.sha256 = self._hash.hexdigest()
 
     def _expect(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        due = self._names[self._next] if self._next < len(self._names) else None
+        due = next(iter(self._missing), None)
         if name != due:
             raise ValueError(f"{self.path}: the next declared tensor is {due}, got {name}")
-        return self._tensors[name]
+        return self._missing[name]
 
     def _append_tensor(self, tensor: torch.Tensor) -> None:
         tensor = tensor.detach()
