@@ -53,9 +53,13 @@ class CorpusOrder:
 
 def permutation(seed: int, digest: str, epoch: int, what: str, count: int) -> Indices:
     """A permutation of `count` items, int64 [count]; a pure function of the arguments."""
+    return random_order(f"{seed}/{digest}/{epoch}/{what}", count)
+
+
+def random_order(name: str, count: int) -> Indices:
+    """A permutation of `count` items, int64 [count], that is drawn from a name."""
     # Raw Philox words are sorted, because NumPy promises that they never change between versions. It makes no such
     # promise for Generator.permutation, and a resumed run must not depend on NumPy's version.
-    name = f"{seed}/{digest}/{epoch}/{what}"
     key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "little")
     return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
 
