@@ -14,7 +14,8 @@ from kmem.clustering.embedders import KINDS
 from kmem.clustering.jobs import AddressJob, Leaves, address
 from kmem.clustering.workspace import Pool, Workspace, clear_finished
 from kmem.config import UserError
-from kmem.data.bank_addresses import stored_leaves, write_addresses
+from kmem.data.bank_addresses import read_addresses, write_addresses
+from kmem.data.indexed import IndexedTokens
 from kmem.data.progress import Progress
 from kmem.data.units import Unit
 from kmem.model.bank_embedder import read_embedder_record
@@ -82,7 +83,7 @@ def apply_tree(
         for corpus in corpora:
             working = corpus.folder / WORKING
             clear_finished(working)
-            stored = None if force or working.exists() else stored_leaves(corpus.folder, corpus.manifest, tree.record)
+            stored = None if force or working.exists() else _stored_leaves(corpus, tree_folder)
             if stored is not None:
                 leaves[corpus.folder] = stored
                 unchanged.append(corpus.folder)
@@ -95,6 +96,20 @@ def apply_tree(
             write_addresses(corpus.folder, corpus.manifest, tree.record, leaves[corpus.folder])
             workspace.remove()
     return Addressed(tree, leaves, tuple(unchanged))
+
+
+def _stored_leaves(corpus: Corpus, tree_folder: Path) -> dict[str, Leaves] | None:
+    """The addresses of both splits, int32 [units]; None unless they are undamaged and belong to this tree and data."""
+    leaves = {}
+    for split in SPLITS:
+        indexed = IndexedTokens(corpus.folder / split)
+        try:
+            leaves[split] = read_addresses(
+                corpus.folder, corpus.manifest, split, indexed.starts, indexed.lengths, tree_folder
+            ).leaves
+        except UserError:
+            return None
+    return leaves
 
 
 def address_split(
