@@ -1,7 +1,6 @@
 """Tables that describe a tree and the addresses it gave."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +23,6 @@ def print_tree(done: Addressed) -> None:
     for table in (_levels(done), _clusters(done), _sources(done), _data(done)):
         if table is not None:
             console.print(table)
-
-
-def padding_share(folder: Path, unit: Unit, leaves: Any, sequence_length: int) -> float:
-    """Share of an epoch's positions that hold no token if a sequence holds one leaf only."""
-    order = LeafOrder(Corpus.open(folder).units("train", unit).lengths, leaves, sequence_length, 0, None)
-    return order.padding / (order.spans_per_epoch * sequence_length)
 
 
 def _levels(done: Addressed) -> Table:
@@ -108,7 +101,9 @@ def _data(done: Addressed) -> Table:
         title="addresses, and the padding of an epoch if a sequence of T tokens holds one leaf only",
     )
     for folder, splits in done.leaves.items():
-        padding = [padding_share(folder, unit, splits["train"], length) for length in SEQUENCE_LENGTHS]
+        lengths = Corpus.open(folder).units("train", unit).lengths
+        orders = [(LeafOrder(lengths, splits["train"], length, 0, None), length) for length in SEQUENCE_LENGTHS]
+        padding = [order.padding / (order.spans_per_epoch * length) for order, length in orders]
         table.add_row(
             folder.name,
             f"{len(splits['train']):,}",
