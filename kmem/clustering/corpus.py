@@ -87,13 +87,14 @@ def read_chunk(chunk: Chunk, chosen: NDArray[np.int64] | None = None) -> list[Te
     Args:
         chosen: indices into the chunk of the units to read; None: all.
     """
-    indexed, units = _opened(chunk.folder, chunk.content, chunk.split, chunk.unit)
     numbers = np.arange(chunk.start, chunk.stop)
-    return read_units(indexed, units, numbers if chosen is None else numbers[chosen])
+    numbers = numbers if chosen is None else numbers[chosen]
+    return read_units(chunk.folder, chunk.content, chunk.split, chunk.unit, numbers)
 
 
-def read_units(indexed: IndexedTokens, units: UnitMap, numbers: NDArray[np.int64]) -> list[Tensor]:
-    """Token ids of the units with these numbers, int64 [tokens] each."""
+def read_units(folder: Path, content: str, split: str, unit: Unit, numbers: NDArray[np.int64]) -> list[Tensor]:
+    """Token ids of the units of a split with these numbers, int64 [tokens] each."""
+    indexed, units = _opened(folder, content, split, unit)
     return [
         torch.from_numpy(indexed.take(np.arange(start, start + length)))
         for start, length in zip(units.starts[numbers], units.lengths[numbers], strict=True)
