@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kmem.clustering.embedders import DEFAULT_KIND, KINDS, check_options
+from kmem.clustering.embedders import DEFAULT_KIND, KINDS
 from kmem.config import UserError
 from kmem.data.workers import available_cores
 from kmem.files import FULL_DISK
@@ -94,7 +94,6 @@ def _make(arguments: argparse.Namespace) -> "Addressed":
 
     chosen = {name: getattr(arguments, name) for name in _OF_A_TREE if getattr(arguments, name) is not None}
     options = {name: getattr(arguments, name) for name in _embedder_options() if getattr(arguments, name) is not None}
-    check_options(chosen.get("embedder", DEFAULT_KIND), options)
     for name, least in (("children", 2), ("levels", 1), ("sample", 1), ("seed", 0)):
         if chosen.get(name, least) < least:
             raise UserError(f"--{name} {chosen[name]}: must be at least {least}")
