@@ -130,12 +130,9 @@ def address_split(
     chunks = corpus.chunks(split, unit, KINDS[tree.record["embedder"]["name"]].chunk_tokens)
     all_leaves = workspace.array(stage, (len(corpus.units(split, unit)),), np.int32)
     jobs = [AddressJob(chunk, tree_folder, device) for chunk in chunks]
-
-    def keep(job: AddressJob, leaves: Leaves) -> None:
-        all_leaves[job.chunk.start : job.chunk.stop] = leaves
-
+    rows = [chunk.stop - chunk.start for chunk in chunks]
     title = f"{corpus.folder.name}: {split} addresses"
-    workspace.run(stage, title, jobs, address, keep, all_leaves, [chunk.tokens for chunk in chunks])
+    workspace.run(stage, title, jobs, address, all_leaves, rows, [chunk.tokens for chunk in chunks])
     return np.array(all_leaves)
 
 

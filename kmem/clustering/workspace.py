@@ -153,18 +153,23 @@ class Workspace:
         stage: str,
         title: str,
         jobs: Sequence[Job],
-        function: Callable[[Job], Result],
-        store: Callable[[Job, Result], None],
+        function: Callable[[Job], NDArray[Any]],
         into: np.memmap[Any, Any],
+        rows: Sequence[int],
         weights: Sequence[int] | None = None,
     ) -> None:
         """Run the remaining jobs of a stage.
 
         Args:
-            function: a module-level function, called here or in worker processes.
-            store: writes a result into the stage's array `into`; writing it twice changes nothing.
+            function: a module-level function, or a part of one, called here or in worker processes.
+            into: the stage's array. The results are its rows, in the order of the jobs.
+            rows: number of rows of each job's result.
             weights: the amount of work of each job; equal by default.
         """
+        ends = np.cumsum(rows)
+
+        def store(number: int, result: NDArray[Any]) -> None:
+            into[ends[number] - rows[number] : ends[number]] = result
 
         def save(done: int) -> int:
             into.flush()
@@ -193,7 +198,7 @@ class Workspace:
             state = [np.fromfile(path, dtype=np.int64)]
         self._done[stage] = int(state[0][0])
 
-        def store(job: Job, result: NDArray[np.int64]) -> None:
+        def store(_: int, result: NDArray[np.int64]) -> None:
             state[0] = state[0] + np.append(1, result)
 
         def save(_: int) -> int:
@@ -217,11 +222,15 @@ class Workspace:
         title: str,
         jobs: Sequence[Job],
         function: Callable[[Job], Result],
-        store: Callable[[Job, Result], None],
+        store: Callable[[int, Result], None],
         save: Callable[[int], int],
         weights: Sequence[int] | None,
     ) -> None:
-        """save: gets the number of finished jobs, writes results to disk, and returns the number of jobs they cover."""
+        """
+        Args:
+            store: gets the number of a job and its result.
+            save: gets the number of finished jobs, writes results to disk, and returns the number of jobs they cover.
+        """
         done = self._done.get(stage, 0)
         if done >= len(jobs):
             return
@@ -231,7 +240,7 @@ class Workspace:
             marked = time.monotonic()
             try:
                 for result in self._pool.weighed(function, jobs[done:], weights[done:]):
-                    store(jobs[done], result)
+                    store(done, result)
                     progress.advance(weights[done])
                     done += 1
                     if time.monotonic() - marked > _SECONDS_BETWEEN_MARKS:
