@@ -37,11 +37,11 @@ _LIMITS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "
 
 def reference() -> str:
     """The whole page."""
-    return _HEAD + "".join(_section("", Config))
+    return _HEAD + "".join(_section("", "Top level", Config))
 
 
-def _section(path: str, section: type[Section]) -> Iterator[str]:
-    yield f"\n## {path or 'Top level'}\n\n{_one_line(section.__doc__)}\n\n"
+def _section(path: str, heading: str, section: type[Section]) -> Iterator[str]:
+    yield f"\n## {heading}\n\n{_one_line(section.__doc__)}\n\n"
     yield "| field | type | default | meaning |\n|---|---|---|---|\n"
     inner = []
     for name, schema in section.model_json_schema()["properties"].items():
@@ -49,17 +49,12 @@ def _section(path: str, section: type[Section]) -> Iterator[str]:
         meaning = _one_line(schema.get("description") or (sections_in(annotation) or [Section])[0].__doc__)
         yield f"| `{name}` | {_type(schema)} | {_default(schema)} | {meaning} |\n"
         for nested in sections_in(annotation):
-            where = f"{path}.{name}" if path else name
+            where = (f"{path}.{name}" if path else name) + ("[]" if get_origin(annotation) is tuple else "")
             tag = nested.model_fields.get("kind")
-            many = get_origin(annotation) is tuple
-            label = f"{where}[]" if many else where
-            if tag is not None:
-                label += f" (kind: {get_args(tag.annotation)[0]})" if len(get_args(tag.annotation)) == 1 else ""
-            inner.append((label, where + ("[]" if many else ""), nested))
-    for label, where, nested in inner:
-        first, *rest = _section(where, nested)
-        yield first.replace(f"## {where}\n", f"## {label}\n", 1)
-        yield from rest
+            kinds = () if tag is None else get_args(tag.annotation)
+            inner.append((where, f"{where} (kind: {kinds[0]})" if len(kinds) == 1 else where, nested))
+    for where, label, nested in inner:
+        yield from _section(where, label, nested)
 
 
 def _type(schema: dict[str, Any]) -> str:
