@@ -24,8 +24,7 @@ def dictionary_entries(root: Path) -> Iterator[tuple[str, str]]:
     for entry in re.split(r"\n(?=\S)", text):
         headword = entry.split("\\", 1)[0].strip()
         if headword and "\\" in entry and not headword.startswith("00-"):
-            paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", entry)]
-            yield "\n\n".join(paragraph for paragraph in paragraphs if paragraph), f"gcide: {headword}"
+            yield _joined(re.split(r"\n\s*\n", entry)), f"gcide: {headword}"
 
 
 def essays(root: Path) -> Iterator[tuple[str, str]]:
@@ -56,7 +55,7 @@ def novel_chapters(root: Path) -> Iterator[tuple[str, str]]:
         number = 0
         for line in [*lines, "CHAPTER"]:
             if re.match(r"\s*(CHAPTER|Chapter)\b", line):
-                text = _unwrap("\n".join(chapter))
+                text = _joined(re.split(r"\n\s*\n", "\n".join(chapter)))
                 if len(text) > 500:  # not a table of contents
                     yield text, f"{title}, part {number}"
                     number += 1
@@ -101,8 +100,7 @@ def html_text(page: str) -> str:
     parser = _Text()
     parser.feed(page)
     parser.close()
-    paragraphs = (" ".join(part.split()) for part in "".join(parser.parts).split("\0"))
-    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
+    return _joined("".join(parser.parts).split("\0"))
 
 
 class _Text(HTMLParser):
@@ -126,8 +124,8 @@ class _Text(HTMLParser):
             self.parts.append(data)
 
 
-def _unwrap(text: str) -> str:
-    paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
+def _joined(wrapped: list[str]) -> str:
+    paragraphs = (" ".join(paragraph.split()) for paragraph in wrapped)
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
