@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from kmem.clustering.applying import WORKING, Addressed, address_split
-from kmem.clustering.checks import check_device, check_embedder, check_no_tree, check_sizes, check_unaddressed
+from kmem.clustering.checks import check_device, check_no_tree, check_sizes, check_unaddressed
 from kmem.clustering.corpus import Corpus, open_corpora
-from kmem.clustering.embedders import DEFAULT_KIND, KINDS, EmbedderRequest, OptionValue, build_embedder
+from kmem.clustering.embedders import DEFAULT_KIND, KINDS, EmbedderRequest, OptionValue, build_embedder, check_options
 from kmem.clustering.jobs import Leaves, NodeJob, assign, embed, node_name, split_children
 from kmem.clustering.tree_folder import copy_tree, write_tree
 from kmem.clustering.typical_words import typical_words
@@ -61,7 +61,7 @@ def make_tree(request: TreeRequest) -> Addressed:
     Raises:
         UserError: the data cannot be clustered in this way, or a result is already there.
     """
-    check_embedder(request)
+    check_options(request.embedder, request.options)
     with Pool(request.workers) as pool:
         return _make_tree(request, pool)
 

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kmem.clustering.embedders import DEFAULT_KIND, KINDS
+from kmem.clustering.embedders import DEFAULT_KIND, KINDS, EmbedderOption
 from kmem.config import UserError
 from kmem.data.workers import available_cores
 from kmem.files import FULL_DISK
@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = ". ".join(f"{name}: {kind.help}" for name, kind in KINDS.items())
     new.add_argument("--embedder", choices=tuple(KINDS), help=f"{kinds}. (default: {DEFAULT_KIND})")
     for option, owners in _embedder_options().items():
-        described = "; ".join(f"{owner}: {KINDS[owner].options[place].help}" for owner, place in owners.items())
-        first = next(KINDS[owner].options[place] for owner, place in owners.items())
+        described = "; ".join(f"{owner}: {own.help}" for owner, own in owners.items())
+        first = next(iter(owners.values()))
         new.add_argument(f"--{option}", type=first.parse, metavar=first.metavar, help=described)
     new.add_argument(
         "--sample", type=int, metavar="N", help="most units that a node's centroids are made from (default: 65536)"
@@ -124,10 +124,10 @@ def _use(arguments: argparse.Namespace) -> "Addressed":
     return apply_tree(arguments.data, arguments.tree, arguments.workers, arguments.device, arguments.force)
 
 
-def _embedder_options() -> dict[str, dict[str, int]]:
-    """Option -> kind of embedder that has it -> index of the option among the kind's options."""
-    owners: dict[str, dict[str, int]] = {}
+def _embedder_options() -> dict[str, dict[str, EmbedderOption]]:
+    """Name of an option -> kind of embedder that has it -> the kind's option."""
+    owners: dict[str, dict[str, EmbedderOption]] = {}
     for name, kind in KINDS.items():
-        for place, option in enumerate(kind.options):
-            owners.setdefault(option.name, {})[name] = place
+        for option in kind.options:
+            owners.setdefault(option.name, {})[name] = option
     return owners
