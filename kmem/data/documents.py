@@ -170,6 +170,8 @@ def _decode(path: Path, number: int, raw: bytes) -> str | Problem:
 
 def _text(path: Path, reading: Reading) -> Iterator[tuple[int, str] | Problem]:
     """Documents of a plain text file. The text is not changed; only separators and a byte order mark are removed."""
+    marker = reading.documents.removeprefix("marker:").encode()
+    separator = {"file": None, "line": None, "blank-line": b""}.get(reading.documents, marker)
     begin = 1
     parts: list[bytes] = []
     for line in _lines(path):
@@ -178,24 +180,14 @@ def _text(path: Path, reading: Reading) -> Iterator[tuple[int, str] | Problem]:
             yield line
             return
         number, raw = line
-        content = raw.rstrip(b"\r\n")
         if reading.documents == "line":
-            if content.strip():
-                text = _decode(path, number, content)
-                yield text if isinstance(text, Problem) else (number, text)
-            continue
-        if reading.documents != "file":
-            marker = reading.documents.removeprefix("marker:").encode()
-            separates = not content.strip() if reading.documents == "blank-line" else content.strip() == marker
-            if separates:
-                yield from _joined(path, begin, parts)
-                begin, parts = number + 1, []
-                continue
-        parts.append(raw)
-    if reading.documents == "file":
-        yield from _joined(path, begin, parts, verbatim=True)
-    elif reading.documents != "line":
-        yield from _joined(path, begin, parts)
+            yield from _joined(path, number, [raw])
+        elif raw.strip() == separator:
+            yield from _joined(path, begin, parts)
+            begin, parts = number + 1, []
+        else:
+            parts.append(raw)
+    yield from _joined(path, begin, parts, verbatim=reading.documents == "file")
 
 
 def _joined(path: Path, begin: int, parts: list[bytes], verbatim: bool = False) -> Iterator[tuple[int, str] | Problem]:
