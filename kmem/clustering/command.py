@@ -92,8 +92,8 @@ def _make(arguments: argparse.Namespace) -> "Addressed":
     from kmem.clustering.building import TreeRequest, make_tree
     from kmem.data.units import Unit
 
-    chosen = {name: getattr(arguments, name) for name in _OF_A_TREE if getattr(arguments, name) is not None}
-    options = {name: getattr(arguments, name) for name in _embedder_options() if getattr(arguments, name) is not None}
+    chosen = {name: value for name, value in vars(arguments).items() if value is not None}
+    options = {name: chosen.pop(name) for name in _embedder_options() if name in chosen}
     for name, least in (("children", 2), ("levels", 1), ("sample", 1), ("seed", 0)):
         if chosen.get(name, least) < least:
             raise UserError(f"--{name} {chosen[name]}: must be at least {least}")
@@ -102,17 +102,7 @@ def _make(arguments: argparse.Namespace) -> "Addressed":
         raise UserError(f"--balance {balance}: must be above 1 (times the even share), or 0 to switch it off")
     if "unit" in chosen:
         chosen["unit"] = Unit.parse(chosen["unit"])
-    return make_tree(
-        TreeRequest(
-            data=arguments.data,
-            out=arguments.out,
-            workers=arguments.workers,
-            device=arguments.device,
-            force=arguments.force,
-            options=options,
-            **chosen,
-        )
-    )
+    return make_tree(TreeRequest(**chosen, options=options))
 
 
 def _use(arguments: argparse.Namespace) -> "Addressed":
