@@ -26,6 +26,7 @@ from kmem.model.bank_tree import (
     path_of,
 )
 from kmem.model.file_digest import file_digest
+from kmem.model.one_thread import with_one_thread
 
 Leaves = NDArray[np.int32]
 
@@ -109,15 +110,12 @@ def address(job: AddressJob) -> Leaves:
 
 
 def _embedded(chunk: Chunk, embedder: Path, device: str, chosen: NDArray[np.int64] | None = None) -> torch.Tensor:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a worker per core; besides, the rounding of matrix products depends on the threads
-    try:
-        # The identity of the embedder's files: a process may make several trees in one place.
-        files = sorted(path for path in embedder.rglob("*") if path.is_file())
-        identity = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-        return _embedder(embedder, identity, chunk.folder / "tokenizer", device).embed(read_chunk(chunk, chosen))
-    finally:
-        torch.set_num_threads(threads)
+    # The identity of the embedder's files: a process may make several trees in one place.
+    files = sorted(path for path in embedder.rglob("*") if path.is_file())
+    identity = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    loaded = _embedder(embedder, identity, chunk.folder / "tokenizer", device)
+    # A worker per core; besides, the rounding of matrix products depends on the threads.
+    return with_one_thread(lambda: loaded.embed(read_chunk(chunk, chosen)))
 
 
 @lru_cache(maxsize=2)
