@@ -115,7 +115,7 @@ class Workspace:
                 f"{folder}: holds interrupted work with another {', '.join(differs)}; continue with the same options, "
                 "or begin anew with --force"
             )
-        self._done: dict[str, int] = {}
+        self._done = self._recorded() if continues else {}
         if not continues:
             shutil.rmtree(folder, ignore_errors=True)
             try:
@@ -124,9 +124,7 @@ class Workspace:
                 self._replace(_PLAN, plan)
             except OSError as error:
                 raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-        else:
-            self._done = self._recorded()
-        if continues and differs:
+        elif differs:
             self._done = {stage: done for stage, done in self._done.items() if stage in kept}
             self._replace(_DONE, self._done)
             shutil.rmtree(folder / "tree", ignore_errors=True)
