@@ -8,8 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Self, TypeVar
 
 from kmem.config import UserError
 
@@ -34,7 +33,7 @@ class AtomicFile:
     """
 
     def __init__(self, path: Path, buffering: int = -1) -> None:
-        self._path, self._partial = path, path.with_name(path.name + PARTIAL)
+        self.path, self._partial = path, path.with_name(path.name + PARTIAL)
         self.stream: IO[bytes] = open(self._partial, "wb", buffering)  # noqa: SIM115 - closed by commit or discard
 
     def commit(self) -> None:
@@ -43,8 +42,8 @@ class AtomicFile:
             self.stream.flush()
             os.fsync(self.stream.fileno())
             self.stream.close()
-            os.replace(self._partial, self._path)
-            sync_path(self._path.parent)
+            os.replace(self._partial, self.path)
+            sync_path(self.path.parent)
         except BaseException:
             self.discard()
             raise
@@ -55,13 +54,11 @@ class AtomicFile:
             self.stream.close()
         self._partial.unlink(missing_ok=True)
 
-    def __enter__(self) -> IO[bytes]:
-        return self.stream
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        if kind is None:
             self.commit()
         else:
             self.discard()
@@ -74,7 +71,7 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         OSError: the file cannot be written.
     """
     with AtomicFile(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.stream.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
@@ -106,7 +103,8 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
             try:
                 _clear(partial)
                 yield partial
-                _sync(partial)
+                for entry in [*partial.rglob("*"), partial]:
+                    sync_path(entry)  # everything is on the disk before the folder gets its name
                 (partial / _LOCK).unlink()
                 if replace and path.exists():
                     shutil.rmtree(old, ignore_errors=True)
@@ -184,9 +182,3 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(entry)
         elif entry.name != _LOCK:
             entry.unlink()
-
-
-def _sync(folder: Path) -> None:
-    """Flush everything in the folder to the disk, before the folder gets its name."""
-    for path in [*folder.rglob("*"), folder]:
-        sync_path(path)

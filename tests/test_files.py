@@ -18,7 +18,7 @@ def test_a_file_is_the_old_one_until_the_new_one_is_complete(tmp_path):
 
     def fail():
         with AtomicFile(path) as file:
-            file.write(b"half")
+            file.stream.write(b"half")
             assert path.read_text() == "old"
             raise KeyboardInterrupt
 

@@ -14,7 +14,8 @@ from kmem.clustering.embedders import KINDS
 from kmem.clustering.jobs import AddressJob, Leaves, address
 from kmem.clustering.workspace import Pool, Workspace, clear_finished
 from kmem.config import UserError
-from kmem.data.bank_addresses import stored_leaves, write_addresses
+from kmem.data.bank_addresses import read_addresses, write_addresses
+from kmem.data.indexed import IndexedTokens
 from kmem.data.progress import Progress
 from kmem.data.units import Unit
 from kmem.model.bank_embedder import read_embedder_record
@@ -82,7 +83,7 @@ def apply_tree(
         for corpus in corpora:
             working = corpus.folder / WORKING
             clear_finished(working)
-            stored = None if force or working.exists() else stored_leaves(corpus.folder, corpus.manifest, tree.record)
+            stored = None if force or working.exists() else _stored_leaves(corpus, tree_folder)
             if stored is not None:
                 leaves[corpus.folder] = stored
                 unchanged.append(corpus.folder)
@@ -95,6 +96,20 @@ def apply_tree(
             write_addresses(corpus.folder, corpus.manifest, tree.record, leaves[corpus.folder])
             workspace.remove()
     return Addressed(tree, leaves, tuple(unchanged))
+
+
+def _stored_leaves(corpus: Corpus, tree_folder: Path) -> dict[str, Leaves] | None:
+    """The addresses of both splits, int32 [units]; None unless they are undamaged and belong to this tree and data."""
+    leaves = {}
+    for split in SPLITS:
+        indexed = IndexedTokens(corpus.folder / split)
+        try:
+            leaves[split] = read_addresses(
+                corpus.folder, corpus.manifest, split, indexed.starts, indexed.lengths, tree_folder
+            ).leaves
+        except UserError:
+            return None
+    return leaves
 
 
 def address_split(
@@ -115,12 +130,9 @@ def address_split(
     chunks = corpus.chunks(split, unit, KINDS[tree.record["embedder"]["name"]].chunk_tokens)
     all_leaves = workspace.array(stage, (len(corpus.units(split, unit)),), np.int32)
     jobs = [AddressJob(chunk, tree_folder, device) for chunk in chunks]
-
-    def keep(job: AddressJob, leaves: Leaves) -> None:
-        all_leaves[job.chunk.start : job.chunk.stop] = leaves
-
+    rows = [chunk.stop - chunk.start for chunk in chunks]
     title = f"{corpus.folder.name}: {split} addresses"
-    workspace.run(stage, title, jobs, address, keep, all_leaves, [chunk.tokens for chunk in chunks])
+    workspace.run(stage, title, jobs, address, all_leaves, rows, [chunk.tokens for chunk in chunks])
     return np.array(all_leaves)
 
 
@@ -163,7 +175,7 @@ def leaves_around(
     all_leaves = np.empty(len(numbers), dtype=np.int32)
     title = f"{folder.name}: {split} addresses, clusters blocked"
     with Pool(workers) as pool, Progress(title, sum(weights)) as progress:
-        for here, weight, leaves in zip(places, weights, pool.in_order(address, jobs, weights), strict=True):
+        for here, weight, leaves in zip(places, weights, pool.weighed(address, jobs, weights), strict=True):
             all_leaves[here] = leaves
             progress.advance(weight)
     return all_leaves

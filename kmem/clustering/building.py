@@ -3,23 +3,24 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kmem.clustering.applying import WORKING, Addressed, address_split
-from kmem.clustering.checks import check_device, check_embedder, check_no_tree, check_sizes, check_unaddressed
-from kmem.clustering.corpus import Chunk, Corpus, check_one_tokenizer, open_corpora
-from kmem.clustering.embedders import DEFAULT_KIND, KINDS, EmbedderRequest, OptionValue, build_embedder
-from kmem.clustering.jobs import AssignJob, Leaves, NodeJob, assign, embed, node_name, split_children
+from kmem.clustering.checks import check_device, check_no_tree, check_sizes, check_unaddressed
+from kmem.clustering.corpus import Corpus, open_corpora
+from kmem.clustering.embedders import DEFAULT_KIND, KINDS, EmbedderRequest, OptionValue, build_embedder, check_options
+from kmem.clustering.jobs import Leaves, NodeJob, assign, embed, node_name, split_children
 from kmem.clustering.tree_folder import copy_tree, write_tree
 from kmem.clustering.typical_words import typical_words
 from kmem.clustering.workspace import Pool, Workspace, clear_finished
 from kmem.config import UserError
 from kmem.data.bank_addresses import write_addresses
 from kmem.data.order import permutation
+from kmem.data.tokenizer import check_one_tokenizer
 from kmem.data.units import Unit
 from kmem.files import atomic_folder
 from kmem.model.bank_embedder import EMBEDDER_FILE, read_embedder_record
@@ -60,7 +61,7 @@ def make_tree(request: TreeRequest) -> Addressed:
     Raises:
         UserError: the data cannot be clustered in this way, or a result is already there.
     """
-    check_embedder(request)
+    check_options(request.embedder, request.options)
     with Pool(request.workers) as pool:
         return _make_tree(request, pool)
 
@@ -68,10 +69,11 @@ def make_tree(request: TreeRequest) -> Addressed:
 def _make_tree(request: TreeRequest, pool: Pool) -> Addressed:
     check_device(request.embedder, request.device)
     corpora = open_corpora(request.data)
-    check_one_tokenizer(corpora)
+    check_one_tokenizer("--data", request.data, [corpus.manifest for corpus in corpora])
     kind = KINDS[request.embedder]
     chunks = [chunk for corpus in corpora for chunk in corpus.chunks("train", request.unit, kind.chunk_tokens)]
-    units = sum(chunk.stop - chunk.start for chunk in chunks)
+    counts = [chunk.stop - chunk.start for chunk in chunks]
+    units = sum(counts)
     check_sizes(request, units)
     out = Path(os.path.abspath(request.out))
     working = out.with_name(out.name + WORKING)
@@ -92,16 +94,9 @@ def _make_tree(request: TreeRequest, pool: Pool) -> Addressed:
             raise
     dim = read_embedder_record(embedder_folder)["dim"]
     embeddings = workspace.array("embeddings", (units, dim), np.float32)
-    starts = np.cumsum([0] + [chunk.stop - chunk.start for chunk in chunks])
-    embedding_jobs = [
-        (chunk, embedder_folder, request.device, int(start)) for chunk, start in zip(chunks, starts, strict=False)
-    ]
-
-    def keep(job: tuple[Chunk, Path, str, int], vectors: NDArray[np.float32]) -> None:
-        embeddings[job[3] : job[3] + len(vectors)] = vectors
-
     tokens = [chunk.tokens for chunk in chunks]
-    workspace.run("embeddings", "embedding", embedding_jobs, embed, keep, embeddings, tokens)
+    embed_chunk = partial(embed, embedder_folder, request.device)
+    workspace.run("embeddings", "embedding", chunks, embed_chunk, embeddings, counts, tokens)
 
     centroids, nodes = [], np.zeros(units, dtype=np.int32)
     for level in range(1, request.levels + 1):
@@ -199,14 +194,11 @@ def _split_level(workspace: Workspace, request: TreeRequest, level: int, nodes: 
         chosen = np.sort(inside[drawn[: request.sample]])
         # Every child needs k^(levels below it) units, or in a sample the same share of them.
         needed = max(round(k ** (request.levels - level) * len(chosen) / len(inside)), 1)
-        path = workspace.folder / "embeddings.array"
-        jobs.append(NodeJob(path, (len(nodes), dim), chosen, k, request.balance, needed, request.seed, level, node))
-
-    def keep(job: NodeJob, centroids: NDArray[np.float32]) -> None:
-        rows[job.node * k : (job.node + 1) * k] = centroids
+        jobs.append(NodeJob(node, chosen, needed))
 
     sizes = [len(job.chosen) for job in jobs]
-    workspace.run(stage, f"level {level}: centroids", jobs, split_children, keep, rows, sizes)
+    split = partial(split_children, workspace.folder, (len(nodes), dim), level, k, request.balance, request.seed)
+    workspace.run(stage, f"level {level}: centroids", jobs, split, rows, [k] * parents, sizes)
     return rows
 
 
@@ -216,15 +208,10 @@ def _assign_level(
     """The cluster of each unit on a level, a child of the unit's node: int32 [units]."""
     stage = f"clusters{level}"
     assigned = workspace.array(stage, (shape[0],), np.int32)
-    jobs = [
-        AssignJob(workspace.folder, shape, level, request.children, start, min(start + _UNITS_AT_A_TIME, shape[0]))
-        for start in range(0, shape[0], _UNITS_AT_A_TIME)
-    ]
-
-    def keep(job: AssignJob, clusters: Leaves) -> None:
-        assigned[job.start : job.stop] = clusters
-
-    workspace.run(stage, f"level {level}: clusters", jobs, assign, keep, assigned)
+    units = range(shape[0])
+    jobs = [units[start : start + _UNITS_AT_A_TIME] for start in units[::_UNITS_AT_A_TIME]]
+    assign_units = partial(assign, workspace.folder, shape, level, request.children)
+    workspace.run(stage, f"level {level}: clusters", jobs, assign_units, assigned, list(map(len, jobs)))
     # split_node gives every child a unit of the sample, and the same descent assigned that unit here.
     assert np.bincount(assigned, minlength=request.children**level).min() > 0
     return assigned

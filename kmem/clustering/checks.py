@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from kmem.clustering.corpus import Corpus
-from kmem.clustering.embedders import KINDS, check_options
+from kmem.clustering.embedders import KINDS
 from kmem.config import UserError
 from kmem.data.bank_addresses import RECORD_FILE, stored_tree
 from kmem.files import check_replaceable, has_format
@@ -16,16 +16,6 @@ from kmem.wording import counted
 
 if TYPE_CHECKING:
     from kmem.clustering.building import TreeRequest
-
-
-def check_embedder(request: "TreeRequest") -> None:
-    """
-    Raises:
-        UserError: there is no such kind of embedder, or it does not have the options given.
-    """
-    if request.embedder not in KINDS:
-        raise UserError(f"--embedder {request.embedder}: no such kind; choose from {', '.join(KINDS)}")
-    check_options(request.embedder, request.options)
 
 
 def check_device(embedder: str, device: str) -> None:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kmem.clustering.embedders import DEFAULT_KIND, KINDS, check_options
+from kmem.clustering.embedders import DEFAULT_KIND, KINDS, EmbedderOption
 from kmem.config import UserError
 from kmem.data.workers import available_cores
 from kmem.files import FULL_DISK
@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = ". ".join(f"{name}: {kind.help}" for name, kind in KINDS.items())
     new.add_argument("--embedder", choices=tuple(KINDS), help=f"{kinds}. (default: {DEFAULT_KIND})")
     for option, owners in _embedder_options().items():
-        described = "; ".join(f"{owner}: {KINDS[owner].options[place].help}" for owner, place in owners.items())
-        first = next(KINDS[owner].options[place] for owner, place in owners.items())
+        described = "; ".join(f"{owner}: {own.help}" for owner, own in owners.items())
+        first = next(iter(owners.values()))
         new.add_argument(f"--{option}", type=first.parse, metavar=first.metavar, help=described)
     new.add_argument(
         "--sample", type=int, metavar="N", help="most units that a node's centroids are made from (default: 65536)"
@@ -92,9 +92,8 @@ def _make(arguments: argparse.Namespace) -> "Addressed":
     from kmem.clustering.building import TreeRequest, make_tree
     from kmem.data.units import Unit
 
-    chosen = {name: getattr(arguments, name) for name in _OF_A_TREE if getattr(arguments, name) is not None}
-    options = {name: getattr(arguments, name) for name in _embedder_options() if getattr(arguments, name) is not None}
-    check_options(chosen.get("embedder", DEFAULT_KIND), options)
+    chosen = {name: value for name, value in vars(arguments).items() if value is not None}
+    options = {name: chosen.pop(name) for name in _embedder_options() if name in chosen}
     for name, least in (("children", 2), ("levels", 1), ("sample", 1), ("seed", 0)):
         if chosen.get(name, least) < least:
             raise UserError(f"--{name} {chosen[name]}: must be at least {least}")
@@ -103,17 +102,7 @@ def _make(arguments: argparse.Namespace) -> "Addressed":
         raise UserError(f"--balance {balance}: must be above 1 (times the even share), or 0 to switch it off")
     if "unit" in chosen:
         chosen["unit"] = Unit.parse(chosen["unit"])
-    return make_tree(
-        TreeRequest(
-            data=arguments.data,
-            out=arguments.out,
-            workers=arguments.workers,
-            device=arguments.device,
-            force=arguments.force,
-            options=options,
-            **chosen,
-        )
-    )
+    return make_tree(TreeRequest(**chosen, options=options))
 
 
 def _use(arguments: argparse.Namespace) -> "Addressed":
@@ -125,10 +114,10 @@ def _use(arguments: argparse.Namespace) -> "Addressed":
     return apply_tree(arguments.data, arguments.tree, arguments.workers, arguments.device, arguments.force)
 
 
-def _embedder_options() -> dict[str, dict[str, int]]:
-    """Option -> kind of embedder that has it -> index of the option among the kind's options."""
-    owners: dict[str, dict[str, int]] = {}
+def _embedder_options() -> dict[str, dict[str, EmbedderOption]]:
+    """Name of an option -> kind of embedder that has it -> the kind's option."""
+    owners: dict[str, dict[str, EmbedderOption]] = {}
     for name, kind in KINDS.items():
-        for place, option in enumerate(kind.options):
-            owners.setdefault(option.name, {})[name] = place
+        for option in kind.options:
+            owners.setdefault(option.name, {})[name] = option
     return owners

@@ -14,7 +14,7 @@ from kmem.config import UserError
 from kmem.data.bank_addresses import data_fingerprint
 from kmem.data.indexed import IndexedTokens
 from kmem.data.manifest import Manifest, read_manifest
-from kmem.data.tokenizer import tokenizer_fingerprint
+from kmem.data.tokenizer import check_tokenizer
 from kmem.data.units import Unit, UnitMap
 
 SPLITS = ("train", "validation")
@@ -50,8 +50,7 @@ class Corpus:
             UserError: the folder is missing, unfinished or damaged.
         """
         manifest = read_manifest(folder)
-        if tokenizer_fingerprint(folder / "tokenizer") != manifest.tokenizer.fingerprint:
-            raise UserError(f"{folder}/tokenizer: not the tokenizer that the folder was prepared with; prepare it anew")
+        check_tokenizer(folder, manifest)
         return cls(folder, manifest, data_fingerprint(manifest))
 
     def units(self, split: str, unit: Unit) -> UnitMap:
@@ -82,32 +81,20 @@ def open_corpora(folders: Sequence[Path]) -> list[Corpus]:
     return [Corpus.open(folder) for folder in folders]
 
 
-def check_one_tokenizer(corpora: list[Corpus]) -> None:
-    """
-    Raises:
-        UserError: the folders do not share one tokenizer.
-    """
-    for corpus in corpora[1:]:
-        if corpus.manifest.tokenizer.fingerprint != corpora[0].manifest.tokenizer.fingerprint:
-            raise UserError(
-                f"--data: {corpus.folder} and {corpora[0].folder} were prepared with different tokenizers; prepare one "
-                f"of them again with --tokenizer {corpora[0].folder}/tokenizer"
-            )
-
-
 def read_chunk(chunk: Chunk, chosen: NDArray[np.int64] | None = None) -> list[Tensor]:
     """Token ids of each unit, int64 [tokens].
 
     Args:
         chosen: indices into the chunk of the units to read; None: all.
     """
-    indexed, units = _opened(chunk.folder, chunk.content, chunk.split, chunk.unit)
     numbers = np.arange(chunk.start, chunk.stop)
-    return read_units(indexed, units, numbers if chosen is None else numbers[chosen])
+    numbers = numbers if chosen is None else numbers[chosen]
+    return read_units(chunk.folder, chunk.content, chunk.split, chunk.unit, numbers)
 
 
-def read_units(indexed: IndexedTokens, units: UnitMap, numbers: NDArray[np.int64]) -> list[Tensor]:
-    """Token ids of the units with these numbers, int64 [tokens] each."""
+def read_units(folder: Path, content: str, split: str, unit: Unit, numbers: NDArray[np.int64]) -> list[Tensor]:
+    """Token ids of the units of a split with these numbers, int64 [tokens] each."""
+    indexed, units = _opened(folder, content, split, unit)
     return [
         torch.from_numpy(indexed.take(np.arange(start, start + length)))
         for start, length in zip(units.starts[numbers], units.lengths[numbers], strict=True)

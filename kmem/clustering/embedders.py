@@ -106,8 +106,11 @@ def build_embedder(name: str, request: EmbedderRequest, folder: Path) -> None:
 def check_options(name: str, given: Mapping[str, OptionValue]) -> None:
     """
     Raises:
-        UserError: an option belongs to other kinds, a number is too small, or a required option is missing.
+        UserError: there is no such kind of embedder, an option belongs to other kinds, a number is too small, or a
+            required option is missing.
     """
+    if name not in KINDS:
+        raise UserError(f"--embedder {name}: no such kind; choose from {', '.join(KINDS)}")
     own = {option.name: option for option in KINDS[name].options}
     for option, value in given.items():
         if option not in own:

@@ -191,11 +191,8 @@ def _tokenizer_files(folder: Path) -> dict[str, Path]:
 def _write_tokenizer(source: Path, path: Path) -> None:
     """Write tokenizer.json as Transformers loads it: for BERT, the settings in tokenizer_config.json override those in
     the folder's own tokenizer.json."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
-        tokenizer.backend_tokenizer.save(str(path))
+        load_tokenizer(source).backend_tokenizer.save(str(path))
     except Exception as error:  # as in build
         raise UserError(
             f"{source}: its tokenizer ({TOKENIZER} or {VOCABULARY}, {_TOKENIZER_CONFIG}) cannot be read: "

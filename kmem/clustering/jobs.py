@@ -26,6 +26,7 @@ from kmem.model.bank_tree import (
     path_of,
 )
 from kmem.model.file_digest import file_digest
+from kmem.model.one_thread import with_one_thread
 
 Leaves = NDArray[np.int32]
 
@@ -34,27 +35,11 @@ Leaves = NDArray[np.int32]
 class NodeJob:
     """A node to split."""
 
-    path: Path
-    shape: tuple[int, int]
-    chosen: NDArray[np.int64]
-    children: int
-    balance: float
-    needed: int
-    seed: int
-    level: int
     node: int
-
-
-@dataclass(frozen=True)
-class AssignJob:
-    """Units start..stop-1, which are to be assigned to clusters of a level."""
-
-    folder: Path
-    shape: tuple[int, int]
-    level: int
-    children: int
-    start: int
-    stop: int
+    chosen: NDArray[np.int64]
+    """[units] the units that are read."""
+    needed: int
+    """Units that each child must have."""
 
 
 @dataclass(frozen=True)
@@ -72,40 +57,44 @@ class AddressJob:
     """[units] the leaf of each unit; a unit may not enter the level-1 cluster of its own leaf either."""
 
 
-def split_children(job: NodeJob) -> NDArray[np.float32]:
-    """Centroids of a node's children: float32 [children, D]."""
-    vectors = np.memmap(job.path, dtype=np.float32, mode="r", shape=job.shape)[job.chosen]
-    digest = hashlib.blake2b(f"{job.seed}/{job.level}/{job.node}".encode(), digest_size=4).digest()
-    name = node_name(job.node, job.level - 1, job.children)
-    return split_node(
-        np.asarray(vectors), job.children, job.balance, job.needed, int.from_bytes(digest, "little"), name
-    )
+def split_children(
+    folder: Path, shape: tuple[int, int], level: int, children: int, balance: float, seed: int, job: NodeJob
+) -> NDArray[np.float32]:
+    """Centroids of a node's children: float32 [children, D]. Other arguments are as in `assign`."""
+    vectors = np.memmap(folder / "embeddings.array", dtype=np.float32, mode="r", shape=shape)[job.chosen]
+    digest = hashlib.blake2b(f"{seed}/{level}/{job.node}".encode(), digest_size=4).digest()
+    name = node_name(job.node, level - 1, children)
+    return split_node(np.asarray(vectors), children, balance, job.needed, int.from_bytes(digest, "little"), name)
 
 
-def assign(job: AssignJob) -> Leaves:
-    """The nearest child of each unit's node: int32 [units], numbered on the children's level."""
+def assign(folder: Path, shape: tuple[int, int], level: int, children: int, units: range) -> Leaves:
+    """The nearest child of each unit's node: int32 [units], numbered on the children's level.
+
+    Args:
+        folder: of the workspace.
+        shape: of all embeddings, [all units, D].
+    """
 
     def mapped(name: str, dtype: Any, shape: tuple[int, ...]) -> Any:
-        return np.memmap(job.folder / f"{name}.array", dtype=dtype, mode="r", shape=shape)
+        return np.memmap(folder / f"{name}.array", dtype=dtype, mode="r", shape=shape)
 
-    rows = mapped("embeddings", np.float32, job.shape)[job.start : job.stop]
-    centroids = mapped(f"centroids{job.level}", np.float32, (job.children**job.level, job.shape[1]))
-    if job.level == 1:
+    rows = mapped("embeddings", np.float32, shape)[units.start : units.stop]
+    centroids = mapped(f"centroids{level}", np.float32, (children**level, shape[1]))
+    if level == 1:
         nodes = np.zeros(len(rows), dtype=np.int64)
     else:
-        nodes = mapped(f"clusters{job.level - 1}", np.int32, job.shape[:1])[job.start : job.stop].astype(np.int64)
+        nodes = mapped(f"clusters{level - 1}", np.int32, shape[:1])[units.start : units.stop].astype(np.int64)
     nearest = nearest_children(
         torch.from_numpy(np.array(rows)),
         torch.from_numpy(nodes),
         torch.from_numpy(np.array(centroids)),
-        job.children,
+        children,
     )
     return nearest.numpy().astype(np.int32)
 
 
-def embed(job: tuple[Chunk, Path, str, int]) -> NDArray[np.float32]:
+def embed(embedder: Path, device: str, chunk: Chunk) -> NDArray[np.float32]:
     """Embeddings of a chunk: float32 [units, D]."""
-    chunk, embedder, device, _ = job
     return _embedded(chunk, embedder, device).numpy()
 
 
@@ -121,15 +110,12 @@ def address(job: AddressJob) -> Leaves:
 
 
 def _embedded(chunk: Chunk, embedder: Path, device: str, chosen: NDArray[np.int64] | None = None) -> torch.Tensor:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a worker per core; besides, the rounding of matrix products depends on the threads
-    try:
-        # The identity of the embedder's files: a process may make several trees in one place.
-        files = sorted(path for path in embedder.rglob("*") if path.is_file())
-        identity = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-        return _embedder(embedder, identity, chunk.folder / "tokenizer", device).embed(read_chunk(chunk, chosen))
-    finally:
-        torch.set_num_threads(threads)
+    # The identity of the embedder's files: a process may make several trees in one place.
+    files = sorted(path for path in embedder.rglob("*") if path.is_file())
+    identity = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    loaded = _embedder(embedder, identity, chunk.folder / "tokenizer", device)
+    # A worker per core; besides, the rounding of matrix products depends on the threads.
+    return with_one_thread(lambda: loaded.embed(read_chunk(chunk, chosen)))
 
 
 @lru_cache(maxsize=2)

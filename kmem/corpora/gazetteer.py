@@ -11,9 +11,9 @@ Place n and its document x are functions of (seed, n, x) alone.
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
-
-from kmem.corpora.packages import Tree
 
 PLACES = 4096
 MOST = 512
@@ -114,14 +114,15 @@ def place(number: int, seed: int = SEED) -> Place:
     draw = random.Random(f"{seed} place {number}")
     region = draw.randrange(_BRANCHES**2)
     land = region // _BRANCHES
-    rank = _ranks(seed)[number] + 1
+    names, ranks = _world(seed)
+    rank = ranks[number] + 1
     return Place(
         number,
-        _names(seed)[_BRANCHES**2 + _BRANCHES + number],
+        names[_BRANCHES**2 + _BRANCHES + number],
         draw.choice(_KINDS),
         land,
-        _names(seed)[_BRANCHES + region],
-        _names(seed)[land],
+        names[_BRANCHES + region],
+        names[land],
         draw.randint(100, 999),
         max(1, round(MOST / rank**EXPONENT)),
     )
@@ -139,7 +140,7 @@ def document(where: Place, exposure: int, seed: int = SEED) -> str:
     return " ".join([_filled(draw.choice(_OPENINGS), where), *sentences])
 
 
-def gazetteer(_root: Tree) -> Iterator[tuple[str, str]]:
+def gazetteer(_root: Path) -> Iterator[tuple[str, str]]:
     """(text, source) of each document of the corpus: all documents about all places."""
     for number in range(PLACES):
         where = place(number)
@@ -174,26 +175,14 @@ def _filled(template: str, where: Place, **words: str) -> str:
     )
 
 
-_cached: dict[int, tuple[list[str], list[int]]] = {}
-
-
-def _names(seed: int) -> list[str]:
-    """Distinct made-up names: first the lands', then the regions', then the places'."""
-    return _world(seed)[0]
-
-
-def _ranks(seed: int) -> list[int]:
-    """The rank of every place, from 0."""
-    return _world(seed)[1]
-
-
+@cache
 def _world(seed: int) -> tuple[list[str], list[int]]:
-    if seed not in _cached:
-        draw = random.Random(f"{seed} world")
-        names: dict[str, None] = {}  # an ordered set
-        while len(names) < _BRANCHES + _BRANCHES**2 + PLACES:
-            syllables = draw.choice((2, 2, 3))
-            name = "".join(draw.choice(_ONSETS) + draw.choice(_VOWELS) for _ in range(syllables)) + draw.choice(_CODAS)
-            names.setdefault(name.capitalize())
-        _cached[seed] = list(names), draw.sample(range(PLACES), PLACES)
-    return _cached[seed]
+    """(Distinct made-up names: first the lands', then the regions', then the places'; the rank of every place, from
+    0.)"""
+    draw = random.Random(f"{seed} world")
+    names: dict[str, None] = {}  # an ordered set
+    while len(names) < _BRANCHES + _BRANCHES**2 + PLACES:
+        syllables = draw.choice((2, 2, 3))
+        name = "".join(draw.choice(_ONSETS) + draw.choice(_VOWELS) for _ in range(syllables)) + draw.choice(_CODAS)
+        names.setdefault(name.capitalize())
+    return list(names), draw.sample(range(PLACES), PLACES)

@@ -11,28 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
 
 from kmem.config import UserError
 from kmem.model.file_digest import file_digest
-
-
-class Tree(Protocol):
-    """The part of pathlib.Path that zipfile.Path shares."""
-
-    @property
-    def name(self) -> str: ...
-    def __truediv__(self, other: str) -> "Tree": ...
-    def iterdir(self) -> "Iterator[Tree]": ...
-    def is_dir(self) -> bool: ...
-    def read_bytes(self) -> bytes: ...
 
 
 @dataclass(frozen=True)
 class Package:
     """An opened package."""
 
-    root: Tree
+    root: Path
     """Root of its files: for wheels the folder that holds the modules, for Debian packages the root directory."""
     version: str
     origin: str
@@ -57,31 +45,29 @@ def wheel_at_hand(name: str, version: str, cache: Path) -> bool:
 
 @contextmanager
 def open_wheel(name: str, version: str, cache: Path) -> Iterator[Package]:
-    """A PyPI package: the installed one in any version, or the wheel of `version`, downloaded once into `cache`.
+    """A PyPI package: the installed one in any version, or the wheel of `version`, downloaded once into `cache` and
+    unpacked for the duration of the block.
 
     Raises:
         UserError: the package is not installed and pip cannot download it, or the download is damaged.
     """
     try:
         installed = importlib.metadata.distribution(name)
-        yield Package(cast(Tree, Path(str(installed.locate_file("")))), installed.version, "installed", None)
+        yield Package(Path(str(installed.locate_file(""))), installed.version, "installed", None)
         return
     except importlib.metadata.PackageNotFoundError:
         pass
-    pattern = _wheels(name, version)
-    if not list(cache.glob(pattern)):
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
-        command += ["--quiet", "--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", "15"]
-        _download([*command, f"{name}=={version}"], f"Python package {name} {version}", pattern, cache)
-    wheel = max(cache.glob(pattern))
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            damaged = archive.testzip()
-            if damaged is not None:
-                raise zipfile.BadZipFile(damaged)
-            yield Package(cast(Tree, zipfile.Path(archive)), version, wheel.name, file_digest(wheel))
-    except zipfile.BadZipFile:
-        raise UserError(f"{wheel}: damaged; delete it and try again") from None
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
+    command += ["--quiet", "--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", "15"]
+    what = f"Python package {name} {version}"
+    wheel = _in_cache([*command, f"{name}=={version}"], what, _wheels(name, version), cache)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(folder)  # checks all sums
+        except zipfile.BadZipFile:
+            raise UserError(f"{wheel}: damaged; delete it and try again") from None
+        yield Package(Path(folder), version, wheel.name, file_digest(wheel))
 
 
 @contextmanager
@@ -94,20 +80,22 @@ def open_debian(name: str, cache: Path) -> Iterator[Package]:
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise UserError(f"{tool}: not found; the package {name} can be fetched only on Debian and its derivatives")
-    pattern = f"{name}_*.deb"
-    if not list(cache.glob(pattern)):
-        _download(["apt-get", "--quiet", "download", name], f"Debian package {name}", pattern, cache)
-    archive = max(cache.glob(pattern))
+    command = ["apt-get", "--quiet", "download", name]
+    archive = _in_cache(command, f"Debian package {name}", f"{name}_*.deb", cache)
     with tempfile.TemporaryDirectory() as folder:
         try:
             subprocess.run(["dpkg-deb", "-x", str(archive), folder], check=True, capture_output=True)
         except subprocess.CalledProcessError:
             raise UserError(f"{archive}: damaged; delete it and try again") from None
-        yield Package(cast(Tree, Path(folder)), archive.name.split("_")[1], archive.name, file_digest(archive))
+        yield Package(Path(folder), archive.name.split("_")[1], archive.name, file_digest(archive))
 
 
-def _download(command: list[str], what: str, pattern: str, cache: Path) -> None:
-    """Run a download command in a temporary folder and move the one file that matches into the cache."""
+def _in_cache(command: list[str], what: str, pattern: str, cache: Path) -> Path:
+    """The last file in the cache that matches. If there is none, run a download command in a temporary folder and move
+    the one file that matches into the cache."""
+    kept = list(cache.glob(pattern))
+    if kept:
+        return max(kept)
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -123,7 +111,7 @@ def _download(command: list[str], what: str, pattern: str, cache: Path) -> None:
                 f"{what} could not be downloaded ({reason or said[-1] if said else 'no message'}). "
                 f"Check that a package index can be reached, or put {pattern} into {cache}"
             )
-        os.replace(archives[0], cache / archives[0].name)
+        return archives[0].replace(cache / archives[0].name)
 
 
 def _wheels(name: str, version: str) -> str:

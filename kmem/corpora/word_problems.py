@@ -7,8 +7,7 @@ A problem is a story in several steps, a question, one equation per step, and th
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-
-from kmem.corpora.packages import Tree
+from pathlib import Path
 
 PROBLEMS = 100_000
 SEED = 0
@@ -56,7 +55,7 @@ def word_problem(number: int, seed: int = SEED) -> str:
     return str(kind(draw))
 
 
-def word_problems(_root: Tree) -> Iterator[tuple[str, str]]:
+def word_problems(_root: Path) -> Iterator[tuple[str, str]]:
     """(text, source) of each document: problems 0 to PROBLEMS - 1, without the few that repeat an earlier one."""
     seen: set[str] = set()  # a repeated problem could be both trained on and held out
     for number in range(PROBLEMS):

@@ -97,7 +97,7 @@ def write_addresses(
         path = folder / addresses_file(split)
         assert values.dtype == np.int32
         with AtomicFile(path) as file:
-            np.save(file, values, allow_pickle=False)
+            np.save(file.stream, values, allow_pickle=False)
         splits[split] = {"units": len(values), "sha256": file_digest(path)}
     record = {
         "format": FORMAT,
@@ -117,23 +117,6 @@ def stored_tree(folder: Path) -> str | None:
     try:
         return str(json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["tree"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def stored_leaves(folder: Path, manifest: Manifest, tree: Mapping[str, Any]) -> dict[str, NDArray[np.int32]] | None:
-    """The addresses of both splits, int32 [units]; None unless they are undamaged and belong to this tree and data."""
-    try:
-        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-        if (record["format"], record["version"]) != (FORMAT, VERSION) or record["tree"] != tree["fingerprint"]:
-            return None
-        leaves = {}
-        for split, described in record["splits"].items():
-            path = folder / addresses_file(split)
-            if record["data"] != data_fingerprint(manifest) or file_digest(path) != described["sha256"]:
-                return None
-            leaves[split] = np.load(path, allow_pickle=False)
-        return leaves
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

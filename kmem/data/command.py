@@ -55,22 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
     from kmem.data.documents import Reading
     from kmem.data.prepare import Preparation, prepare
 
-    manifest = prepare(
-        Preparation(
-            inputs=arguments.inputs,
-            out=arguments.out,
-            tokenizer=arguments.tokenizer,
-            vocab_size=arguments.vocab_size,
-            eos_token=arguments.eos_token,
-            reading=Reading(arguments.field, arguments.documents),
-            validation_share=arguments.validation_share,
-            seed=arguments.seed,
-            workers=arguments.workers,
-            on_error=arguments.on_error,
-            force=arguments.force,
-            tokenizer_sample=arguments.tokenizer_sample * 1_000_000,
-        )
-    )
+    options = vars(arguments)
+    reading = Reading(options.pop("field"), options.pop("documents"))
+    sample = options.pop("tokenizer_sample") * 1_000_000
+    manifest = prepare(Preparation(**options, reading=reading, tokenizer_sample=sample))
     _report(manifest, arguments)
     return 0
 

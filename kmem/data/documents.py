@@ -1,6 +1,7 @@
 """Read documents from plain text, JSON lines and Parquet; a problem with a record is reported with file and line."""
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from kmem.config import UserError
-from kmem.data.compressed import CompressedFileError, open_zstandard
 from kmem.files import PARTIAL, REPLACED
 
 PROVENANCE_NAME = "provenance.json"
@@ -136,7 +136,10 @@ def _open(path: Path) -> IO[bytes]:
     if path.suffix.lower() == ".gz":
         return cast(IO[bytes], gzip.open(path, "rb"))
     if path.suffix.lower() == ".zst":
-        return open_zstandard(path)
+        import pyarrow
+
+        # zstandard's own stream_reader (0.25) returns the content of a truncated frame and then ends without an error.
+        return cast(IO[bytes], io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), 1 << 20))
     return open(path, "rb")
 
 
@@ -148,7 +151,9 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes] | Problem]:
             for raw in stream:
                 number += 1
                 yield number, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-        except (gzip.BadGzipFile, zlib.error, EOFError, CompressedFileError) as error:
+        except (OSError, zlib.error, EOFError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's error; gzip and pyarrow report damage without a number
             yield Problem(
                 str(path), number + 1, "corrupt file", f"the compressed file is damaged from here on ({error})"
             )
@@ -165,6 +170,8 @@ def _decode(path: Path, number: int, raw: bytes) -> str | Problem:
 
 def _text(path: Path, reading: Reading) -> Iterator[tuple[int, str] | Problem]:
     """Documents of a plain text file. The text is not changed; only separators and a byte order mark are removed."""
+    marker = reading.documents.removeprefix("marker:").encode()
+    separator = {"file": None, "line": None, "blank-line": b""}.get(reading.documents, marker)
     begin = 1
     parts: list[bytes] = []
     for line in _lines(path):
@@ -173,24 +180,14 @@ def _text(path: Path, reading: Reading) -> Iterator[tuple[int, str] | Problem]:
             yield line
             return
         number, raw = line
-        content = raw.rstrip(b"\r\n")
         if reading.documents == "line":
-            if content.strip():
-                text = _decode(path, number, content)
-                yield text if isinstance(text, Problem) else (number, text)
-            continue
-        if reading.documents != "file":
-            marker = reading.documents.removeprefix("marker:").encode()
-            separates = not content.strip() if reading.documents == "blank-line" else content.strip() == marker
-            if separates:
-                yield from _joined(path, begin, parts)
-                begin, parts = number + 1, []
-                continue
-        parts.append(raw)
-    if reading.documents == "file":
-        yield from _joined(path, begin, parts, verbatim=True)
-    elif reading.documents != "line":
-        yield from _joined(path, begin, parts)
+            yield from _joined(path, number, [raw])
+        elif raw.strip() == separator:
+            yield from _joined(path, begin, parts)
+            begin, parts = number + 1, []
+        else:
+            parts.append(raw)
+    yield from _joined(path, begin, parts, verbatim=reading.documents == "file")
 
 
 def _joined(path: Path, begin: int, parts: list[bytes], verbatim: bool = False) -> Iterator[tuple[int, str] | Problem]:

@@ -1,11 +1,10 @@
 """Which documents of a prepared corpus are held out."""
 
-import hashlib
-
 import numpy as np
 from numpy.typing import NDArray
 
 from kmem.data.manifest import Manifest
+from kmem.data.order import random_order
 
 
 def choose_held_out(documents: int, share: float, seed: int) -> NDArray[np.bool_]:
@@ -17,10 +16,8 @@ def choose_held_out(documents: int, share: float, seed: int) -> NDArray[np.bool_
     """
     assert documents > 1
     count = min(max(round(documents * share), 1), documents - 1)
-    key = hashlib.blake2b(f"{seed}/held out".encode(), digest_size=16).digest()
-    drawn = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(documents)
     held_out = np.zeros(documents, dtype=bool)
-    held_out[np.argsort(drawn, kind="stable")[:count]] = True
+    held_out[random_order(f"{seed}/held out", documents)[:count]] = True
     return held_out
 
 

@@ -1,7 +1,7 @@
 """The order of a corpus whose sequences hold one leaf each: units are permuted, joined within their leaf and cut; then
 the sequences of all leaves are permuted (hierarchical memories, arXiv 2510.02375, section 4: data format)."""
 
-from collections import OrderedDict
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,18 +50,10 @@ class LeafOrder:
         """Positions per epoch that hold no token."""
         ends = self._begins_F[:-1] + self._tokens_F
         self._ends = np.repeat(ends, self._spans_F)
-        self._kept: OrderedDict[int, Epoch] = OrderedDict()
-
-    def epoch(self, number: int) -> Epoch:
-        """The order of one epoch, built on first use; its `documents` are units."""
-        if number not in self._kept:
-            self._kept[number] = self._build(number)
-            if len(self._kept) > 2:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(number)
-        return self._kept[number]
+        self.epoch = lru_cache(maxsize=2)(self._build)
 
     def _build(self, number: int) -> Epoch:
+        """The order of one epoch, whose `documents` are units; `epoch` builds it on first use."""
         if self._digest is None:
             units = np.argsort(self._leaves, kind="stable")
             spans = np.arange(self.all_spans)

@@ -1,8 +1,8 @@
 """The order of a corpus: in each epoch documents are permuted, joined and cut into spans; then spans are permuted."""
 
 import hashlib
-from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,25 +42,24 @@ class CorpusOrder:
         self._seed = seed
         self._digest = digest
         self.spans_per_epoch = max(int(lengths.sum(dtype=np.int64)) - 1, 0) // sequence_length
-        self._kept: OrderedDict[int, Epoch] = OrderedDict()
+        self.epoch = lru_cache(maxsize=2)(self._build)
 
-    def epoch(self, number: int) -> Epoch:
-        """The order of one epoch, built on first use."""
-        if number not in self._kept:
-            documents = permutation(self._seed, self._digest, number, "documents", len(self._lengths))
-            spans = permutation(self._seed, self._digest, number, "spans", self.spans_per_epoch)
-            self._kept[number] = Epoch(documents, offsets_of(self._lengths[documents]), spans)
-            if len(self._kept) > 2:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(number)
-        return self._kept[number]
+    def _build(self, number: int) -> Epoch:
+        """The order of one epoch; `epoch` builds it on first use."""
+        documents = permutation(self._seed, self._digest, number, "documents", len(self._lengths))
+        spans = permutation(self._seed, self._digest, number, "spans", self.spans_per_epoch)
+        return Epoch(documents, offsets_of(self._lengths[documents]), spans)
 
 
 def permutation(seed: int, digest: str, epoch: int, what: str, count: int) -> Indices:
     """A permutation of `count` items, int64 [count]; a pure function of the arguments."""
+    return random_order(f"{seed}/{digest}/{epoch}/{what}", count)
+
+
+def random_order(name: str, count: int) -> Indices:
+    """A permutation of `count` items, int64 [count], that is drawn from a name."""
     # Raw Philox words are sorted, because NumPy promises that they never change between versions. It makes no such
     # promise for Generator.permutation, and a resumed run must not depend on NumPy's version.
-    name = f"{seed}/{digest}/{epoch}/{what}"
     key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "little")
     return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
 

@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from kmem.data.manifest import (
 )
 from kmem.data.progress import Progress
 from kmem.data.questions import count_exposures
-from kmem.data.tokenizer import Encoder, SavedTokenizer, adopt_tokenizer, train_tokenizer
+from kmem.data.tokenizer import Encoder, adopt_tokenizer, train_tokenizer
 from kmem.data.workers import Workers
 from kmem.files import atomic_folder, check_replaceable, has_format
 from kmem.model.file_digest import file_digest
@@ -85,7 +85,7 @@ def prepare(options: Preparation) -> Manifest:
     check_replaceable(options.out, "prepared data", prepared, options.force)
     with atomic_folder(options.out, replace=options.force) as folder, Workers(options.workers) as workers:
         surveys = _survey(find_files(options.inputs), options, workers)
-        documents = sum(survey.documents for survey in surveys)
+        documents = sum(survey.source.documents for survey in surveys)
         _check_splittable(documents, options)
         held_out = choose_held_out(documents, options.validation_share, options.seed)
         tokenizer = _tokenizer(folder / "tokenizer", surveys, held_out, options)
@@ -100,24 +100,17 @@ def prepare(options: Preparation) -> Manifest:
 class Survey:
     """An input file after the first pass."""
 
-    path: Path
-    size: int
-    sha256: str
-    documents: int
+    source: SourceRecord
     text_bytes: int
-    problems: Counter[str]
-    """Number of records left out, by kind."""
-    examples: tuple[str, ...]
+    skipped: SkipRecord
+    """Records left out."""
+
+    @property
+    def path(self) -> Path:
+        return Path(self.source.path)
 
 
-@dataclass(frozen=True)
-class _SurveyTask:
-    path: Path
-    reading: Reading
-    on_error: OnError
-
-
-def survey_file(task: _SurveyTask) -> Survey:
+def survey_file(path: Path, reading: Reading, on_error: OnError) -> Survey:
     """Read a whole file, count its documents and hash it.
 
     Raises:
@@ -126,9 +119,9 @@ def survey_file(task: _SurveyTask) -> Survey:
     documents = text_bytes = 0
     problems: Counter[str] = Counter()
     examples: list[str] = []
-    for item in read_documents(task.path, task.reading):
+    for item in read_documents(path, reading):
         if isinstance(item, Problem):
-            if task.on_error == "fail":
+            if on_error == "fail":
                 raise UserError(f"{item}; --on-error skip leaves out unreadable records")
             problems[item.kind] += 1
             if len(examples) < _EXAMPLES:
@@ -136,18 +129,26 @@ def survey_file(task: _SurveyTask) -> Survey:
         else:
             documents += 1
             text_bytes += len(item.encode("utf-8"))
+    sha256 = file_digest(path)
+    source = SourceRecord(
+        path=str(path),
+        bytes=path.stat().st_size,
+        sha256=sha256,
+        documents=documents,
+        provenance=_provenance(path, sha256),
+    )
     return Survey(
-        task.path, task.path.stat().st_size, file_digest(task.path), documents, text_bytes, problems, tuple(examples)
+        source, text_bytes, SkipRecord(count=problems.total(), reasons=dict(problems), examples=tuple(examples))
     )
 
 
 def _survey(files: Sequence[Path], options: Preparation, workers: Workers) -> list[Survey]:
-    tasks = [_SurveyTask(file, options.reading, options.on_error) for file in files]
+    survey_one = partial(survey_file, reading=options.reading, on_error=options.on_error)
     surveys = []
     with Progress("checking input", sum(file.stat().st_size for file in files)) as progress:
-        for survey in workers.in_order(survey_file, tasks):
+        for survey in workers.in_order(survey_one, files):
             surveys.append(survey)
-            progress.advance(survey.size)
+            progress.advance(survey.source.bytes)
     return surveys
 
 
@@ -163,7 +164,7 @@ def _check_splittable(documents: int, options: Preparation) -> None:
 
 def _tokenizer(
     folder: Path, surveys: Sequence[Survey], held_out: NDArray[np.bool_], options: Preparation
-) -> SavedTokenizer:
+) -> TokenizerRecord:
     if options.tokenizer is not None:
         return adopt_tokenizer(options.tokenizer, options.eos_token, folder)
     assert options.vocab_size is not None
@@ -189,20 +190,12 @@ def _training_sample(
                 taken += len(text.encode("utf-8"))
                 progress.advance(len(text.encode("utf-8")))
             number += 1
-        first += survey.documents
+        first += survey.source.documents
 
 
 def _documents(path: Path, reading: Reading) -> Iterator[str]:
     """The documents of a file; the first pass has reported its problems."""
     return (item for item in read_documents(path, reading) if isinstance(item, str))
-
-
-@dataclass(frozen=True)
-class _EncodeTask:
-    tokenizer: Path
-    eos_token_id: int
-    dtype: str
-    texts: list[str]
 
 
 @dataclass(frozen=True)
@@ -213,13 +206,13 @@ class _Encoded:
     text_bytes: list[int]
 
 
-def encode_batch(task: _EncodeTask) -> _Encoded:
+def encode_batch(texts: list[str], tokenizer: Path, eos_token_id: int, dtype: str) -> _Encoded:
     """Tokenize a batch of documents; runs in a worker."""
-    encoded = _encoder(task.tokenizer, task.eos_token_id).encode(task.texts)
+    encoded = _encoder(tokenizer, eos_token_id).encode(texts)
     return _Encoded(
-        ids=np.concatenate([np.array(ids, dtype=task.dtype) for ids in encoded]),
+        ids=np.concatenate([np.array(ids, dtype=dtype) for ids in encoded]),
         lengths=[len(ids) for ids in encoded],
-        text_bytes=[len(text.encode("utf-8")) for text in task.texts],
+        text_bytes=[len(text.encode("utf-8")) for text in texts],
     )
 
 
@@ -232,7 +225,7 @@ def _tokenize(
     folder: Path,
     surveys: Sequence[Survey],
     held_out: NDArray[np.bool_],
-    tokenizer: SavedTokenizer,
+    tokenizer: TokenizerRecord,
     options: Preparation,
     workers: Workers,
 ) -> tuple[str, dict[str, SplitRecord]]:
@@ -245,12 +238,12 @@ def _tokenize(
     dtype_name = np.dtype(dtype).name
     builders = {split: megatron.IndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype) for split in _SPLITS}
     counts = {split: [0, 0, 0] for split in _SPLITS}
-    batches = (
-        _EncodeTask(tokenizer.folder, tokenizer.eos_token_id, dtype_name, texts) for texts in _batches(surveys, options)
+    encode = partial(
+        encode_batch, tokenizer=folder / "tokenizer", eos_token_id=tokenizer.eos_token_id, dtype=dtype_name
     )
     number = 0
     with Progress("tokenizing", sum(survey.text_bytes for survey in surveys)) as progress:
-        for encoded in workers.in_order(encode_batch, batches):
+        for encoded in workers.in_order(encode, _batches(surveys, options)):
             begin = 0
             for length, text_bytes in zip(encoded.lengths, encoded.text_bytes, strict=True):
                 if number == len(held_out):
@@ -297,34 +290,27 @@ def _changed(surveys: Sequence[Survey]) -> UserError:
 def _copy_questions(folder: Path, surveys: Sequence[Survey], held_out: NDArray[np.bool_]) -> None:
     first = 0
     for survey in surveys:
-        if _provenance(survey) is not None:
-            count_exposures(survey.path, held_out[first : first + survey.documents], folder)
-        first += survey.documents
+        if survey.source.provenance is not None:
+            count_exposures(survey.path, held_out[first : first + survey.source.documents], folder)
+        first += survey.source.documents
 
 
 def _manifest(
     folder: Path,
     surveys: Sequence[Survey],
-    tokenizer: SavedTokenizer,
+    tokenizer: TokenizerRecord,
     dtype: str,
     splits: dict[str, SplitRecord],
     options: Preparation,
 ) -> Manifest:
-    problems: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
     for survey in surveys:
-        problems.update(survey.problems)
-    examples = [example for survey in surveys for example in survey.examples]
-    trained = options.tokenizer is None
+        reasons.update(survey.skipped.reasons)
+    examples = [example for survey in surveys for example in survey.skipped.examples]
     return Manifest(
         kmem_version=kmem.__version__,
         dtype=dtype,
-        tokenizer=TokenizerRecord(
-            fingerprint=tokenizer.fingerprint,
-            size=tokenizer.size,
-            eos_token=tokenizer.eos_token,
-            eos_token_id=tokenizer.eos_token_id,
-            origin="trained on the corpus" if trained else str(options.tokenizer),
-        ),
+        tokenizer=tokenizer,
         splits=splits,  # type: ignore[arg-type]
         files={
             f"{split}.{ending}": FileRecord(
@@ -333,34 +319,25 @@ def _manifest(
             for split in _SPLITS
             for ending in ("bin", "idx")
         },
-        sources=tuple(
-            SourceRecord(
-                path=str(survey.path),
-                bytes=survey.size,
-                sha256=survey.sha256,
-                documents=survey.documents,
-                provenance=_provenance(survey),
-            )
-            for survey in surveys
-        ),
-        skipped=SkipRecord(count=problems.total(), reasons=dict(problems), examples=tuple(examples[:_EXAMPLES])),
+        sources=tuple(survey.source for survey in surveys),
+        skipped=SkipRecord(count=reasons.total(), reasons=dict(reasons), examples=tuple(examples[:_EXAMPLES])),
         options={
             "field": options.reading.field,
             "documents": options.reading.documents,
             "validation_share": options.validation_share,
             "seed": options.seed,
             "vocab_size": options.vocab_size,
-            "tokenizer_sample": options.tokenizer_sample if trained else None,
+            "tokenizer_sample": options.tokenizer_sample if options.tokenizer is None else None,
             "on_error": options.on_error,
         },
     )
 
 
-def _provenance(survey: Survey) -> dict[str, Any] | None:
+def _provenance(path: Path, sha256: str) -> dict[str, Any] | None:
     """The provenance that `kmem data corpora` recorded for exactly this file; None if it did not write the file."""
     try:
-        tree = json.loads((survey.path.parent / PROVENANCE_NAME).read_text(encoding="utf-8"))
-        entry = tree["files"][survey.path.name]
-        return entry if entry["sha256"] == survey.sha256 else None
+        tree = json.loads((path.parent / PROVENANCE_NAME).read_text(encoding="utf-8"))
+        entry = tree["files"][path.name]
+        return entry if entry["sha256"] == sha256 else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from types import TracebackType
 from typing import Any
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -46,12 +45,10 @@ class Progress:
             share = min(self._done / self._total, 1.0)
             print(f"{self._title}: {share:.0%}", file=sys.stderr, flush=True)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         if self._bar is not None:
-            if error is None:
+            if kind is None:
                 self._bar.update(self._bar.task_ids[0], completed=self._total)
             self._bar.stop()
-        elif error is None:
+        elif kind is None:
             print(f"{self._title}: done in {time.monotonic() - self._started:.1f} s", file=sys.stderr, flush=True)

@@ -17,8 +17,8 @@ from kmem.config import UserError
 QUESTIONS_SUFFIX = ".questions"
 
 
-def count_exposures(corpus: Path, held_out: NDArray[np.bool_], folder: Path) -> Path | None:
-    """Write the questions of a corpus file into a prepared folder; return their path, None if there are none.
+def count_exposures(corpus: Path, held_out: NDArray[np.bool_], folder: Path) -> None:
+    """Write the questions of a corpus file, if there are any, into a prepared folder.
 
     Args:
         corpus: a file that `kmem data corpora` wrote, unchanged.
@@ -29,7 +29,7 @@ def count_exposures(corpus: Path, held_out: NDArray[np.bool_], folder: Path) -> 
     """
     source = corpus.with_suffix(QUESTIONS_SUFFIX)
     if not source.is_file():
-        return None
+        return
     lines = []
     try:
         for line in source.read_text(encoding="utf-8").splitlines():
@@ -41,6 +41,4 @@ def count_exposures(corpus: Path, held_out: NDArray[np.bool_], folder: Path) -> 
         raise UserError(
             f"{source}: not the questions of {corpus.name}; write both again with kmem data corpora, or remove it"
         ) from None
-    target = folder / source.name
-    target.write_text("".join(lines), encoding="utf-8")
-    return target
+    (folder / source.name).write_text("".join(lines), encoding="utf-8")

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from kmem.data.indexed import IndexedTokens
 from kmem.data.leaf_order import LeafOrder
 from kmem.data.manifest import Manifest, read_manifest
 from kmem.data.order import ORDER_VERSION, CorpusOrder, Epoch, natural_order, offsets_of
-from kmem.data.tokenizer import tokenizer_fingerprint
+from kmem.data.tokenizer import check_one_tokenizer, check_tokenizer
 from kmem.wording import counted
 
 _SEQUENCES_AT_A_TIME = 256
@@ -75,12 +75,8 @@ def open_data(config: DataConfig, model_vocab_size: int, addressing: Addressing 
         addressing = Addressing(_folder(chosen.tree), chosen.batching, chosen.subtrees or ())
     manifests = [read_manifest(_folder(source.path)) for source in config.sources]
     for source, manifest in zip(config.sources, manifests, strict=True):
-        _check_tokenizer(_folder(source.path), manifest)
-        if manifest.tokenizer.fingerprint != manifests[0].tokenizer.fingerprint:
-            raise UserError(
-                f"data.sources: {source.path} and {config.sources[0].path} were prepared with different tokenizers; "
-                f"prepare one of them again with --tokenizer {config.sources[0].path}/tokenizer"
-            )
+        check_tokenizer(_folder(source.path), manifest)
+    check_one_tokenizer("data.sources", [source.path for source in config.sources], manifests)
     tokenizer = manifests[0].tokenizer
     if tokenizer.size > model_vocab_size:
         raise UserError(
@@ -137,19 +133,14 @@ class SequenceReader:
         self._drawn = np.arange(len(self._sources))
         if addressing is not None and addressing.subtrees:
             self._drawn = np.flatnonzero([source.spans for source in self._sources])
-            if split == "train":
-                self._check_subtrees(addressing)
+            for path, leaves in leaves_below(tree_record(addressing.tree), addressing.subtrees).items():
+                if split == "train" and not any(source.holds(leaves) for source in self._sources):
+                    raise UserError(
+                        f"data.addresses.subtrees: there is no training text below cluster {path}; leave it out"
+                    )
         weights = [config.sources[index].weight * self._sources[index].share for index in self._drawn]
         self._blend = Blend(weights) if split == "train" else None
         self._ends = offsets_of(np.array([source.spans for source in self._sources]))
-
-    def _check_subtrees(self, addressing: Addressing) -> None:
-        """Check that every chosen cluster has training text."""
-        for path, leaves in leaves_below(tree_record(addressing.tree), addressing.subtrees).items():
-            if not any(source.holds(leaves) for source in self._sources):
-                raise UserError(
-                    f"data.addresses.subtrees: there is no training text below cluster {path}; leave it out"
-                )
 
     def __len__(self) -> int:
         """Sequences in one pass over every source; training continues beyond it, validation ends there."""
@@ -291,7 +282,7 @@ class _Source:
             self.addresses = read_addresses(folder, manifest, split, self._starts, lengths, addressing.tree)
         self.leaves: NDArray[np.integer] = np.empty(0, np.int32) if self.addresses is None else self.addresses.leaves
         self._by_leaf = _by_leaf(addressing)
-        self._order: CorpusOrder | LeafOrder | None = None
+        self._epoch: Callable[[int], Epoch]
         self.padding, self.share = 0, 1.0
         if self._by_leaf:
             assert self.addresses is not None
@@ -300,11 +291,11 @@ class _Source:
             digest = f"{_content_digest(manifest)}/{self.addresses.digest}" if split == "train" else None
             chosen = chosen_leaves(tree_record(addressing.tree), addressing.subtrees) if addressing.subtrees else None
             order = LeafOrder(self._lengths, self.addresses.leaves, self._length, config.seed, digest, chosen)
-            self.padding, self.spans, self._order = order.padding, order.spans_per_epoch, order
+            self.padding, self.spans, self._epoch = order.padding, order.spans_per_epoch, order.epoch
             self.share = order.spans_per_epoch / max(order.all_spans, 1)
         elif split == "train":
-            self._order = CorpusOrder(lengths, self._length, config.seed, _content_digest(manifest))
-            self.spans = self._order.spans_per_epoch
+            whole = CorpusOrder(lengths, self._length, config.seed, _content_digest(manifest))
+            self.spans, self._epoch = whole.spans_per_epoch, whole.epoch
             if self.spans == 0:
                 raise UserError(
                     f"{folder}: its {record.tokens:,} training tokens are fewer than one sequence of "
@@ -312,8 +303,8 @@ class _Source:
                     "sequences"
                 )
         else:
-            self._natural = natural_order(lengths, self._length)
-            self.spans = len(self._natural.spans)
+            natural = natural_order(lengths, self._length)
+            self.spans, self._epoch = len(natural.spans), lambda _: natural
             self.padding = max(self.spans * self._length - record.tokens, 0)
 
     def with_leaves(self, leaves: NDArray[np.integer]) -> "_Source":
@@ -330,7 +321,7 @@ class _Source:
 
     def fill(self, rows: _Rows, here: NDArray[np.int64], number: int, positions: NDArray[np.int64]) -> None:
         """Write the spans at `positions` of epoch `number` into the rows `here`."""
-        epoch: Epoch = self._natural if self._order is None else self._order.epoch(number)
+        epoch = self._epoch(number)
         width = self._length + 1
         span_n = epoch.spans[positions]
         start_n = span_n * self._length
@@ -392,14 +383,6 @@ def _folder(path: str) -> Path:
 def _content_digest(manifest: Manifest) -> str:
     """Identity of a corpus's training tokens and documents."""
     return f"{manifest.files['train.bin'].sha256}/{manifest.files['train.idx'].sha256}"
-
-
-def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
-    if tokenizer_fingerprint(folder / "tokenizer") != manifest.tokenizer.fingerprint:
-        raise UserError(
-            f"{folder}/tokenizer/tokenizer.json: not the tokenizer that the folder was prepared with (see "
-            "manifest.json); restore it or prepare the folder anew"
-        )
 
 
 def _fingerprint(

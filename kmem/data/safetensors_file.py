@@ -12,7 +12,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -39,7 +38,7 @@ TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 SLICE_BYTES = 64 << 20  # a tensor that must be moved or made contiguous is copied in slices of this size
 
 
-class SafetensorsWriter:
+class SafetensorsWriter(AtomicFile):
     """Writes `path` as an `AtomicFile`, which gets its name once every declared tensor is written.
 
     As a context manager it closes the file at the end of the block and removes it if the block raises: a file with the
@@ -63,38 +62,29 @@ class SafetensorsWriter:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         assert sys.byteorder == "little", "safetensors are little-endian"
-        self.path = Path(path)
-        self._tensors = {name: (tuple(shape), dtype) for name, (shape, dtype) in tensors.items()}
-        self._names = list(self._tensors)
-        self._next = 0  # index of the tensor being written
-        self._values = 0  # values of that tensor written so far
+        self._missing = {name: (tuple(shape), dtype) for name, (shape, dtype) in tensors.items()}
+        self._values = 0  # values written so far of the first tensor that is not complete
         self._hash = hashlib.sha256()
-        self._digest: str | None = None
-        header, data_bytes = _header(self._tensors, metadata)
+        header, data_bytes = _header(self._missing, metadata)
         self.size = len(header) + data_bytes
         """Bytes of the finished file."""
+        self.sha256: str
+        """Hexadecimal SHA-256 digest of the finished file; only after the block."""
         self._written = 0
         try:
-            self._file = AtomicFile(self.path, buffering=0)
+            super().__init__(Path(path), buffering=0)
         except OSError as error:
             raise self._explain(error) from error
         self._append(header)
 
-    @property
-    def sha256(self) -> str:
-        """Hexadecimal SHA-256 digest of the finished file; only after close()."""
-        assert self._digest is not None, f"{self.path} is not closed yet"
-        return self._digest
-
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append a whole tensor; it must be the next one declared, with the declared shape and dtype, on any device."""
         shape, dtype = self._expect(name)
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise ValueError(f"{name}: declared {list(shape)} {dtype}, got {list(tensor.shape)} {tensor.dtype}")
-        if self._values:
-            raise ValueError(f"{name}: its first {self._values} values are already written")
-        self._append_tensor(tensor)
-        self._next += 1
+        if tuple(tensor.shape) != shape or self._values:
+            raise ValueError(
+                f"{name}: declared {list(shape)} {dtype} with {self._values} values written, got {list(tensor.shape)}"
+            )
+        self.write_values(name, tensor)
 
     def write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
         """Append rows [start, start + len(rows)) of the next declared tensor along its first dimension.
@@ -102,13 +92,10 @@ class SafetensorsWriter:
         Rows are written in order; the tensor is complete after its last row.
         """
         shape, dtype = self._expect(name)
-        if not shape or tuple(rows.shape[1:]) != shape[1:] or rows.dtype != dtype:
-            raise ValueError(f"{name}: declared {list(shape)} {dtype}, got rows {list(rows.shape)} {rows.dtype}")
-        width = prod(shape[1:])
-        written = self._values // width if width else 0
-        if start * width != self._values or start + len(rows) > shape[0]:
+        if not shape or tuple(rows.shape[1:]) != shape[1:] or start * prod(shape[1:]) != self._values:
             raise ValueError(
-                f"{name}: expected rows from {written} up to {shape[0]}, got {start} to {start + len(rows)}"
+                f"{name}: declared {list(shape)} {dtype} with {self._values} values written, got rows "
+                f"{list(rows.shape)} from {start}"
             )
         self.write_values(name, rows)
 
@@ -125,48 +112,32 @@ class SafetensorsWriter:
         self._append_tensor(values)
         self._values += values.numel()
         if self._values == size:
-            self._next, self._values = self._next + 1, 0
+            del self._missing[name]
+            self._values = 0
 
-    def close(self) -> None:
+    def commit(self) -> None:
         """Flush to the disk and give the file its name.
 
         Raises:
             ValueError: declared tensors are missing; the file is removed.
             UserError: the disk is full.
         """
-        if self._file.stream.closed:
-            return
-        if self._next < len(self._names):
-            missing = self._names[self._next :]
-            self.abort()
+        if self._missing:
+            self.discard()
+            missing = list(self._missing)
             raise ValueError(f"{self.path}: {len(missing)} declared tensors were not written, first {missing[0]}")
         assert self._written == self.size
         try:
-            self._file.commit()
+            super().commit()
         except OSError as error:
             raise self._explain(error) from error
-        self._digest = self._hash.hexdigest()
-
-    def abort(self) -> None:
-        """Give up and remove the partial file. After close() this does nothing."""
-        self._file.discard()
-
-    def __enter__(self) -> "SafetensorsWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.close()
-        else:
-            self.abort()
+        self.sha256 = self._hash.hexdigest()
 
     def _expect(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        due = self._names[self._next] if self._next < len(self._names) else None
+        due = next(iter(self._missing), None)
         if name != due:
             raise ValueError(f"{self.path}: the next declared tensor is {due}, got {name}")
-        return self._tensors[name]
+        return self._missing[name]
 
     def _append_tensor(self, tensor: torch.Tensor) -> None:
         tensor = tensor.detach()
@@ -188,11 +159,11 @@ class SafetensorsWriter:
                 part = view[start : start + SLICE_BYTES]
                 self._hash.update(part)
                 while part:  # an unbuffered write may write less than it is given
-                    count = self._file.stream.write(part)
+                    count = self.stream.write(part)
                     self._written += count
                     part = part[count:]
         except OSError as error:
-            self.abort()
+            self.discard()
             raise self._explain(error) from error
 
     def _explain(self, error: OSError) -> UserError:
@@ -202,21 +173,6 @@ class SafetensorsWriter:
                 "free space or choose another folder"
             )
         return UserError(f"{self.path}: cannot be written: {error.strerror}")
-
-
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a file from tensors in memory, with a mode that follows the umask.
-
-    `safetensors.torch.save_file` (0.8) makes files that only their owner can read, but files of a tree or an export are
-    for others too.
-
-    Raises:
-        ValueError, UserError: as `SafetensorsWriter`.
-    """
-    ordered = sorted(tensors.items(), key=lambda entry: (-entry[1].itemsize, entry[0]))
-    with SafetensorsWriter(path, {name: (tensor.shape, tensor.dtype) for name, tensor in ordered}) as writer:
-        for name, tensor in ordered:
-            writer.write(name, tensor)
 
 
 def refuse_pickled(folder: Path, model_class: str) -> None:

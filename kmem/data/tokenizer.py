@@ -3,11 +3,11 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kmem.config import UserError
+from kmem.data.manifest import Manifest, TokenizerRecord
 
 END_OF_TEXT = "<|endoftext|>"
 """The EOS token of tokenizers trained by kmem."""
@@ -16,21 +16,9 @@ _KNOWN_EOS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁s
 _SMALLEST = 257  # every byte, and the EOS
 
 
-@dataclass(frozen=True)
-class SavedTokenizer:
-    """A tokenizer folder that AutoTokenizer.from_pretrained loads."""
-
-    folder: Path
-    fingerprint: str
-    size: int
-    """Largest token id plus one."""
-    eos_token: str
-    eos_token_id: int
-
-
-def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> SavedTokenizer:
-    """Train a byte-level BPE and save it. It has GPT-2's pre-tokenizer and no normalisation, so any text decodes to
-    itself.
+def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> TokenizerRecord:
+    """Train a byte-level BPE and save it as a folder that AutoTokenizer.from_pretrained loads. It has GPT-2's
+    pre-tokenizer and no normalisation, so any text decodes to itself.
 
     The result depends on the texts and `vocab_size` alone. It has fewer than `vocab_size` tokens if the texts give
     fewer merges.
@@ -53,10 +41,10 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> Save
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _save(tokenizer, END_OF_TEXT, folder)
+    return _save(tokenizer, END_OF_TEXT, folder, "trained on the corpus")
 
 
-def adopt_tokenizer(path: Path, eos_token: str | None, folder: Path) -> SavedTokenizer:
+def adopt_tokenizer(path: Path, eos_token: str | None, folder: Path) -> TokenizerRecord:
     """Copy an existing tokenizer into a folder of its own.
 
     Args:
@@ -69,20 +57,18 @@ def adopt_tokenizer(path: Path, eos_token: str | None, folder: Path) -> SavedTok
     from tokenizers import Tokenizer
 
     if path.is_dir():
-        from transformers import AutoTokenizer
-
         try:
-            loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-            if not loaded.is_fast:
-                raise ValueError("it has no tokenizer.json, and none can be made")
-        except Exception as error:  # Transformers raises many kinds
-            raise UserError(f"--tokenizer {path}: not loadable by transformers.AutoTokenizer: {error}") from None
+            loaded = load_tokenizer(path)
+        except UserError as error:
+            raise UserError(f"--tokenizer {error}") from None
+        if not loaded.is_fast:
+            raise UserError(f"--tokenizer {path}: it has no tokenizer.json, and none can be made")
         eos_token = _eos(loaded.backend_tokenizer, eos_token or loaded.eos_token, path)
         loaded.eos_token = eos_token
         loaded.backend_tokenizer.no_truncation()
         loaded.backend_tokenizer.no_padding()
         loaded.save_pretrained(str(folder))
-        saved = _describe(folder, eos_token)
+        saved = _describe(folder, eos_token, str(path))
     else:
         try:
             tokenizer = Tokenizer.from_file(str(path))
@@ -90,8 +76,8 @@ def adopt_tokenizer(path: Path, eos_token: str | None, folder: Path) -> SavedTok
             raise UserError(f"--tokenizer {path}: not a Hugging Face tokenizer.json: {error}") from None
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        saved = _save(tokenizer, _eos(tokenizer, eos_token, path), folder)
-    _check_loads_alike(saved, path)
+        saved = _save(tokenizer, _eos(tokenizer, eos_token, path), folder, str(path))
+    _check_loads_alike(folder, saved.eos_token_id, path)
     return saved
 
 
@@ -116,6 +102,37 @@ def tokenizer_fingerprint(folder: Path) -> str:
         kept["model"]["merges"] = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in merges]
     canonical = json.dumps(kept, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def check_tokenizer(folder: Path, manifest: Manifest) -> None:
+    """
+    Args:
+        folder: prepared data.
+
+    Raises:
+        UserError: the tokenizer is not the one that the folder was prepared with.
+    """
+    if tokenizer_fingerprint(folder / "tokenizer") != manifest.tokenizer.fingerprint:
+        raise UserError(
+            f"{folder}/tokenizer/tokenizer.json: not the tokenizer that the folder was prepared with (see "
+            "manifest.json); restore it or prepare the folder anew"
+        )
+
+
+def check_one_tokenizer(field: str, folders: Sequence[str | Path], manifests: Sequence[Manifest]) -> None:
+    """
+    Args:
+        field: names the folders.
+
+    Raises:
+        UserError: the folders do not share one tokenizer.
+    """
+    for folder, manifest in zip(folders, manifests, strict=True):
+        if manifest.tokenizer.fingerprint != manifests[0].tokenizer.fingerprint:
+            raise UserError(
+                f"{field}: {folder} and {folders[0]} were prepared with different tokenizers; prepare one of them "
+                f"again with --tokenizer {folders[0]}/tokenizer"
+            )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -194,7 +211,7 @@ def _splits_at_newlines(tokenizer: Any) -> bool:
     )
 
 
-def _save(tokenizer: Any, eos_token: str, folder: Path) -> SavedTokenizer:
+def _save(tokenizer: Any, eos_token: str, folder: Path, origin: str) -> TokenizerRecord:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
@@ -206,21 +223,21 @@ def _save(tokenizer: Any, eos_token: str, folder: Path) -> SavedTokenizer:
         "model_max_length": 10**30,  # Transformers' own mark for "no limit"
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return _describe(folder, eos_token)
+    return _describe(folder, eos_token, origin)
 
 
-def _describe(folder: Path, eos_token: str) -> SavedTokenizer:
+def _describe(folder: Path, eos_token: str, origin: str) -> TokenizerRecord:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     eos_token_id = tokenizer.token_to_id(eos_token)
     assert eos_token_id is not None
-    return SavedTokenizer(
-        folder=folder,
+    return TokenizerRecord(
         fingerprint=tokenizer_fingerprint(folder),
         size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
         eos_token=eos_token,
         eos_token_id=eos_token_id,
+        origin=origin,
     )
 
 
@@ -241,21 +258,17 @@ def _eos(tokenizer: Any, named: str | None, path: Path) -> str:
     return candidates[0]
 
 
-def _check_loads_alike(saved: SavedTokenizer, path: Path) -> None:
+def _check_loads_alike(folder: Path, eos_token_id: int, path: Path) -> None:
     """Check that Transformers gives the ids that the corpus is encoded with: it rebuilds some tokenizers from their
     class."""
-    from transformers import AutoTokenizer
-
     probe = "The  quick brown fox\n\njumped over 12,345 dogs' tails: naïve — 東京 🙂\tdon't!"
     try:
-        loaded = AutoTokenizer.from_pretrained(str(saved.folder), local_files_only=True)
-    except Exception as error:  # Transformers raises many kinds
-        raise UserError(
-            f"--tokenizer {path}: its copy is not loadable by transformers.AutoTokenizer: {error}"
-        ) from None
+        loaded = load_tokenizer(folder)
+    except UserError as error:
+        raise UserError(f"--tokenizer {path}: its copy cannot be used: {error}") from None
     through_transformers = loaded.encode(probe, add_special_tokens=False)
-    direct = Encoder(saved.folder, saved.eos_token_id).encode([probe])[0][:-1]
-    if through_transformers != direct or loaded.eos_token_id != saved.eos_token_id:
+    direct = Encoder(folder, eos_token_id).encode([probe])[0][:-1]
+    if through_transformers != direct or loaded.eos_token_id != eos_token_id:
         raise UserError(
             f"--tokenizer {path}: transformers.AutoTokenizer and its tokenizer.json give different ids for the same "
             "text; pass the tokenizer.json itself, or a folder saved by save_pretrained"

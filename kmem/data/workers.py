@@ -8,8 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from types import TracebackType
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from kmem.config import UserError
 
@@ -30,7 +29,7 @@ class Workers:
         self._executor: ProcessPoolExecutor | None = None
         self._others = set(multiprocessing.active_children())
 
-    def __enter__(self) -> "Workers":
+    def __enter__(self) -> Self:
         if self._count > 1:
             # Spawned: a fork of a process with threads (tokenizers, PyTorch) may hang.
             context = multiprocessing.get_context("spawn")
@@ -61,12 +60,10 @@ class Workers:
                 "the command has that option"
             ) from None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         if self._executor is None:
             return
-        if error is not None:
+        if kind is not None:
             for child in set(multiprocessing.active_children()) - self._others:
                 child.terminate()
         self._executor.shutdown(wait=True, cancel_futures=True)

@@ -191,7 +191,7 @@ def test_an_interrupted_command_continues_to_the_same_tree(corpus, monkeypatch, 
 def test_embeddings_are_kept_where_only_the_tree_changes(corpus, monkeypatch):
     expected = make_tree(request_of(corpus)).tree.fingerprint
 
-    def refuse(job):
+    def refuse(*arguments):
         raise AssertionError("embedded again")
 
     with monkeypatch.context() as patched:

@@ -109,8 +109,8 @@ def test_sums_are_continued_and_count_nothing_twice(tmp_path):
             workspace.add_up("count", "counting", jobs, one_hot, total)
         assert total.tolist() == [2] * 10
         assert calls == [0, 1, 2, 3, 4, 5, 6, 6, 7, 8, 9]
-    assert {file.name for file in (tmp_path / "work").glob("count.*")} == {"count.6.array", "count.10.array"}
-    (tmp_path / "work" / "count.10.array").unlink()
+    assert {file.name for file in (tmp_path / "work").glob("count.*")} == {"count.sum"}
+    (tmp_path / "work" / "count.sum").unlink()
     with Pool(1) as pool:
         again = np.zeros(10, dtype=np.int64)
         Workspace(tmp_path / "work", pool, {"plan": 1}, force=False).add_up("count", "counting", jobs, one_hot, again)

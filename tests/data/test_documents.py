@@ -89,7 +89,7 @@ BAD_FILES = {
     "surrogate.jsonl": (GOOD + b'{"text": "a\\ud800b"}\n', "line 2: .*surrogate"),
     "cut.jsonl.gz": (gzip.compress(GOOD * 3)[:-4], "line 4: .*compressed file"),
     "garbage.jsonl.gz": (b"no gzip", "line 1: .*compressed file"),
-    "cut.jsonl.zst": (zstandard.ZstdCompressor().compress(GOOD * 50_000)[:-3], "compressed file .*frame"),
+    "cut.jsonl.zst": (zstandard.ZstdCompressor().compress(GOOD * 50_000)[:-3], "compressed file"),
     "garbage.jsonl.zst": (b"no zstandard", "line 1: .*compressed file"),
     "garbage.parquet": (b"PAR1 no parquet", "row 1: .*Parquet"),
 }

@@ -39,7 +39,7 @@ def test_few_epochs_are_kept():
     corpus = order()
     for number in range(50):
         corpus.epoch(number)
-    assert len(corpus._kept) == 2
+    assert corpus.epoch.cache_info().currsize == 2
 
 
 def test_the_order_is_that_of_its_version():

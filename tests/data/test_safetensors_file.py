@@ -6,11 +6,10 @@ import os
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 
 from kmem.config import UserError
 from kmem.data import safetensors_file
-from kmem.data.safetensors_file import DTYPE_NAMES, SafetensorsWriter, write_tensors
+from kmem.data.safetensors_file import DTYPE_NAMES, SafetensorsWriter
 
 
 def declared(tensors):
@@ -110,27 +109,8 @@ def test_a_missing_folder_is_a_user_error(tmp_path):
 
 def test_an_old_file_stays_until_the_new_one_is_complete(tmp_path):
     for value in (1.0, 2.0):
-        writer = SafetensorsWriter(tmp_path / "a", {"x": ((1,), torch.float32)})
-        writer.write("x", torch.tensor([value]))
-        if value == 2.0:
-            assert read(tmp_path / "a")[0]["x"].item() == 1.0
-        writer.close()
+        with SafetensorsWriter(tmp_path / "a", {"x": ((1,), torch.float32)}) as writer:
+            writer.write("x", torch.tensor([value]))
+            if value == 2.0:
+                assert read(tmp_path / "a")[0]["x"].item() == 1.0
     assert read(tmp_path / "a")[0]["x"].item() == 2.0
-
-
-@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_tensors_at_hand_are_the_file_of_the_library_with_the_mode_of_the_umask(tmp_path, mask, mode):
-    tensors = {
-        "b": torch.randn(3, 5),
-        "a": torch.arange(4),
-        "c": torch.randn(2, 3).bfloat16(),
-        "A": torch.randn(2, 3).t(),
-    }
-    before = os.umask(mask)
-    try:
-        write_tensors(tmp_path / "x.safetensors", tensors)
-    finally:
-        os.umask(before)
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    assert (tmp_path / "x.safetensors").read_bytes() == save(contiguous)
-    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == mode

@@ -22,8 +22,13 @@ ODD_TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return train_tokenizer(iter(make_texts(300, seed=0)), 400, tmp_path_factory.mktemp("trained") / "tokenizer")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("trained") / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def trained(home):
+    return train_tokenizer(iter(make_texts(300, seed=0)), 400, home)
 
 
 def auto(folder: Path):
@@ -32,9 +37,9 @@ def auto(folder: Path):
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
-def test_any_text_comes_back(trained):
-    loaded = auto(trained.folder)
-    encoder = Encoder(trained.folder, trained.eos_token_id)
+def test_any_text_comes_back(home, trained):
+    loaded = auto(home)
+    encoder = Encoder(home, trained.eos_token_id)
     for text in ODD_TEXTS:
         *ids, eos = encoder.encode([text])[0]
         assert eos == trained.eos_token_id
@@ -42,11 +47,11 @@ def test_any_text_comes_back(trained):
         assert loaded.decode(ids, skip_special_tokens=False) == text
 
 
-def test_transformers_loads_it_with_the_same_ids_and_eos(trained):
-    loaded = auto(trained.folder)
+def test_transformers_loads_it_with_the_same_ids_and_eos(home, trained):
+    loaded = auto(home)
     assert (loaded.eos_token, loaded.eos_token_id, len(loaded)) == (END_OF_TEXT, trained.eos_token_id, trained.size)
     for text in make_texts(20, seed=9):
-        assert loaded(text)["input_ids"] == Encoder(trained.folder, 0).encode([text])[0][:-1]
+        assert loaded(text)["input_ids"] == Encoder(home, 0).encode([text])[0][:-1]
         assert loaded.decode(loaded(text)["input_ids"]) == text
 
 
@@ -70,7 +75,7 @@ def test_a_vocabulary_without_room_for_all_bytes_is_refused(tmp_path):
         train_tokenizer(iter(["a"]), 256, tmp_path)
 
 
-def test_long_texts_are_cut_without_changing_ids(trained):
+def test_long_texts_are_cut_without_changing_ids(home, trained):
     draw = random.Random(0)
     gaps = [" ", "\n", "\n\n", " \n", "\n ", " \n\n  \n", "\t\n", "\r\n", "\u3000\n", ", ", "\n'", "\n\n\n"]
     for _ in range(200):
@@ -78,31 +83,30 @@ def test_long_texts_are_cut_without_changing_ids(trained):
         pieces = pieces_of(text, 20)
         assert len(pieces) > 1
         assert "".join(pieces) == text
-        encoder = Encoder(trained.folder, 0)
+        encoder = Encoder(home, 0)
         whole = encoder._tokenizer.encode(text, add_special_tokens=False).ids
         encoder._cut = 20
         assert encoder.encode([text])[0][:-1] == whole
 
 
-def test_other_tokenizers_are_not_given_cut_texts(trained, tmp_path):
-    assert Encoder(trained.folder, 0)._cut is not None
-    tree = json.loads((trained.folder / "tokenizer.json").read_text())
+def test_other_tokenizers_are_not_given_cut_texts(home, trained, tmp_path):
+    assert Encoder(home, 0)._cut is not None
+    tree = json.loads((home / "tokenizer.json").read_text())
     tree["normalizer"] = {"type": "NFC"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
     assert Encoder(tmp_path, 0)._cut is None
 
 
-def test_adopting_a_file_or_a_folder_keeps_the_fingerprint(trained, tmp_path):
-    from_file = adopt_tokenizer(trained.folder / "tokenizer.json", None, tmp_path / "file")
-    from_folder = adopt_tokenizer(trained.folder, None, tmp_path / "folder")
-    for adopted in (from_file, from_folder):
-        assert adopted.fingerprint == trained.fingerprint == tokenizer_fingerprint(adopted.folder)
+def test_adopting_a_file_or_a_folder_keeps_the_fingerprint(home, trained, tmp_path):
+    for source, folder in ((home / "tokenizer.json", tmp_path / "file"), (home, tmp_path / "folder")):
+        adopted = adopt_tokenizer(source, None, folder)
+        assert adopted.fingerprint == trained.fingerprint == tokenizer_fingerprint(folder)
         assert (adopted.eos_token, adopted.eos_token_id, adopted.size) == (END_OF_TEXT, 0, trained.size)
-        assert auto(adopted.folder).eos_token_id == 0
+        assert auto(folder).eos_token_id == 0
 
 
-def test_adopting_a_folder_without_tokenizer_json(trained, tmp_path):
-    model = json.loads((trained.folder / "tokenizer.json").read_text())["model"]
+def test_adopting_a_folder_without_tokenizer_json(home, trained, tmp_path):
+    model = json.loads((home / "tokenizer.json").read_text())["model"]
     folder = tmp_path / "gpt2"
     folder.mkdir()
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
@@ -113,10 +117,10 @@ def test_adopting_a_folder_without_tokenizer_json(trained, tmp_path):
     adopted = adopt_tokenizer(folder, None, tmp_path / "adopted")
     assert (adopted.eos_token_id, adopted.size) == (trained.eos_token_id, trained.size)
     for text in make_texts(5, seed=2):
-        assert Encoder(adopted.folder, 0).encode([text]) == Encoder(trained.folder, 0).encode([text])
+        assert Encoder(tmp_path / "adopted", 0).encode([text]) == Encoder(home, 0).encode([text])
 
 
-def test_code_shipped_with_a_tokenizer_is_not_run(trained, tmp_path):
+def test_code_shipped_with_a_tokenizer_is_not_run(tmp_path):
     folder = tmp_path / "custom"
     folder.mkdir()
     (folder / "tokenizer_config.json").write_text(
@@ -128,9 +132,9 @@ def test_code_shipped_with_a_tokenizer_is_not_run(trained, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_fingerprint_ignores_layout_and_sees_content(trained, tmp_path):
+def test_fingerprint_ignores_layout_and_sees_content(home, trained, tmp_path):
     path = tmp_path / "tokenizer.json"
-    tree = json.loads((trained.folder / "tokenizer.json").read_text())
+    tree = json.loads((home / "tokenizer.json").read_text())
     tree["model"]["merges"] = [" ".join(pair) for pair in tree["model"]["merges"]]
     path.write_text(json.dumps({**tree, "truncation": {"max_length": 5}}, indent=7))
     assert tokenizer_fingerprint(tmp_path) == trained.fingerprint
@@ -139,17 +143,17 @@ def test_fingerprint_ignores_layout_and_sees_content(trained, tmp_path):
     assert tokenizer_fingerprint(tmp_path) != trained.fingerprint
 
 
-def test_truncation_saved_in_a_tokenizer_does_not_shorten_documents(trained, tmp_path):
-    tree = json.loads((trained.folder / "tokenizer.json").read_text())
+def test_truncation_saved_in_a_tokenizer_does_not_shorten_documents(home, trained, tmp_path):
+    tree = json.loads((home / "tokenizer.json").read_text())
     tree["truncation"] = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
-    adopted = adopt_tokenizer(tmp_path / "tokenizer.json", None, tmp_path / "adopted")
+    adopt_tokenizer(tmp_path / "tokenizer.json", None, tmp_path / "adopted")
     text = "a text of more than four tokens"
-    assert Encoder(adopted.folder, 0).encode([text]) == Encoder(trained.folder, 0).encode([text])
+    assert Encoder(tmp_path / "adopted", 0).encode([text]) == Encoder(home, 0).encode([text])
 
 
-def test_a_tokenizer_must_say_how_documents_end(trained, tmp_path):
-    tree = json.loads((trained.folder / "tokenizer.json").read_text())
+def test_a_tokenizer_must_say_how_documents_end(home, trained, tmp_path):
+    tree = json.loads((home / "tokenizer.json").read_text())
     tree["added_tokens"] = []
     (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
     with pytest.raises(UserError, match=r"tokenizer\.json: .*--eos-token TOKEN"):
