@@ -92,6 +92,7 @@ class TokenVectorKind(ModelKind):
     """A table per layer with a row per token id."""
 
     name = NAME
+    title = "a vector per token"
     controls = ("on", "off")
 
     def layers(self, shape: Shape) -> tuple[int, ...]:

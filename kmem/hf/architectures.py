@@ -41,7 +41,7 @@ def choose(model: ModelConfig, custom_code: bool = False) -> Choice:
     if model.moe is not None and model.moe.chain is not None:
         return Choice(KMEM, "no native architecture has a chain of experts (model.moe.chain)")
     for kind in kinds_of(model.shape):
-        return Choice(KMEM, f"no native architecture has this memory (model.{kind.name})")
+        return Choice(KMEM, f"no native architecture has {kind.title} (model.{kind.name})")
     if model.shape.branches > 1:
         return Choice(KMEM, "no native architecture has a residual stream of branches (model.hyper_connections)")
     if model.attention.kind == "gqa" and model.attention.qk_norm_span == "all_heads":

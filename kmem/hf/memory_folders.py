@@ -69,13 +69,16 @@ class MemoryFolder:
     takes_tree = False
     """Whether it takes the folder of a cluster tree (`--tree`)."""
 
+    def __init__(self, kind: ModelKind) -> None:
+        self.kind = kind
+
     def described(self, reader: TrainedModel) -> FolderParts:
         """Fields and tensors of a checkpoint's memory.
 
         Raises:
             CheckpointError: what addresses its rows is missing, or another than it was trained with.
         """
-        return FolderParts()
+        return FolderParts(card=partial(table_card, self.kind))
 
     def exported(self, reader: TrainedModel, tree: Path | None) -> FolderParts:
         """As `described`, with everything else that an export needs."""
@@ -104,7 +107,7 @@ class EngramFolder(MemoryFolder):
         return FolderParts(
             {"addressing": addresses.addressing.to_manifest()},
             {} if compression is None else {COMPRESSION: compression.lookup},
-            engram_card,
+            partial(table_card, self.kind),
         )
 
     def imported(self, source: Path, memory: ExportedMemory, model: ModelConfig, run: Path) -> dict[str, Any] | None:
@@ -171,12 +174,12 @@ class BankFolder(MemoryFolder):
         return record
 
 
-_FOLDERS: dict[str, MemoryFolder] = {"engram": EngramFolder(), "bank": BankFolder()}
+_FOLDERS: dict[str, type[MemoryFolder]] = {"engram": EngramFolder, "bank": BankFolder}
 
 
 def folder_of(kind: ModelKind) -> MemoryFolder:
     """How this kind goes into folders and comes out of them."""
-    return _FOLDERS.get(kind.name, MemoryFolder())
+    return _FOLDERS.get(kind.name, MemoryFolder)(kind)
 
 
 def mapped_tables(reader: CheckpointReader, kind: ModelKind) -> dict[int, RowSource]:
@@ -215,11 +218,12 @@ class _SideBySide:
         return torch.cat([table(rows) for table in self.tables], dim=-1)
 
 
-def engram_card(counts: ParameterCounts) -> str:
-    """The engram's paragraph of the README."""
+def table_card(kind: ModelKind, counts: ParameterCounts) -> str:
+    """The paragraph of the README on a memory whose tokens read a few rows."""
+    rows = counts.components[f"{kind.name}_table"]
     return (
-        f"Of its parameters {counts.components['engram_table']:,} are rows of an n-gram memory (engram); a token reads "
-        'a few of them. With `tables="mmap"` in `from_pretrained` the rows stay in the weight files.'
+        f"Of its parameters {rows:,} are rows of {kind.title}; a token reads a few of them. With "
+        '`tables="mmap"` in `from_pretrained` the rows stay in the weight files.'
     )
 
 

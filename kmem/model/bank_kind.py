@@ -27,6 +27,7 @@ class BankKind(ModelKind):
     """One table per level and layer; its rows are the blocks of the clusters of that level."""
 
     name = "bank"
+    title = "a memory bank"
     controls = ("fetched", "generic", "none", "blocked")
     """generic: the generic blocks instead of the clusters' blocks. none: no blocks. blocked: the blocks of the next
     nearest clusters, as if the bank had nothing below the context's own cluster of level 1."""

@@ -12,6 +12,7 @@ class EngramKind(TokenRowsKind):
     """One table per layer; token ids address its rows."""
 
     name = "engram"
+    title = "an n-gram memory (engram)"
     controls = ("on", "off", "shuffled", "single-row")
     """off: layers compute without the engram. shuffled: every n-gram reads another n-gram's row. single-row: every
     n-gram reads the first row of each head."""

@@ -143,6 +143,8 @@ class ModelKind:
 
     name: str
     """Name of the section in the model's configuration, of the module in a layer, and of the training half."""
+    title: str
+    """What it is, in a phrase such as "an n-gram memory (engram)"."""
     controls: tuple[str, ...]
     """Inputs that an evaluation can give the memory. The first is its normal input, the others replace it."""
 

@@ -80,6 +80,7 @@ class OverEncodingKind(TokenRowsKind):
     """One table of rows, in which the K hash tables follow each other; layer 0 reads it."""
 
     name = NAME
+    title = "over-encoding"
     exported = ExportedTokenRows
 
     def layers(self, shape: Shape) -> tuple[int, ...]:

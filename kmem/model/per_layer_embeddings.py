@@ -81,6 +81,7 @@ class PerLayerEmbeddingsKind(TokenRowsKind):
     """One table per layer with a row per token id."""
 
     name = NAME
+    title = "per-layer embeddings"
     exported = ExportedTokenRows
 
     def layers(self, shape: Shape) -> tuple[int, ...]:

@@ -115,6 +115,7 @@ class ProductKeyMemoryKind(ModelKind):
     """One table for all layers."""
 
     name = NAME
+    title = "a product-key memory"
     controls = ("on", "off", "shuffled")
     """off: the layers have no feed-forward. shuffled: every look-up reads the row of another pair of keys."""
     exported = ExportedPool

@@ -8,8 +8,9 @@ import pytest
 
 from kmem.hf.architectures import KMEM, Choice
 from kmem.hf.importing import starting_config
-from kmem.hf.memory_folders import FolderParts, bank_card, engram_card
+from kmem.hf.memory_folders import FolderParts, bank_card, table_card
 from kmem.hf.model_card import model_card
+from kmem.model.engram_kind import EngramKind
 from kmem.model.engram_reader import table_rows
 from kmem.model.parameter_counts import tensor_shapes
 from kmem.model.shape import Shape
@@ -17,7 +18,7 @@ from tests.hf.banks import BANKS, make_sentence_tree, make_tree, random_bank
 
 
 def card(model, folder, tree):
-    memories = [FolderParts(card=engram_card)] if model.engram else []
+    memories = [FolderParts(card=partial(table_card, EngramKind()))] if model.engram else []
     memories += [] if tree is None else [FolderParts(card=partial(bank_card, tree))]
     return model_card(starting_config(folder / "run", model), {}, Choice(KMEM, "a bank"), "fp32", memories)
 
