@@ -268,10 +268,6 @@ class InferenceBank:
         finally:
             running.pop()
 
-    def inputs(self, leaves: Tensor | None, batch: int, tokens: int, like: Tensor) -> dict[int, BankInput]:
-        """As `InferenceSession.inputs`, for the current session."""
-        return self.session().inputs(leaves, batch, tokens, like)
-
     def loaded_router(self) -> ContextRouter:
         """The tree and its embedder.
 
