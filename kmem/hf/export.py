@@ -200,6 +200,7 @@ def _write_weights(
                 for values in _values(trained, piece):
                     writer.write_values(piece.name, values.to(held))
                     progress.advance(values.numel() * held.itemsize)
+                    del values  # before the next part is read
         places.update(dict.fromkeys(declared, name))
     total = sum(_bytes(piece, dtype) for shard in shards for piece in shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
