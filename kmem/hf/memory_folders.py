@@ -5,15 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kmem.checkpoint.bank.layout import Banked, checkpoint_router, checkpoint_tree
-from kmem.checkpoint.engram.reading import Addressed, checkpoint_addresses
+from kmem.checkpoint.bank.layout import checkpoint_router, checkpoint_tree
+from kmem.checkpoint.engram.reading import checkpoint_addresses
 from kmem.checkpoint.manifest import check_addressing
 from kmem.checkpoint.reader import CheckpointReader
+from kmem.checkpoint.trained_model import TrainedModel
 from kmem.clustering.encoder_folder import LICENCES
 from kmem.clustering.tree_folder import copy_tree
 from kmem.config import ModelConfig, UserError
@@ -30,20 +31,6 @@ from kmem.model.export_tables import RowSource
 from kmem.model.exported_memory import ExportedMemory, modules_of
 from kmem.model.memory_kind import ModelKind
 from kmem.model.parameter_counts import ParameterCounts
-
-
-class TrainedModel(Addressed, Banked, Protocol):
-    """What an export reads from a checkpoint; `CheckpointReader` implements it."""
-
-    @property
-    def facts(self) -> Mapping[str, Any]: ...
-
-    @property
-    def tensors(self) -> Mapping[str, Any]:
-        """Canonical name -> an object with `.shape`."""
-
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor along its first dimension."""
 
 
 @dataclass(frozen=True)
