@@ -30,8 +30,10 @@ class Architecture:
     """The same shape: path in the model section -> value that all these models have."""
     shared_experts: bool | None = None
     """Whether these models have shared experts; None: either."""
-    obstacles: Callable[[ModelConfig], list[str]] = lambda model: []
-    """The options of a model of that shape that the architecture cannot express, in words."""
+    supported: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    """Path in the model section -> the only value that the architecture can express, and its reason in words."""
+    further_obstacles: Callable[[ModelConfig], list[str]] = lambda model: []
+    """Other options of a model of that shape that the architecture cannot express, in words."""
     fields: Mapping[str, str] = field(default_factory=dict)
     """Field of config.json -> path in the model section, of what both have, besides SHARED."""
     further_fields: Callable[[ModelConfig], dict[str, Any]] = lambda model: {}
@@ -46,6 +48,16 @@ class Architecture:
         shared = bool(value_at(model, "moe.num_shared_experts"))
         implied = all(value_at(model, path) == value for path, value in self.implied.items())
         return implied and self.shared_experts in (None, shared)
+
+    def obstacles(self, model: ModelConfig) -> list[str]:
+        """The options of a model of that shape that the architecture cannot express, in words."""
+        values = {path: value_at(model, path) for path in self.supported}
+        unlike = [
+            f"{reason} (model.{path}={values[path]})"
+            for path, (supported, reason) in self.supported.items()
+            if values[path] != supported
+        ]
+        return unlike + self.further_obstacles(model)
 
 
 def value_at(model: ModelConfig, path: str) -> Any:
@@ -97,32 +109,6 @@ def rope_scaling(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"kind": parameters["rope_type"], **{name: parameters.get(name) for name in names}}
 
 
-def _plain_gqa_obstacles(model: ModelConfig) -> list[str]:
-    obstacles = []
-    if _gqa(model).qkv_bias:
-        obstacles.append(
-            "its attention has biases on all four projections or on none, but model.attention.qkv_bias is true"
-        )
-    return obstacles + _whole_heads_obstacles(model)
-
-
-def _whole_heads_obstacles(model: ModelConfig) -> list[str]:
-    fraction = _gqa(model).rotary_fraction
-    return [] if fraction == 1 else [f"it rotates whole heads, not model.attention.rotary_fraction={fraction}"]
-
-
-def _qwen3_moe_obstacles(model: ModelConfig) -> list[str]:
-    assert model.moe
-    obstacles = _plain_gqa_obstacles(model)
-    if model.moe.num_groups > 1:
-        obstacles.append(f"it has no group-limited routing (model.moe.num_groups={model.moe.num_groups})")
-    if model.moe.scaling_factor != 1:
-        obstacles.append(f"it does not scale router weights (model.moe.scaling_factor={model.moe.scaling_factor})")
-    if model.moe.selection_bias:
-        obstacles.append("its router has no bias (model.moe.selection_bias is true)")
-    return obstacles
-
-
 def _glm4_moe_obstacles(model: ModelConfig) -> list[str]:
     obstacles = _group_obstacles(model)
     width = model.shape.head_dim * _gqa(model).rotary_fraction
@@ -134,23 +120,15 @@ def _glm4_moe_obstacles(model: ModelConfig) -> list[str]:
     return obstacles
 
 
-def _deepseek_v3_obstacles(model: ModelConfig) -> list[str]:
-    obstacles = _group_obstacles(model)
-    if model.norm_eps != LATENT_NORM_EPS:
-        obstacles.append(f"its latent norms have epsilon {LATENT_NORM_EPS}, not model.norm_eps={model.norm_eps}")
-    return obstacles
-
-
 def _llama_obstacles(model: ModelConfig) -> list[str]:
-    obstacles = _whole_heads_obstacles(model)
-    if model.hidden_size % model.attention.num_heads:
-        obstacles.append(
-            f"it requires that model.attention.num_heads={model.attention.num_heads} divides "
-            f"model.hidden_size={model.hidden_size}"
-        )
-    return obstacles
+    heads, hidden = model.attention.num_heads, model.hidden_size
+    if hidden % heads:
+        return [f"it requires that model.attention.num_heads={heads} divides model.hidden_size={hidden}"]
+    return []
 
 
+WHOLE_HEADS = {"attention.rotary_fraction": (1, "it rotates whole heads")}
+ALIKE_BIASES = {"attention.qkv_bias": (False, "its attention has biases on all four projections or on none")}
 SHARED = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -201,7 +179,13 @@ QWEN3_MOE = Architecture(
     shape="grouped-query attention with qk-norm, softmax routing, no shared expert",
     implied={"attention.kind": "gqa", "attention.qk_norm": True, "moe.score_function": "softmax"},
     shared_experts=False,
-    obstacles=_qwen3_moe_obstacles,
+    supported={
+        **ALIKE_BIASES,
+        **WHOLE_HEADS,
+        "moe.num_groups": (1, "it has no group-limited routing"),
+        "moe.scaling_factor": (1, "it does not scale router weights"),
+        "moe.selection_bias": (False, "its router has no bias"),
+    },
     fields={
         **GQA,
         "moe_intermediate_size": "moe.intermediate_size",
@@ -224,7 +208,7 @@ GLM4_MOE = Architecture(
     shape="grouped-query attention, sigmoid routing with selection bias, shared experts",
     implied={"attention.kind": "gqa", "moe.score_function": "sigmoid", "moe.selection_bias": True},
     shared_experts=True,
-    obstacles=_glm4_moe_obstacles,
+    further_obstacles=_glm4_moe_obstacles,
     fields={**GQA, **BIASED_MOE, "attention_bias": "attention.qkv_bias", "use_qk_norm": "attention.qk_norm"},
     further_fields=lambda model: {
         "rope_parameters": {**rope_parameters(model), "partial_rotary_factor": _gqa(model).rotary_fraction},
@@ -242,7 +226,8 @@ DEEPSEEK_V3 = Architecture(
     class_name="DeepseekV3ForCausalLM",
     shape="latent attention, sigmoid routing with selection bias",
     implied={"attention.kind": "mla", "moe.score_function": "sigmoid", "moe.selection_bias": True},
-    obstacles=_deepseek_v3_obstacles,
+    supported={"norm_eps": (LATENT_NORM_EPS, f"its latent norms have epsilon {LATENT_NORM_EPS}")},
+    further_obstacles=_group_obstacles,
     fields={
         **BIASED_MOE,
         "q_lora_rank": "attention.q_lora_rank",
@@ -273,7 +258,7 @@ QWEN3 = Architecture(
     class_name="Qwen3ForCausalLM",
     shape="grouped-query attention with qk-norm, no experts",
     implied={"attention.kind": "gqa", "attention.qk_norm": True, "moe": None},
-    obstacles=_plain_gqa_obstacles,
+    supported={**ALIKE_BIASES, **WHOLE_HEADS},
     fields=GQA,
     required={**EVERYWHERE, **PLAIN_BIAS, **FULL_ATTENTION},
 )
@@ -283,7 +268,7 @@ QWEN2 = Architecture(
     class_name="Qwen2ForCausalLM",
     shape="grouped-query attention without qk-norm but with qkv biases, no experts",
     implied={"attention.kind": "gqa", "attention.qk_norm": False, "attention.qkv_bias": True, "moe": None},
-    obstacles=_whole_heads_obstacles,
+    supported=WHOLE_HEADS,
     fields=GQA,
     required={**EVERYWHERE, **FULL_ATTENTION},
 )
@@ -293,7 +278,8 @@ LLAMA = Architecture(
     class_name="LlamaForCausalLM",
     shape="grouped-query attention without qk-norm or biases, no experts",
     implied={"attention.kind": "gqa", "attention.qk_norm": False, "attention.qkv_bias": False, "moe": None},
-    obstacles=_llama_obstacles,
+    supported=WHOLE_HEADS,
+    further_obstacles=_llama_obstacles,
     fields=GQA,
     required={**EVERYWHERE, **PLAIN_BIAS, "mlp_bias": (False,)},
 )
