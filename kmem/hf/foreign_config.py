@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from kmem.config import ModelConfig, UserError
+from kmem.config.problems import explain
 from kmem.hf.architectures import BY_MODEL_TYPE, KMEM, from_fields, to_fields
 from kmem.hf.custom_code import register
 from kmem.hf.native import GLM4_MOE, QWEN3_MOE, Architecture
@@ -70,9 +71,8 @@ def read_model(config: Any, architecture: Architecture, path: Path) -> ModelConf
     try:
         return ModelConfig.model_validate(from_fields(config, architecture))
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"] if part not in ("gqa", "mla"))
-        raise UserError(f"{path}: describes a model that kmem cannot build: model.{where}: {problem['msg']}") from None
+        problem = explain(error.errors(), ModelConfig)[0]
+        raise UserError(f"{path}: describes a model that kmem cannot build: model.{problem}") from None
 
 
 def ignored_fields(fields: Mapping[str, Any], model: ModelConfig, architecture: Architecture) -> list[str]:

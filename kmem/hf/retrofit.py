@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from kmem.config import ChainOfExperts, ModelConfig, UserError
+from kmem.config.problems import explain
 from kmem.model.parameter_counts import tensor_shapes
 
 _ROUTER = re.compile(r"(layers\.\d+\.feed_forward\.)routers\.\d+\.")
@@ -43,9 +44,7 @@ def chained(model: ModelConfig, iterations: int, choices: Sequence[str] = ()) ->
     try:
         chain = ChainOfExperts.model_validate({**fields, "iterations": iterations, "retrofit_scale": True})
     except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(map(str, problem["loc"]))
-        raise UserError(f"--chain-set {field}: {problem['msg']}") from None
+        raise UserError(f"--chain-set {explain(error.errors(), ChainOfExperts)[0]}") from None
     if chain.shared_experts == "once" and not model.moe.num_shared_experts:
         raise UserError("--chain-set shared_experts=once: the model has no shared experts")
     return model.model_copy(update={"moe": model.moe.model_copy(update={"chain": chain})})
