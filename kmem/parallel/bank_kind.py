@@ -25,14 +25,14 @@ from kmem.model.bank_router import tree_with_embedder
 from kmem.model.bank_tree import parse_path, read_tree_record
 from kmem.parallel.bank_step import plan_blocks
 from kmem.parallel.bank_usage import BankUsage, written_columns
-from kmem.parallel.memory_kind import BegunStep, MemoryKind, MemoryPlan, StageMemory, StageParts
+from kmem.parallel.memory_kind import BegunStep, MemoryKind, MemoryPlan, StageMemory, StageParts, StageTable
 from kmem.parallel.mesh import Mesh, local_device
 from kmem.parallel.stage_tables import mapped_folder
 from kmem.parallel.stages import stages_with
 from kmem.parallel.table_bytes import TableBytes
 from kmem.parallel.table_figures import TIMES, table_figures
 from kmem.tables import counter_random
-from kmem.tables.exchange import Exchange, join_groups
+from kmem.tables.exchange import join_groups
 from kmem.tables.sharding import RowSelection
 from kmem.tables.table import Table
 from kmem.tables.table_spec import TableSpec
@@ -256,7 +256,7 @@ class StageBank(StageMemory):
         return self._usage.state(saving)
 
 
-class BankTable:
+class BankTable(StageTable):
     """The table of a level.
 
     Args:
@@ -271,8 +271,6 @@ class BankTable:
         self, config: Config, layout: BankLayout, level: int, norm_group: dist.ProcessGroup | None = None
     ) -> None:
         self.settings: TableConfig = config.bank
-        self.in_forward: Exchange | None = None
-        self.is_copy = False
         self.optimizer: RowOptimizerConfig | None = config.bank.optimizer
         self.layout, self.level, self.norm_group = layout, level, norm_group
         self.selection = RowSelection(layout.rows(level), tuple(held_rows(config, layout, level)))

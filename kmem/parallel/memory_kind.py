@@ -38,12 +38,12 @@ class StageTable(Protocol):
     """That section: how the table is kept."""
     optimizer: RowOptimizerConfig | None
     """Optimizer of its rows; None if they are frozen."""
-    norm_group: dist.ProcessGroup | None
+    norm_group: dist.ProcessGroup | None = None
     """Ranks over which the gradient norm is summed for clipping; None: the ranks of the stage."""
-    in_forward: Exchange | None
+    in_forward: Exchange | None = None
     """Collectives for a table that layers look up in the forward pass, on the main thread, with a group of their own;
     None: rows are fetched before it, by the worker."""
-    is_copy: bool
+    is_copy: bool = False
     """Whether another stage saves the same table."""
 
     def spec(self, config: Config) -> TableSpec:
