@@ -56,7 +56,19 @@ def bank_options(levels: str | None, blocked: str | None, tree: Path | None, con
     Raises:
         UserError: names the option.
     """
-    return BankOptions(_levels(levels), _clusters(blocked, control), tree)
+    if levels is not None and not all(part.strip().isdecimal() for part in levels.split(",")):
+        raise UserError(f"--bank-levels {levels}: write levels joined by commas, such as 1,2")
+    chosen = None if levels is None else tuple(int(part) for part in levels.split(","))
+    if blocked is None:
+        return BankOptions(chosen, (), tree)
+    from kmem.model.bank_tree import parse_path
+
+    if control not in FETCHING:
+        raise UserError(f"--blocked {blocked}: --control bank={control} looks up no clusters; leave one of them out")
+    try:
+        return BankOptions(chosen, tuple(parse_path(part) for part in blocked.split(",")), tree)
+    except ValueError as error:
+        raise UserError(f"--blocked {blocked}: {error}") from None
 
 
 def set_controls(bank: "InferenceBank", control: str, levels: Sequence[int] | None) -> None:
@@ -73,24 +85,3 @@ def set_controls(bank: "InferenceBank", control: str, levels: Sequence[int] | No
         bank.choose(control, levels)
     except ValueError as error:
         raise UserError(f"--bank-levels {','.join(map(str, levels or ()))}: {error}") from None
-
-
-def _levels(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    if not all(part.strip().isdecimal() for part in text.split(",")):
-        raise UserError(f"--bank-levels {text}: write levels joined by commas, such as 1,2")
-    return tuple(int(part) for part in text.split(","))
-
-
-def _clusters(text: str | None, control: str | None) -> "tuple[ClusterPath, ...]":
-    if text is None:
-        return ()
-    from kmem.model.bank_tree import parse_path
-
-    if control not in FETCHING:
-        raise UserError(f"--blocked {text}: --control bank={control} looks up no clusters; leave one of them out")
-    try:
-        return tuple(parse_path(part) for part in text.split(","))
-    except ValueError as error:
-        raise UserError(f"--blocked {text}: {error}") from None
