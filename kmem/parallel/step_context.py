@@ -83,9 +83,8 @@ class StepContext:
         micro = self.micro_batch()
         if not micro.packed:
             return None
-        assert self.current is not None
-        if self._mask is None or self._mask[0] != self.current:
-            self._mask = self.current, packed_mask(micro.sequences.document_ids)
+        if self._mask is None or self._mask[0] != self.running:
+            self._mask = self.running, packed_mask(micro.sequences.document_ids)
         return self._mask[1]
 
     def padding(self) -> Tensor | None:
