@@ -1,13 +1,15 @@
 """Processes that begin with everything imported: forks of a server that has imported torch, DeepSpeed and kmem.
 
-Importing them costs a new process seconds. Rank processes (`tests/distributed/rank_pool.py`) and `kmem` commands are
-forks of the server: real processes with their own pid, signals, output and exit code, which have not called `exec`.
+Importing them costs a new process seconds. Rank processes (`tests/distributed/rank_pool.py`), `kmem` commands and
+programs are forks of a server: real processes with their own pid, signals, output and exit code, which have not called
+`exec`. A second server has imported torch and Transformers, and nothing of kmem.
 """
 
 import contextlib
 import gc
 import multiprocessing as mp
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -21,15 +23,32 @@ from types import SimpleNamespace
 from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
+WITH_KMEM, WITHOUT_KMEM = "tests.warm_imports", "tests.warm_transformers"
+_servers: dict[str, Any] = {}
 
 
-def warm_context() -> Any:
-    """A multiprocessing context whose processes are forks of this process's server, on the CPU alone."""
+def warm_process(imported: str, work: Callable[..., None], *arguments: Any, daemon: bool = False) -> Any:
+    """A started `multiprocessing.Process`: a fork of the server that has imported that module, on the CPU alone."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.warm_imports"])
+    process = context.Process(target=work, args=arguments, daemon=daemon)
+    if imported not in _servers:
+        _servers[imported] = forkserver.ForkServer()
+        _servers[imported].set_forkserver_preload([imported])
+    server = _servers[imported]
     with _environment({"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}):
-        forkserver.ensure_running()
-    return context
+        server.ensure_running()
+    standard = forkserver.connect_to_new_process
+    forkserver.connect_to_new_process = server.connect_to_new_process
+    try:
+        process.start()
+    finally:
+        forkserver.connect_to_new_process = standard
+    return process
+
+
+def warm_queue() -> Any:
+    """A queue for warm processes."""
+    return mp.get_context("forkserver").Queue()
 
 
 @contextlib.contextmanager
@@ -43,16 +62,27 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-class WarmCommand:
-    """`python -m kmem.cli WORDS` as a fork of the server. Has what the tests need of `subprocess.Popen`."""
+def run_warm_program(
+    program: str | Path, arguments: Sequence[str], environment: Mapping[str, str], folder: Path
+) -> subprocess.CompletedProcess[str]:
+    """`python -c PROGRAM ARGUMENTS` in a folder, or `python PATH ARGUMENTS`, with torch and Transformers imported.
 
-    def __init__(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
+    environment: has HF_MODULES_CACHE.
+    """
+    process = WarmProcess(WITHOUT_KMEM, _run_program, program, list(arguments), dict(environment), folder)
+    out, errors = process.communicate(240)
+    return subprocess.CompletedProcess([str(program), *arguments], process.returncode or 0, out, errors)
+
+
+class WarmProcess:
+    """A function that runs in a fork of a server. Has what the tests need of `subprocess.Popen`."""
+
+    def __init__(self, imported: str, work: Callable[..., Any], *arguments: Any) -> None:
+        """work: a module-level function, called with these picklable arguments; what it returns is the exit code."""
         out, into_out = os.pipe()
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # read when the process has ended
         ends = Connection(into_out), Connection(os.dup(self._errors.fileno()))
-        arguments = (list(words), dict(environment), *ends)
-        self._process = warm_context().Process(target=_run_command, args=arguments)
-        self._process.start()
+        self._process = warm_process(imported, _begin, *ends, work, arguments)
         for end in ends:
             end.close()
         self.stdout: TextIO = open(out)  # noqa: SIM115  # closed by `communicate`
@@ -91,30 +121,56 @@ class WarmCommand:
         with self._errors as errors:
             said = errors.read()
         if late:
-            raise subprocess.TimeoutExpired("kmem", timeout, "".join(rest), said)
+            raise subprocess.TimeoutExpired("a warm process", timeout, "".join(rest), said)
         assert rest, "the command has ended, a process that it started has not"
         self.stdout.close()
         return rest[0], said
 
 
-def _run_command(words: list[str], environment: dict[str, str], out: Connection, errors: Connection) -> None:
+def _begin(out: Connection, errors: Connection, work: Callable[..., Any], arguments: Sequence[Any]) -> None:
     for number, end in ((1, out), (2, errors)):
         os.dup2(end.fileno(), number)
         end.close()
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
-    os.chdir(ROOT)
     gc.freeze()
+    sys.exit(work(*arguments))
+
+
+def _enter(environment: Mapping[str, str], folder: Path) -> None:
+    """As a new process there, with nothing of the one that it was forked from."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def _run_program(program: str | Path, arguments: list[str], environment: Mapping[str, str], folder: Path) -> None:
+    _enter(environment, folder)
+    sys.path[:] = [place for place in sys.path if Path(place).resolve() != ROOT]
+    if "transformers.dynamic_module_utils" in sys.modules:  # which has read it when it was imported
+        sys.modules["transformers.dynamic_module_utils"].HF_MODULES_CACHE = environment["HF_MODULES_CACHE"]  # type: ignore[attr-defined]
+    sys.argv = ["-c" if isinstance(program, str) else str(program), *arguments]
+    if isinstance(program, Path):
+        runpy.run_path(str(program), run_name="__main__")
+    else:
+        exec(program, {"__name__": "__main__"})
+
+
+def start_command(words: Sequence[str], environment: Mapping[str, str]) -> WarmProcess:
+    """`python -m kmem.cli WORDS`."""
+    return WarmProcess(WITH_KMEM, _run_command, list(words), dict(environment))
+
+
+def _run_command(words: list[str], environment: dict[str, str]) -> int:
     from kmem.parallel import local_launch
 
     local_launch.subprocess = SimpleNamespace(Popen=_ForkedRank)  # type: ignore[assignment]
-    sys.exit(_main(words, environment))
+    return _main(words, environment)
 
 
 def _main(words: list[str], environment: Mapping[str, str]) -> int:
-    os.environ.clear()
-    os.environ.update(environment)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    _enter(environment, ROOT)
     from kmem.cli import main
 
     sys.argv = ["kmem", *words]

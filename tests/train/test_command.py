@@ -20,7 +20,7 @@ from kmem.checkpoint.commit import committed_steps
 from kmem.cli import COMMANDS, main
 from kmem.config import packaged_configs
 from kmem.parallel.local_launch import launch_local
-from tests.warm_processes import WarmCommand
+from tests.warm_processes import start_command
 
 ROOT = Path(__file__).resolve().parents[2]
 KMEM = [sys.executable, "-m", "kmem.cli"]
@@ -46,7 +46,7 @@ def executed(words, environment=ENVIRONMENT):
 
 def forked(words, environment=ENVIRONMENT):
     """The same in a fork that has imported everything."""
-    return WarmCommand(words, environment)
+    return start_command(words, environment)
 
 
 @pytest.fixture(params=[forked, pytest.param(executed, marks=pytest.mark.full)], ids=lambda start: start.__name__)
@@ -100,7 +100,10 @@ def test_a_dead_rank_ends_the_others(run_config, start):
         if line.startswith("step 5/"):
             break
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGSTOP)  # or it might end before the launcher has seen the other's death
     os.kill(int(children[1]), signal.SIGKILL)
+    _wait_until(lambda: not Path(f"/proc/{children[1]}").exists(), "the launcher does not see that a rank is dead")
+    os.kill(int(children[0]), signal.SIGCONT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "was ended by SIGKILL" in errors
@@ -117,10 +120,14 @@ def test_ranks_end_with_their_launcher(run_config, start):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 2
     process.kill()
+    _wait_until(lambda: not any(_runs(child) for child in children), "the ranks go on without their launcher")
+
+
+def _wait_until(condition, otherwise: str) -> None:
     deadline = time.monotonic() + 30
-    while any(_runs(child) for child in children):
-        assert time.monotonic() < deadline, "the ranks go on without their launcher"
-        time.sleep(0.2)
+    while not condition():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.05)
 
 
 def _runs(process: str) -> bool:
