@@ -65,13 +65,17 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
 def run_warm_program(
     program: str | Path, arguments: Sequence[str], environment: Mapping[str, str], folder: Path
 ) -> subprocess.CompletedProcess[str]:
-    """`python -c PROGRAM ARGUMENTS` in a folder, or `python PATH ARGUMENTS`, with torch and Transformers imported.
-
-    environment: has HF_MODULES_CACHE.
-    """
-    process = WarmProcess(WITHOUT_KMEM, _run_program, program, list(arguments), dict(environment), folder)
+    """`python -c PROGRAM ARGUMENTS` in a folder, or `python PATH ARGUMENTS`, with torch and Transformers imported."""
+    process = start_program(WITHOUT_KMEM, program, arguments, environment, folder)
     out, errors = process.communicate(240)
     return subprocess.CompletedProcess([str(program), *arguments], process.returncode or 0, out, errors)
+
+
+def start_program(
+    imported: str, program: str | Path, arguments: Sequence[str], environment: Mapping[str, str], folder: Path
+) -> "WarmProcess":
+    """The same, with what a server has imported, without waiting for its end."""
+    return WarmProcess(imported, _run_program, program, list(arguments), dict(environment), folder)
 
 
 class WarmProcess:
@@ -148,7 +152,7 @@ def _enter(environment: Mapping[str, str], folder: Path) -> None:
 def _run_program(program: str | Path, arguments: list[str], environment: Mapping[str, str], folder: Path) -> None:
     _enter(environment, folder)
     sys.path[:] = [place for place in sys.path if Path(place).resolve() != ROOT]
-    if "transformers.dynamic_module_utils" in sys.modules:  # which has read it when it was imported
+    if "HF_MODULES_CACHE" in environment:  # which Transformers read when it was imported
         sys.modules["transformers.dynamic_module_utils"].HF_MODULES_CACHE = environment["HF_MODULES_CACHE"]  # type: ignore[attr-defined]
     sys.argv = ["-c" if isinstance(program, str) else str(program), *arguments]
     if isinstance(program, Path):
