@@ -7,7 +7,6 @@ programs are forks of a server: real processes with their own pid, signals, outp
 
 import contextlib
 import gc
-import multiprocessing as mp
 import os
 import runpy
 import signal
@@ -18,37 +17,46 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 WITH_KMEM, WITHOUT_KMEM = "tests.warm_imports", "tests.warm_transformers"
 _servers: dict[str, Any] = {}
 
 
-def warm_process(imported: str, work: Callable[..., None], *arguments: Any, daemon: bool = False) -> Any:
-    """A started `multiprocessing.Process`: a fork of the server that has imported that module, on the CPU alone."""
-    context = mp.get_context("forkserver")
-    process = context.Process(target=work, args=arguments, daemon=daemon)
-    if imported not in _servers:
-        _servers[imported] = forkserver.ForkServer()
-        _servers[imported].set_forkserver_preload([imported])
-    server = _servers[imported]
-    with _environment({"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}):
-        server.ensure_running()
-    standard = forkserver.connect_to_new_process
-    forkserver.connect_to_new_process = server.connect_to_new_process
-    try:
-        process.start()
-    finally:
-        forkserver.connect_to_new_process = standard
-    return process
+class _WarmProcess(ForkServerProcess):
+    """A process that a server forks which has imported `imported`."""
+
+    imported: str
+
+    @staticmethod
+    def _Popen(process: "_WarmProcess") -> Any:
+        server = _servers.get(process.imported)
+        if server is None:
+            server = _servers[process.imported] = forkserver.ForkServer()
+            server.set_forkserver_preload([process.imported])
+        with _environment({"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}):
+            server.ensure_running()
+        # multiprocessing itself knows one server only.
+        with mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
+            return ForkServerProcess._Popen(process)
 
 
-def warm_queue() -> Any:
-    """A queue for warm processes."""
-    return mp.get_context("forkserver").Queue()
+class WarmContext(ForkServerContext):
+    """A multiprocessing context, on the CPU alone: its processes have imported a module."""
+
+    def __init__(self, imported: str) -> None:
+        super().__init__()
+        self._imported = imported
+
+    def Process(self, *arguments: Any, **options: Any) -> _WarmProcess:  # type: ignore[override]
+        process = _WarmProcess(*arguments, **options)
+        process.imported = self._imported
+        return process
 
 
 @contextlib.contextmanager
@@ -86,7 +94,8 @@ class WarmProcess:
         out, into_out = os.pipe()
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # read when the process has ended
         ends = Connection(into_out), Connection(os.dup(self._errors.fileno()))
-        self._process = warm_process(imported, _begin, *ends, work, arguments)
+        self._process = WarmContext(imported).Process(target=_begin, args=(*ends, work, arguments))
+        self._process.start()
         for end in ends:
             end.close()
         self.stdout: TextIO = open(out)  # noqa: SIM115  # closed by `communicate`

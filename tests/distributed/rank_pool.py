@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kmem.parallel.local_launch import free_port
-from tests.warm_processes import WITH_KMEM, warm_process, warm_queue
+from tests.warm_processes import WITH_KMEM, WarmContext
 
 TIMEOUT_SECONDS = 180
 
@@ -28,17 +28,16 @@ class RankPool:
 
     def __init__(self, device: str = "cpu") -> None:
         self._device = device
+        # A process that was forked by one that has seen no GPU finds none.
+        self._context = WarmContext(WITH_KMEM) if device == "cpu" else mp.get_context("spawn")
         self._workers: list[tuple[Any, Any, Any]] = []
 
     def run(self, world: int, case: Callable[..., Any], *arguments: Any) -> list[Any]:
         """The case's results by rank."""
         while len(self._workers) < world:
-            jobs, answers = warm_queue(), warm_queue()
-            if self._device == "cpu":
-                process = warm_process(WITH_KMEM, _serve, self._device, jobs, answers, daemon=True)
-            else:  # the server sees no GPU
-                process = mp.get_context("spawn").Process(target=_serve, args=("cuda", jobs, answers), daemon=True)
-                process.start()
+            jobs, answers = self._context.Queue(), self._context.Queue()
+            process = self._context.Process(target=_serve, args=(self._device, jobs, answers), daemon=True)
+            process.start()
             self._workers.append((process, jobs, answers))
         port = free_port()
         for rank, (_, jobs, _) in enumerate(self._workers[:world]):
