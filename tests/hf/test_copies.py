@@ -107,16 +107,11 @@ if __name__ == "__main__":
 """
 
 
-def test_other_processes_generate(folders, tmp_path):
+def test_other_processes_generate(folders, tmp_path, run_without_kmem):
     """With the class that ships with the folder, and with kmem's."""
     _, folder = folders("bank")
     (tmp_path / "program.py").write_text(PROGRAM)
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "program.py"), os.path.relpath(folder, tmp_path)],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = run_without_kmem(tmp_path / "program.py", os.path.relpath(folder, tmp_path))
     assert done.stdout.split()[-1] == "True"
     model = opened(folder)
     (tmp_path / "model").write_bytes(pickle.dumps((model, tokens(), GREEDY)))
