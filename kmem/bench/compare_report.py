@@ -12,6 +12,7 @@ import numpy as np
 import kmem
 from kmem.bench.compare import Comparison, Run, Size
 from kmem.bench.compare_runs import curve, evaluate
+from kmem.checkpoint.printing import print_table
 from kmem.data.manifest import read_manifest
 from kmem.wording import counted
 
@@ -359,17 +360,10 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def _print(results: dict[str, Any], tables: Sequence[Table]) -> None:
-    import rich.table
     from rich.console import Console
 
-    console = Console(width=max(Console().width, 120))
     notice = _notice(results)
     if notice:
-        console.print(notice, style="bold", highlight=False)
+        Console(width=max(Console().width, 120)).print(notice, style="bold", highlight=False)
     for table in tables:
-        shown = rich.table.Table(*table.columns, title=table.title)
-        for column in shown.columns[1:]:
-            column.justify = "right"
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)
+        print_table(table.title, table.columns, table.rows, 120)

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kmem.bench.contest import Contestant, ratios, run_in_turn
 from kmem.bench.machine import processor
+from kmem.checkpoint.printing import print_table
 from kmem.config import Config, ConfigError, UserError, load_config
 from kmem.wording import counted
 
@@ -149,10 +151,7 @@ def _print_comparison(
     differences: dict[str, float],
     steps: int,
 ) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("layer", "ms", "rounds", "x kmem", "largest difference", title="medians of rounds taken in turn")
+    rows = []
     names = {contestant.name for contestant in measured}
     for contestant, each in [
         *((contestant, steps) for contestant in measured),
@@ -160,16 +159,17 @@ def _print_comparison(
     ]:
         milliseconds = [1e3 * seconds / each for seconds in contestant.seconds()]
         ratio, difference = found.get(contestant.name), differences.get(contestant.name)
-        table.add_row(
-            contestant.name,
-            f"{statistics.median(milliseconds):.2f}",
-            f"{min(milliseconds):.2f} to {max(milliseconds):.2f}",
-            f"{statistics.median(ratio):.2f}" if ratio else "",
-            "" if difference is None else f"{difference:.1e}",
+        rows.append(
+            (
+                contestant.name,
+                f"{statistics.median(milliseconds):.2f}",
+                f"{min(milliseconds):.2f} to {max(milliseconds):.2f}",
+                f"{statistics.median(ratio):.2f}" if ratio else "",
+                "" if difference is None else f"{difference:.1e}",
+            )
         )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    Console(width=max(Console().width, 120)).print(table)
+    columns = ("layer", "ms", "rounds", "x kmem", "largest difference")
+    print_table("medians of rounds taken in turn", columns, rows, 120)
     if len(measured) <= len(tried):
         print(f"without a ratio: took over {FINALISTS} times as long as the fastest in the first rounds")
 
@@ -219,47 +219,36 @@ def _say(what: str) -> None:
 
 
 def _print_costs(costs: "list[Cost]", rounds: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        "", "feature", "ms", "x plain", "quartiles", "expert calls", "parameters", "active", "saved MiB",
-        title=f"norm, experts and residual connection, forward and backward; medians of {rounds} rounds in turn",
-    )  # fmt: skip
-    for before, cost in zip([None, *costs], costs, strict=False):
-        if before is not None and before.subject != cost.subject:
-            table.add_section()
-        table.add_row(
-            cost.subject if before is None or before.subject != cost.subject else "",
-            cost.feature,
-            f"{cost.ms:.1f}",
-            f"{cost.times:.2f}",
-            f"{cost.spread[0]:.2f} to {cost.spread[1]:.2f}",
-            str(cost.expert_calls),
-            f"{cost.parameters:,}",
-            f"{cost.active_parameters:,}",
-            f"{cost.saved_bytes / 2**20:.1f}",
-        )
-    for column in table.columns[2:]:
-        column.justify = "right"
-    Console(width=max(Console().width, 140)).print(table)
+    rows: list[tuple[str, ...]] = []
+    for subject, group in groupby(costs, key=lambda cost: cost.subject):
+        for place, cost in enumerate(group):
+            rows.append(
+                (
+                    "" if place else subject,
+                    cost.feature,
+                    f"{cost.ms:.1f}",
+                    f"{cost.times:.2f}",
+                    f"{cost.spread[0]:.2f} to {cost.spread[1]:.2f}",
+                    str(cost.expert_calls),
+                    f"{cost.parameters:,}",
+                    f"{cost.active_parameters:,}",
+                    f"{cost.saved_bytes / 2**20:.1f}",
+                )
+            )
+        rows.append(())
+    title = f"norm, experts and residual connection, forward and backward; medians of {rounds} rounds in turn"
+    columns = ("", "feature", "ms", "x plain", "quartiles", "expert calls", "parameters", "active", "saved MiB")
+    print_table(title, columns, rows, 140, words=(0, 1))
     print("expert calls and active parameters are per token; saved: memory held from forward for backward")
 
 
 def _print_times(times: "list[BackendTime]", rounds: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        "rows per expert", "groups", "backend", "ms", "GFLOP/s", f"x {times[0].backend}",
-        title=f"experts alone, forward and backward; medians of {rounds} rounds in turn",
-    )  # fmt: skip
+    rows: list[tuple[str, ...]] = []
     for time in times:
-        if time.backend == times[0].backend and time is not times[0]:
-            table.add_section()
-        table.add_row(
-            str(time.rows), time.groups, time.backend, f"{time.ms:.3f}", f"{time.gflops:.0f}", f"{time.times:.2f}"
-        )
-    for column in (table.columns[0], *table.columns[3:]):
-        column.justify = "right"
-    Console(width=max(Console().width, 100)).print(table)
+        if time.backend == times[0].backend:
+            rows.append(())
+        figures = (f"{time.ms:.3f}", f"{time.gflops:.0f}", f"{time.times:.2f}")
+        rows.append((str(time.rows), time.groups, time.backend, *figures))
+    title = f"experts alone, forward and backward; medians of {rounds} rounds in turn"
+    columns = ("rows per expert", "groups", "backend", "ms", "GFLOP/s", f"x {times[0].backend}")
+    print_table(title, columns, rows, 100, words=(1, 2))

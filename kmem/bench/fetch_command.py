@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kmem.bench.machine import processor
+from kmem.checkpoint.printing import print_table
 from kmem.config import ConfigError, UserError
 from kmem.wording import counted
 
@@ -126,26 +127,19 @@ def _measure(arguments: argparse.Namespace, bank: "ExportedBank") -> None:
 
 
 def _print(times: "Sequence[FetchTimes]", shape: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    levels = [level.level for level in times[0].levels]
-    table = Table(
-        "levels", *(f"level {level}: ms" for level in levels),
-        "new topic: ms", "MB", "same level 1: ms", "MB", "faster by", title=shape,
-    )  # fmt: skip
-    for measured in times:
-        faster = f"{measured.all_ms / measured.deep_ms:.1f}x" if measured.deep_ms else ""
-        table.add_row(
+    levels = [f"level {level.level}: ms" for level in times[0].levels]
+    columns = ("levels", *levels, "new topic: ms", "MB", "same level 1: ms", "MB", "faster by")
+    rows = [
+        (
             measured.placement,
             *(f"{level.ms:.2f} ({level.bytes / 1e6:.2f} MB)" for level in measured.levels),
             f"{measured.all_ms:.2f}",
             f"{measured.all_bytes / 1e6:.2f}",
             f"{measured.deep_ms:.2f}",
             f"{measured.deep_bytes / 1e6:.2f}",
-            faster,
+            f"{measured.all_ms / measured.deep_ms:.1f}x" if measured.deep_ms else "",
         )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    Console(width=max(Console().width, 150)).print(table)
+        for measured in times
+    ]
+    print_table(shape, columns, rows, 150)
     print("new topic: all rows are read; same level 1: the row of level 1 is kept and only deeper rows are read")

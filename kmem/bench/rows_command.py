@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kmem.checkpoint.printing import print_table
 from kmem.config import ROW_OPTIMIZER_TRAITS, ConfigError, RowOptimizerConfig
 
 if TYPE_CHECKING:
@@ -135,19 +136,21 @@ def _updates(arguments: argparse.Namespace) -> list[RowsMeasurement]:
 
 
 def _print(measured: list[RowsMeasurement], shape: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("work", "threads", "M rows/s", "per core", "peer", "M rows/s", "ratio", "goal", title=shape)
-    for row in measured:
-        peer_rate = "" if row.peer_rate is None else f"{row.peer_rate:.3f}"
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        goal = {None: "", True: "met", False: "missed"}[row.met]
-        rates = (f"{row.rate:.3f}", f"{row.rate / row.threads:.3f}")
-        table.add_row(row.work, str(row.threads), *rates, row.peer or "", peer_rate, ratio, goal)
-    for place in (1, 2, 3, 5, 6):
-        table.columns[place].justify = "right"
-    Console(width=max(Console().width, 130)).print(table)
+    rows = [
+        (
+            row.work,
+            str(row.threads),
+            f"{row.rate:.3f}",
+            f"{row.rate / row.threads:.3f}",
+            row.peer or "",
+            "" if row.peer_rate is None else f"{row.peer_rate:.3f}",
+            "" if row.ratio is None else f"{row.ratio:.2f}",
+            {None: "", True: "met", False: "missed"}[row.met],
+        )
+        for row in measured
+    ]
+    columns = ("work", "threads", "M rows/s", "per core", "peer", "M rows/s", "ratio", "goal")
+    print_table(shape, columns, rows, 130, words=(0, 4, 7))
     print(
         f"lazy Adam deduplicates and sums, as its peer does. Goals for rows of {GOAL_DIM} values and at least "
         f"{GOAL_BYTES >> 20} MiB of rows:\n{GOALS['adam_rate']:.1f} M rows/s per core and {GOALS['adam_ratio']:.0f} "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kmem.bench.contest import Contestant, ratios, run_in_turn
 from kmem.bench.machine import processor
+from kmem.checkpoint.printing import print_table
 from kmem.config import Config, ConfigError, UserError, load_config, parse_config
 from kmem.wording import counted
 
@@ -148,31 +149,24 @@ def figures(tables: "list[TableBytes]", contestant: Contestant, small: Contestan
 
 
 def _print(measured: dict[str, dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
+    columns = (
         "rows and state", "rows", "ms per step", "slower", "goal", "stall ms", "fetch ms", "update ms",
-        "rows per step", "moved", title="medians; over rounds for the step and its ratio, over steps for the rest",
+        "rows per step", "moved",
     )  # fmt: skip
-    for name, figures in measured.items():
-        slower, goal = "", ""
-        if "slower" in figures:
-            slower = f"{figures['median_slower']:+.1%}"
-            goal = f"{figures['goal']:.0%} {'met' if figures['met'] else 'missed'}"
-        table.add_row(
+    rows = [
+        (
             name,
             f"{figures['rows']:,}",
             f"{figures['step_ms']:.1f}",
-            slower,
-            goal,
+            f"{figures['median_slower']:+.1%}" if "slower" in figures else "",
+            f"{figures['goal']:.0%} {'met' if figures['met'] else 'missed'}" if "slower" in figures else "",
             f"{figures['stall_ms']:.2f} (max {figures['longest_stall_ms']:.1f})",
             f"{figures['fetch_ms']:.1f}",
             f"{figures['owner_ms']:.1f}",
             f"{figures['unique_rows']:,.0f}",
             f"{figures['moved_bytes'] / 2**20:.1f} MiB",
         )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    Console(width=max(Console().width, 140)).print(table)
+        for name, figures in measured.items()
+    ]
+    print_table("medians; over rounds for the step and its ratio, over steps for the rest", columns, rows, 140)
     print("moved: rows out of the tables and gradients back; fetch and update run beside the step, a stall delays it")
