@@ -1,16 +1,15 @@
 """`kmem bench experts`: a layer of experts against the one of Transformers, the cost of its features, its backends."""
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kmem.bench import options
 from kmem.bench.contest import Contestant, ratios, run_in_turn
 from kmem.bench.machine import processor
 from kmem.checkpoint.printing import print_table
@@ -29,8 +28,7 @@ FINALISTS = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", default=GOAL_CONFIG, help="YAML file or packaged config (default: %(default)s)")
-    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="FIELD=VALUE", dest="overrides")
+    options.add_contest_arguments(parser, GOAL_CONFIG, rounds=15, steps=4, what="passes of the comparison")
     parser.add_argument(
         "--features", action="store_true", help="instead, measure the cost of each feature against a plain layer"
     )
@@ -40,18 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead, measure the backends of train.expert_backend with groups of rows of several sizes",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device for --backends (default: cpu)")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of each side, in turn (default: 15)")
-    parser.add_argument("--steps", type=int, default=4, help="passes per round of the comparison (default: 4)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each side (default: 2)")
     parser.add_argument("--profile", action="store_true", help="also print kmem's most expensive operators")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurement as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
-    for name in ("rounds", "steps", "threads"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name}: at least 1")
+    options.check_positive(arguments, "rounds", "steps", "threads")
     if config.model.moe is None:
         raise ConfigError("kmem bench experts: needs a model with model.moe")
     if config.train.precision != "fp32" and (arguments.features or not arguments.backends):
@@ -67,8 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         record |= _backends(config, arguments)
     if not (arguments.features or arguments.backends):
         record |= _compare(config, arguments)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    options.write_record(arguments, record)
     return 0
 
 
@@ -104,15 +95,7 @@ def _compare(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
         for contestant in tried
         if contestant.median_seconds() <= FINALISTS * shortest
     ]
-    run_in_turn(
-        [ours, *rivals],
-        threads=arguments.threads,
-        warmup=3,
-        rounds=arguments.rounds,
-        steps=arguments.steps,
-        profile=arguments.profile,
-        on_round=lambda number: print(f"  round {number} of {arguments.rounds}", file=sys.stderr, flush=True),
-    )
+    options.measure_in_turn([ours, *rivals], arguments, 3)
     by_rival = {rival.name: ratios(ours, rival) for rival in rivals}
     peer = min(by_rival, key=lambda name: statistics.median(by_rival[name]))
     ratio = statistics.median(by_rival[peer])

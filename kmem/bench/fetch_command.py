@@ -1,13 +1,13 @@
 """`kmem bench fetch`: milliseconds and bytes to fetch a context's blocks, with levels in host memory and on disk."""
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kmem.bench import options
 from kmem.bench.machine import processor
 from kmem.checkpoint.printing import print_table
 from kmem.config import ConfigError, UserError
@@ -37,15 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument(
         "--folder", type=Path, default=Path("runs"), help="folder for the blocks, on a disk (default: runs)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurement as JSON")
+    options.add_record_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from kmem.bench.fetch import open_bank, synthetic_bank
 
-    for name in ("contexts", "layers", "width", "children"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name}: at least 1")
+    options.check_positive(arguments, "contexts", "layers", "width", "children")
     if arguments.model is not None:
         _measure(arguments, open_bank(arguments.model))
         return 0
@@ -116,14 +114,8 @@ def _measure(arguments: argparse.Namespace, bank: "ExportedBank") -> None:
         print(f"embedding a context of {CONTEXT_TOKENS} tokens and descending the tree: {routing:.2f} ms")
     machine = f"torch {torch.__version__}, {processor()}"
     print(f"pages of levels on disk are dropped before every fetch (posix_fadvise); {machine}")
-    if arguments.json:
-        record = {
-            "shape": shape,
-            "machine": machine,
-            "route_ms": routing,
-            "measured": [asdict(measured) for measured in times],
-        }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    measured = [asdict(placement_times) for placement_times in times]
+    options.write_record(arguments, {"shape": shape, "machine": machine, "route_ms": routing, "measured": measured})
 
 
 def _print(times: "Sequence[FetchTimes]", shape: str) -> None:

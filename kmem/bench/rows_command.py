@@ -1,14 +1,13 @@
 """`kmem bench rows`: gathers and row optimizers on the host against torch's, in one process."""
 
 import argparse
-import json
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kmem.bench import options
 from kmem.checkpoint.printing import print_table
-from kmem.config import ROW_OPTIMIZER_TRAITS, ConfigError, RowOptimizerConfig
+from kmem.config import ROW_OPTIMIZER_TRAITS, RowOptimizerConfig
 
 if TYPE_CHECKING:
     from kmem.bench.rows import RowRates
@@ -49,13 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optimizers", action="store_true", help="also measure the update alone, for every row optimizer"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurement as JSON")
+    options.add_record_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    for name in ("rows", "touched", "dim", "threads", "repeats"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name}: at least 1")
+    options.check_positive(arguments, "rows", "touched", "dim", "threads", "repeats")
     from kmem.bench.rows import versions
 
     measured = [
@@ -69,9 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     _print(measured, shape)
     print(versions())
-    if arguments.json:
-        record = {"shape": shape, "versions": versions(), "goals": GOALS, "measured": [asdict(row) for row in measured]}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    record = {"shape": shape, "versions": versions(), "goals": GOALS, "measured": [asdict(row) for row in measured]}
+    options.write_record(arguments, record)
     return 0
 
 
