@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kmem.bench.expert_features import in_turn
+from kmem.bench.contest import in_turn
 from kmem.bench.experts import forward_backward, settle_allocator
 from kmem.config import Config, UserError
 from kmem.model.expert_backends import NAMES, find_backend, problem

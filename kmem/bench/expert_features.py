@@ -1,7 +1,6 @@
 """The cost of each feature of a layer of experts: with and without it, measured in turn in one process."""
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kmem.bench.compare import measure
+from kmem.bench.contest import in_turn
 from kmem.bench.experts import forward_backward, settle_allocator
 from kmem.config import Config, ConfigError, parse_config
 from kmem.model.chain_of_experts import ChainOfExperts
@@ -188,19 +188,6 @@ def feature_costs(
         )
         on_feature(feature.name)
     return costs
-
-
-def in_turn(steps: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
-    """Seconds of each step in every round, after one unmeasured round; the order alternates between rounds."""
-    seconds: list[list[float]] = [[] for _ in steps]
-    for number in range(rounds + 1):
-        places = range(len(steps))
-        for place in places if number % 2 else reversed(places):
-            began = time.perf_counter()
-            steps[place]()
-            if number:
-                seconds[place].append(time.perf_counter() - began)
-    return seconds
 
 
 def saved_bytes(module: nn.Module, hidden: Tensor) -> int:
