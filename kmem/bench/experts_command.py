@@ -3,15 +3,13 @@
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from kmem.bench import options
 from kmem.bench.contest import Contestant, ratios, run_in_turn
-from kmem.bench.machine import processor
+from kmem.bench.machine import processor, torch_threads
 from kmem.checkpoint.printing import print_table
 from kmem.config import Config, ConfigError, UserError, load_config
 from kmem.wording import counted
@@ -160,7 +158,7 @@ def _print_comparison(
 def _features(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     from kmem.bench.expert_features import feature_costs, features
 
-    with _threads(arguments.threads):
+    with torch_threads(arguments.threads):
         costs = feature_costs(config, features(config), arguments.rounds, _say)
     _print_costs(costs, arguments.rounds)
     return {"rounds": arguments.rounds, "costs": [asdict(cost) for cost in costs]}
@@ -177,24 +175,12 @@ def _backends(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--device cuda: there is no CUDA device here")
     problems = backend_problems(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
     names = [name for name in NAMES if name not in problems]
-    with _threads(arguments.threads):
+    with torch_threads(arguments.threads):
         times = backend_times(config, names, device, arguments.rounds, on_size=_say)
     _print_times(times, arguments.rounds)
     for name, reason in problems.items():
         print(f"{name} was not measured: {reason}")
     return {"rounds": arguments.rounds, "backends": [asdict(time) for time in times], "not_measured": problems}
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _say(what: str) -> None:

@@ -3,14 +3,10 @@
 import argparse
 import os
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 from kmem.bench import options
 from kmem.checkpoint.printing import print_table
 from kmem.config import ROW_OPTIMIZER_TRAITS, RowOptimizerConfig
-
-if TYPE_CHECKING:
-    from kmem.bench.rows import RowRates
 
 GOALS = {"adam_rate": 1.0, "adam_ratio": 8.0, "gather_share": 0.85}
 """For fp32 rows of 256 values: millions of rows per second and core; multiple of SparseAdam's speed; share of threads
@@ -53,13 +49,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     options.check_positive(arguments, "rows", "touched", "dim", "threads", "repeats")
-    from kmem.bench.rows import versions
+    from kmem.bench.rows import adam_rates, gather_rates, versions
 
-    measured = [
-        *(_adam(arguments, threads) for threads in sorted({1, arguments.threads})),
-        _gather(arguments),
-        *(_updates(arguments) if arguments.optimizers else []),
-    ]
+    size = (arguments.rows, arguments.touched, arguments.dim)
+    judged = arguments.dim == GOAL_DIM and arguments.rows * arguments.dim * 4 >= GOAL_BYTES
+    measured = []
+    for threads in sorted({1, arguments.threads}):
+        ours, theirs = adam_rates(*size, threads, arguments.repeats)
+        met = ours / threads >= GOALS["adam_rate"] and ours / theirs >= GOALS["adam_ratio"]
+        judgement = met if judged else None
+        measured.append(RowsMeasurement("lazy Adam", threads, ours, "SparseAdam", theirs, ours / theirs, judgement))
+    ours, theirs = gather_rates(*size, arguments.threads, arguments.repeats)
+    share = ours / theirs / arguments.threads
+    judgement = share >= GOALS["gather_share"] if judged else None
+    measured.append(
+        RowsMeasurement("gather", arguments.threads, ours, "index_select(out=), 1 core", theirs, share, judgement)
+    )
+    measured += _updates(arguments) if arguments.optimizers else []
     shape = (
         f"{arguments.touched:,} uniform look-ups in {arguments.rows:,} fp32 rows of {arguments.dim} values, "
         f"best of {arguments.repeats}"
@@ -69,44 +75,6 @@ def run(arguments: argparse.Namespace) -> int:
     record = {"shape": shape, "versions": versions(), "goals": GOALS, "measured": [asdict(row) for row in measured]}
     options.write_record(arguments, record)
     return 0
-
-
-def _adam(arguments: argparse.Namespace, threads: int) -> RowsMeasurement:
-    import torch
-
-    from kmem.bench.rows import adam_rates
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        rates = adam_rates(arguments.rows, arguments.touched, arguments.dim, threads, arguments.repeats)
-    finally:
-        torch.set_num_threads(before)
-    met = rates.ours / threads >= GOALS["adam_rate"] and rates.ratio >= GOALS["adam_ratio"]
-    return _compared("lazy Adam", threads, "SparseAdam", rates, rates.ratio, met, arguments)
-
-
-def _gather(arguments: argparse.Namespace) -> RowsMeasurement:
-    from kmem.bench.rows import gather_rates
-
-    threads = arguments.threads
-    rates = gather_rates(arguments.rows, arguments.touched, arguments.dim, threads, arguments.repeats)
-    share = rates.ratio / threads
-    met = share >= GOALS["gather_share"]
-    return _compared("gather", threads, "index_select(out=), 1 core", rates, share, met, arguments)
-
-
-def _compared(
-    work: str,
-    threads: int,
-    peer: str,
-    rates: "RowRates",
-    ratio: float,
-    met: bool,
-    arguments: argparse.Namespace,
-) -> RowsMeasurement:
-    judged = arguments.dim == GOAL_DIM and arguments.rows * arguments.dim * 4 >= GOAL_BYTES
-    return RowsMeasurement(work, threads, rates.ours, peer, rates.torch, ratio, met if judged else None)
 
 
 def _updates(arguments: argparse.Namespace) -> list[RowsMeasurement]:
