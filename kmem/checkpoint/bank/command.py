@@ -126,12 +126,10 @@ def _figures(
         GENERIC_PATH,
         cluster_path,
         held_rows,
-        level_figures,
         named_cluster,
         select,
+        written_norms,
     )
-    from kmem.checkpoint.reader import WEIGHT
-    from kmem.data.safetensors_file import TORCH_DTYPES
     from kmem.model.bank_layout import layer_bank_name
 
     chosen = select(layout, list(paths), with_blocks=False)  # refuses paths outside the tree
@@ -139,10 +137,10 @@ def _figures(
     levels: list[dict[str, Any]] = []
     clusters: list[dict[str, Any]] = []
     for level in layout.levels:
-        figures = level_figures(reader, layout, level)
-        norms, untouched = (values[: layout.clusters(level)] for values in (figures.norms, figures.untouched))
-        trained = norms[~untouched]
-        stored = reader.commit.tensors[WEIGHT + layer_bank_name(layout.layers[0], level)].dtype
+        norms = written_norms(reader, layout, level)
+        of_clusters = norms[: layout.clusters(level)]
+        trained = of_clusters[of_clusters != 0]
+        stored = reader.tensors[layer_bank_name(layout.layers[0], level)].dtype
         held = sum(map(len, held_rows(reader.config, layout, level)))
         levels.append(
             {
@@ -150,11 +148,11 @@ def _figures(
                 "clusters": layout.clusters(level),
                 "rank": layout.ranks[level - 1],
                 "values_per_cluster": layout.row_values(level),
-                "bytes": held * layout.row_values(level) * TORCH_DTYPES[stored].itemsize,
-                "untouched": int(untouched.sum()),
+                "bytes": held * layout.row_values(level) * stored.itemsize,
+                "untouched": len(of_clusters) - len(trained),
                 "mean_norm": float(trained.mean()) if len(trained) else 0.0,
-                "largest_norm": float(norms.max()),
-                "generic_norm": float(figures.norms[-1]) if layout.generic else None,
+                "largest_norm": float(of_clusters.max()),
+                "generic_norm": float(norms[-1]) if layout.generic else None,
                 "hits": None if hits is None else hit_figures(layout, hits, level),
             }
         )
@@ -165,8 +163,8 @@ def _figures(
             {
                 "path": cluster_path(layout, level, row),
                 "level": level,
-                "norm": float(figures.norms[row]),
-                "untouched": bool(figures.untouched[row]),
+                "norm": float(norms[row]),
+                "untouched": bool(norms[row] == 0),
                 "tokens": None if tokens is None else tokens[row],
             }
             for row in chosen[level].nonzero().flatten().tolist()
@@ -223,14 +221,11 @@ def _opened(path: Path) -> "CheckpointReader":
 
 def _report(reader: "CheckpointReader", edited: "Edited", done: str) -> None:
     from kmem.checkpoint.bank.editing import the_layout
-    from kmem.checkpoint.reader import WEIGHT
-    from kmem.data.safetensors_file import TORCH_DTYPES
     from kmem.model.bank_layout import layer_bank_name
 
     layer = the_layout(reader).layers[0]
     for changed in edited.levels:
-        stored = reader.commit.tensors[WEIGHT + layer_bank_name(layer, changed.level)].dtype
-        size = changed.values * TORCH_DTYPES[stored].itemsize
+        size = changed.values * reader.tensors[layer_bank_name(layer, changed.level)].dtype.itemsize
         print(
             f"level {changed.level}: blocks of {counted(changed.clusters, 'cluster')} {done}, {changed.values:,} "
             f"values, {size / 1e6:,.3f} MB; norm of what they wrote before: {changed.norm:.4g}"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kmem.checkpoint.bank.hits import FIRST, KEPT, edited_usage, stored_hits
 from kmem.checkpoint.bank.layout import bank_layout, bank_tensors
-from kmem.checkpoint.bank.rows import Selection, changed_rows, cluster_path, held_mask, level_figures, select
+from kmem.checkpoint.bank.rows import Selection, changed_rows, cluster_path, held_mask, select, written_norms
 from kmem.checkpoint.commit import Progress
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import WEIGHT, CheckpointReader
@@ -259,7 +259,7 @@ def _whole(config: Config, subtrees: tuple[str, ...] | None) -> Config:
 def _trained(reader: CheckpointReader, start: CheckpointReader | None, layout: BankLayout, level: int) -> Tensor:
     """bool [rows]: rows that were trained. They differ from `start` or, without a start, write anything."""
     if start is None:
-        return ~level_figures(reader, layout, level).untouched
+        return written_norms(reader, layout, level) != 0
     return changed_rows(reader, start, layout, level)
 
 
@@ -284,7 +284,7 @@ def _written(
     figures = []
     for level, owner in owners.items():
         changed = owner != KEPT
-        norms = level_figures(base, layout, level).norms[changed]
+        norms = written_norms(base, layout, level)[changed]
         count = int(changed.sum())
         if count:
             figures.append(Changed(level, count, count * layout.row_values(level), float(norms.norm())))

@@ -1,7 +1,6 @@
 """Rows of a checkpoint's bank: choosing them by the paths of their clusters, and figures of what they hold."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -114,29 +113,17 @@ def named_cluster(layout: BankLayout, text: str) -> tuple[int, int]:
         raise UserError(str(error)) from None
 
 
-@dataclass(frozen=True)
-class LevelFigures:
-    """Figures of the blocks of a level."""
-
-    norms: Tensor
-    """fp64 [rows]: 2-norm, over all layers, of the parts that write (down, b, values), which start as zeros."""
-
-    @property
-    def untouched(self) -> Tensor:
-        """bool [rows]: blocks that still are the no-op they began as."""
-        return self.norms == 0
-
-
-def level_figures(reader: CheckpointReader, layout: BankLayout, level: int) -> LevelFigures:
-    """Figures of a level, read once, a slice of one layer's rows at a time. Blocks that the checkpoint does not hold
-    count as untouched."""
+def written_norms(reader: CheckpointReader, layout: BankLayout, level: int) -> Tensor:
+    """fp64 [rows]: 2-norm, over all layers, of the parts of a level's blocks that write (down, b, values), which start
+    as zeros: blocks with norm 0 still are the no-op they began as. Blocks that the checkpoint does not hold have 0.
+    The level is read once, a slice of one layer's rows at a time."""
     squares = torch.zeros(layout.rows(level), dtype=torch.float64)
     for start, stop, layer in _slices(reader, layout, level):
         parts = layout.by_part(reader.read_rows(layer_bank_name(layer, level), start, stop))
         for part in layout.parts:
             if part.start == "zero":
                 squares[start:stop] += parts[part.name].double().square().sum(dim=(1, 2))
-    return LevelFigures(squares.sqrt())
+    return squares.sqrt()
 
 
 def changed_rows(reader: CheckpointReader, start_from: CheckpointReader, layout: BankLayout, level: int) -> Tensor:

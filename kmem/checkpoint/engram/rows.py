@@ -95,7 +95,8 @@ def table_figures(reader: CheckpointReader, layers: Sequence[int]) -> Iterator[T
     total = sum(reader.commit.tensors[key].size for keys in stored.values() for key in keys)
     with Progress("reading rows", total) as bar:
         for weight, *moments in stored.values():
-            rows, dim = reader.tensors[weight.removeprefix(WEIGHT)].shape
+            table = reader.tensors[weight.removeprefix(WEIGHT)]
+            rows, dim = table.shape
             updated, norms, largest = 0, 0.0, 0.0
             step = max(1, SLICE_BYTES // (dim * torch.float32.itemsize))
             for start in range(0, rows, step):
@@ -107,8 +108,7 @@ def table_figures(reader: CheckpointReader, layers: Sequence[int]) -> Iterator[T
                     moved |= (_rows(reader, key, start, stop) != 0).any(dim=1)
                 updated += int(moved.sum())
                 bar.advance(sum((stop - start) * (reader.row_width(key) or 0) for key in (weight, *moments)))
-            size = rows * dim * TORCH_DTYPES[reader.commit.tensors[weight].dtype].itemsize
-            yield TableFigures(rows, dim, size, updated if moments else None, norms / rows, largest)
+            yield TableFigures(rows, dim, table.nbytes, updated if moments else None, norms / rows, largest)
 
 
 def text_ngrams(reader: CheckpointReader, phrase: Phrase, layers: Sequence[int]) -> Iterator[Ngram]:
