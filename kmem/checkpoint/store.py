@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from kmem.checkpoint.commit import COMMIT_FILE, Commit, Progress, committed_steps, step_folder, unfinished_folders
-from kmem.checkpoint.pieces import CheckpointError, Pieces, PiecesLoadPlanner, PiecesSavePlanner, host_copy
+from kmem.checkpoint.pieces import CheckpointError, Pieces, PiecesLoadPlanner, PiecesSavePlanner
 from kmem.checkpoint.storage import SafetensorsStorageReader, SafetensorsStorageWriter
 from kmem.config import UserError
 from kmem.files import PARTIAL, sync_path
@@ -101,7 +101,8 @@ class CheckpointStore:
             except BaseException as error:
                 self._failure = error
 
-        self._writing = threading.Thread(target=in_background, args=(host_copy(state),), name="checkpoint")
+        snapshot = {name: pieces.to_host() for name, pieces in state.items()}
+        self._writing = threading.Thread(target=in_background, args=(snapshot,), name="checkpoint")
         self._writing.start()
         return final
 
