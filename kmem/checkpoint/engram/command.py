@@ -123,11 +123,11 @@ def _erase(arguments: argparse.Namespace) -> int:
     phrases = _phrases(arguments)
     reader = CheckpointReader(arguments.checkpoint)
     reader.verify()
-    erased = erase(reader, arguments.out, phrases)
-    for layer, count in erased.rows.items():
+    checkpoint, erased = erase(reader, arguments.out, phrases)
+    for layer, count in erased.items():
         print(f"layer {layer}: {count:,} of {counted(reader.tensors[table_name(layer)].shape[0], 'row')} erased")
     print("other n-grams that hash to these rows have lost them, too")
-    print(f"wrote {erased.checkpoint}")
+    print(f"wrote {checkpoint}")
     return 0
 
 

@@ -61,15 +61,6 @@ class Ngram:
 
 
 @dataclass(frozen=True)
-class Erased:
-    """The result of an erasure."""
-
-    checkpoint: Path
-    rows: dict[int, int]
-    """Layer -> number of rows that are zeros now."""
-
-
-@dataclass(frozen=True)
 class Phrase:
     """A text, and where the user gave it."""
 
@@ -143,9 +134,12 @@ def text_ngrams(reader: CheckpointReader, phrase: Phrase, layers: Sequence[int])
                 )
 
 
-def erase(reader: CheckpointReader, out: Path, phrases: Sequence[Phrase]) -> Erased:
+def erase(reader: CheckpointReader, out: Path, phrases: Sequence[Phrase]) -> tuple[Path, dict[int, int]]:
     """Write a checkpoint in which some rows are zeros, without optimizer state: the rows that are read by n-grams which
     lie wholly inside the texts. Everything else is equal to the bit.
+
+    Returns:
+        The folder of the new checkpoint, and layer -> number of rows that are zeros now.
 
     Raises:
         UserError: a text that is shorter than the shortest n-grams, or a folder that cannot be written.
@@ -179,8 +173,7 @@ def erase(reader: CheckpointReader, out: Path, phrases: Sequence[Phrase]) -> Era
         return values.masked_fill(mask[first:last].repeat_interleave(width)[begun : begun + len(values)], 0)
 
     note = f"erased the n-gram rows of {counted(len(phrases), 'text')}"
-    checkpoint = rewrite_run(reader, out, note, edit)
-    return Erased(checkpoint, {layer: int(mask.sum()) for layer, mask in chosen.items()})
+    return rewrite_run(reader, out, note, edit), {layer: int(mask.sum()) for layer, mask in chosen.items()}
 
 
 def _moments(reader: CheckpointReader, layer: int) -> list[str]:
