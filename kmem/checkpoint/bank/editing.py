@@ -6,7 +6,7 @@ evaluated and exported like any other.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -364,25 +364,23 @@ def _has_row_state(reader: CheckpointReader) -> bool:
 def _check_same_anchor(one: CheckpointReader, other: CheckpointReader) -> None:
     """Check that everything but the bank is equal to the bit: blocks are trained for one anchor."""
     bank = bank_tensors(the_layout(one))
-    keys = {name for name in one.tensors if name not in bank} ^ {name for name in other.tensors if name not in bank}
-    differing = sorted(keys)
-    for name in one.tensors:
-        if name in bank or differing:
-            continue
-        size = one.commit.tensors[WEIGHT + name].size
-        if one.commit.shapes[name] != other.commit.shapes[name]:
-            differing.append(name)
-            continue
-        for start in range(0, size, COMPARED):
-            parts = [reader.read_stored(WEIGHT + name, start, min(start + COMPARED, size)) for reader in (one, other)]
-            if not torch.equal(*parts):
-                differing.append(name)
-                break
+    differing = sorted((one.tensors.keys() ^ other.tensors.keys()) - bank)
+    if not differing:
+        changed = (name for name in one.tensors if name not in bank and not _same_values(one, other, name))
+        differing = list(islice(changed, 1))
     if differing:
         raise CheckpointError(
             f"{other.folder}: its anchor differs from the anchor of {one.folder} ({_some(differing)}); blocks are "
             "trained for one anchor: train with model.bank.anchor=frozen from one checkpoint"
         )
+
+
+def _same_values(one: CheckpointReader, other: CheckpointReader, name: str) -> bool:
+    size = one.tensors[name].numel()
+    slices = ((WEIGHT + name, start, min(start + COMPARED, size)) for start in range(0, size, COMPARED))
+    return one.tensors[name].shape == other.tensors[name].shape and all(
+        torch.equal(one.read_stored(*part), other.read_stored(*part)) for part in slices
+    )
 
 
 def _check_disjoint(layout: BankLayout, sources: Sequence[Source], own: Sequence[Selection]) -> None:
