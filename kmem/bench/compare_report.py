@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.console import Console
 
 import kmem
 from kmem.bench.compare import Comparison, Run, Size
@@ -39,7 +40,11 @@ def report(
     plot(comparison, results, out / "report.png")
     tables = result_tables(comparison, results)
     (out / "report.md").write_text(_markdown(results, tables), encoding="utf-8")
-    _print(results, tables)
+    notice = _notice(results)
+    if notice:
+        Console(width=max(Console().width, 120)).print(notice, style="bold", highlight=False)
+    for table in tables:
+        print_table(*table, width=120)
     print(f"wrote {out / 'report.md'}, report.json and report.png")
 
 
@@ -127,8 +132,8 @@ def result_tables(comparison: Comparison, results: dict[str, Any]) -> list[Table
         [
             (
                 label,
-                _minutes(statistics.mean(run["seconds"] for run in runs)),
-                _minutes(sum(run["seconds"] for run in runs)),
+                f"{statistics.mean(run['seconds'] for run in runs) / 60:.1f} min",
+                f"{sum(run['seconds'] for run in runs) / 60:.1f} min",
                 f"{statistics.mean(run['tokens_per_second'] for run in runs):,.0f}",
                 f"{max(run['undisturbed_tokens_per_second'] for run in runs):,.0f}",
             )
@@ -289,10 +294,6 @@ def _pm(spread: dict[str, Any], sign: str = "", digits: int = 4) -> str:
     return f"{spread['mean']:{sign}.{digits}f}{deviation}"
 
 
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f} min"
-
-
 def _notice(results: dict[str, Any]) -> str:
     departures = results["departures"]
     return f"A quick look, not the comparison: {', '.join(departures)}." if departures else ""
@@ -319,13 +320,3 @@ def _markdown(results: dict[str, Any], tables: Sequence[Table]) -> str:
 
 def _markdown_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _print(results: dict[str, Any], tables: Sequence[Table]) -> None:
-    from rich.console import Console
-
-    notice = _notice(results)
-    if notice:
-        Console(width=max(Console().width, 120)).print(notice, style="bold", highlight=False)
-    for table in tables:
-        print_table(*table, width=120)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kmem.bench.compare import measure
 from kmem.bench.contest import in_turn
-from kmem.bench.experts import forward_backward, settle_allocator
+from kmem.bench.experts import forward_backward, layer_input, settle_allocator
 from kmem.config import Config, ConfigError, parse_config
 from kmem.model.chain_of_experts import ChainOfExperts
 from kmem.model.decoder import build_connection, build_feed_forward
@@ -218,6 +218,4 @@ def _prepared(config: Config, feature: Feature) -> tuple[Callable[[], Tensor], E
 
 
 def _hidden(config: Config, feature: Feature) -> Tensor:
-    generator = torch.Generator().manual_seed(config.train.init_seed)
-    size = (config.train.micro_batch_size, config.data.sequence_length, config.model.hidden_size)
-    return expand_branches(torch.randn(size, generator=generator), feature.branches).requires_grad_()
+    return expand_branches(layer_input(config)[0].detach(), feature.branches).requires_grad_()

@@ -97,7 +97,7 @@ def _compare(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     by_rival = {rival.name: ratios(ours, rival) for rival in rivals}
     peer = min(by_rival, key=lambda name: statistics.median(by_rival[name]))
     ratio = statistics.median(by_rival[peer])
-    met = ratio >= GOAL if _same_layer(config, load_config(GOAL_CONFIG)) else None
+    met = ratio >= GOAL if _layer(config) == _layer(load_config(GOAL_CONFIG)) else None
     _print_comparison([ours, *rivals], tried, by_rival, differences, arguments.steps)
     if arguments.profile:
         whole = sum(milliseconds for _, milliseconds in ours.profile)
@@ -118,11 +118,8 @@ def _compare(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _same_layer(config: Config, other: Config) -> bool:
-    def layer(config: Config) -> tuple[Any, ...]:
-        return (config.model.hidden_size, config.model.moe, config.train.micro_batch_size, config.data.sequence_length)
-
-    return layer(config) == layer(other)
+def _layer(config: Config) -> tuple[Any, ...]:
+    return (config.model.hidden_size, config.model.moe, config.train.micro_batch_size, config.data.sequence_length)
 
 
 def _print_comparison(

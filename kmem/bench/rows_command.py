@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     options.check_positive(arguments, "rows", "touched", "dim", "threads", "repeats")
-    from kmem.bench.rows import adam_rates, gather_rates, versions
+    import torch
+
+    from kmem.bench.rows import adam_rates, gather_rates, update_rate, versions
 
     size = (arguments.rows, arguments.touched, arguments.dim)
     judged = arguments.dim == GOAL_DIM and arguments.rows * arguments.dim * 4 >= GOAL_BYTES
@@ -65,7 +67,12 @@ def run(arguments: argparse.Namespace) -> int:
     measured.append(
         RowsMeasurement("gather", arguments.threads, ours, "index_select(out=), 1 core", theirs, share, judgement)
     )
-    measured += _updates(arguments) if arguments.optimizers else []
+    for name in ROW_OPTIMIZER_TRAITS if arguments.optimizers else ():
+        for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            unique = min(arguments.touched, arguments.rows)
+            settings = RowOptimizerConfig(name=name, dense=False)
+            rate = update_rate(arguments.rows, unique, settings, dtype, arguments.dim)
+            measured.append(RowsMeasurement(f"update, {name} {label}", 1, rate))
     shape = (
         f"{arguments.touched:,} uniform look-ups in {arguments.rows:,} fp32 rows of {arguments.dim} values, "
         f"best of {arguments.repeats}"
@@ -75,28 +82,6 @@ def run(arguments: argparse.Namespace) -> int:
     record = {"shape": shape, "versions": versions(), "goals": GOALS, "measured": [asdict(row) for row in measured]}
     options.write_record(arguments, record)
     return 0
-
-
-def _updates(arguments: argparse.Namespace) -> list[RowsMeasurement]:
-    import torch
-
-    from kmem.bench.rows import update_rate
-
-    return [
-        RowsMeasurement(
-            f"update, {name} {label}",
-            1,
-            update_rate(
-                arguments.rows,
-                min(arguments.touched, arguments.rows),
-                RowOptimizerConfig(name=name, dense=False),
-                dtype,
-                arguments.dim,
-            ),
-        )
-        for name in ROW_OPTIMIZER_TRAITS
-        for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-    ]
 
 
 def _print(measured: list[RowsMeasurement], shape: str) -> None:
