@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,6 @@ from kmem.wording import counted
 if TYPE_CHECKING:
     from kmem.checkpoint.bank.editing import Edited
     from kmem.checkpoint.reader import CheckpointReader
-    from kmem.model.bank_layout import BankLayout
 
 PATHS = "clusters by their paths from the root down, such as 3 or 3.11; `generic` for the generic blocks"
 
@@ -67,11 +65,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _list(arguments: argparse.Namespace) -> int:
     from kmem.checkpoint.bank.editing import the_layout
+    from kmem.checkpoint.bank.rows import figures
     from kmem.checkpoint.reader import CheckpointReader
 
     reader = CheckpointReader(arguments.checkpoint)
     layout = the_layout(reader)
-    levels, clusters = _figures(reader, layout, arguments.paths)
+    levels, clusters = figures(reader, layout, arguments.paths)
     if arguments.json:
         tree = {"checkpoint": str(reader.folder), "step": reader.step, "kind": layout.kind, "levels": levels}
         print(json.dumps({**tree, **({"clusters": clusters} if arguments.paths else {})}))
@@ -115,74 +114,10 @@ def _list(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _figures(
-    reader: "CheckpointReader", layout: "BankLayout", paths: Sequence[str]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Figures of each level, and of the named clusters and all clusters below them that have blocks."""
-    import torch
-
-    from kmem.checkpoint.bank.hits import cluster_tokens, hit_figures, stored_hits
-    from kmem.checkpoint.bank.rows import (
-        GENERIC_PATH,
-        cluster_path,
-        held_rows,
-        named_cluster,
-        select,
-        written_norms,
-    )
-    from kmem.model.bank_layout import layer_bank_name
-
-    chosen = select(layout, list(paths), with_blocks=False)  # refuses paths outside the tree
-    hits = stored_hits(reader)
-    levels: list[dict[str, Any]] = []
-    clusters: list[dict[str, Any]] = []
-    for level in layout.levels:
-        norms = written_norms(reader, layout, level)
-        of_clusters = norms[: layout.clusters(level)]
-        trained = of_clusters[of_clusters != 0]
-        stored = reader.tensors[layer_bank_name(layout.layers[0], level)].dtype
-        held = sum(map(len, held_rows(reader.config, layout, level)))
-        levels.append(
-            {
-                "level": level,
-                "clusters": layout.clusters(level),
-                "rank": layout.ranks[level - 1],
-                "values_per_cluster": layout.row_values(level),
-                "bytes": held * layout.row_values(level) * stored.itemsize,
-                "untouched": len(of_clusters) - len(trained),
-                "mean_norm": float(trained.mean()) if len(trained) else 0.0,
-                "largest_norm": float(of_clusters.max()),
-                "generic_norm": float(norms[-1]) if layout.generic else None,
-                "hits": None if hits is None else hit_figures(layout, hits, level),
-            }
-        )
-        tokens = None
-        if hits is not None:  # the last row belongs to the generic blocks
-            tokens = torch.cat([cluster_tokens(layout, hits, level), hits[-1:]]).tolist()
-        clusters += [
-            {
-                "path": cluster_path(layout, level, row),
-                "level": level,
-                "norm": float(norms[row]),
-                "untouched": bool(norms[row] == 0),
-                "tokens": None if tokens is None else tokens[row],
-            }
-            for row in chosen[level].nonzero().flatten().tolist()
-        ]
-    for level, number in sorted({named_cluster(layout, path) for path in paths if path != GENERIC_PATH}):
-        if level not in layout.levels:  # a named cluster without blocks has tokens all the same
-            counted_tokens = None if hits is None else int(cluster_tokens(layout, hits, level)[number])
-            bare = {"norm": None, "untouched": None, "tokens": counted_tokens}
-            clusters.append({"path": cluster_path(layout, level, number), "level": level, **bare})
-    return levels, sorted(clusters, key=lambda cluster: int(cluster["level"]))
-
-
 def _erase(arguments: argparse.Namespace) -> int:
     from kmem.checkpoint.bank.editing import erase
 
-    reader = _opened(arguments.checkpoint)
-    edited = erase(reader, arguments.out, arguments.paths, arguments.subtree)
-    _report(reader, edited, "erased")
+    _report(erase(_opened(arguments.checkpoint), arguments.out, arguments.paths, arguments.subtree), "erased")
     return 0
 
 
@@ -190,8 +125,7 @@ def _replace(arguments: argparse.Namespace) -> int:
     from kmem.checkpoint.bank.editing import replace_blocks
 
     reader, other = _opened(arguments.checkpoint), _opened(arguments.source)
-    edited = replace_blocks(reader, arguments.out, arguments.paths, arguments.subtree, other)
-    _report(reader, edited, "replaced")
+    _report(replace_blocks(reader, arguments.out, arguments.paths, arguments.subtree, other), "replaced")
     return 0
 
 
@@ -207,7 +141,7 @@ def _merge(arguments: argparse.Namespace) -> int:
         print(remark)
     base = max((source.reader for source in sources), key=lambda reader: reader.step)
     print(f"everything else is from {base.folder}")
-    _report(base, edited, "taken from the others")
+    _report(edited, "taken from the others")
     return 0
 
 
@@ -219,16 +153,11 @@ def _opened(path: Path) -> "CheckpointReader":
     return reader
 
 
-def _report(reader: "CheckpointReader", edited: "Edited", done: str) -> None:
-    from kmem.checkpoint.bank.editing import the_layout
-    from kmem.model.bank_layout import layer_bank_name
-
-    layer = the_layout(reader).layers[0]
+def _report(edited: "Edited", done: str) -> None:
     for changed in edited.levels:
-        size = changed.values * reader.tensors[layer_bank_name(layer, changed.level)].dtype.itemsize
         print(
             f"level {changed.level}: blocks of {counted(changed.clusters, 'cluster')} {done}, {changed.values:,} "
-            f"values, {size / 1e6:,.3f} MB; norm of what they wrote before: {changed.norm:.4g}"
+            f"values, {changed.bytes / 1e6:,.3f} MB; norm of what they wrote before: {changed.norm:.4g}"
         )
     if not edited.levels:
         print("no block has changed")

@@ -37,6 +37,7 @@ class Changed:
     clusters: int
     """Changed rows, generic blocks included."""
     values: int
+    bytes: int
     norm: float
     """2-norm of what these blocks wrote before the edit."""
 
@@ -285,9 +286,10 @@ def _written(
     for level, owner in owners.items():
         changed = owner != KEPT
         norms = written_norms(base, layout, level)[changed]
-        count = int(changed.sum())
+        count, itemsize = int(changed.sum()), base.tensors[layer_bank_name(layout.layers[0], level)].dtype.itemsize
+        values = count * layout.row_values(level)
         if count:
-            figures.append(Changed(level, count, count * layout.row_values(level), float(norms.norm())))
+            figures.append(Changed(level, count, values, values * itemsize, float(norms.norm())))
     of_name = {layer_bank_name(layer, level): (layer, level) for level in layout.levels for layer in layout.layers}
     lists = {level: owner.tolist() for level, owner in owners.items()}
     seed = bank_origin(base.commit.progress)["seed"]
