@@ -3,8 +3,8 @@
 import logging
 import os
 import shutil
-import threading
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ class CheckpointStore:
         self.keep_every = keep_every
         # A group of its own, so that a background save never mixes with the collectives of training.
         self._group = dist.new_group(backend="gloo")  # `limit_waiting` sets its timeout, as of all groups
-        self._writing: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._worker = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
         self.last_committed: int | None = None
         """Step of the newest checkpoint that this store has saved completely."""
 
@@ -95,20 +95,14 @@ class CheckpointStore:
             write(state)
             return final
 
-        def in_background(snapshot: dict[str, Pieces]) -> None:
-            try:
-                write(snapshot)
-            except BaseException as error:
-                self._failure = error
-
         snapshot = {name: pieces.to_host() for name, pieces in state.items()}
-        self._writing = threading.Thread(target=in_background, args=(snapshot,), name="checkpoint")
-        self._writing.start()
+        self._writing = self._worker.submit(write, snapshot)
         return final
 
     def failure(self) -> str | None:
         """Why a background save failed on this rank, or None; `wait` raises the error."""
-        return None if self._failure is None else str(self._failure)
+        error = self._writing.exception() if self._writing is not None and self._writing.done() else None
+        return None if error is None else str(error)
 
     def wait(self) -> None:
         """Wait for a background save.
@@ -117,11 +111,8 @@ class CheckpointStore:
             CheckpointError: that save failed.
         """
         if self._writing is not None:
-            self._writing.join()
-            self._writing = None
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def steps(self) -> list[int]:
         """Steps that have a commit file, ascending; their content is not checked."""
