@@ -92,12 +92,9 @@ class SafetensorsStorageWriter(_Stateless, StorageWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        files: dict[str, StoredFile] = {}
-        where: dict[tuple[str, int], str] = {}
-        for result in (result for rank_results in results for result in rank_results):
-            name, file = result.storage_data
-            files[name] = file
-            where[index_key(result.index)] = name
+        written = [result for rank_results in results for result in rank_results]
+        files: dict[str, StoredFile] = dict(result.storage_data for result in written)
+        where = {index_key(result.index): result.storage_data[0] for result in written}
         tensors = {}
         for name, stored in metadata.state_dict_metadata.items():
             assert isinstance(stored, TensorStorageMetadata)
