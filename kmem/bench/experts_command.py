@@ -164,14 +164,15 @@ def _features(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
 def _backends(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from kmem.bench.expert_backends import backend_problems, backend_times
-    from kmem.model.expert_backends import NAMES
+    from kmem.bench.expert_backends import backend_times
+    from kmem.model.expert_backends import NAMES, available, problem
 
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA device here")
-    problems = backend_problems(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
-    names = [name for name in NAMES if name not in problems]
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    names = available(device, dtype)
+    problems = {name: problem(name, device, dtype) for name in NAMES if name not in names}
     with torch_threads(arguments.threads):
         times = backend_times(config, names, device, arguments.rounds, on_size=_say)
     _print_times(times, arguments.rounds)

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument(
         "--folder", type=Path, default=Path("runs"), help="folder for the blocks, on a disk (default: runs)"
     )
-    options.add_record_argument(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurement as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

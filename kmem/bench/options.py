@@ -18,10 +18,6 @@ def add_contest_arguments(parser: argparse.ArgumentParser, config: str, rounds: 
     parser.add_argument("--rounds", type=int, default=rounds, help="rounds of each side in turn (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=steps, help=f"{what} per round (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each side (default: %(default)s)")
-    add_record_argument(parser)
-
-
-def add_record_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurement as JSON")
 
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from kmem.bench import options
 from kmem.checkpoint.printing import print_table
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optimizers", action="store_true", help="also measure the update alone, for every row optimizer"
     )
-    options.add_record_argument(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurement as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

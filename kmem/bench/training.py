@@ -36,9 +36,6 @@ def kmem_runner(tree: dict[str, Any]) -> Runner:
     def run(steps: int) -> dict[str, Any]:
         phases: dict[str, float] = {}
         losses = []
-        if steps == 0:
-            batch = next(batches)
-            return {"operators": operators(lambda: pipeline.train_step(batch, config.train.optimizer.lr))}
         prepared = [next(batches) for _ in range(steps)]
         began = time.perf_counter()
         for batch in prepared:
@@ -126,11 +123,3 @@ def sequence_batches(config: Config, draw: Callable[[Config, int], Tensor]) -> I
             SequenceBatch(part[:, :-1], part[:, 1:], positions, torch.zeros_like(positions))
             for part in tokens.split(rows)
         ]
-
-
-def operators(step: Callable[[], object]) -> list[tuple[str, float]]:
-    """(operator, milliseconds of its own CPU time) of one profiled step, largest first."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        step()
-    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    return [(event.key, event.self_cpu_time_total / 1e3) for event in events]
