@@ -6,7 +6,7 @@ evaluated and exported like any other.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
+from itertools import combinations, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kmem.checkpoint.bank.hits import FIRST, KEPT, edited_usage, stored_hits
 from kmem.checkpoint.bank.layout import bank_layout, bank_tensors
-from kmem.checkpoint.bank.rows import Selection, changed_rows, cluster_path, held_mask, select, written_norms
+from kmem.checkpoint.bank.rows import Selection, cluster_path, held_mask, select, trained_rows, written_norms
 from kmem.checkpoint.commit import Progress
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import WEIGHT, CheckpointReader
@@ -166,7 +166,7 @@ def merge(sources: Sequence[Source], out: Path, start: CheckpointReader | None =
     own, remarks = [], []
     trained: list[Selection] = []
     for source in sources:
-        its_rows = {level: _trained(source.reader, start, layout, level) for level in layout.levels}
+        its_rows = {level: trained_rows(source.reader, start, layout, level) for level in layout.levels}
         trained.append(its_rows)
         paths = source.own_paths(start)
         if not paths:
@@ -255,13 +255,6 @@ def _whole(config: Config, subtrees: tuple[str, ...] | None) -> Config:
     tree["bank"]["hold"] = "all"
     tree["data"]["addresses"]["subtrees"] = None if subtrees is None else list(subtrees)
     return parse_config(tree)
-
-
-def _trained(reader: CheckpointReader, start: CheckpointReader | None, layout: BankLayout, level: int) -> Tensor:
-    """bool [rows]: rows that were trained. They differ from `start` or, without a start, write anything."""
-    if start is None:
-        return written_norms(reader, layout, level) != 0
-    return changed_rows(reader, start, layout, level)
 
 
 def _written(
@@ -387,16 +380,14 @@ def _same_values(one: CheckpointReader, other: CheckpointReader, name: str) -> b
 
 def _check_disjoint(layout: BankLayout, sources: Sequence[Source], own: Sequence[Selection]) -> None:
     for level in layout.levels:
-        for second in range(1, len(sources)):
-            for first in range(second):
-                shared = _paths(layout, level, own[first][level] & own[second][level])
-                if shared:
-                    folders = " and by ".join(str(sources[number].reader.folder) for number in (first, second))
-                    raise CheckpointError(
-                        f"level {level}, cluster {_some(shared)}: claimed by {folders}; each cluster has one source: "
-                        "name subtrees after each checkpoint, as in --from RUN 0 1 --from RUN 2, or name the trained "
-                        "checkpoint that all continued from with --start"
-                    )
+        for (first, mine), (second, theirs) in combinations(zip(sources, own, strict=True), 2):
+            shared = _paths(layout, level, mine[level] & theirs[level])
+            if shared:
+                raise CheckpointError(
+                    f"level {level}, cluster {_some(shared)}: claimed by {first.reader.folder} and by "
+                    f"{second.reader.folder}; each cluster has one source: name subtrees after each checkpoint, as in "
+                    "--from RUN 0 1 --from RUN 2, or name the trained checkpoint that all continued from with --start"
+                )
 
 
 def _paths(layout: BankLayout, level: int, rows: Tensor) -> list[str]:

@@ -177,14 +177,17 @@ def written_norms(reader: CheckpointReader, layout: BankLayout, level: int) -> T
     return squares.sqrt()
 
 
-def changed_rows(reader: CheckpointReader, start_from: CheckpointReader, layout: BankLayout, level: int) -> Tensor:
-    """bool [rows]: rows held by `reader` that differ from the same rows of `start_from`."""
-    changed = torch.zeros(layout.rows(level), dtype=torch.bool)
-    for start, stop, layer in _slices(reader, layout, level):
+def trained_rows(reader: CheckpointReader, start: CheckpointReader | None, layout: BankLayout, level: int) -> Tensor:
+    """bool [rows]: rows held by `reader` that were trained. They differ from the same rows of `start` or, without a
+    start, write anything."""
+    if start is None:
+        return written_norms(reader, layout, level) != 0
+    trained = torch.zeros(layout.rows(level), dtype=torch.bool)
+    for first, last, layer in _slices(reader, layout, level):
         name = layer_bank_name(layer, level)
-        one, other = (checkpoint.read_rows(name, start, stop) for checkpoint in (reader, start_from))
-        changed[start:stop] |= (one != other).any(dim=1)
-    return changed
+        one, other = (checkpoint.read_rows(name, first, last) for checkpoint in (reader, start))
+        trained[first:last] |= (one != other).any(dim=1)
+    return trained
 
 
 def _slices(reader: CheckpointReader, layout: BankLayout, level: int) -> Iterator[tuple[int, int, int]]:
