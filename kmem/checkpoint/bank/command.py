@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kmem.checkpoint.actions import add_action, open_verified
 from kmem.checkpoint.printing import print_table
 from kmem.config import UserError
 from kmem.wording import counted
 
 if TYPE_CHECKING:
     from kmem.checkpoint.bank.editing import Edited
-    from kmem.checkpoint.reader import CheckpointReader
 
 PATHS = "clusters by their paths from the root down, such as 3 or 3.11; `generic` for the generic blocks"
 
@@ -19,14 +19,14 @@ PATHS = "clusters by their paths from the root down, such as 3 or 3.11; `generic
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
-    listing = _action(actions, "list", "sizes of the levels, what their blocks write, and which were never trained")
+    listing = add_action(actions, "list", "sizes of the levels, what their blocks write, and which were never trained")
     listing.add_argument("paths", nargs="*", metavar="PATH", help=f"and of these and all below: {PATHS}")
     listing.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
-    erasing = _action(actions, "erase", "reset clusters to their initial blocks, which change nothing")
+    erasing = add_action(actions, "erase", "reset clusters to their initial blocks, which change nothing")
     erasing.add_argument("paths", nargs="+", metavar="PATH", help=PATHS)
 
-    replacing = _action(actions, "replace", "take the blocks of clusters from another checkpoint")
+    replacing = add_action(actions, "replace", "take the blocks of clusters from another checkpoint")
     replacing.add_argument("paths", nargs="+", metavar="PATH", help=PATHS)
     replacing.add_argument(
         "--from", dest="source", required=True, type=Path, metavar="RUN", help="run folder or one of its steps"
@@ -50,13 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--start", type=Path, metavar="RUN", help="checkpoint that all started from, if its bank had been trained"
     )
     merging.add_argument("--out", required=True, type=Path, metavar="RUN", help="run folder to make")
-
-
-def _action(actions: Any, name: str, summary: str) -> argparse.ArgumentParser:
-    description = f"{summary[0].upper()}{summary[1:]}."
-    parser: argparse.ArgumentParser = actions.add_parser(name, help=summary, description=description)
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="RUN", help="run folder or one of its steps")
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -117,14 +110,14 @@ def _list(arguments: argparse.Namespace) -> int:
 def _erase(arguments: argparse.Namespace) -> int:
     from kmem.checkpoint.bank.editing import erase
 
-    _report(erase(_opened(arguments.checkpoint), arguments.out, arguments.paths, arguments.subtree), "erased")
+    _report(erase(open_verified(arguments.checkpoint), arguments.out, arguments.paths, arguments.subtree), "erased")
     return 0
 
 
 def _replace(arguments: argparse.Namespace) -> int:
     from kmem.checkpoint.bank.editing import replace_blocks
 
-    reader, other = _opened(arguments.checkpoint), _opened(arguments.source)
+    reader, other = open_verified(arguments.checkpoint), open_verified(arguments.source)
     _report(replace_blocks(reader, arguments.out, arguments.paths, arguments.subtree, other), "replaced")
     return 0
 
@@ -134,8 +127,8 @@ def _merge(arguments: argparse.Namespace) -> int:
 
     if len(arguments.sources) < 2:
         raise UserError("--from: name at least two runs, each with its own option --from")
-    sources = [Source(_opened(Path(run)), tuple(paths)) for run, *paths in arguments.sources]
-    start = None if arguments.start is None else _opened(arguments.start)
+    sources = [Source(open_verified(Path(run)), tuple(paths)) for run, *paths in arguments.sources]
+    start = None if arguments.start is None else open_verified(arguments.start)
     edited, remarks = merge(sources, arguments.out, start)
     for remark in remarks:
         print(remark)
@@ -143,14 +136,6 @@ def _merge(arguments: argparse.Namespace) -> int:
     print(f"everything else is from {base.folder}")
     _report(edited, "taken from the others")
     return 0
-
-
-def _opened(path: Path) -> "CheckpointReader":
-    from kmem.checkpoint.reader import CheckpointReader
-
-    reader = CheckpointReader(path)
-    reader.verify()
-    return reader
 
 
 def _report(edited: "Edited", done: str) -> None:
