@@ -97,8 +97,7 @@ def _ask(reader: "CheckpointReader", arguments: argparse.Namespace, choices: Cho
     """Print how the model answers a file of questions."""
     from kmem.eval.checkpoint import answered
 
-    limit = arguments.questions_limit
-    answers = answered(reader, arguments.questions, choices, arguments.batch, limit)
+    answers = answered(reader, arguments.questions, choices, arguments.batch, arguments.questions_limit)
     given, bank = choices.given(reader.config.model.shape), choices.bank.chosen()
     if arguments.json:
         tree = {"checkpoint": str(reader.folder), "step": reader.step, "memories": given, **bank}
