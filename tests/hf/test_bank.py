@@ -258,7 +258,7 @@ def test_import_gives_back_every_bit(name, folders, tmp_path):
     first = CheckpointReader(folder.parent / "run")
     found = import_folder(folder, tmp_path / "back", say=str)
     again = CheckpointReader(tmp_path / "back")
-    assert again.tensors == first.tensors
+    assert again.commit.shapes == first.commit.shapes
     for tensor in first.tensors:
         assert torch.equal(again.read(tensor), first.read(tensor)), tensor
     assert again.commit.manifests["bank"] == first.commit.manifests["bank"]
