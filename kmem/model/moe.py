@@ -5,15 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .balance import (
-    RoutingStatistics,
-    load_balancing_loss,
-    mean_of_tokens,
-    normalised_scores,
-    updated_selection_bias,
-    z_loss,
-)
-from .dispatcher import Dispatcher, LocalDispatcher, Routes, combine_rows, gather_rows, sort_by_expert
+from .balance import RoutingStatistics, load_balancing_loss, mean_of_tokens, normalised_scores, z_loss
+from .dispatcher import Dispatcher, LocalDispatcher, Routes
 from .experts import Experts
 from .feed_forward import FeedForward
 from .recomputation import recomputing
@@ -21,22 +14,6 @@ from .router import Router, Routing, count_choices, stable_top_k
 from .shape import Shape
 
 # Shape letters: B sequences, T tokens, H hidden size, E experts, K experts per token.
-
-__all__ = [
-    "Dispatcher",
-    "ExpertLayer",
-    "Experts",
-    "LocalDispatcher",
-    "MoE",
-    "Router",
-    "Routing",
-    "RoutingStatistics",
-    "combine_rows",
-    "count_choices",
-    "gather_rows",
-    "sort_by_expert",
-    "updated_selection_bias",
-]
 
 
 class ExpertLayer(nn.Module):

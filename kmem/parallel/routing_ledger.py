@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kmem.model.balance import RoutingStatistics, updated_selection_bias
 from kmem.model.chain_of_experts import ChainOfExperts, IterationStatistics
-from kmem.model.moe import ExpertLayer, RoutingStatistics, updated_selection_bias
+from kmem.model.moe import ExpertLayer
 from kmem.model.router import Router
 from kmem.model.shape import Shape
 from kmem.parallel.mesh import Mesh, local_device

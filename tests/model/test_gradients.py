@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from kmem.model import matmul
+from kmem.model.dispatcher import combine_rows, gather_rows, sort_by_expert
 from kmem.model.experts import grouped_mm
-from kmem.model.moe import combine_rows, gather_rows, sort_by_expert
 from kmem.model.norm import RMSNorm
 from kmem.model.rope import rotate, rotation
 from kmem.model.swiglu import swiglu

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kmem.model.balance import load_balancing_loss, normalised_scores, z_loss
+from kmem.model.balance import load_balancing_loss, normalised_scores, updated_selection_bias, z_loss
+from kmem.model.dispatcher import LocalDispatcher
 from kmem.model.experts import Experts
-from kmem.model.moe import LocalDispatcher, MoE, updated_selection_bias
+from kmem.model.moe import MoE
 from kmem.model.router import Router, stable_top_k
 from tests.model import tiny
 
