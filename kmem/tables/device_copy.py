@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kmem.tables.exchange import as_tensor
-from kmem.tables.pinned import PinnedBuffer, PinnedRing
+from kmem.tables.pinned import PinnedRing
 from kmem.tables.working_set import StepPlan, WorkingSet
 
 _ALIGNMENT = 256
@@ -30,7 +30,7 @@ class DeviceCopy:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # One buffer for the step that is being filled, and one for every step whose copies may still be queued.
         self._ring = PinnedRing(depth + 2)
-        self._download: PinnedBuffer | None = None
+        self._download = PinnedRing(1)
 
     # Worker thread.
 
@@ -100,12 +100,7 @@ class DeviceCopy:
             return values.numpy()
         self.follow(computed)
         with self._streamed():
-            if self._download is None or len(self._download.bytes) < values.nbytes:
-                if self._download is not None:
-                    self._download.close()
-                    self._download = None
-                self._download = PinnedBuffer(values.nbytes + values.nbytes // 8 + 1)
-            pinned = self._download.bytes[: values.nbytes].view(values.dtype).view(values.shape)
+            pinned = self._download.take(values.nbytes)[: values.nbytes].view(values.dtype).view(values.shape)
             pinned.copy_(values, non_blocking=True)
         self.settle()
         return pinned.numpy()
@@ -141,9 +136,7 @@ class DeviceCopy:
         """Wait for the stream and free the pinned buffers."""
         self.settle()
         self._ring.close()
-        if self._download is not None:
-            self._download.close()
-            self._download = None
+        self._download.close()
 
     def _streamed(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

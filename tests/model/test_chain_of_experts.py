@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kmem.model.chain_of_experts import ChainOfExperts
 from kmem.model.decoder import Decoder, DecoderLayer
+from kmem.model.dispatcher import LocalDispatcher
 from kmem.model.init import initialise_
-from kmem.model.moe import LocalDispatcher
 from tests.model import tiny
 from tests.model.test_moe import explicit_losses
 
