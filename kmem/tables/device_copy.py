@@ -14,6 +14,9 @@ from kmem.tables.working_set import StepPlan, WorkingSet
 _ALIGNMENT = 256
 """Alignment of arrays in a pinned buffer, in bytes; enough for any dtype and any wide copy."""
 
+Event = torch.cuda.Event | None
+"""A point on a stream; None on a CPU, where nothing is queued."""
+
 
 class DeviceCopy:
     """Copies and kernels for one worker thread. On a CPU nothing is copied.
@@ -53,7 +56,7 @@ class DeviceCopy:
                 pinned = as_tensor(buffer[start : start + array.nbytes].numpy().view(array.dtype).reshape(array.shape))
                 pinned.copy_(as_tensor(array))
                 copies.append(pinned.to(self.device, non_blocking=True))
-            self._ring.copied(self._event())
+            self._ring.copied(self._stream.record_event())
         return copies
 
     def empty(self, rows: int, dim: int) -> Tensor:
@@ -66,7 +69,7 @@ class DeviceCopy:
         with self._streamed():
             return torch.zeros(rows, dim, device=self.device)
 
-    def working_set(self, rows: np.ndarray | Tensor, plan: StepPlan, trainable: bool) -> tuple[WorkingSet, object]:
+    def working_set(self, rows: np.ndarray | Tensor, plan: StepPlan, trainable: bool) -> tuple[WorkingSet, Event]:
         """A working set with the rows as fp32 on the device, and the event that marks their arrival.
 
         Args:
@@ -79,22 +82,21 @@ class DeviceCopy:
             rows, *index = self.upload(rows, *places)
         with self._streamed():
             working_set = WorkingSet(rows.float(), index, trainable)
-        return working_set, None if self._stream is None else self._event()
+        return working_set, None if self._stream is None else self._stream.record_event()
 
-    def follow(self, event: object) -> None:
+    def follow(self, event: Event) -> None:
         """Let the stream wait for an event of the main thread."""
         if self._stream is not None and event is not None:
-            assert isinstance(event, torch.cuda.Event)
             self._stream.wait_event(event)
 
-    def take_over(self, values: Tensor, computed: object) -> Tensor:
+    def take_over(self, values: Tensor, computed: Event) -> Tensor:
         """Make a tensor of the main thread usable on the stream, which waits for the event `computed`."""
         self.follow(computed)
         if self._stream is not None:
             values.record_stream(self._stream)  # the main thread may drop it while the stream still uses it
         return values
 
-    def to_host(self, values: Tensor, computed: object) -> np.ndarray:
+    def to_host(self, values: Tensor, computed: Event) -> np.ndarray:
         """Wait for the event `computed` and copy a tensor to the host; the array is valid until the next call."""
         if self._stream is None:
             return values.numpy()
@@ -112,18 +114,13 @@ class DeviceCopy:
 
     # Main thread.
 
-    def mark(self) -> object:
+    def mark(self) -> Event:
         """An event behind everything queued on the current stream so far; None on a CPU."""
-        if self._stream is None:
-            return None
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+        return None if self._stream is None else torch.cuda.current_stream(self.device).record_event()
 
-    def hand_over(self, working_set: WorkingSet, arrived: object) -> WorkingSet:
+    def hand_over(self, working_set: WorkingSet, arrived: Event) -> WorkingSet:
         """Let the current stream wait for a working set; `arrived` is the event from `working_set`."""
         if arrived is not None:
-            assert isinstance(arrived, torch.cuda.Event)
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(arrived)
             # Allocated on the worker's stream: the memory may not be reused while this stream still uses it.
@@ -140,8 +137,3 @@ class DeviceCopy:
 
     def _streamed(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-
-    def _event(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()
-        event.record(self._stream)
-        return event

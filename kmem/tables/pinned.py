@@ -4,19 +4,10 @@ Pinning memory takes about as long as a copy through it, so a new buffer per ste
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-
-
-class Buffer(Protocol):
-    """Bytes of host memory."""
-
-    bytes: Tensor
-    """uint8 [size]."""
-
-    def close(self) -> None: ...
 
 
 class PinnedBuffer:
@@ -25,6 +16,7 @@ class PinnedBuffer:
 
     def __init__(self, size: int) -> None:
         self.bytes = torch.empty(size, dtype=torch.uint8)
+        """uint8 [size]."""
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 0))
 
     def close(self) -> None:
@@ -44,10 +36,10 @@ class PinnedRing:
         allocate: makes a buffer of the given size in bytes.
     """
 
-    def __init__(self, buffers: int, allocate: Callable[[int], Buffer] = PinnedBuffer) -> None:
+    def __init__(self, buffers: int, allocate: Callable[[int], PinnedBuffer] = PinnedBuffer) -> None:
         assert buffers >= 1
         self._allocate = allocate
-        self._buffers: list[Buffer | None] = [None] * buffers
+        self._buffers: list[PinnedBuffer | None] = [None] * buffers
         self._copied: list[Any] = [None] * buffers
         self._largest = 0
         self._next = 0

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kmem.tables.device_copy import DeviceCopy
+from kmem.tables.device_copy import DeviceCopy, Event
 from kmem.tables.exchange import Exchange, Request
 from kmem.tables.row_optimizers import kernels
 from kmem.tables.row_optimizers.update import host_array, host_columns
@@ -47,7 +47,7 @@ class ThroughHost:
         values = self._gather(request.wanted[send_mask])
         rows[recv_mask] = self._exchange.to_askers_where(request, send_mask, values, recv_mask)
 
-    def to_owners(self, request: Request, gradient: Tensor, computed: object) -> np.ndarray:
+    def to_owners(self, request: Request, gradient: Tensor, computed: Event) -> np.ndarray:
         """Gradients of the asked rows [U, D] -> gradients of the wanted rows [W, D]; valid until the next call."""
         return self._exchange.to_owners(request, self._copy.to_host(gradient, computed))
 
@@ -102,7 +102,7 @@ class InPlace:
 
         self._copy.run(gather)
 
-    def to_owners(self, request: Request, gradient: Tensor, computed: object) -> np.ndarray | Tensor:
+    def to_owners(self, request: Request, gradient: Tensor, computed: Event) -> np.ndarray | Tensor:
         """The gradient [U, D] in the memory of the rows: a host array, or a device tensor."""
         if self._store.on_host:
             return self._copy.to_host(gradient, computed)

@@ -26,7 +26,7 @@ from torch.profiler import record_function
 from kmem.checkpoint.pieces import Pieces
 from kmem.config import RowOptimizerConfig, UserError
 from kmem.tables import counter_random
-from kmem.tables.device_copy import DeviceCopy
+from kmem.tables.device_copy import DeviceCopy, Event
 from kmem.tables.exchange import Request
 from kmem.tables.hazards import Hazards
 from kmem.tables.row_optimizers import RowOptimizer, RowUpdate, make_row_optimizer
@@ -358,7 +358,7 @@ class Table:
 
     # Main thread, on behalf of tickets.
 
-    def _written(self, step: int) -> object:
+    def _written(self, step: int) -> Event:
         """The event for which the worker's stream waits before step 0: initial or loaded rows are written."""
         return self._copy.mark() if step == 0 else None
 
@@ -381,7 +381,7 @@ class Table:
     # Worker thread.
 
     @record_function("kmem: fetch")
-    def _fetch(self, step: _Step, plan: StepPlan, written: object) -> None:
+    def _fetch(self, step: _Step, plan: StepPlan, written: Event) -> None:
         began, sent = time.perf_counter(), self._exchange.bytes
         self._copy.follow(written)
         step.plan, unique = plan, plan.rows
@@ -416,7 +416,7 @@ class Table:
 
     @record_function("kmem: update")
     def _finish(
-        self, step: _Step, gradient: Tensor | None, computed: object, scale: float, rate: float, skip: bool
+        self, step: _Step, gradient: Tensor | None, computed: Event, scale: float, rate: float, skip: bool
     ) -> None:
         sent = self._exchange.bytes
         self._hazards.end(step.number)
@@ -451,7 +451,7 @@ class Table:
     def _hand_out(self, step: _Step) -> None:
         step.ready.set_result(self._copy.working_set(step.rows, step.plan, self.trained))
 
-    def _fetch_unchanging(self, plan: StepPlan, written: object) -> tuple[WorkingSet, object]:
+    def _fetch_unchanging(self, plan: StepPlan, written: Event) -> tuple[WorkingSet, Event]:
         self._copy.follow(written)
         unique = plan.rows
         request = self._exchange.request(unique, self.spec.rows)
