@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -48,13 +47,16 @@ Planned = Tensor | Callable[[], StepPlan]
 or a function that the worker calls to get the plan."""
 
 
-class _Step:
-    """The worker's record of a step. The begin job fills it."""
+class Ticket:
+    """The rows of a step, from `begin` to `commit`. Leaving its context without a commit skips the step."""
 
-    def __init__(self, number: int, ready: Future) -> None:
-        self.number, self.ready = number, ready
+    def __init__(self, table: "Table", number: int, ready: Future) -> None:
+        self._table, self.number, self.ready = table, number, ready
         self.metrics = StepMetrics()
+        """The metrics of this step; complete after the worker has done the commit."""
         self.ended = False
+        self._working_set: WorkingSet | None = None
+        # The worker's record of the step, which the begin job fills.
         self.plan: StepPlan
         self.request: Request
         self.owned: Segments
@@ -66,14 +68,6 @@ class _Step:
         self.fresh_asked: np.ndarray
         """bool [U], the same for the rows that this rank asked for."""
 
-
-class Ticket:
-    """The rows of a step, from `begin` to `commit`. Leaving its context without a commit skips the step."""
-
-    def __init__(self, table: "Table", step: _Step) -> None:
-        self._table, self._step = table, step
-        self._working_set: WorkingSet | None = None
-
     def result(self) -> WorkingSet:
         """Wait for the rows. Further calls return the same object.
 
@@ -81,18 +75,13 @@ class Ticket:
             ExchangeError: the exchange failed on this or another rank.
         """
         if self._working_set is None:
-            self._working_set = self._table._receive(self._step)
+            self._working_set = self._table._receive(self)
         return self._working_set
-
-    @property
-    def metrics(self) -> StepMetrics:
-        """The metrics of this step; complete after the worker has done the commit."""
-        return self._step.metrics
 
     @property
     def owned_rows(self) -> Tensor:
         """int64, ascending: local numbers of this rank's rows that any rank asked for. Call `result` first."""
-        return torch.from_numpy(self._step.owned.unique)
+        return torch.from_numpy(self.owned.unique)
 
     def commit(self, scale: float, learning_rate: float, skip: bool = False) -> None:
         """Queue the update of this step's rows.
@@ -102,17 +91,15 @@ class Ticket:
             learning_rate: learning rate of the rows, multiplier included.
             skip: leave the rows unchanged; all ranks must pass the same value.
         """
-        assert not self._step.ended, "this step has been committed or skipped before"
+        assert not self.ended, "this step has been committed or skipped before"
         assert skip or self._table.trained, "frozen rows have no updates"
-        self._table._end(self._step, None if skip else self._working_set, scale, learning_rate, skip)
+        self._table._end(self, None if skip else self._working_set, scale, learning_rate, skip)
 
     def __enter__(self) -> "Ticket":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self._step.ended:
+    def __exit__(self, *_: object) -> None:
+        if not self.ended:
             self.commit(0.0, 0.0, skip=True)
 
 
@@ -184,9 +171,9 @@ class Table:
         )
         self._optimizer_step = torch.zeros(1, dtype=torch.int64)
         self._begun = 0
-        self._open: list[_Step] = []
+        self._open: list[Ticket] = []
         """Steps that have begun, without a queued commit or skip. For the main thread."""
-        self._unserved: list[_Step] = []
+        self._unserved: list[Ticket] = []
         """Steps that have begun and wait for rows in conflict. For the worker thread."""
         self._finished: deque[StepMetrics] = deque(maxlen=1000)
         if initialise:
@@ -212,12 +199,12 @@ class Table:
     def begin(self, plan: Planned) -> Ticket:
         """Start fetching a step's rows."""
         assert len(self._open) <= self.depth, f"{len(self._open)} steps are begun, prefetch depth is {self.depth}"
-        step = _Step(self._begun, self._worker.promise())
+        step = Ticket(self, self._begun, self._worker.promise())
         self._begun += 1
         self._open.append(step)
         written = self._written(step.number)
         self._worker.submit(lambda: self._fetch(step, self._made(plan), written))
-        return Ticket(self, step)
+        return step
 
     def evaluate(self, plan: Planned) -> WorkingSet:
         """Read rows in the state after the last queued commit, without gradients. Does not affect steps in flight."""
@@ -348,9 +335,7 @@ class Table:
     def __enter__(self) -> "Table":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if error is not None:
             # Other ranks may not have failed: jobs queued here would wait for exchanges that do not match theirs.
             self._worker.fail(error)
@@ -362,7 +347,7 @@ class Table:
         """The event for which the worker's stream waits before step 0: initial or loaded rows are written."""
         return self._copy.mark() if step == 0 else None
 
-    def _receive(self, step: _Step) -> WorkingSet:
+    def _receive(self, step: Ticket) -> WorkingSet:
         blocking = [other.number for other in self._open if other.number < step.number - self._hazards.staleness]
         assert not blocking, f"step {step.number} waits for steps {blocking}: commit or skip them first"
         began = time.perf_counter()
@@ -370,7 +355,7 @@ class Table:
         step.metrics.stall_ms = 1e3 * (time.perf_counter() - began)
         return self._copy.hand_over(working_set, arrived)
 
-    def _end(self, step: _Step, working_set: WorkingSet | None, scale: float, rate: float, skip: bool) -> None:
+    def _end(self, step: Ticket, working_set: WorkingSet | None, scale: float, rate: float, skip: bool) -> None:
         assert skip or step is self._open[0], "steps are committed in the order in which they were begun"
         step.ended = True
         self._open.remove(step)
@@ -381,7 +366,7 @@ class Table:
     # Worker thread.
 
     @record_function("kmem: fetch")
-    def _fetch(self, step: _Step, plan: StepPlan, written: Event) -> None:
+    def _fetch(self, step: Ticket, plan: StepPlan, written: Event) -> None:
         began, sent = time.perf_counter(), self._exchange.bytes
         self._copy.follow(written)
         step.plan, unique = plan, plan.rows
@@ -406,7 +391,7 @@ class Table:
         else:
             self._hand_out(step)
 
-    def _fresh(self, step: _Step) -> np.ndarray:
+    def _fresh(self, step: Ticket) -> np.ndarray:
         """bool [W]: True for the wanted rows that may be handed out now. A dense optimizer moves even rows that no step
         holds, so no row may be handed out before all earlier steps are committed."""
         fresh = self._hazards.begin(step.number, step.request.wanted, step.owned.unique)
@@ -416,7 +401,7 @@ class Table:
 
     @record_function("kmem: update")
     def _finish(
-        self, step: _Step, gradient: Tensor | None, computed: Event, scale: float, rate: float, skip: bool
+        self, step: Ticket, gradient: Tensor | None, computed: Event, scale: float, rate: float, skip: bool
     ) -> None:
         sent = self._exchange.bytes
         self._hazards.end(step.number)
@@ -448,7 +433,7 @@ class Table:
             self._unserved.remove(other)
             self._hand_out(other)
 
-    def _hand_out(self, step: _Step) -> None:
+    def _hand_out(self, step: Ticket) -> None:
         step.ready.set_result(self._copy.working_set(step.rows, step.plan, self.trained))
 
     def _fetch_unchanging(self, plan: StepPlan, written: Event) -> tuple[WorkingSet, Event]:
