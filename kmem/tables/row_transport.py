@@ -9,9 +9,8 @@ from torch import Tensor
 from kmem.tables.device_copy import DeviceCopy, Event
 from kmem.tables.exchange import Exchange, Request
 from kmem.tables.row_optimizers import kernels
-from kmem.tables.row_optimizers.update import host_array, host_columns
 from kmem.tables.row_threads import RowThreads
-from kmem.tables.stores import Store
+from kmem.tables.stores import Store, host_array
 
 # Shape letters: U rows that this rank asks for, W rows that all ranks want from it, D values of a row.
 
@@ -56,7 +55,7 @@ class ThroughHost:
         if not self._store.on_host:
             self._copy.settle()
             return host_array(table[torch.from_numpy(rows).to(table.device)].cpu())
-        values, start = host_columns(self._store, "rows")
+        values, start = self._store.columns("rows")
         out = self.empty(len(rows))
         self._threads.run(len(rows), lambda part: kernels.gather(values, start, rows[part], out[part]))
         return out

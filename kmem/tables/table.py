@@ -29,12 +29,11 @@ from kmem.tables.device_copy import DeviceCopy, Event
 from kmem.tables.exchange import Request
 from kmem.tables.hazards import Hazards
 from kmem.tables.row_optimizers import RowOptimizer, RowUpdate, make_row_optimizer
-from kmem.tables.row_optimizers.update import host_array
 from kmem.tables.row_threads import RowThreads
 from kmem.tables.row_transport import make_row_transport
 from kmem.tables.segments import Segments
 from kmem.tables.sharding import RowSelection, row_range
-from kmem.tables.stores import CHUNK_BYTES, ArrayLayout, Store
+from kmem.tables.stores import CHUNK_BYTES, ArrayLayout, Store, host_array
 from kmem.tables.table_spec import DTYPES, StepMetrics, TableSpec
 from kmem.tables.worker import TableWorker
 from kmem.tables.working_set import StepPlan, WorkingSet

@@ -16,7 +16,7 @@ from torch import Tensor
 from kmem.config import RowOptimizerConfig
 from kmem.tables.row_optimizers import kernels
 from kmem.tables.row_optimizers.row_optimizer import RowOptimizer
-from kmem.tables.row_optimizers.update import RowUpdate, host_columns, take_missed_steps
+from kmem.tables.row_optimizers.update import RowUpdate, take_missed_steps
 from kmem.tables.stores import ArrayLayout, Store, chunk_ranges
 
 # Shape letters: U rows of an update, D values of a row.
@@ -114,7 +114,7 @@ class HostSweep(Sweep):
     ) -> None:
         super().__init__(settings, store, update)
         self._rounding = rounding
-        self._momentum = host_columns(store, "momentum")
+        self._momentum = store.columns("momentum")
         self._scalars = np.float32(update.scale), np.float32(settings.momentum), np.float32(1 - settings.momentum)
 
     def first(self) -> np.ndarray:
@@ -133,7 +133,7 @@ class HostSweep(Sweep):
         return squares
 
     def move(self, scales: np.ndarray, least: float, factor: float) -> None:
-        table = host_columns(self._store, "rows")
+        table = self._store.columns("rows")
         for chunk in self._chunks():
             gradients = self._gradients(*chunk)
             kernels.sinkhorn_move(
