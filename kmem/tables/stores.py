@@ -184,12 +184,12 @@ class Store:
         if error is not None:
             raise StoreError(f"table {self.name}: {self.path} cannot be read ({error})")
 
-    def fill(self, array: str, values: Callable[[int, int], Tensor]) -> None:
+    def fill(self, array: str, values: Callable[[int, int], Tensor | np.ndarray]) -> None:
         """Write an array chunk by chunk; values(start, stop) returns rows [start, stop) as fp32 on the host."""
         target = self.arrays[array]
         for start, stop in self.chunks(array):
             self.fetch_ahead(np.arange(start, stop))
-            target[start:stop].copy_(values(start, stop))
+            target[start:stop].copy_(torch.as_tensor(values(start, stop)))
 
     def chunks(self, array: str) -> Iterator[tuple[int, int]]:
         """Row ranges [start, stop) of at most CHUNK_BYTES."""

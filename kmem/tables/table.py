@@ -182,18 +182,12 @@ class Table:
         """Set the initial rows: from `spec.initial_rows` if it is given, else drawn. Drawn rows depend on the seed, the
         table's name and the row numbers alone."""
         spec, first = self.spec, self.local.start
-        stream = counter_random.key(spec.seed, spec.name)
-
-        def values(start: int, stop: int) -> Tensor:
-            return torch.from_numpy(
-                counter_random.normal_rows(first + start, first + stop, spec.dim, stream, spec.init_std)
-            )
-
-        if spec.initial_rows is not None:
-            given = spec.initial_rows
-            self.store.fill("rows", lambda start, stop: given(first + start, first + stop))
-        elif spec.init_std:
-            self.store.fill("rows", values)
+        rows: Callable[[int, int], Tensor | np.ndarray] | None = spec.initial_rows
+        if rows is None and spec.init_std:
+            stream = counter_random.key(spec.seed, spec.name)
+            rows = partial(counter_random.normal_rows, dim=spec.dim, stream=stream, std=spec.init_std)
+        if rows is not None:
+            self.store.fill("rows", lambda start, stop: rows(first + start, first + stop))
 
     def begin(self, plan: Planned) -> Ticket:
         """Start fetching a step's rows."""
