@@ -35,10 +35,7 @@ class StepPlan:
         Raises:
             UserError: an id is negative.
         """
-        if isinstance(ids, Tensor):
-            flat = ids.numpy().reshape(-1)
-        else:
-            flat = torch.cat([part.flatten() for part in ids]).numpy()
+        flat = torch.cat([part.flatten() for part in ids]).numpy()
         if len(flat) and flat.min() < 0:
             raise UserError(f"row ids start at 0, but {flat.min()} was looked up")
         segments = Segments.of(flat)
