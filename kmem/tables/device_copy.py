@@ -65,11 +65,6 @@ class DeviceCopy:
         with self._streamed():
             return torch.empty(rows, dim, device=self.device)
 
-    def zeros(self, rows: int, dim: int) -> Tensor:
-        """fp32 zeros [rows, dim], filled on the stream."""
-        with self._streamed():
-            return torch.zeros(rows, dim, device=self.device)
-
     def working_set(self, rows: np.ndarray | Tensor, plan: StepPlan, trainable: bool) -> tuple[WorkingSet, Event]:
         """A working set with the rows as fp32 on the device, and the event that marks their arrival.
 

@@ -169,6 +169,7 @@ class Table:
             depth if optimizer is None else staleness,  # frozen rows need not wait for anything
         )
         self._optimizer_step = torch.zeros(1, dtype=torch.int64)
+        """Number of optimizer steps done; skipped steps do not count."""
         self._begun = 0
         self._open: list[Ticket] = []
         """Steps that have begun, without a queued commit or skip. For the main thread."""
@@ -214,11 +215,6 @@ class Table:
     def in_flight(self) -> int:
         """Number of steps that have begun, and are neither committed nor skipped."""
         return len(self._open)
-
-    @property
-    def step(self) -> int:
-        """Number of optimizer steps done; skipped steps do not count."""
-        return int(self._optimizer_step)
 
     def take_metrics(self) -> list[StepMetrics]:
         """The metrics of the steps that ended since the last call, oldest first."""
@@ -402,7 +398,8 @@ class Table:
             optimizer = self._optimizer
             assert optimizer is not None
             if gradient is None:  # a rank without gradients must take part, too
-                gradient = self._copy.zeros(len(step.fresh_asked), self.spec.dim)
+                gradient = self._copy.empty(len(step.fresh_asked), self.spec.dim)
+                self._copy.run(gradient.zero_)
             wanted = self._transport.to_owners(step.request, gradient, computed)
             began = time.perf_counter()
             self._optimizer_step += 1
