@@ -114,7 +114,7 @@ def test_groups_are_those_of_product_by_product(onednn, monkeypatch, counts, dty
     down = tiny.random(4, 64, 48, dtype=dtype, seed=4).requires_grad_()
     counts = torch.tensor(counts)
     ours = grouped_mm(rows, gate_up, down, counts)
-    assert ours.grad_fn.name() == "GroupedSwiGLUBackward"
+    assert ours.grad_fn.name() == "_GroupedSwiGLUBackward"
     theirs = matmul.grouped_linear(swiglu(matmul.grouped_linear(rows, gate_up, counts)), down, counts)
     assert ours.equal(theirs)
     inputs, grad = [rows, gate_up, down], tiny.random(100, 64, dtype=dtype, seed=5)
