@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from kmem.config import parse_config
+from kmem.model.balance import updated_selection_bias
 from kmem.model.decoder import Decoder
 from kmem.model.init import initialise_
 from kmem.model.mask import document_mask
-from kmem.model.moe import ExpertLayer, updated_selection_bias
+from kmem.model.moe import ExpertLayer
 from tests.distributed.training_case import small_config, synthetic_sequences, train_case
 
 STEPS = 6

@@ -60,7 +60,7 @@ def load(world, folder, store="host"):
     with Table(spec(store, folder), OPTIMIZER, worker) as table:
         dcp.load(table.pieces(), checkpoint_id=folder, planner=PiecesLoadPlanner(), no_dist=world == 1)
         loaded = whole(table, world)
-        assert table.step == 3
+        assert table._optimizer_step == 3
         steps(table, 3, 5, world)
         later = whole(table, world)
     worker.close()

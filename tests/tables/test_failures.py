@@ -53,7 +53,7 @@ def test_a_step_left_without_commit_is_skipped(worker):
         with table.begin(ids(0)) as ticket:
             ticket.result().lookup(0).sum().backward()
             table.begin(ids(1))
-        assert table.step == 0
+        assert table._optimizer_step == 0
         assert torch.equal(table.read_rows(0, ROWS), before)
         with pytest.raises(AssertionError, match=r"step .*committed .*before"):
             ticket.commit(1.0, 0.1)

@@ -7,9 +7,8 @@ import torch
 
 from kmem.config import RowOptimizerConfig
 from kmem.tables import table as table_module
-from kmem.tables.device_copy import DeviceCopy
+from kmem.tables.device_copy import DeviceCopy, PinnedRing
 from kmem.tables.exchange import Exchange
-from kmem.tables.pinned import PinnedRing
 from kmem.tables.row_transport import InPlace, ThroughHost, make_row_transport
 from kmem.tables.stores import ArrayLayout, Store
 from kmem.tables.table import Table
