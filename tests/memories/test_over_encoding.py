@@ -212,7 +212,9 @@ def folders(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full if "branches" in name else ()) for name in MODELS]
+)
 def test_transformers_compute_kmems_logits(name, folders):
     check_logits(folders(name))
 
