@@ -48,7 +48,7 @@ or a function that the worker calls to get the plan."""
 
 
 class Ticket:
-    """The rows of a step, from `begin` to `commit`. Leaving its context without a commit skips the step."""
+    """The rows of a step, from `begin` to `commit`."""
 
     def __init__(self, table: "Table", number: int, ready: Future) -> None:
         self._table, self.number, self.ready = table, number, ready
@@ -94,13 +94,6 @@ class Ticket:
         assert not self.ended, "this step has been committed or skipped before"
         assert skip or self._table.trained, "frozen rows have no updates"
         self._table._end(self, None if skip else self._working_set, scale, learning_rate, skip)
-
-    def __enter__(self) -> "Ticket":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not self.ended:
-            self.commit(0.0, 0.0, skip=True)
 
 
 class Table:
@@ -348,15 +341,6 @@ class Table:
         self._copy.close()
         self._hazards.busy = np.zeros(0, np.uint8)
         self.store.close()
-
-    def __enter__(self) -> "Table":
-        return self
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if error is not None:
-            # Other ranks may not have failed: jobs queued here would wait for exchanges that do not match theirs.
-            self._worker.fail(error)
-        self.close()
 
     # Main thread, on behalf of tickets.
 

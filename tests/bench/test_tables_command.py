@@ -17,6 +17,7 @@ from kmem.data.reader import open_data
 from kmem.tables.table import Table
 from kmem.tables.table_spec import TableSpec
 from kmem.tables.worker import TableWorker
+from tests.tables.toy import opened
 from tests.warm_processes import WITH_KMEM, WarmContext
 
 TINY = [
@@ -71,9 +72,8 @@ def test_text_is_that_of_training(tmp_path):
 
 def test_a_written_table_is_as_new_and_leaves_no_file(tmp_path):
     worker = TableWorker()
-    with Table(
-        TableSpec("table", 100, 8, store="mmap", folder=tmp_path), RowOptimizerConfig(name="adam_catchup"), worker
-    ) as table:
+    spec = TableSpec("table", 100, 8, store="mmap", folder=tmp_path)
+    with opened(Table(spec, RowOptimizerConfig(name="adam_catchup"), worker)) as table:
         before = {name: array.clone() for name, array in table.store.arrays.items()}
         write_all(table)
         assert all(table.store[name].equal(array) for name, array in before.items())

@@ -24,6 +24,7 @@ from tests.tables.toy import (
     case,
     loss_of,
     mapped,
+    opened,
     rank_ids,
     start_worker,
     step_ids,
@@ -183,7 +184,7 @@ def two_tables(world, prefetch):
     rank = worker.exchange.rank
     specs = [SPEC, TableSpec("toy.other", ROWS - 10, DIM, "bf16", init_std=0.5)]
     with contextlib.ExitStack() as stack:
-        tables = [stack.enter_context(Table(spec, RowOptimizerConfig(), worker)) for spec in specs]
+        tables = [stack.enter_context(opened(Table(spec, RowOptimizerConfig(), worker))) for spec in specs]
 
         def begin(step):
             return [table.begin(rank_ids(step, rank, world) % table.spec.rows) for table in tables]
