@@ -150,6 +150,6 @@ class InlineWorker:
 
 def _stopped(error: BaseException | None) -> str:
     return (
-        f"tables: the exchange between ranks stopped ({type(error).__name__}: {error}); the log of the rank that failed "
-        "first names the cause; the last checkpoint is intact"
+        f"tables: the exchange between ranks stopped ({type(error).__name__}: {error}); the log of the rank that "
+        "failed first names the cause; the last checkpoint is intact"
     )
