@@ -268,6 +268,7 @@ def test_published_sizes(name, capsys):
     digits = len(billions.partition(".")[2])
     assert f"{counts.tables / 1e9:.{digits}f}" == billions
     assert counts.components[NAME] == hidden**2
+    assert KINDS[NAME].init_std(config.model.shape) == config.model.init_std
     plain = count_parameters(config.model.model_copy(update={NAME: None}).shape)
     assert counts.active - plain.active == hidden**2 + hidden
     assert counts.layers[0] - plain.layers[0] == hidden**2

@@ -11,6 +11,7 @@ from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import ModelConfig, parse_config
 from kmem.model.decoder import Decoder
+from kmem.model.hyper_connections import expand_branches
 from kmem.model.memory_kind import OFF
 from kmem.model.memory_kinds import KINDS
 from kmem.model.parameter_counts import count_parameters
@@ -98,6 +99,23 @@ def test_the_feed_forward_is_stems():
     gate, down = module.gate_proj.weight, module.down_proj.weight
     expected = (F.silu(x @ gate.T) * table[ids]) @ down.T
     torch.testing.assert_close(module.feed(x, None, TokenRows(table[ids][..., None, :])), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("branches", [1, 2])
+def test_every_update_reads_the_input_embedding(branches):
+    """Layer by layer: a layer without memory, then the update."""
+    streams = {"hyper_connections": {"branches": branches}} if branches > 1 else {}
+    decoder = tiny.decoder(tiny.shape(per_layer_embeddings={"width": 8}, **streams))
+    plain = Decoder(tiny.shape(**streams))
+    plain.load_state_dict({name: tensor for name, tensor in decoder.state_dict().items() if NAME not in name})
+    (ids, positions), rows = tiny.tokens(), [TokenRows(tiny.random(2, 24, 1, 8, seed=layer)) for layer in range(3)]
+    embedding = decoder.embedding(ids)
+    hidden = expand_branches(embedding, branches)
+    for layer, memories, read in zip(plain.layers, decoder.layers, rows, strict=True):
+        hidden = memories.memories[NAME].leave(layer(hidden, positions), embedding, read)
+    found = decoder(ids, positions, memories={NAME: dict(enumerate(rows))})
+    torch.testing.assert_close(decoder.logits(found), plain.logits(hidden))
 
 
 @torch.no_grad()
@@ -258,6 +276,7 @@ def test_sizes_of_gemma_3n(capsys):
     counts = count_parameters(config.model.shape)
     assert counts.tables == counts.components[f"{NAME}_table"] == 262_144 * 8_960
     assert counts.components[NAME] == 35 * (3 * 2048 * 256 + 256 + 2048)
+    assert KINDS[NAME].init_std(config.model.shape) == config.model.init_std
     plain = count_parameters(config.model.model_copy(update={NAME: None}).shape)
     assert counts.active - plain.active == counts.components[NAME] + 8_960
     stages = rank_bytes(config, Mesh(0, 2, 4, 1))
