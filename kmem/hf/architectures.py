@@ -4,20 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from kmem.config import ModelConfig
-from kmem.hf.native import NATIVE, Architecture, rope_parameters, rope_scaling
+from kmem.hf.native import NATIVE, SHARED, Architecture, rope_parameters, rope_scaling, value_at
 from kmem.model.memory_kinds import kinds_of
 from kmem.wording import counted
 
-KMEM = Architecture(
-    name="kmem's own code",
-    model_type="kmem",
-    class_name="KmemForCausalLM",
-    shape="any",
-    asks=lambda model: True,
-    obstacles=lambda model: [],
-    to_fields=lambda model: {"model": model.model_dump(mode="json")},
-    from_fields=lambda config: dict(config.model),
-)
+KMEM = Architecture(name="kmem's own code", model_type="kmem", class_name="KmemForCausalLM", shape="any")
 BY_MODEL_TYPE = {architecture.model_type: architecture for architecture in (*NATIVE, KMEM)}
 
 
@@ -60,39 +51,40 @@ def choose(model: ModelConfig, custom_code: bool = False) -> Choice:
 def to_fields(model: ModelConfig, architecture: Architecture) -> dict[str, Any]:
     """The fields of config.json that describe a model, without tokens and dtype."""
     if architecture is KMEM:
-        return architecture.to_fields(model)
-    return {
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.attention.num_heads,
-        "max_position_embeddings": model.max_position_embeddings,
-        "rms_norm_eps": model.norm_eps,
-        "rope_parameters": rope_parameters(model),
-        "tie_word_embeddings": model.tie_embeddings,
-        "initializer_range": model.init_std,
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        **architecture.to_fields(model),
+        return {"model": model.model_dump(mode="json")}
+    fields = {name: value_at(model, path) for name, path in {**SHARED, **architecture.fields}.items()}
+    defaults = {
+        "intermediate_size": value_at(model, "moe.intermediate_size"),
+        "num_key_value_heads": model.attention.num_heads,
     }
+    fields |= {name: fields[name] or default for name, default in defaults.items() if name in fields}
+    if "head_dim" in fields:
+        fields["head_dim"] = model.shape.head_dim
+    constants = {"attention_dropout": 0.0, "hidden_act": "silu"}
+    return {**fields, **constants, "rope_parameters": rope_parameters(model), **architecture.further_fields(model)}
 
 
 def from_fields(config: Any, architecture: Architecture) -> dict[str, Any]:
     """The model section of a Transformers config that has passed `required`; not yet checked by ModelConfig."""
     if architecture is KMEM:
-        return architecture.from_fields(config)
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_layers": config.num_hidden_layers,
-        "max_position_embeddings": config.max_position_embeddings,
-        "norm_eps": config.rms_norm_eps,
+        return dict(config.model)
+    values = {path: getattr(config, name, None) for name, path in {**SHARED, **architecture.fields}.items()}
+    values |= {**architecture.implied, **architecture.further_section(config)}
+    if "attention.head_dim" in values and not values["attention.head_dim"]:
+        values["attention.head_dim"] = config.hidden_size // config.num_attention_heads
+    if values.get("moe.first_dense_layers") == 0:
+        values["intermediate_size"] = None  # no layer has a dense feed-forward
+    section: dict[str, Any] = {
         "rope_theta": config.rope_parameters["rope_theta"],
         "rope_scaling": rope_scaling(config.rope_parameters),
-        "tie_embeddings": config.tie_word_embeddings,
-        "init_std": config.initializer_range,
-        **architecture.from_fields(config),
     }
+    for path, value in values.items():
+        name, _, inner = path.partition(".")
+        if inner:
+            section.setdefault(name, {})[inner] = value
+        else:
+            section[name] = value
+    return section
 
 
 def _describe(model: ModelConfig) -> str:

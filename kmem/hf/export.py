@@ -16,7 +16,7 @@ from kmem.data.tokenizer import load_tokenizer
 from kmem.files import atomic_folder, check_replaceable
 from kmem.hf.architectures import KMEM, Choice, choose, to_fields
 from kmem.hf.custom_code import AUTO_MAP, register, write_code
-from kmem.hf.key_map import Piece, TableParts, check_tensor_sets, folder_pieces, parameters, table_parts
+from kmem.hf.key_map import Piece, TableParts, check_tensor_sets, folder_pieces, parameters, row_slices, table_parts
 from kmem.hf.memory_folders import FolderParts, TrainedModel, folder_of
 from kmem.hf.model_card import model_card
 from kmem.hf.native import Architecture
@@ -25,7 +25,6 @@ from kmem.model.memory_kinds import kinds_of
 from kmem.model.parameter_counts import tensor_shapes
 from kmem.wording import counted
 
-SLICE_BYTES = 32 << 20  # rows of a large tensor are copied in parts of this size
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 
@@ -194,55 +193,35 @@ def _write_weights(
         declared = {piece.name: (piece.shape, _dtype(piece, dtype)) for piece in shard}
         with SafetensorsWriter(folder / name, declared, {"format": "pt"}) as writer:
             for piece in shard:
-                if piece.name in beside:
-                    writer.write(piece.name, beside[piece.name])
-                else:
-                    _write_piece(trained, piece, _dtype(piece, dtype), writer, progress)
+                _, held = declared[piece.name]
+                if not piece.tensors:
+                    writer.write(piece.name, beside.get(piece.name, torch.empty(piece.shape, dtype=held)))
+                    continue
+                for values in _values(trained, piece):
+                    writer.write_values(piece.name, values.to(held))
+                    progress.advance(values.numel() * held.itemsize)
         places.update(dict.fromkeys(declared, name))
     total = sum(_bytes(piece, dtype) for shard in shards for piece in shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_piece(
-    trained: TrainedModel, piece: Piece, dtype: torch.dtype, writer: SafetensorsWriter, progress: Progress
-) -> None:
-    if piece.tensor is None and not piece.beside:
-        writer.write(piece.name, torch.empty(piece.shape, dtype=dtype))
-        return
-    if piece.expert is not None:
-        assert piece.tensor is not None
-        expert = trained.read_rows(piece.tensor, piece.expert, piece.expert + 1)[0]
-        writer.write(piece.name, expert[piece.start : piece.stop].to(dtype))
-        progress.advance(_bytes(piece, dtype))
-        return
-    if piece.beside:
-        for values in _side_by_side(trained, piece):
-            writer.write_values(piece.name, values.to(dtype))
-            progress.advance(values.numel() * dtype.itemsize)
-        return
-    assert piece.tensor is not None
-    rows = max(1, SLICE_BYTES // max(1, prod(piece.shape[1:]) * torch.float32.itemsize))
-    for start in range(0, piece.shape[0], rows):
-        part = trained.read_rows(piece.tensor, piece.start + start, min(piece.start + start + rows, piece.stop))
-        writer.write_rows(piece.name, start, part.to(dtype))
-        progress.advance(part.numel() * dtype.itemsize)
+def _values(trained: TrainedModel, piece: Piece) -> Iterator[torch.Tensor]:
+    """The values of a piece whose rows are those of tensors, in row-major order, a slice at a time.
 
-
-def _side_by_side(trained: TrainedModel, piece: Piece) -> Iterator[torch.Tensor]:
-    """The values of a piece whose rows join the rows of several tensors, in row-major order, a slice at a time.
-
-    A row that is longer than a slice comes tensor by tensor.
+    A row of several tensors that is longer than a slice comes tensor by tensor.
     """
-    rows = SLICE_BYTES // (2 * piece.shape[1] * torch.float32.itemsize)  # twice: the tensors' rows, and joined
-    if rows:
-        for start in range(piece.start, piece.stop, rows):
-            stop = min(start + rows, piece.stop)
-            yield torch.cat([trained.read_rows(tensor, start, stop) for tensor in piece.beside], dim=1)
+    if piece.expert is not None:
+        (stack,) = piece.tensors
+        yield trained.read_rows(stack, piece.expert, piece.expert + 1)[0, piece.start : piece.stop]
         return
-    for row in range(piece.start, piece.stop):
-        for tensor in piece.beside:
-            yield trained.read_rows(tensor, row, row + 1)
+    copies = min(len(piece.tensors), 2)  # the tensors' rows, and joined
+    for first, last in row_slices(piece.start, piece.stop, copies * prod(piece.shape[1:])):
+        parts = (trained.read_rows(tensor, first, last) for tensor in piece.tensors)
+        if copies == 1 or last - first == 1:
+            yield from parts
+        else:
+            yield torch.cat(list(parts), dim=1)
 
 
 def _write_descriptions(

@@ -18,10 +18,9 @@ from kmem.data.progress import Progress
 from kmem.data.tokenizer import adopt_tokenizer
 from kmem.files import atomic_folder
 from kmem.hf.architectures import KMEM
-from kmem.hf.export import SLICE_BYTES
 from kmem.hf.folder import FolderTensor, ModelFolder
 from kmem.hf.foreign_config import MTP_FIELD, ignored_fields, read_architecture, read_config, read_model
-from kmem.hf.key_map import Piece, check_tensor_sets, folder_pieces, half_split_rows
+from kmem.hf.key_map import Piece, check_tensor_sets, folder_pieces, half_split_rows, row_slices
 from kmem.hf.memory_folders import folder_of
 from kmem.hf.native import DEEPSEEK_V3, Architecture
 from kmem.hf.retrofit import ChainedParts, chained
@@ -171,42 +170,29 @@ class _Parts:
     ) -> None:
         self._folder, self._model, self._interleaved, self._bar = folder, model, interleaved, bar
         self._pieces: dict[str, list[Piece]] = {}
-        self._columns: dict[str, list[Piece]] = {}
         for piece in pieces:
-            for tensor in piece.beside:
-                self._columns.setdefault(tensor, []).append(piece)
-            if piece.tensor is not None:
-                self._pieces.setdefault(piece.tensor, []).append(piece)
+            for tensor in piece.tensors:
+                self._pieces.setdefault(tensor, []).append(piece)
 
     def __call__(self, tensor: str) -> Iterator[torch.Tensor]:
-        if tensor in self._columns:
-            yield from self._side_by_side(tensor)
-            return
         order = None
         if self._interleaved:
             assert isinstance(self._model.attention, LatentAttention)
             order = half_split_rows(self._model.attention, tensor)
         for piece in self._pieces[tensor]:  # a stack's pieces come expert by expert, gate before up
-            for part in self._rows(piece) if order is None else [self._folder.read(piece.name)[order]]:
+            for part in self._rows(piece, tensor) if order is None else [self._folder.read(piece.name)[order]]:
                 yield part.float()
                 self._bar.advance(part.numel())
 
-    def _side_by_side(self, tensor: str) -> Iterator[torch.Tensor]:
-        """This tensor's columns of the pieces that hold several tensors side by side."""
-        for piece in self._columns[tensor]:
-            width = piece.shape[1] // len(piece.beside)
-            start = piece.beside.index(tensor) * width
-            rows = max(1, SLICE_BYTES // (width * torch.float32.itemsize))
-            for first in range(0, piece.shape[0], rows):
-                last = min(first + rows, piece.shape[0])
-                part = self._folder.read_columns(piece.name, first, last, start, start + width)
-                yield part.float()
-                self._bar.advance(part.numel())
-
-    def _rows(self, piece: Piece) -> Iterator[torch.Tensor]:
-        rows = max(1, SLICE_BYTES // (prod(piece.shape[1:]) * torch.float32.itemsize))
-        for start in range(0, piece.shape[0], rows):
-            yield self._folder.read_rows(piece.name, start, min(start + rows, piece.shape[0]))
+    def _rows(self, piece: Piece, tensor: str) -> Iterator[torch.Tensor]:
+        """The rows of a piece; of a piece that holds several tensors side by side, this tensor's columns."""
+        width = prod(piece.shape[1:]) // len(piece.tensors)
+        left = piece.tensors.index(tensor) * width
+        for first, last in row_slices(0, piece.shape[0], width):
+            if len(piece.tensors) == 1:
+                yield self._folder.read_rows(piece.name, first, last)
+            else:
+                yield self._folder.read_columns(piece.name, first, last, left, left + width)
 
 
 def _left_out(folder: ModelFolder, model: ModelConfig, architecture: Architecture, drop_mtp: bool) -> list[str]:

@@ -5,7 +5,7 @@ One map serves every native architecture in both directions. On disk a folder ha
 piece is always a range of rows, so a model may be larger than host memory.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -20,6 +20,7 @@ from kmem.model.parameter_counts import tensor_shapes
 from kmem.wording import counted
 
 LISTED = 20  # differences named in an error
+SLICE_BYTES = 32 << 20  # rows of a large tensor are copied in parts of this size
 
 # kmem name -> name in a native folder; {expert} stands for a number. Several names share the rows of a tensor evenly.
 TABLE: dict[str, tuple[str, ...]] = {
@@ -87,16 +88,15 @@ class Piece:
     """The piece's shape."""
     parameter: str
     """The parameter of the Transformers model that the piece becomes, alone or as a part."""
-    tensor: str | None
-    """kmem's tensor. None for a piece that is no weight (the compression of the vocabulary, or a tensor without
-    elements that the architecture insists on), and where `beside` names several."""
+    tensors: tuple[str, ...] = ()
+    """kmem's tensor; several tensors if their rows stand side by side in the piece's rows: the blocks of a bank's
+    layers. None for a piece that is no weight (the compression of the vocabulary, or a tensor without elements that the
+    architecture insists on)."""
     start: int = 0
     expert: int | None = None
     """Index into the stack's first dimension; None for a tensor that is not a stack."""
     dtype: torch.dtype | None = None
     """The piece's dtype; None: the folder's."""
-    beside: tuple[str, ...] = ()
-    """The kmem tensors whose rows stand side by side in the piece's rows: the blocks of a bank's layers."""
 
     @property
     def stop(self) -> int:
@@ -117,29 +117,21 @@ def folder_pieces(model: ModelConfig, architecture: Architecture, parts: TablePa
     """
     shape, tensors = model.shape, tensor_shapes(model.shape)
     kinds = kinds_of(shape)
-    tables = {
-        name: (table, (parts or {}).get(kind.name, {}).get(key, [table.rows]))
-        for kind in kinds
-        for key, table in kind.exported_rows(shape).items()
-        for name in table.columns[:1]
-    }
-    beside = {name for kind in kinds for table in kind.exported_rows(shape).values() for name in table.columns[1:]}
+    tables = {name for kind in kinds for name in kind.tables(shape)}
     pieces: list[Piece] = []
-    apart: list[Piece] = []
     for tensor, size in tensors.items():
-        if tensor in tables:
-            table, rows = tables[tensor]
-            (pieces if table.name == tensor else apart).extend(_table(table, rows))
-        elif tensor not in beside:
+        if tensor not in tables:
             pieces += (_own if architecture is KMEM else _native)(tensor, tuple(size))
-    pieces += apart
+    for kind in kinds:
+        for key, table in kind.exported_rows(shape).items():
+            pieces += _table(table, (parts or {}).get(kind.name, {}).get(key, [table.rows]))
     for kind in kinds:
         for name, length in kind.exported_tensors(shape).items():
-            pieces.append(Piece(name, (length,), name, None, dtype=torch.int64))
+            pieces.append(Piece(name, (length,), name, dtype=torch.int64))
     if architecture is DEEPSEEK_V3:
         pieces += _empty_shared_experts(model)
     assert len({piece.name for piece in pieces}) == len(pieces)
-    kept = sum(prod(piece.shape) for piece in pieces if piece.tensor or piece.beside)
+    kept = sum(prod(piece.shape) for piece in pieces if piece.tensors)
     assert kept == sum(map(prod, tensors.values()))
     return pieces
 
@@ -166,7 +158,15 @@ def _near_equal(rows: int, row_bytes: int, max_bytes: int) -> list[int]:
 
 def parameters(pieces: Iterable[Piece], tensors: Shapes) -> dict[str, Sequence[int]]:
     """Name -> shape of the Transformers parameters that these pieces fill once the experts are stacked."""
-    return {piece.parameter: piece.shape if piece.expert is None else tensors[piece.tensor or ""] for piece in pieces}
+    return {piece.parameter: piece.shape if piece.expert is None else tensors[piece.tensors[0]] for piece in pieces}
+
+
+def row_slices(start: int, stop: int, row_values: int) -> Iterator[tuple[int, int]]:
+    """(first, last) of the parts of rows [start, stop) that are copied at a time: SLICE_BYTES of fp32 at most, or one
+    row."""
+    rows = max(1, SLICE_BYTES // max(1, row_values * torch.float32.itemsize))
+    for first in range(start, stop, rows):
+        yield first, min(first + rows, stop)
 
 
 def check_tensor_sets(what: str, expected: Shapes, found: Shapes, remedy: str) -> None:
@@ -210,16 +210,14 @@ def half_split_rows(attention: LatentAttention, tensor: str) -> torch.Tensor | N
 
 
 def _own(tensor: str, shape: tuple[int, ...]) -> list[Piece]:
-    return [Piece(tensor, shape, tensor, tensor, dtype=_dtype(tensor))]
+    return [Piece(tensor, shape, tensor, (tensor,), dtype=_dtype(tensor))]
 
 
 def _table(table: ExportedRows, parts: Sequence[int]) -> list[Piece]:
     pieces, start = [], 0
-    tensor = table.columns[0] if len(table.columns) == 1 else None
     for number, rows in enumerate(parts):
         name = table.part(number)
-        beside = table.columns if tensor is None else ()
-        pieces.append(Piece(name, (rows, table.width), name, tensor, start, beside=beside))
+        pieces.append(Piece(name, (rows, table.width), name, table.columns, start))
         start += rows
     return pieces
 
@@ -233,14 +231,14 @@ def _native(tensor: str, shape: tuple[int, ...]) -> list[Piece]:
     names = LAYER_TABLE[local] if prefix else TABLE[local]
     if local not in STACKED:
         name = prefix + names[0]
-        return [Piece(name, shape, name, tensor, dtype=_dtype(local))]
+        return [Piece(name, shape, name, (tensor,), dtype=_dtype(local))]
     rows = shape[1] // len(names)
     return [
         Piece(
             name=prefix + name.format(expert=expert),
             shape=(rows, *shape[2:]),
             parameter=prefix + STACKED[local],
-            tensor=tensor,
+            tensors=(tensor,),
             start=part * rows,
             expert=expert,
         )
@@ -266,7 +264,7 @@ def _empty_shared_experts(model: ModelConfig) -> list[Piece]:
         "down_proj": (model.hidden_size, 0),
     }
     return [
-        Piece(name, shape, name, None)
+        Piece(name, shape, name)
         for layer in range(model.moe.first_dense_layers, model.num_layers)
         for projection, shape in projections.items()
         for name in [f"model.layers.{layer}.mlp.shared_experts.{projection}.weight"]

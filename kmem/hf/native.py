@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kmem.config import GroupedQueryAttention, LatentAttention, ModelConfig, RopeScaling
+from kmem.config import GroupedQueryAttention, ModelConfig, RopeScaling
 from kmem.wording import counted
 
 LATENT_NORM_EPS = 1e-6  # DeepSeek-V3's norms of compressed queries and keys use it whatever rms_norm_eps says
@@ -26,25 +26,39 @@ class Architecture:
     """The causal language model class."""
     shape: str
     """The shape of the models that it fits, in words."""
-    asks: Callable[[ModelConfig], bool]
-    """Whether a model has that shape."""
-    obstacles: Callable[[ModelConfig], list[str]]
+    implied: Mapping[str, Any] = field(default_factory=dict)
+    """The same shape: path in the model section -> value that all these models have."""
+    shared_experts: bool | None = None
+    """Whether these models have shared experts; None: either."""
+    obstacles: Callable[[ModelConfig], list[str]] = lambda model: []
     """The options of a model of that shape that the architecture cannot express, in words."""
-    to_fields: Callable[[ModelConfig], dict[str, Any]]
-    """Model section -> fields of config.json."""
-    from_fields: Callable[[Any], dict[str, Any]]
-    """A Transformers config -> model section, without the fields that all architectures share."""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """Field of config.json -> path in the model section, of what both have, besides SHARED."""
+    further_fields: Callable[[ModelConfig], dict[str, Any]] = lambda model: {}
+    """Model section -> other fields of config.json."""
+    further_section: Callable[[Any], dict[str, Any]] = lambda config: {}
+    """A Transformers config -> path in the model section -> value that is not that of a single field."""
     required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Fields of config.json that must have one of these values for kmem to compute the same model."""
+
+    def asks(self, model: ModelConfig) -> bool:
+        """Whether a model has that shape."""
+        shared = bool(value_at(model, "moe.num_shared_experts"))
+        implied = all(value_at(model, path) == value for path, value in self.implied.items())
+        return implied and self.shared_experts in (None, shared)
+
+
+def value_at(model: ModelConfig, path: str) -> Any:
+    """The value at a path in the model section, such as `moe.top_k`; None where a section is null or has no such
+    field."""
+    value: Any = model
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
 
 
 def _gqa(model: ModelConfig) -> GroupedQueryAttention:
     assert isinstance(model.attention, GroupedQueryAttention)
-    return model.attention
-
-
-def _mla(model: ModelConfig) -> LatentAttention:
-    assert isinstance(model.attention, LatentAttention)
     return model.attention
 
 
@@ -83,25 +97,6 @@ def rope_scaling(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"kind": parameters["rope_type"], **{name: parameters.get(name) for name in names}}
 
 
-def _gqa_fields(model: ModelConfig) -> dict[str, Any]:
-    return {
-        "num_key_value_heads": _gqa(model).num_kv_heads or model.attention.num_heads,
-        "head_dim": model.shape.head_dim,
-    }
-
-
-def _gqa_section(config: Any, qk_norm: bool, rotary_fraction: float = 1.0, qkv_bias: bool = False) -> dict[str, Any]:
-    return {
-        "kind": "gqa",
-        "num_heads": config.num_attention_heads,
-        "num_kv_heads": config.num_key_value_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        "qk_norm": qk_norm,
-        "qkv_bias": qkv_bias,
-        "rotary_fraction": rotary_fraction,
-    }
-
-
 def _plain_gqa_obstacles(model: ModelConfig) -> list[str]:
     obstacles = []
     if _gqa(model).qkv_bias:
@@ -116,9 +111,6 @@ def _whole_heads_obstacles(model: ModelConfig) -> list[str]:
     return [] if fraction == 1 else [f"it rotates whole heads, not model.attention.rotary_fraction={fraction}"]
 
 
-# Qwen3-MoE ------------------------------------------------------------------------------------------------------------
-
-
 def _qwen3_moe_obstacles(model: ModelConfig) -> list[str]:
     assert model.moe
     obstacles = _plain_gqa_obstacles(model)
@@ -129,75 +121,6 @@ def _qwen3_moe_obstacles(model: ModelConfig) -> list[str]:
     if model.moe.selection_bias:
         obstacles.append("its router has no bias (model.moe.selection_bias is true)")
     return obstacles
-
-
-def _qwen3_moe_fields(model: ModelConfig) -> dict[str, Any]:
-    assert model.moe
-    return {
-        **_gqa_fields(model),
-        "intermediate_size": model.intermediate_size or model.moe.intermediate_size,
-        "moe_intermediate_size": model.moe.intermediate_size,
-        "num_experts": model.moe.num_experts,
-        "num_experts_per_tok": model.moe.top_k,
-        "norm_topk_prob": model.moe.renormalize,
-        "mlp_only_layers": list(range(model.moe.first_dense_layers)),
-        "decoder_sparse_step": 1,
-        "router_aux_loss_coef": model.moe.aux_loss,
-    }
-
-
-def _qwen3_moe_section(config: Any) -> dict[str, Any]:
-    dense = len(config.mlp_only_layers)
-    return {
-        "intermediate_size": config.intermediate_size if dense else None,
-        "attention": _gqa_section(config, qk_norm=True),
-        "moe": {
-            "num_experts": config.num_experts,
-            "top_k": config.num_experts_per_tok,
-            "intermediate_size": config.moe_intermediate_size,
-            "first_dense_layers": dense,
-            "score_function": "softmax",
-            "renormalize": config.norm_topk_prob,
-            "aux_loss": config.router_aux_loss_coef,
-        },
-    }
-
-
-# GLM-4-MoE and DeepSeek-V3 share their router -------------------------------------------------------------------------
-
-
-def _biased_moe_fields(model: ModelConfig) -> dict[str, Any]:
-    assert model.moe
-    return {
-        "intermediate_size": model.intermediate_size or model.moe.intermediate_size,
-        "moe_intermediate_size": model.moe.intermediate_size,
-        "n_routed_experts": model.moe.num_experts,
-        "num_experts_per_tok": model.moe.top_k,
-        "n_shared_experts": model.moe.num_shared_experts,
-        "first_k_dense_replace": model.moe.first_dense_layers,
-        "n_group": model.moe.num_groups,
-        "topk_group": model.moe.top_groups,
-        "norm_topk_prob": model.moe.renormalize,
-        "routed_scaling_factor": model.moe.scaling_factor,
-        "num_nextn_predict_layers": 0,
-    }
-
-
-def _biased_moe_section(config: Any) -> dict[str, Any]:
-    return {
-        "num_experts": config.n_routed_experts,
-        "top_k": config.num_experts_per_tok,
-        "intermediate_size": config.moe_intermediate_size,
-        "num_shared_experts": config.n_shared_experts,
-        "first_dense_layers": config.first_k_dense_replace,
-        "score_function": "sigmoid",
-        "num_groups": config.n_group or 1,
-        "top_groups": config.topk_group or 1,
-        "group_score_top_k": 2,
-        "renormalize": config.norm_topk_prob,
-        "scaling_factor": config.routed_scaling_factor,
-        "selection_bias": True,
-    }
 
 
 def _glm4_moe_obstacles(model: ModelConfig) -> list[str]:
@@ -211,71 +134,11 @@ def _glm4_moe_obstacles(model: ModelConfig) -> list[str]:
     return obstacles
 
 
-def _glm4_moe_fields(model: ModelConfig) -> dict[str, Any]:
-    return {
-        **_gqa_fields(model),
-        **_biased_moe_fields(model),
-        "attention_bias": _gqa(model).qkv_bias,
-        "use_qk_norm": _gqa(model).qk_norm,
-        "rope_parameters": {**rope_parameters(model), "partial_rotary_factor": _gqa(model).rotary_fraction},
-    }
-
-
-def _glm4_moe_section(config: Any) -> dict[str, Any]:
-    return {
-        "intermediate_size": config.intermediate_size if config.first_k_dense_replace else None,
-        "attention": _gqa_section(
-            config,
-            qk_norm=config.use_qk_norm,
-            qkv_bias=config.attention_bias,
-            rotary_fraction=config.rope_parameters.get("partial_rotary_factor", 1.0),
-        ),
-        "moe": _biased_moe_section(config),
-    }
-
-
 def _deepseek_v3_obstacles(model: ModelConfig) -> list[str]:
     obstacles = _group_obstacles(model)
     if model.norm_eps != LATENT_NORM_EPS:
         obstacles.append(f"its latent norms have epsilon {LATENT_NORM_EPS}, not model.norm_eps={model.norm_eps}")
     return obstacles
-
-
-def _deepseek_v3_fields(model: ModelConfig) -> dict[str, Any]:
-    attention = _mla(model)
-    return {
-        **_biased_moe_fields(model),
-        "num_key_value_heads": attention.num_heads,
-        "q_lora_rank": attention.q_lora_rank,
-        "kv_lora_rank": attention.kv_lora_rank,
-        "qk_nope_head_dim": attention.qk_nope_head_dim,
-        "qk_rope_head_dim": attention.qk_rope_head_dim,
-        "v_head_dim": attention.v_head_dim,
-        "rope_interleave": False,
-    }
-
-
-def _deepseek_v3_section(config: Any) -> dict[str, Any]:
-    return {
-        "intermediate_size": config.intermediate_size if config.first_k_dense_replace else None,
-        "attention": {
-            "kind": "mla",
-            "num_heads": config.num_attention_heads,
-            "q_lora_rank": config.q_lora_rank,
-            "kv_lora_rank": config.kv_lora_rank,
-            "qk_nope_head_dim": config.qk_nope_head_dim,
-            "qk_rope_head_dim": config.qk_rope_head_dim,
-            "v_head_dim": config.v_head_dim,
-        },
-        "moe": _biased_moe_section(config),
-    }
-
-
-# Dense models ---------------------------------------------------------------------------------------------------------
-
-
-def _dense_fields(model: ModelConfig) -> dict[str, Any]:
-    return {**_gqa_fields(model), "intermediate_size": model.intermediate_size}
 
 
 def _llama_obstacles(model: ModelConfig) -> list[str]:
@@ -286,6 +149,41 @@ def _llama_obstacles(model: ModelConfig) -> list[str]:
             f"model.hidden_size={model.hidden_size}"
         )
     return obstacles
+
+
+SHARED = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "attention.num_heads",
+    "max_position_embeddings": "max_position_embeddings",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+    "initializer_range": "init_std",
+}
+"""The `Architecture.fields` of all architectures."""
+GQA = {"num_key_value_heads": "attention.num_kv_heads", "head_dim": "attention.head_dim"}
+BIASED_MOE = {
+    "moe_intermediate_size": "moe.intermediate_size",
+    "n_routed_experts": "moe.num_experts",
+    "num_experts_per_tok": "moe.top_k",
+    "n_shared_experts": "moe.num_shared_experts",
+    "first_k_dense_replace": "moe.first_dense_layers",
+    "n_group": "moe.num_groups",
+    "topk_group": "moe.top_groups",
+    "norm_topk_prob": "moe.renormalize",
+    "routed_scaling_factor": "moe.scaling_factor",
+}
+"""The experts of GLM-4-MoE and DeepSeek-V3."""
+
+
+def _biased_moe_section(config: Any) -> dict[str, Any]:
+    return {
+        "moe.num_groups": config.n_group or 1,
+        "moe.top_groups": config.topk_group or 1,
+        "moe.group_score_top_k": 2,
+    }
 
 
 EVERYWHERE: dict[str, tuple[Any, ...]] = {
@@ -301,16 +199,22 @@ QWEN3_MOE = Architecture(
     model_type="qwen3_moe",
     class_name="Qwen3MoeForCausalLM",
     shape="grouped-query attention with qk-norm, softmax routing, no shared expert",
-    asks=lambda model: (
-        model.attention.kind == "gqa"
-        and model.attention.qk_norm
-        and model.moe is not None
-        and model.moe.score_function == "softmax"
-        and not model.moe.num_shared_experts
-    ),
+    implied={"attention.kind": "gqa", "attention.qk_norm": True, "moe.score_function": "softmax"},
+    shared_experts=False,
     obstacles=_qwen3_moe_obstacles,
-    to_fields=_qwen3_moe_fields,
-    from_fields=_qwen3_moe_section,
+    fields={
+        **GQA,
+        "moe_intermediate_size": "moe.intermediate_size",
+        "num_experts": "moe.num_experts",
+        "num_experts_per_tok": "moe.top_k",
+        "norm_topk_prob": "moe.renormalize",
+        "router_aux_loss_coef": "moe.aux_loss",
+    },
+    further_fields=lambda model: {
+        "mlp_only_layers": list(range(value_at(model, "moe.first_dense_layers"))),
+        "decoder_sparse_step": 1,
+    },
+    further_section=lambda config: {"moe.first_dense_layers": len(config.mlp_only_layers)},
     required={**EVERYWHERE, **PLAIN_BIAS, **FULL_ATTENTION, "decoder_sparse_step": (1,)},
 )
 GLM4_MOE = Architecture(
@@ -318,16 +222,18 @@ GLM4_MOE = Architecture(
     model_type="glm4_moe",
     class_name="Glm4MoeForCausalLM",
     shape="grouped-query attention, sigmoid routing with selection bias, shared experts",
-    asks=lambda model: (
-        model.attention.kind == "gqa"
-        and model.moe is not None
-        and model.moe.score_function == "sigmoid"
-        and model.moe.selection_bias
-        and model.moe.num_shared_experts > 0
-    ),
+    implied={"attention.kind": "gqa", "moe.score_function": "sigmoid", "moe.selection_bias": True},
+    shared_experts=True,
     obstacles=_glm4_moe_obstacles,
-    to_fields=_glm4_moe_fields,
-    from_fields=_glm4_moe_section,
+    fields={**GQA, **BIASED_MOE, "attention_bias": "attention.qkv_bias", "use_qk_norm": "attention.qk_norm"},
+    further_fields=lambda model: {
+        "rope_parameters": {**rope_parameters(model), "partial_rotary_factor": _gqa(model).rotary_fraction},
+        "num_nextn_predict_layers": 0,
+    },
+    further_section=lambda config: {
+        "attention.rotary_fraction": config.rope_parameters.get("partial_rotary_factor", 1.0),
+        **_biased_moe_section(config),
+    },
     required=EVERYWHERE,
 )
 DEEPSEEK_V3 = Architecture(
@@ -335,15 +241,22 @@ DEEPSEEK_V3 = Architecture(
     model_type="deepseek_v3",
     class_name="DeepseekV3ForCausalLM",
     shape="latent attention, sigmoid routing with selection bias",
-    asks=lambda model: (
-        model.attention.kind == "mla"
-        and model.moe is not None
-        and model.moe.score_function == "sigmoid"
-        and model.moe.selection_bias
-    ),
+    implied={"attention.kind": "mla", "moe.score_function": "sigmoid", "moe.selection_bias": True},
     obstacles=_deepseek_v3_obstacles,
-    to_fields=_deepseek_v3_fields,
-    from_fields=_deepseek_v3_section,
+    fields={
+        **BIASED_MOE,
+        "q_lora_rank": "attention.q_lora_rank",
+        "kv_lora_rank": "attention.kv_lora_rank",
+        "qk_nope_head_dim": "attention.qk_nope_head_dim",
+        "qk_rope_head_dim": "attention.qk_rope_head_dim",
+        "v_head_dim": "attention.v_head_dim",
+    },
+    further_fields=lambda model: {
+        "num_key_value_heads": model.attention.num_heads,
+        "rope_interleave": False,
+        "num_nextn_predict_layers": 0,
+    },
+    further_section=_biased_moe_section,
     required={
         **EVERYWHERE,
         **PLAIN_BIAS,
@@ -359,13 +272,9 @@ QWEN3 = Architecture(
     model_type="qwen3",
     class_name="Qwen3ForCausalLM",
     shape="grouped-query attention with qk-norm, no experts",
-    asks=lambda model: model.attention.kind == "gqa" and model.attention.qk_norm and model.moe is None,
+    implied={"attention.kind": "gqa", "attention.qk_norm": True, "moe": None},
     obstacles=_plain_gqa_obstacles,
-    to_fields=_dense_fields,
-    from_fields=lambda config: {
-        "intermediate_size": config.intermediate_size,
-        "attention": _gqa_section(config, qk_norm=True),
-    },
+    fields=GQA,
     required={**EVERYWHERE, **PLAIN_BIAS, **FULL_ATTENTION},
 )
 QWEN2 = Architecture(
@@ -373,15 +282,9 @@ QWEN2 = Architecture(
     model_type="qwen2",
     class_name="Qwen2ForCausalLM",
     shape="grouped-query attention without qk-norm but with qkv biases, no experts",
-    asks=lambda model: (
-        model.attention.kind == "gqa" and not model.attention.qk_norm and model.attention.qkv_bias and model.moe is None
-    ),
+    implied={"attention.kind": "gqa", "attention.qk_norm": False, "attention.qkv_bias": True, "moe": None},
     obstacles=_whole_heads_obstacles,
-    to_fields=_dense_fields,
-    from_fields=lambda config: {
-        "intermediate_size": config.intermediate_size,
-        "attention": _gqa_section(config, qk_norm=False, qkv_bias=True),
-    },
+    fields=GQA,
     required={**EVERYWHERE, **FULL_ATTENTION},
 )
 LLAMA = Architecture(
@@ -389,18 +292,9 @@ LLAMA = Architecture(
     model_type="llama",
     class_name="LlamaForCausalLM",
     shape="grouped-query attention without qk-norm or biases, no experts",
-    asks=lambda model: (
-        model.attention.kind == "gqa"
-        and not model.attention.qk_norm
-        and not model.attention.qkv_bias
-        and model.moe is None
-    ),
+    implied={"attention.kind": "gqa", "attention.qk_norm": False, "attention.qkv_bias": False, "moe": None},
     obstacles=_llama_obstacles,
-    to_fields=_dense_fields,
-    from_fields=lambda config: {
-        "intermediate_size": config.intermediate_size,
-        "attention": _gqa_section(config, qk_norm=False),
-    },
+    fields=GQA,
     required={**EVERYWHERE, **PLAIN_BIAS, "mlp_bias": (False,)},
 )
 NATIVE = (QWEN3_MOE, GLM4_MOE, DEEPSEEK_V3, QWEN3, QWEN2, LLAMA)
