@@ -27,7 +27,7 @@ def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run the long cases")
 
 
-_LONG_FOLDERS = ("train", "distributed", "tables", "eval", "bench")
+_LONG_FOLDERS = ("train", "distributed", "tables", "eval", "bench", "hf", "kernels")
 """Begun first where several processes share the files, so that none ends long after the others."""
 
 
