@@ -26,6 +26,7 @@ from kmem.model.memory_kinds import KINDS
 from kmem.model.parameter_counts import count_parameters
 from kmem.model.product_key_memory import TABLE, ProductKeyMemory, SourcedPool, shuffled, weighted_rows
 from kmem.parallel.mesh import Mesh
+from kmem.parallel.stages import stages_with
 from kmem.train.dry_run import print_dry_run, rank_bytes
 from kmem.train.load_plan import plan_load
 from tests.distributed.training_case import build, small_config, state_checksums, step_batches, train_step
@@ -41,6 +42,7 @@ from tests.memories.case import (
     check_generation,
     check_logits,
     check_round_trip,
+    compare,
     folder_of,
     hf_model,
     memory_case,
@@ -244,28 +246,25 @@ def test_it_replaces_the_feed_forward_and_off_adds_nothing(moe):
 # Training
 
 
-def compare(results, tree, first=0):
-    """Losses, norms, the pool, figures and controls of the ranks' results, which begin with step `first`, are those of
-    plain PyTorch; all copies of the pool are equal; rows that no token has chosen have not moved."""
-    reading = Reading()
-    plain = Plain(MemoryCase(NAME, {}, reading), parse_config(tree))
-    losses, norms, touched = plain.train(LAST)
-    layers = len(plain.shape.product_key_memory.layers)
-    looked_up = reading.looked_up[first * layers : LAST * layers]
-    assert list(results[0]["losses"].values()) == pytest.approx(losses[first:], abs=1e-6)
-    assert list(results[0]["norms"].values()) == pytest.approx(norms[first:], rel=1e-4)
-    check_copies(results)
-    pool, (chosen,) = merged(results)[TABLE], touched.values()
-    torch.testing.assert_close(pool, plain.tables[TABLE].detach(), rtol=0, atol=1e-5)
-    assert 0 < chosen.sum() < len(pool)
-    assert torch.equal(pool[~chosen], plain.first[TABLE][~chosen])
-    moved = (pool[chosen] != plain.first[TABLE][chosen]).any(1)
-    assert moved.double().mean() > 0.9  # the others were chosen where nothing is trained, at ends of documents
-    expected = plain.held_out(KINDS[NAME].controls)
-    assert results[0]["held_out"] == pytest.approx(expected, abs=2e-5)
-    assert len({round(loss, 4) for loss in expected.values()}) == 3, "every control changes the loss"
+def tree(**changes):
+    """A configuration of the small model. (Under some seeds, rounding decides between two rows for one of the tokens,
+    and losses differ.)"""
+    return CASE.config(train__init_seed=1, **changes)
+
+
+def plainly(**changes):
+    """The same run in plain PyTorch."""
+    return Plain(MemoryCase(NAME, {}, Reading()), parse_config(tree(**changes)))
+
+
+def check(results, plain, first=0):
+    """As `compare`; also the figures, and that all copies of the pool are equal. Returns the number of copies."""
+    compare(results, plain, first)
+    layers, rows = len(plain.shape.product_key_memory.layers), len(plain.tables[TABLE])
+    figures = plain.case.read.figures(plain.case.read.looked_up[first * layers : LAST * layers], rows)
     for result in results:
-        assert result["figures"] == {"pool": pytest.approx(reading.figures(looked_up, len(pool)), rel=1e-4)}
+        assert result["figures"] == {"pool": pytest.approx(figures, rel=1e-4)}
+    return check_copies(results)
 
 
 def check_copies(results):
@@ -280,11 +279,16 @@ def check_copies(results):
 
 
 def run(ranks, world, *arguments, **changes):
-    return ranks.run(world, memory_case, CASE.config(**changes), NAME, *arguments)
+    return ranks.run(world, memory_case, tree(**changes), NAME, *arguments)
 
 
 EXACT = {"parallel__zero_stage": 0}  # ZeRO-1 cuts partitions where the fused AdamW rounds otherwise
 WIDE = {"parallel__pipeline": 2}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return plainly()
 
 
 @pytest.fixture(scope="module")
@@ -300,14 +304,13 @@ def wide(ranks, tmp_path_factory):
     return root, run(ranks, 4, root, None, SAVE, **WIDE)
 
 
-def test_one_rank_trains_as_plain_pytorch(alone):
-    compare(alone, CASE.config(**EXACT))
-    assert check_copies(alone) == 1
+def test_one_rank_trains_as_plain_pytorch(alone, plain):
+    assert check(alone, plain) == 1
 
 
-def test_stages_and_ranks_train_as_plain_pytorch(wide):
-    compare(wide[1], CASE.config(**WIDE))
-    assert check_copies(wide[1]) == 2
+def test_stages_and_ranks_train_as_plain_pytorch(wide, plain):
+    """With the default ZeRO-1."""
+    assert check(wide[1], plain) == 2
 
 
 def test_stages_and_recomputation_change_no_bit(ranks, alone):
@@ -340,9 +343,10 @@ LAYERS = {"one": [2], "first-and-last": [0, 3], "one stage": [0, 1], "all": [0, 
 @pytest.mark.parametrize("mesh", ["pipeline-expert-data", "four-stages"])
 def test_layers_on_some_stages(ranks, mesh, layers):
     world, changes = MESHES[mesh]
-    changes = {**changes, f"model__{NAME}__layers": LAYERS[layers]}
-    results = run(ranks, world, **changes)
-    compare(results, CASE.config(**changes))
+    changes = {**changes, f"model__{NAME}": {**SECTION, "layers": LAYERS[layers], "num_keys": 30}}
+    stages = changes["parallel__pipeline"]
+    having = stages_with(parse_config(tree(**changes)), Mesh(0, stages, world // stages, 1), LAYERS[layers])
+    assert check(run(ranks, world, **changes), plainly(**changes)) == len(having)
 
 
 VARIANTS = {
@@ -356,7 +360,7 @@ VARIANTS = {
 @pytest.mark.parametrize("mesh", MESHES)
 def test_other_meshes(ranks, mesh):
     world, changes = MESHES[mesh]
-    compare(run(ranks, world, **changes), CASE.config(**changes))
+    check(run(ranks, world, **changes), plainly(**changes))
 
 
 @pytest.mark.full
@@ -365,7 +369,7 @@ def test_other_meshes(ranks, mesh):
 def test_other_models(ranks, mesh, variant):
     world, changes = MESHES[mesh]
     changes = {**changes, **VARIANTS[variant]}
-    compare(run(ranks, world, **changes), CASE.config(**changes))
+    check(run(ranks, world, **changes), plainly(**changes))
 
 
 @pytest.mark.full
@@ -395,7 +399,7 @@ def test_bf16_trains_close_to_fp32_and_copies_round_alike(ranks, alone):
         assert check_copies(results) == (1 if world == 1 else 2)
 
 
-def refused_case(tree):
+def refused_case(config):
     """One rank has a row gradient that is not finite in the second step: (error, whether anything has changed)."""
     from kmem.parallel.engine import NonFiniteStepError
     from kmem.tables.working_set import WorkingSet
@@ -409,7 +413,7 @@ def refused_case(tree):
         accumulate(working_set, index, gradient)
         working_set.gradient[-1, 0] = float("nan")
 
-    pipeline, accumulate, error = build(tree), WorkingSet.accumulate, ""
+    pipeline, accumulate, error = build(config), WorkingSet.accumulate, ""
     train_step(pipeline, 0)
     before = state()
     if dist.get_rank() == dist.get_world_size() - 1:
@@ -426,7 +430,7 @@ def refused_case(tree):
 
 
 def test_a_row_gradient_that_is_not_finite_is_refused_everywhere(ranks):
-    for error, changed in ranks.run(4, refused_case, CASE.config(**WIDE)):
+    for error, changed in ranks.run(4, refused_case, tree(**WIDE)):
         assert "gradient of table rows" in error
         assert not changed
 
@@ -450,7 +454,7 @@ OTHER = {
 
 
 @pytest.mark.parametrize("mesh", [pytest.param(mesh, marks=[pytest.mark.full] * (mesh != "data")) for mesh in OTHER])
-def test_another_mesh_goes_on(ranks, wide, mesh, tmp_path):
+def test_another_mesh_goes_on(ranks, wide, plain, mesh, tmp_path):
     """With rows kept elsewhere, and micro-batches of another size."""
     root, whole = wide
     world, changes = OTHER[mesh]
@@ -459,7 +463,7 @@ def test_another_mesh_goes_on(ranks, wide, mesh, tmp_path):
     assert resumed[0]["checksums"][SAVE] == whole[0]["checksums"][SAVE]
     state = {f"{part}/{TABLE}" for part in ("weight", "first_moment", "second_moment", "step")}
     assert state <= resumed[0]["checksums"][SAVE].keys()
-    compare(resumed, CASE.config(**changes), SAVE)
+    check(resumed, plain, SAVE)
 
 
 def test_a_checkpoint_has_the_pool_once(wide):
@@ -470,7 +474,7 @@ def test_a_checkpoint_has_the_pool_once(wide):
     stored = Counter()
     for file in reader.folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened_file:
-            for name in opened_file.keys():
+            for name in sorted(opened_file.keys()):
                 if TABLE in name:
                     stored[name.split("/")[0]] += math.prod(opened_file.get_slice(name).get_shape())
     assert {f"{part}/{TABLE}" for part in stored} == {name for name in whole[0]["checksums"][SAVE] if TABLE in name}
@@ -554,12 +558,12 @@ def test_the_pool_learns_in_transformers(folder):
 
 def test_held_out_losses_are_those_of_the_run_and_of_plain_pytorch(ranks, run_config, corpus):
     evaluation = {"every": 2, "sequences": 6, "controls": [f"{NAME}=off", f"{NAME}=shuffled"]}
-    tree, _ = run_config(
+    config, _ = run_config(
         train__steps=2, evaluation=evaluation, **{f"model__{NAME}": SECTION, NAME: {"optimizer": {"lr_multiplier": 20}}}
     )
-    assert {answer["error"] for answer in ranks.run(2, trainer_case, tree)} == {None}
-    reader = CheckpointReader(Path(tree["folder"]) / tree["name"])
-    shape, trained = reader.config.model.shape, metrics(tree, "evaluation")[-1]
+    assert {answer["error"] for answer in ranks.run(2, trainer_case, config)} == {None}
+    reader = CheckpointReader(Path(config["folder"]) / config["name"])
+    shape, trained = reader.config.model.shape, metrics(config, "evaluation")[-1]
     decoder, tables = Decoder(shape).eval(), {TABLE: reader.read(TABLE)}
     decoder.load_state_dict({name: reader.read(name) for name in reader.tensors if name != TABLE})
     held_out = open_data(reader.config.data, 257).validation
@@ -636,9 +640,9 @@ def test_a_dry_run_counts_the_copy_of_every_stage(capsys):
     assert f"{NAME} tables" in capsys.readouterr().out
 
 
-def sets_case(tree):
+def sets_case(config):
     """Bytes of rows, gradients and indices of all working sets of a step."""
-    pipeline, held = build(tree), []
+    pipeline, held = build(config), []
     commit = pipeline.stage_tables.commit
 
     def counted(*arguments):
@@ -656,10 +660,10 @@ def sets_case(tree):
 
 def test_a_dry_run_bounds_what_a_step_holds(ranks):
     """Every layer keeps a working set for each micro-batch. (A pool of so few rows is read almost whole.)"""
-    tree = CASE.config(**{f"model__{NAME}__num_keys": 5})
-    ((rows, index), number, stored) = ranks.run(1, sets_case, tree)[0]
+    config = tree(**{f"model__{NAME}__num_keys": 5})
+    ((rows, index), number, stored) = ranks.run(1, sets_case, config)[0]
     assert number == 2 * 4
-    ((table,),) = [stage.tables for stage in rank_bytes(parse_config(tree), Mesh(0, 1, 1, 1))]
+    ((table,),) = [stage.tables for stage in rank_bytes(parse_config(config), Mesh(0, 1, 1, 1))]
     assert table.working_set - 8 * 2 * 25 * 32 * 4 == index
     assert 0.8 * (table.working_set - index) < rows <= table.working_set - index
     assert 0 <= stored[TABLE] - table.bytes < 5 * 4096
