@@ -2,54 +2,44 @@
 it only add parameters?"""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kmem.checkpoint.bank.layout import bank_layout, checkpoint_router, checkpoint_tree
+from kmem.checkpoint.bank.layout import checkpoint_tree
 from kmem.checkpoint.bank.options import set_controls
-from kmem.checkpoint.controls import Choices
-from kmem.checkpoint.reader import CheckpointReader
 from kmem.clustering.applying import leaves_around
 from kmem.config import ConfigError
 from kmem.data.bank_addresses import Addressing
-from kmem.data.batch import SequenceBatch
 from kmem.data.reader import SequenceReader
 from kmem.data.workers import available_cores
-from kmem.hf.memory_folders import mapped_tables
-from kmem.model.bank_blocks import BankInput
-from kmem.model.bank_inference import InferenceBank
-from kmem.model.bank_kind import BankKind
-from kmem.model.bank_router import ContextRouter
+from kmem.eval.memory_kinds import EvaluatedMemory
+from kmem.model.bank_export import ExportedBank
 from kmem.model.bank_tree import ClusterTree
 
 
-class EvaluatedBank:
-    """The bank of a checkpoint, whose rows stay in the checkpoint's files.
+class EvaluatedBank(EvaluatedMemory):
+    """The bank of a checkpoint. Sequences of data are read from the result of `around`.
 
     Raises:
         UserError: the bank lacks the control, a level or a cluster to block; or no cluster is left open.
         CheckpointError: no tree, or another tree.
     """
 
-    def __init__(self, reader: CheckpointReader, choices: Choices) -> None:
-        layout = bank_layout(reader.config)
-        assert layout is not None
-        self._reader, self._choice = reader, choices.bank
-        choice = choices.bank
-        trained = "fetched" if choice.blocked else reader.config.model.shape.bank_control
-        control = choices.controls.get("bank", trained)
+    _memory: ExportedBank
+
+    def _choose(self, control: str | None) -> None:
+        bank, options = self._memory.contexts, self._choices.bank
+        control = control or ("fetched" if options.blocked else bank.control)
         self._blocked = control == "blocked"
-        self._bank = InferenceBank(layout, mapped_tables(reader, BankKind()))
-        set_controls(self._bank, "fetched" if self._blocked else control, choice.levels)
-        self._tree: ClusterTree | None = None
-        self._router: ContextRouter | None = None
+        set_controls(bank, "fetched" if self._blocked else control, options.levels)
         try:
-            if choice.blocked:
-                own = range(self._loaded_tree().children) if self._blocked else ()  # each is blocked for some context
-                for paths in (choice.blocked, *([(cluster,), *choice.blocked] for cluster in own)):
-                    self._loaded_tree().check_blocked(paths)
+            if options.blocked:
+                own = range(self._tree.children) if self._blocked else ()  # each is blocked for some context
+                for paths in (options.blocked, *([(cluster,), *options.blocked] for cluster in own)):
+                    self._tree.check_blocked(paths)
         except ValueError as error:
             raise ConfigError(f"--blocked: {error}") from None
 
@@ -59,9 +49,9 @@ class EvaluatedBank:
         nor the sequences need addresses."""
         trained_on = self._reader.config.data.addresses
         batching = "packed" if trained_on is None else trained_on.batching
-        if self._bank.control != "fetched" and batching == "packed":
+        if self._memory.control != "fetched" and batching == "packed":
             return None
-        return Addressing(checkpoint_tree(self._reader, self._choice.tree), batching)
+        return Addressing(self._tree_folder, batching)
 
     def around(self, held_out: SequenceReader, folder: Path, samples: Sequence[int]) -> SequenceReader:
         """Held-out sequences whose addresses avoid blocked clusters. A document or window whose leaf is blocked gets
@@ -74,44 +64,27 @@ class EvaluatedBank:
         Raises:
             UserError: the tree's embedder is missing or damaged.
         """
-        paths = self._choice.blocked
-        if self._bank.control != "fetched" or not (self._blocked or paths):
+        paths = self._choices.bank.blocked
+        if self._memory.control != "fetched" or not (self._blocked or paths):
             return held_out
         leaves, units = held_out.leaves, held_out.units(samples)
         if not self._blocked:
-            units = units[self._loaded_tree().blocked_leaves(paths).numpy()[leaves[units]]]
+            units = units[self._tree.blocked_leaves(paths).numpy()[leaves[units]]]
         own = leaves[units] if self._blocked else None
-        tree = checkpoint_tree(self._reader, self._choice.tree)
-        leaves[units] = leaves_around(folder, "validation", units, tree, paths, own, available_cores())
+        leaves[units] = leaves_around(folder, "validation", units, self._tree_folder, paths, own, available_cores())
         return held_out.with_leaves(leaves)
 
-    def of_batch(self, batch: SequenceBatch, like: Tensor) -> dict[int, BankInput]:
-        """Layer -> input of its bank for sequences of data, which are read from the result of `around`."""
-        leaves = None
-        if self._bank.control == "fetched":
-            assert batch.addresses is not None, "data is opened with the addressing that this names"
-            leaves = batch.addresses
-        return self._inputs(leaves, batch.input_ids, like)
+    def _leaves(self, prompts: Sequence[Sequence[int]]) -> Tensor | None:
+        if self._memory.control != "fetched":
+            return None
+        router = self._memory.contexts.loaded_router()
+        contexts = [torch.tensor(prompt) for prompt in prompts]
+        return (router.other_leaves if self._blocked else router.leaves)(contexts, self._choices.bank.blocked)
 
-    def of_prompts(self, prompts: Sequence[Sequence[int]], ids: Tensor, like: Tensor) -> dict[int, BankInput]:
-        """Layer -> input of its bank for token ids [B, T] whose contexts are these prompts."""
-        leaves = None
-        if self._bank.control == "fetched":
-            router = self._loaded_router()
-            contexts = [torch.tensor(prompt) for prompt in prompts]
-            leaves = (router.other_leaves if self._blocked else router.leaves)(contexts, self._choice.blocked)
-        return self._inputs(leaves, ids, like)
+    @property
+    def _tree_folder(self) -> Path:
+        return checkpoint_tree(self._reader, self._choices.bank.tree)
 
-    def _inputs(self, leaves: Tensor | None, ids: Tensor, like: Tensor) -> dict[int, BankInput]:
-        batch, tokens = ids.shape
-        return self._bank.inputs(leaves, batch, tokens, like)
-
-    def _loaded_tree(self) -> ClusterTree:
-        if self._tree is None:
-            self._tree = ClusterTree.load(checkpoint_tree(self._reader, self._choice.tree))
-        return self._tree
-
-    def _loaded_router(self) -> ContextRouter:
-        if self._router is None:
-            self._router = checkpoint_router(self._reader, self._choice.tree)
-        return self._router
+    @cached_property
+    def _tree(self) -> ClusterTree:
+        return ClusterTree.load(self._tree_folder)

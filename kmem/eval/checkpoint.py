@@ -16,7 +16,7 @@ from kmem.data.progress import Progress
 from kmem.data.reader import PreparedData, SequenceReader, open_data
 from kmem.data.tokenizer import load_tokenizer
 from kmem.eval.bank import EvaluatedBank
-from kmem.eval.memory_kinds import evaluated_memory
+from kmem.eval.memory_kinds import EvaluatedMemory
 from kmem.eval.questions import Answers, Question, answer, read_questions, sample
 from kmem.model.decoder import Decoder
 from kmem.model.mask import document_mask
@@ -36,7 +36,10 @@ class EvaluatedModel:
         kinds = kinds_of(shape)
         with torch.device("meta"):
             self.decoder = Decoder(shape)
-        self.memories = {kind.name: evaluated_memory(reader, kind, self.decoder, choices) for kind in kinds}
+        by_kind = {"bank": EvaluatedBank}
+        self.memories = {
+            kind.name: by_kind.get(kind.name, EvaluatedMemory)(reader, kind, self.decoder, choices) for kind in kinds
+        }
         tables = {name for kind in kinds for name in kind.tables(shape)}
         weights = {name: reader.read(name) for name in reader.tensors if name not in tables}
         self.decoder.load_state_dict(weights, assign=True)

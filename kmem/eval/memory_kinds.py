@@ -9,7 +9,6 @@ from torch import Tensor
 from kmem.checkpoint.controls import Choices
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.data.batch import SequenceBatch
-from kmem.eval.bank import EvaluatedBank
 from kmem.hf.memory_folders import open_memory
 from kmem.model.decoder import Decoder
 from kmem.model.exported_memory import ForwardTokens
@@ -17,7 +16,7 @@ from kmem.model.memory_kind import ModelKind
 
 
 class EvaluatedMemory:
-    """A memory that reads tokens, with a control or as it was trained. Its rows stay in the checkpoint's files.
+    """A memory with a control or as it was trained. Its rows stay in the checkpoint's files.
 
     Raises:
         UserError: the memory lacks its control.
@@ -25,28 +24,28 @@ class EvaluatedMemory:
     """
 
     def __init__(self, reader: CheckpointReader, kind: ModelKind, decoder: Decoder, choices: Choices) -> None:
-        self._memory, self._tensors = open_memory(reader, kind, decoder)
-        self._memory.control = choices.controls.get(kind.name, self._memory.control)
+        self._reader, self._choices = reader, choices
+        self._memory, self._tensors = open_memory(reader, kind, decoder, choices.bank.tree)
+        self._choose(choices.controls.get(kind.name))
 
     def of_batch(self, batch: SequenceBatch, like: Tensor) -> dict[int, Any]:
         """What each layer reads for sequences of data. `like` is a tensor of the model's dtype and device."""
-        return self._read(batch.input_ids.to(like.device), batch.document_ids.to(like.device), like)
+        return self._read(batch.input_ids.to(like.device), batch.document_ids.to(like.device), batch.addresses, like)
 
     def of_prompts(self, prompts: Sequence[Sequence[int]], ids: Tensor, like: Tensor) -> dict[int, Any]:
         """What each layer reads for token ids [B, T] that begin with these prompts."""
-        return self._read(ids, torch.zeros_like(ids), like)
+        return self._read(ids, torch.zeros_like(ids), self._leaves(prompts), like)
 
-    def _read(self, ids: Tensor, documents: Tensor, like: Tensor) -> dict[int, Any]:
+    def _choose(self, control: str | None) -> None:
+        """Set the control; None: as it was trained."""
+        self._memory.control = control or self._memory.control
+
+    def _leaves(self, prompts: Sequence[Sequence[int]]) -> Tensor | None:
+        """The address of each prompt, int64 [B]; None for a memory that reads tokens."""
+        return None
+
+    def _read(self, ids: Tensor, documents: Tensor, addresses: Tensor | None, like: Tensor) -> dict[int, Any]:
         like = like.new_empty(*ids.shape)
         return self._memory.inputs(
-            ForwardTokens(like, ids, document_ids=documents, continued=False, tensors=self._tensors)
+            ForwardTokens(like, ids, document_ids=documents, addresses=addresses, tensors=self._tensors)
         )
-
-
-def evaluated_memory(
-    reader: CheckpointReader, kind: ModelKind, decoder: Decoder, choices: Choices
-) -> EvaluatedMemory | EvaluatedBank:
-    """A memory of an evaluated checkpoint; its methods are those of `EvaluatedMemory`."""
-    if kind.name == "bank":
-        return EvaluatedBank(reader, choices)
-    return EvaluatedMemory(reader, kind, decoder, choices)

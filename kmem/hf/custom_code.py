@@ -21,17 +21,12 @@ REGISTERED = "registered_embedder"
 def code_files() -> list[Path]:
     """The files of kmem/model that a custom-code export needs: the model class and everything it imports relatively.
 
-    Transformers copies the same closure: it follows the same form of import (`from .name import ...`).
+    Transformers copies the same closure: both follow one form of import (`from .name import ...`).
     """
-    folder = Path(kmem.model.__file__).parent
-    files: dict[str, Path] = {}
-    todo = [ENTRY]
-    while todo:
-        name = todo.pop()
-        if name not in files:
-            files[name] = folder / f"{name}.py"
-            todo += _relative_imports(files[name])
-    return [files[name] for name in sorted(files)]
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    entry = Path(kmem.model.__file__).parent / f"{ENTRY}.py"
+    return sorted({entry, *map(Path, get_relative_import_files(entry))})
 
 
 def embedder_class(name: str) -> type | None:
@@ -93,15 +88,3 @@ def _packages(node: ast.AST) -> list[str]:
     if isinstance(node, ast.ImportFrom):
         return ["" if node.level else str(node.module).split(".")[0]]
     return []
-
-
-def _relative_imports(path: Path) -> list[str]:
-    names = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            assert node.level < 2, f"{path.name} imports from outside its folder"
-            assert node.level or (node.module or "").split(".")[0] != "kmem", f"{path.name} must import relatively"
-            if node.level:
-                assert (node.module or "").isidentifier(), f"{path.name}: write `from .name import ...`"
-                names.append(str(node.module))
-    return names

@@ -22,55 +22,23 @@ from kmem.wording import counted
 LISTED = 20  # differences named in an error
 SLICE_BYTES = 32 << 20  # rows of a large tensor are copied in parts of this size
 
-# kmem name -> name in a native folder; {expert} stands for a number. Several names share the rows of a tensor evenly.
-TABLE: dict[str, tuple[str, ...]] = {
-    "embedding.weight": ("model.embed_tokens.weight",),
-    "norm.weight": ("model.norm.weight",),
-    "head.weight": ("lm_head.weight",),
+NATIVE_NAMES = {
+    "embedding": "embed_tokens",
+    "head": "lm_head",
+    "attention_norm": "input_layernorm",
+    "feed_forward_norm": "post_attention_layernorm",
+    "attention": "self_attn",
+    "q_a_norm": "q_a_layernorm",
+    "kv_a_proj": "kv_a_proj_with_mqa",
+    "kv_a_norm": "kv_a_layernorm",
+    "feed_forward": "mlp",
+    "router": "gate",
+    "selection_bias": "e_score_correction_bias",
 }
-LAYER_TABLE: dict[str, tuple[str, ...]] = {
-    "attention_norm.weight": ("input_layernorm.weight",),
-    "feed_forward_norm.weight": ("post_attention_layernorm.weight",),
-    # grouped-query attention
-    "attention.q_proj.weight": ("self_attn.q_proj.weight",),
-    "attention.k_proj.weight": ("self_attn.k_proj.weight",),
-    "attention.v_proj.weight": ("self_attn.v_proj.weight",),
-    "attention.q_proj.bias": ("self_attn.q_proj.bias",),
-    "attention.k_proj.bias": ("self_attn.k_proj.bias",),
-    "attention.v_proj.bias": ("self_attn.v_proj.bias",),
-    "attention.q_norm.weight": ("self_attn.q_norm.weight",),
-    "attention.k_norm.weight": ("self_attn.k_norm.weight",),
-    "attention.o_proj.weight": ("self_attn.o_proj.weight",),
-    # latent attention
-    "attention.q_a_proj.weight": ("self_attn.q_a_proj.weight",),
-    "attention.q_a_norm.weight": ("self_attn.q_a_layernorm.weight",),
-    "attention.q_b_proj.weight": ("self_attn.q_b_proj.weight",),
-    "attention.kv_a_proj.weight": ("self_attn.kv_a_proj_with_mqa.weight",),
-    "attention.kv_a_norm.weight": ("self_attn.kv_a_layernorm.weight",),
-    "attention.kv_b_proj.weight": ("self_attn.kv_b_proj.weight",),
-    # dense feed-forward
-    "feed_forward.gate_proj.weight": ("mlp.gate_proj.weight",),
-    "feed_forward.up_proj.weight": ("mlp.up_proj.weight",),
-    "feed_forward.down_proj.weight": ("mlp.down_proj.weight",),
-    # mixture of experts
-    "feed_forward.router.weight": ("mlp.gate.weight",),
-    "feed_forward.router.selection_bias": ("mlp.gate.e_score_correction_bias",),
-    "feed_forward.shared_experts.gate_proj.weight": ("mlp.shared_experts.gate_proj.weight",),
-    "feed_forward.shared_experts.up_proj.weight": ("mlp.shared_experts.up_proj.weight",),
-    "feed_forward.shared_experts.down_proj.weight": ("mlp.shared_experts.down_proj.weight",),
-    "feed_forward.experts.gate_up_proj": (
-        "mlp.experts.{expert}.gate_proj.weight",
-        "mlp.experts.{expert}.up_proj.weight",
-    ),
-    "feed_forward.experts.down_proj": ("mlp.experts.{expert}.down_proj.weight",),
-}
-STACKED = {
-    "feed_forward.experts.gate_up_proj": "mlp.experts.gate_up_proj",
-    "feed_forward.experts.down_proj": "mlp.experts.down_proj",
-}
-"""Stack of experts -> the parameter that Transformers stacks its pieces into when it loads the folder."""
-
-
+"""Part of a kmem name -> the same part of a name in a native folder, where they differ."""
+STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""Stack of a layer's experts, which Transformers has too when it has loaded a folder -> the projections that share an
+expert's rows evenly. On disk each expert has a tensor for each."""
 WIDE = ".selection_bias"
 """Suffix of the names of tensors that stay in fp32 whatever the folder's dtype: the bias is updated in steps that bf16
 cannot resolve."""
@@ -227,30 +195,26 @@ def _dtype(tensor: str) -> torch.dtype | None:
 
 
 def _native(tensor: str, shape: tuple[int, ...]) -> list[Piece]:
-    prefix, local = _place(tensor)
-    names = LAYER_TABLE[local] if prefix else TABLE[local]
-    if local not in STACKED:
-        name = prefix + names[0]
-        return [Piece(name, shape, name, (tensor,), dtype=_dtype(local))]
-    rows = shape[1] // len(names)
+    name = ".".join(NATIVE_NAMES.get(part, part) for part in tensor.split("."))
+    if not name.startswith("lm_head."):
+        name = f"model.{name}"
+    layer, experts, stack = name.partition(".experts.")
+    if not experts:
+        return [Piece(name, shape, name, (tensor,), dtype=_dtype(tensor))]
+    projections = STACKED[stack]
+    rows = shape[1] // len(projections)
     return [
         Piece(
-            name=prefix + name.format(expert=expert),
+            name=f"{layer}.experts.{expert}.{projection}.weight",
             shape=(rows, *shape[2:]),
-            parameter=prefix + STACKED[local],
+            parameter=name,
             tensors=(tensor,),
             start=part * rows,
             expert=expert,
         )
         for expert in range(shape[0])
-        for part, name in enumerate(names)
+        for part, projection in enumerate(projections)
     ]
-
-
-def _place(tensor: str) -> tuple[str, str]:
-    """Split a kmem name into (the layer's prefix in a native folder, or ""; the name within the layer)."""
-    parts = tensor.split(".", 2)
-    return (f"model.layers.{parts[1]}.", parts[2]) if parts[0] == "layers" else ("", tensor)
 
 
 def _empty_shared_experts(model: ModelConfig) -> list[Piece]:

@@ -153,14 +153,6 @@ class InferenceBank:
         return self.controls.control
 
     @property
-    def levels(self) -> tuple[int, ...] | None:
-        return self.controls.levels
-
-    @property
-    def blocked(self) -> tuple[ClusterPath, ...]:
-        return self.controls.blocked
-
-    @property
     def leaves(self) -> Tensor | None:
         return self.controls.leaves
 
@@ -181,7 +173,7 @@ class InferenceBank:
     def choose_control(self, control: str) -> None:
         """As `choose`, without changing the levels."""
         with self._setting:
-            self.choose(control, self.levels)
+            self.choose(control, self.controls.levels)
 
     def choose_levels(self, levels: Iterable[int] | None) -> None:
         """As `choose`, without changing the control."""
@@ -238,7 +230,8 @@ class InferenceBank:
         Args:
             blocked: clusters that may not be used; default: the clusters set by `block`.
         """
-        return self.loaded_router().leaves(contexts, self.blocked if blocked is None else cluster_paths(blocked))
+        paths = self.controls.blocked if blocked is None else cluster_paths(blocked)
+        return self.loaded_router().leaves(contexts, paths)
 
     def block(self, paths: Iterable[ClusterPath | str] | None) -> None:
         """Set the clusters that no context may use; None or an empty list allows all.
@@ -267,10 +260,6 @@ class InferenceBank:
             yield
         finally:
             running.pop()
-
-    def inputs(self, leaves: Tensor | None, batch: int, tokens: int, like: Tensor) -> dict[int, BankInput]:
-        """As `InferenceSession.inputs`, for the current session."""
-        return self.session().inputs(leaves, batch, tokens, like)
 
     def loaded_router(self) -> ContextRouter:
         """The tree and its embedder.

@@ -44,7 +44,7 @@ class BankContexts:
     @property
     def bank_levels(self) -> tuple[int, ...] | None:
         """Levels of the bank that are on; None: all. Can be set; `fetch` can choose others for its contexts."""
-        return self._contexts().levels
+        return self._contexts().controls.levels
 
     @bank_levels.setter
     def bank_levels(self, value: Iterable[int] | None) -> None:
@@ -54,7 +54,7 @@ class BankContexts:
     def bank_blocked(self) -> tuple[ClusterPath, ...]:
         """Clusters that the look-up of a leaf may not enter. Can be set, for example to ["3.7"]; `fetch` can choose
         others for its contexts. Contexts that are already fetched do not change."""
-        return self._contexts().blocked
+        return self._contexts().controls.blocked
 
     @bank_blocked.setter
     def bank_blocked(self, value: Iterable[ClusterPath | str] | None) -> None:

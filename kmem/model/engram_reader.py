@@ -1,21 +1,21 @@
-"""The engram of a whole model in one process: from token ids to the rows of every layer that has an engram.
+"""From token ids to the rows of every layer that has an engram, and what a generation keeps of them.
 
-Training reads rows from sharded tables instead (`kmem.tables`); both use the same `EngramAddresses`.
+Training reads rows from sharded tables and an export from its own (`engram_export`); both use the same
+`EngramAddresses`.
 """
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .engram import ConvolutionState, Engram, EngramInput
+from .engram import ConvolutionState
 from .engram_compression import TokenCompression, compress_vocabulary
 from .engram_hash import prime_sizes
 from .engram_ngrams import MISSING, NgramAddressing
-from .export_tables import RowSource
 from .shape import Shape
 from .token_rows import TokenState, shuffled_within
 
@@ -149,61 +149,6 @@ class EngramState(TokenState):
         order = order.to(self.context.device)
         for state in self.convolutions.values():
             state.reorder(order)
-
-
-class EngramReader:
-    """Reads the engram rows of a whole model.
-
-    Args:
-        addresses: the model's addresses.
-        sources: layer -> function that reads its rows.
-        modules: layer -> its Engram module, which makes the state of its convolution.
-    """
-
-    def __init__(
-        self, addresses: EngramAddresses, sources: Mapping[int, RowSource], modules: Mapping[int, Engram]
-    ) -> None:
-        self.addresses = addresses
-        self.control = "on"
-        """One of `EngramKind.controls` but "off". Can be set."""
-        self.sources = dict(sources)
-        self._modules = dict(modules)
-
-    def start(self, batch: int, device: torch.device | str | None = None) -> EngramState:
-        """The state before the first tokens of `batch` sequences."""
-        states = {layer: module.start(batch) for layer, module in self._modules.items()}
-        convolutions = {layer: state for layer, state in states.items() if state is not None}
-        return EngramState(self.addresses.addressing.start(batch, device), convolutions)
-
-    def read(
-        self,
-        input_ids: Tensor,
-        document_ids: Tensor | None = None,
-        present: Tensor | None = None,
-        state: EngramState | None = None,
-    ) -> dict[int, EngramInput]:
-        """Layer -> its input for token ids int64 [B, T].
-
-        Args:
-            document_ids: int64 [B, T]; default: each sequence is one document.
-            present: bool [B, T], False where a token is padding.
-            state: the state after the preceding tokens; advanced in place.
-        """
-        addressing = self.addresses.addressing
-        ids = self.addresses.addressed(input_ids, present)
-        context = None if state is None else state.context
-        inputs: dict[int, EngramInput] = {}
-        for table, layer in enumerate(addressing.layers):
-            rows = addressing.row_ids(table, ids, document_ids, context)
-            if self.control != "on":
-                rows = torch.where(rows >= 0, self.addresses.other_rows(layer, self.control)(rows), rows)
-            # A missing token reads row 0, and its update is masked.
-            values = self.sources[layer](rows if present is None else rows.clamp_min(0))
-            convolution = None if state is None else state.convolutions.get(layer)
-            inputs[layer] = EngramInput(values.flatten(-2), present, document_ids, convolution)
-        if state is not None:
-            state.advance(ids, addressing.next_context(ids, document_ids, context))
-        return inputs
 
 
 def _bases(engram: Any) -> list[int]:

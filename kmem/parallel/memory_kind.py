@@ -5,7 +5,7 @@ The model half (`kmem.model.memory_kind.ModelKind`) defines what the memory comp
 `model.NAME` describes the memory, the top-level section `NAME` its tables.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -68,24 +68,10 @@ class BegunStep:
     """The micro-batches of a step on this rank, whose rows are being fetched."""
 
     micro_batches: list[SequenceBatch]
-    plans: dict[str, "PlanOnce"] = field(default_factory=dict)
-    """Kind -> its plan."""
+    plans: dict[str, Callable[[], MemoryPlan]] = field(default_factory=dict)
+    """Kind -> function that gives its plan. The thread that asks first makes it: the worker."""
     tickets: dict[str, Ticket] = field(default_factory=dict)
     """Table of this stage -> its ticket."""
-
-
-class PlanOnce:
-    """The plan of one kind for one step. The thread that asks first makes it: the worker."""
-
-    def __init__(self, memory: "StageMemory", micro_batches: Sequence[SequenceBatch], control: str | None = None):
-        self._arguments = memory, micro_batches, control
-        self._plan: MemoryPlan | None = None
-
-    def __call__(self) -> MemoryPlan:
-        if self._plan is None:
-            memory, micro_batches, control = self._arguments
-            self._plan = memory.plan(micro_batches, control)
-        return self._plan
 
 
 @dataclass(frozen=True)

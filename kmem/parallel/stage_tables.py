@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from kmem.checkpoint.pieces import Pieces
 from kmem.config import Config, TableConfig, UserError
 from kmem.data.batch import SequenceBatch
-from kmem.parallel.memory_kind import BegunStep, PlanOnce, StageMemory, StageTable
+from kmem.parallel.memory_kind import BegunStep, MemoryPlan, StageMemory, StageTable
 from kmem.parallel.mesh import Mesh, any_rank, run_on_all_ranks
 from kmem.tables.exchange import Exchange, join_groups
 from kmem.tables.stores import StoreError, available_host_memory, gib
@@ -134,7 +135,7 @@ class StageTables:
         """Start fetching the rows of a step. All ranks of the stage begin the same steps in the same order. A table
         whose depth is less than the number of steps begun starts later."""
         step = BegunStep(list(micro_batches))
-        step.plans = {memory.kind: PlanOnce(memory, step.micro_batches) for memory in self.memories}
+        step.plans = {memory.kind: cache(partial(memory.plan, step.micro_batches)) for memory in self.memories}
         self._ahead.append(step)
         self._fetch_ahead()
         return step
@@ -170,7 +171,7 @@ class StageTables:
         """
         off = {kind for kind, control in controls.items() if control == "off"}
         plans = {
-            memory.kind: PlanOnce(memory, micro_batches, controls.get(memory.kind))
+            memory.kind: cache(partial(memory.plan, micro_batches, controls.get(memory.kind)))
             for memory in self.memories
             if memory.kind not in off
         }
@@ -181,11 +182,11 @@ class StageTables:
         }
         return LookedUp(working_sets, self._beside(plans), controls)
 
-    def _plan(self, name: str, plans: Mapping[str, PlanOnce]) -> Callable[[], StepPlan]:
+    def _plan(self, name: str, plans: Mapping[str, Callable[[], MemoryPlan]]) -> Callable[[], StepPlan]:
         """A function that gives the plan of a table; the worker calls it while an earlier step runs."""
         return lambda: plans[self._of[name][0].kind]().tables[name]
 
-    def _beside(self, plans: Mapping[str, PlanOnce]) -> dict[str, Sequence[Any]]:
+    def _beside(self, plans: Mapping[str, Callable[[], MemoryPlan]]) -> dict[str, Sequence[Any]]:
         """Kind -> for each micro-batch, the data that layers need besides rows."""
         return {
             memory.kind: plans[memory.kind]().beside

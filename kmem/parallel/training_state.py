@@ -12,30 +12,16 @@ since every parameter is updated in every step.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from deepspeed.moe.utils import is_moe_param
-from torch import Tensor
 
 from kmem.checkpoint.pieces import Pieces
 from kmem.checkpoint.reader import WEIGHT
 from kmem.parallel.gradients import is_tied_copy
 from kmem.parallel.optimizers import BACKBONE_OPTIMIZERS
 from kmem.parallel.pipeline import Pipeline
-
-
-@dataclass
-class _Fragment:
-    """The interval of one parameter that this rank's optimizer updates."""
-
-    name: str
-    size: int
-    """Elements of the global tensor."""
-    start: int
-    values: dict[str, Tensor]
-    """Live 1-D views: `weight` and the moments."""
 
 
 def model_state(pipeline: Pipeline, *, saving: bool, moments: bool, row_state: bool | None = None) -> dict[str, Pieces]:
@@ -50,10 +36,7 @@ def model_state(pipeline: Pipeline, *, saving: bool, moments: bool, row_state: b
     moments = moments and not pipeline.frozen
     if moments:
         _create_moments(pipeline)
-    state = {}
-    for fragment in _fragments(pipeline, saving=saving, moments=moments):
-        for kind, values in fragment.values.items():
-            state[f"{kind}/{fragment.name}"] = Pieces.interval(fragment.size, fragment.start, values)
+    state = dict(_fragments(pipeline, saving=saving, moments=moments))
     for name, buffer in pipeline.named_buffers():
         state[WEIGHT + name] = Pieces.interval(buffer.numel(), 0, buffer)
     tables = pipeline.stage_tables.pieces(saving)
@@ -107,7 +90,9 @@ def _create_moments(pipeline: Pipeline) -> None:
                 )
 
 
-def _fragments(pipeline: Pipeline, *, saving: bool, moments: bool) -> Iterator[_Fragment]:
+def _fragments(pipeline: Pipeline, *, saving: bool, moments: bool) -> Iterator[tuple[str, Pieces]]:
+    """(`weight/NAME` or the name of a moment, live view of the interval that this rank's optimizer updates), for every
+    parameter."""
     adam, mesh, kinds = _adam(pipeline), pipeline.mesh, moment_names(pipeline)
     partitioned = adam is not pipeline.engine.optimizer
     for name, parameter in pipeline.named_parameters():
@@ -130,4 +115,5 @@ def _fragments(pipeline: Pipeline, *, saving: bool, moments: bool) -> Iterator[_
             values = {"weight": parameter.detach().view(-1)}
             if moments:
                 values |= {kind: adam.state[parameter][kind].view(-1) for kind in kinds}
-        yield _Fragment(name, size, start, values)
+        for kind, view in values.items():
+            yield f"{kind}/{name}", Pieces.interval(size, start, view)

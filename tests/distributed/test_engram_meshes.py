@@ -8,11 +8,12 @@ import torch.nn.functional as F
 
 from kmem.config import parse_config
 from kmem.model.decoder import Decoder
-from kmem.model.engram_reader import EngramReader, table_name, table_rows
+from kmem.model.engram_reader import table_name, table_rows
 from kmem.model.init import initialise_
 from kmem.model.mask import document_mask
 from kmem.tables import counter_random
 from tests.distributed.training_case import small_config, synthetic_addresses, synthetic_sequences, train_case
+from tests.hf.models import read_engram
 
 STEPS = 6
 EXPERTS = {"num_experts": 4, "top_k": 2, "intermediate_size": 32, "first_dense_layers": 1}
@@ -185,11 +186,10 @@ def plain_training(tree):
         stream = counter_random.key(config.train.init_seed, table_name(layer))
         values = counter_random.normal_rows(0, rows, shape.engram.row_dim, stream, shape.engram.init_std)
         tables[layer] = torch.nn.Parameter(torch.from_numpy(values))
-    memory = EngramReader(
-        synthetic_addresses(config),
-        {layer: lambda ids, weight=weight: F.embedding(ids, weight, sparse=True) for layer, weight in tables.items()},
-        {layer: model.layers[layer].engram for layer in tables},
-    )
+    addresses = synthetic_addresses(config)
+    sources = {
+        layer: lambda ids, weight=weight: F.embedding(ids, weight, sparse=True) for layer, weight in tables.items()
+    }
     optimizer, row_optimizer = config.train.optimizer, config.engram.optimizer
     named = dict(model.named_parameters())
     matrices = [p for name, p in named.items() if p.ndim >= 2 and not name.endswith("_norm.weight")]
@@ -204,7 +204,7 @@ def plain_training(tree):
     losses, norms = [], []
     for step in range(STEPS):
         sequences = synthetic_sequences(list(range(step * batch, (step + 1) * batch)))
-        rows = memory.read(sequences.input_ids, sequences.document_ids)
+        rows = read_engram(shape, addresses, sources, sequences.input_ids, sequences.document_ids)
         mask = document_mask(sequences.document_ids)
         logits = model.logits(model(sequences.input_ids, sequences.position_ids, mask, memories={"engram": rows}))
         loss = F.cross_entropy(logits.flatten(0, 1), sequences.labels.flatten())

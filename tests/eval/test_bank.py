@@ -19,7 +19,7 @@ from kmem.data.prepare import Preparation, prepare
 from kmem.data.reader import open_data
 from kmem.data.tokenizer import load_tokenizer
 from kmem.eval import bank as evaluated_bank
-from kmem.eval.bank import EvaluatedBank
+from kmem.eval.checkpoint import EvaluatedModel
 from kmem.model.bank_fetched import FetchedBlocks, without_blocks
 from kmem.model.bank_router import descend_elsewhere
 from kmem.model.bank_tree import ClusterTree, path_of
@@ -137,8 +137,8 @@ def test_only_units_that_are_read_and_may_not_stay_are_embedded(prepared, run, b
     )
     samples = held_out.spread(3)
     read, stored = held_out.units(samples), held_out.leaves
-    assert EvaluatedBank(reader, Choices()).around(held_out, folder, samples) is held_out
-    assert EvaluatedBank(reader, Choices({"bank": "generic"})).around(held_out, folder, samples) is held_out
+    assert EvaluatedModel(reader, Choices()).bank.around(held_out, folder, samples) is held_out
+    assert EvaluatedModel(reader, Choices({"bank": "generic"})).bank.around(held_out, folder, samples) is held_out
     assert not embedded
     indexed = IndexedTokens(folder / "validation")
     texts = [indexed.take(np.arange(at, at + n)) for at, n in zip(indexed.starts, indexed.lengths, strict=True)]
@@ -149,7 +149,7 @@ def test_only_units_that_are_read_and_may_not_stay_are_embedded(prepared, run, b
         ),
         (Choices({"bank": "blocked"}), lambda place: elsewhere(texts[place], int(stored[place]))),
     ):
-        moved = EvaluatedBank(reader, choice).around(held_out, folder, samples)
+        moved = EvaluatedModel(reader, choice).bank.around(held_out, folder, samples)
         expected = [change(place) for place in read]
         assert moved.leaves[read].tolist() == expected
         changed = [int(place) for place, leaf in zip(read, expected, strict=True) if stored[place] != leaf]
@@ -167,7 +167,7 @@ def test_generic_blocks_are_taken_whatever_addresses_the_sequences_have(prepared
     batch = open_data(config, reader.config.model.vocab_size, Addressing(tree(), "leaf")).validation.read(range(4))
     like = decoder.projection_weight
     generic, fetched = (
-        EvaluatedBank(reader, Choices({"bank": way})).of_batch(batch, like) for way in ("generic", "fetched")
+        EvaluatedModel(reader, Choices({"bank": way})).bank.of_batch(batch, like) for way in ("generic", "fetched")
     )
     ids = decoder.layout.row_ids(torch.zeros(4, dtype=torch.long), True)
     for layer, blocks in generic.items():

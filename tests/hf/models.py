@@ -18,7 +18,11 @@ from kmem.data.tokenizer import train_tokenizer
 from kmem.hf.importing import starting_config
 from kmem.model.decoder import Decoder
 from kmem.model.engram import EngramInput
-from kmem.model.engram_reader import EngramReader, table_name, table_rows
+from kmem.model.engram_export import COMPRESSION, ExportedEngram
+from kmem.model.engram_kind import EngramKind
+from kmem.model.engram_reader import EngramAddresses, table_name, table_rows
+from kmem.model.export_tables import RowSource
+from kmem.model.exported_memory import ForwardTokens
 from kmem.model.shape import Shape
 
 VOCABULARY = 320
@@ -131,9 +135,22 @@ class Remembering(Decoder):
         if not self.tables:
             return {}
         addresses = model_addresses(ModelConfig.model_validate(self.shape.as_dict()), tokenizer())
-        modules = {layer: self.layers[layer].engram for layer in self.tables}
         sources = {layer: table.__getitem__ for layer, table in self.tables.items()}
-        return {"engram": EngramReader(addresses, sources, modules).read(input_ids)}
+        return {"engram": read_engram(self.shape, addresses, sources, input_ids)}
+
+
+def read_engram(
+    shape: Shape,
+    addresses: EngramAddresses,
+    sources: dict[int, RowSource],
+    input_ids: torch.Tensor,
+    document_ids: torch.Tensor | None = None,
+) -> dict[int, EngramInput]:
+    """What the engram of whole sequences reads from tables in memory."""
+    memory = ExportedEngram(EngramKind(), shape, {"addressing": addresses.addressing.to_manifest()})
+    memory.use(sources)
+    tensors = {} if addresses.compression is None else {COMPRESSION: addresses.compression.lookup}
+    return memory.inputs(ForwardTokens(input_ids, input_ids, document_ids=document_ids, tensors=tensors))
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """kmem's own class behaves as Transformers' users expect of a model."""
 
+import ast
 import copy
 
 import pytest
@@ -26,6 +27,14 @@ def test_code_files_are_a_closed_set_without_kmem():
     names = {file.name for file in code_files()}
     assert {"modeling_kmem.py", "configuration_kmem.py", "decoder.py", "shape.py"} <= names
     assert "__init__.py" not in names
+    for file in code_files():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):  # Transformers finds no other form of import
+                module = node.module or ""
+                assert module.isidentifier() and node.level == 1 if node.level else not module.startswith("kmem."), file
+            assert not (isinstance(node, ast.Import) and any(name.name.startswith("kmem.") for name in node.names)), (
+                file
+            )
 
 
 @pytest.mark.parametrize(
