@@ -249,7 +249,7 @@ def test_it_replaces_the_feed_forward_and_off_adds_nothing(moe):
 def tree(**changes):
     """A configuration of the small model. (Under some seeds, rounding decides between two rows for one of the tokens,
     and losses differ.)"""
-    return CASE.config(train__init_seed=1, **changes)
+    return CASE.config(**{"train__init_seed": 1, **changes})
 
 
 def plainly(**changes):
@@ -350,9 +350,12 @@ def test_layers_on_some_stages(ranks, mesh, layers):
 
 
 VARIANTS = {
-    "normed and clipped": {f"model__{NAME}__qk_norm": True, "train__optimizer": {"lr": 0.003, "clip_norm": 0.5}},
+    "normed and clipped": {
+        f"model__{NAME}": {**SECTION, "qk_norm": True, "num_keys": 30},
+        "train__optimizer": {"lr": 0.003, "clip_norm": 0.5},
+    },
     "many rows": {f"model__{NAME}__top_k": 12, f"model__{NAME}__num_keys": 40},
-    "dense": {"model__moe": None},
+    "dense": {"model__moe": None, "train__init_seed": 2},
 }
 
 
