@@ -57,11 +57,6 @@ class BankConfig(MemorySection):
     generic: GenericBlocks = GenericBlocks()
     """Blocks outside the tree, as a control."""
 
-    @property
-    def default_control(self) -> str:
-        """`Shape.bank_control` of a model with this bank."""
-        return Shape({"bank": self.model_dump()}).bank_control
-
     @model_validator(mode="after")
     def _consistent(self) -> "BankConfig":
         if not any(self.levels):

@@ -8,10 +8,6 @@ from typing import Any
 from kmem.model.renamed import MODEL_KEYS
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
 def _controls(value: Any) -> Any:
     return [f"bank={choice}" for choice in value] if isinstance(value, list | tuple) else value
 
@@ -22,7 +18,7 @@ class NewName:
 
     key: str
     """The new key, in the same section."""
-    value: Callable[[Any], Any] = _same
+    value: Callable[[Any], Any] = lambda value: value
     """Converts the value of the old key to the value of the new one."""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kmem.checkpoint.trained_model import TrainedModel
 from kmem.config import Config, UserError
 from kmem.data.progress import Progress
 from kmem.data.safetensors_file import SafetensorsWriter
@@ -17,7 +18,7 @@ from kmem.files import atomic_folder, check_replaceable
 from kmem.hf.architectures import KMEM, Choice, choose, to_fields
 from kmem.hf.custom_code import AUTO_MAP, register, write_code
 from kmem.hf.key_map import Piece, TableParts, check_tensor_sets, folder_pieces, parameters, row_slices, table_parts
-from kmem.hf.memory_folders import FolderParts, TrainedModel, folder_of
+from kmem.hf.memory_folders import FolderParts, folder_of
 from kmem.hf.model_card import model_card
 from kmem.hf.native import Architecture
 from kmem.model.export_tables import INDEX_FILE, WEIGHTS_FILE
@@ -200,6 +201,7 @@ def _write_weights(
                 for values in _values(trained, piece):
                     writer.write_values(piece.name, values.to(held))
                     progress.advance(values.numel() * held.itemsize)
+                    del values  # before the next part is read
         places.update(dict.fromkeys(declared, name))
     total = sum(_bytes(piece, dtype) for shard in shards for piece in shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}

@@ -1,19 +1,20 @@
 """How memories go into Hugging Face folders and come out of them, and how the rows of a checkpoint are read in one
 process."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kmem.checkpoint.bank.layout import Banked, checkpoint_router, checkpoint_tree
-from kmem.checkpoint.engram.reading import Addressed, checkpoint_addresses
+from kmem.checkpoint.bank.layout import checkpoint_router, checkpoint_tree
+from kmem.checkpoint.engram.reading import checkpoint_addresses
 from kmem.checkpoint.manifest import check_addressing
 from kmem.checkpoint.reader import CheckpointReader
+from kmem.checkpoint.trained_model import TrainedModel
 from kmem.clustering.encoder_folder import LICENCES
 from kmem.clustering.tree_folder import copy_tree
 from kmem.config import ModelConfig, UserError
@@ -30,20 +31,6 @@ from kmem.model.export_tables import RowSource
 from kmem.model.exported_memory import ExportedMemory, modules_of
 from kmem.model.memory_kind import ModelKind
 from kmem.model.parameter_counts import ParameterCounts
-
-
-class TrainedModel(Addressed, Banked, Protocol):
-    """What an export reads from a checkpoint; `CheckpointReader` implements it."""
-
-    @property
-    def facts(self) -> Mapping[str, Any]: ...
-
-    @property
-    def tensors(self) -> Mapping[str, Any]:
-        """Canonical name -> an object with `.shape`."""
-
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor along its first dimension."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +73,11 @@ class MemoryFolder:
 
     def open(self, reader: CheckpointReader, memory: ExportedMemory, tree: Path | None) -> None:
         """Let a memory read the rows of the checkpoint, which stay in its mapped files."""
-        memory.use(mapped_tables(reader, memory.kind))
+        rows = self.kind.exported_rows(memory.shape)
+        tables = {key: [reader.map_rows(name) for name in table.columns] for key, table in rows.items()}
+        memory.use(
+            {key: parts[0] if len(parts) == 1 else partial(_side_by_side, parts) for key, parts in tables.items()}
+        )
 
     def imported(self, source: Path, memory: ExportedMemory, model: ModelConfig, run: Path) -> dict[str, Any] | None:
         """The manifest of the rows of a folder, for a run with this model. Its tokenizer has been copied to the run.
@@ -182,16 +173,6 @@ def folder_of(kind: ModelKind) -> MemoryFolder:
     return _FOLDERS.get(kind.name, MemoryFolder)(kind)
 
 
-def mapped_tables(reader: CheckpointReader, kind: ModelKind) -> dict[int, RowSource]:
-    """Key of each table (`ModelKind.exported_rows`) -> its rows, fetched from the checkpoint's mapped files."""
-    return {
-        key: _SideBySide([reader.map_rows(name) for name in table.columns])
-        if len(table.columns) > 1
-        else reader.map_rows(table.name)
-        for key, table in kind.exported_rows(reader.config.model.shape).items()
-    }
-
-
 def open_memory(
     reader: CheckpointReader, kind: ModelKind, decoder: Decoder, tree: Path | None = None
 ) -> tuple[ExportedMemory, Mapping[str, Tensor]]:
@@ -208,14 +189,9 @@ def open_memory(
     return memory, parts.tensors
 
 
-@dataclass(frozen=True)
-class _SideBySide:
-    """Tables whose rows are joined into one."""
-
-    tables: list[RowSource]
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return torch.cat([table(rows) for table in self.tables], dim=-1)
+def _side_by_side(tables: Sequence[RowSource], rows: Tensor) -> Tensor:
+    """Rows of tables that are joined into one."""
+    return torch.cat([table(rows) for table in tables], dim=-1)
 
 
 def table_card(kind: ModelKind, counts: ParameterCounts) -> str:

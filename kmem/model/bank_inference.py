@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .bank_blocks import BankInput
 from .bank_contexts import cluster_paths
-from .bank_fetched import FetchedBlocks, distinct_rows, without_blocks
+from .bank_fetched import distinct_rows, inputs_of_blocks, without_blocks
 from .bank_layout import MISSING, BankLayout
 from .bank_router import Context, ContextRouter
 from .bank_tree import ClusterPath
@@ -369,7 +369,7 @@ class InferenceSession:
             ids = layout.row_ids(leaves.cpu(), levels=controls.levels_on)
         distinct = {level: distinct_rows(level_ids) for level, level_ids in ids.items()}
         rows = {level: self._rows(level, unique, like) for level, (unique, _) in distinct.items()}
-        return FetchedBlocks(layout, rows, {level: places for level, (_, places) in distinct.items()}).inputs(tokens)
+        return inputs_of_blocks(layout, rows, {level: places for level, (_, places) in distinct.items()}, tokens)
 
     def _rows(self, level: int, ids: Tensor, like: Tensor) -> Tensor:
         """Rows [U, V]. A generation holds its own rows: other threads may fetch between its tokens."""

@@ -53,29 +53,25 @@ class KmemConfig(PretrainedConfig):
         """The contents of config.json, derived names included."""
         return {**super().to_dict(), **{name: getattr(self, name) for name in DERIVED if self.model}}
 
-    def _read(self, name: str) -> Any:
-        value: Any = self.model
-        for key in DERIVED[name]:
-            value = value.get(key) if value else None
+
+def _derived(path: tuple[str, ...]) -> property:
+    """A field of the model section as an attribute."""
+    *parents, last = path
+
+    def section(config: KmemConfig) -> Any:
+        value: Any = config.model
+        for name in parents:
+            value = value.get(name) if value else None
         return value
 
-    def _write(self, name: str, value: Any) -> None:
-        section: Any = self.model
-        *path, last = DERIVED[name]
-        for key in path:
-            section = section[key]
-        section[last] = value
-
-
-def _derived(name: str) -> property:
     def read(config: KmemConfig) -> Any:
-        return config._read(name)
+        return (section(config) or {}).get(last)
 
     def write(config: KmemConfig, value: Any) -> None:  # resize_token_embeddings() sets vocab_size
-        config._write(name, value)
+        section(config)[last] = value
 
     return property(read, write)
 
 
-for _name in DERIVED:
-    setattr(KmemConfig, _name, _derived(_name))
+for _name, _path in DERIVED.items():
+    setattr(KmemConfig, _name, _derived(_path))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .mapped_rows import MappedRows
+from .memory_kind import ExportedRows
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -30,34 +31,24 @@ class ExportedTable:
     """Name of each tensor -> its number of rows, in the order of the rows."""
 
     @classmethod
-    def cut(cls, name: str, width: int, rows: Sequence[int], part_name: Callable[[int], str]) -> "ExportedTable":
-        """A table of tensors with these numbers of rows; `part_name` gives the name of tensor 0, 1, .."""
-        return cls(name, width, {part_name(part): count for part, count in enumerate(rows)})
+    def recorded(cls, table: ExportedRows, counts: Sequence[int] | None, field: str) -> "ExportedTable":
+        """A table of the model, cut into tensors as config.json records it; one tensor if it records nothing.
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Name of each tensor -> its shape."""
-        return {name: (rows, self.width) for name, rows in self.parts.items()}
+        Args:
+            table: name, rows and width.
+            counts: numbers of rows of the tensors, from config.json.
+            field: field of config.json, for the message.
 
-
-def read_parts(recorded: Sequence[int] | None, rows: int, field: str, table: str) -> list[int]:
-    """The number of rows of each tensor of a table, as config.json records them; one tensor if it records nothing.
-
-    Args:
-        recorded: numbers of rows from config.json.
-        rows: rows of the model's table.
-        field: field of config.json, for the message.
-        table: name of the table, for the message.
-
-    Raises:
-        ValueError: the recorded numbers do not add up to `rows`.
-    """
-    parts = [rows] if recorded is None else list(recorded)
-    if sum(parts) != rows or min(parts) < 1:
-        raise ValueError(
-            f"config.json: {field} of {table} do not add up to the {rows} rows of `model`; export the model again"
-        )
-    return parts
+        Raises:
+            ValueError: the recorded numbers do not add up to the table's rows.
+        """
+        parts = [table.rows] if counts is None else list(counts)
+        if sum(parts) != table.rows or min(parts) < 1:
+            raise ValueError(
+                f"config.json: {field} of {table.name} do not add up to the {table.rows} rows of `model`; export the "
+                "model again"
+            )
+        return cls(table.name, table.width, {table.part(number): rows for number, rows in enumerate(parts)})
 
 
 def map_tables(tables: Mapping[int, ExportedTable], find: Callable[[str], str | None]) -> dict[int, MappedRows]:

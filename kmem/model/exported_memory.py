@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from .export_tables import ExportedTable, RowSource, RowTable, map_tables, read_parts
+from .export_tables import ExportedTable, RowSource, RowTable, map_tables
 from .memory_kind import OFF, MemoryModule, ModelKind
 from .shape import Shape
 
@@ -110,12 +110,7 @@ class ExportedMemory:
         self._control = kind.trained_control(shape)
         recorded = fields.get("parts") or {}
         self.tables = {
-            key: ExportedTable.cut(
-                table.name,
-                table.width,
-                read_parts(recorded.get(str(key)), table.rows, f"{kind.name}_parts", table.name),
-                table.part,
-            )
+            key: ExportedTable.recorded(table, recorded.get(str(key)), f"{kind.name}_parts")
             for key, table in kind.exported_rows(shape).items()
         }
         """Key (`ModelKind.exported_rows`) -> table."""

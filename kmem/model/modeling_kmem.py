@@ -51,6 +51,7 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
 
     config_class = KmemConfig
     base_model_prefix = ""
+    _input_embed_layer = "embedding"
     _no_split_modules = ("DecoderLayer",)
     _skip_keys_device_placement = ("past_key_values",)
     _keep_in_fp32_modules_strict = ("selection_bias",)
@@ -109,12 +110,6 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
             memory.loaded(folder, model.config, mapped=kind in model._mapped)
             memory.check(model._memory_tensors(memory))
         return loaded
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embedding = value
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.head

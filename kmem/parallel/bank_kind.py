@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kmem.checkpoint.bank.hits import hit_figures
 from kmem.checkpoint.bank.rows import check_held, held_rows
 from kmem.checkpoint.commit import Commit
 from kmem.checkpoint.manifest import check_tree
@@ -22,13 +23,14 @@ from kmem.model.bank_kind import BankKind
 from kmem.model.bank_layout import GENERIC, MISSING, BankLayout, bank_table_name, layer_bank_name
 from kmem.model.bank_router import tree_with_embedder
 from kmem.model.bank_tree import parse_path, read_tree_record
-from kmem.parallel.bank_ledger import BankLedger
 from kmem.parallel.bank_step import plan_blocks
+from kmem.parallel.bank_usage import BankUsage, written_columns
 from kmem.parallel.memory_kind import BegunStep, MemoryKind, MemoryPlan, StageMemory, StageParts
-from kmem.parallel.mesh import Mesh
+from kmem.parallel.mesh import Mesh, local_device
 from kmem.parallel.stage_tables import mapped_folder
 from kmem.parallel.stages import stages_with
 from kmem.parallel.table_bytes import TableBytes
+from kmem.parallel.table_figures import TIMES, table_figures
 from kmem.tables import counter_random
 from kmem.tables.exchange import Exchange, join_groups
 from kmem.tables.sharding import RowSelection
@@ -136,7 +138,8 @@ class BankTraining(MemoryKind):
 
 
 class StageBank(StageMemory):
-    """The bank on a stage: its layers that have blocks."""
+    """The bank on a stage: its layers that have blocks. Figures of a step take two small all-reduces; sampled steps add
+    two more, of one number per leaf and of two numbers per row."""
 
     kind = BankKind.name
 
@@ -156,8 +159,11 @@ class StageBank(StageMemory):
         self.tables = [BankTable(config, self.layout, level, group) for level in levels]
 
     def start(self, tables: Mapping[str, Table]) -> None:
-        own = {table.level: tables[stage_table_name(self.layout, table.level)] for table in self.tables}
-        self.ledger = BankLedger(own, self.whole, self.layout, self.mesh)
+        self._by_level = {table.level: tables[stage_table_name(self.layout, table.level)] for table in self.tables}
+        # All stages use the same clusters, so only one stage counts them.
+        self._counts = bool(self.layers) and self.layers[0] == self.whole.layers[0]
+        counted = self._by_level if self._counts else {}
+        self._usage = BankUsage(self.whole, counted, self._counts and self.mesh.data_rank == 0)
 
     def plan(self, micro_batches: Sequence[SequenceBatch], control: str | None = None) -> MemoryPlan:
         if control is not None:
@@ -182,10 +188,72 @@ class StageBank(StageMemory):
         return BankInput(layout, groups, blocks)
 
     def close_step(self, step: BegunStep, sampled: bool) -> dict[str, dict[str, Any]]:
-        return self.ledger.close_step(step, sampled)
+        """Level -> figures of a step over all ranks. A block is a row of a cluster. `touch_density`, `bytes`,
+        `stall_ms`, `fetch_ms` and `owner_ms` as in `table_figures`, and
+
+            fetched_blocks    distinct clusters whose blocks ranks asked for, summed over the data-parallel ranks
+            conflict_blocks   fetched clusters that had to wait for the update of an earlier step
+            touched_blocks    distinct clusters of the level, generic blocks included, that the global batch used
+            new_blocks        touched blocks that no step of the run had touched before
+            age_mean          mean age of the other touched blocks: steps since the last step that touched, and so
+                              trained, them; 1 if that was the step before
+            age_max           largest age
+            hits              in sampled steps: how the tokens since the run began are spread over the level's clusters
+                              (`kmem.checkpoint.bank.hits.hit_figures`)
+            write_norms       in sampled steps: mean and max, over the touched blocks, of the 2-norm of the parts that
+                              write (`down`, `b`, `values`) in all layers, after the step
+
+        Collective over the world; all ranks pass the same `sampled`.
+        """
+        levels = self.whole.levels
+        tables = [self._by_level.get(level) for level in levels]
+        sums, oldest = (torch.zeros(len(levels), width, dtype=torch.float64) for width in (2, 1))
+        self._usage.count(step.micro_batches)
+        for place, (level, table) in enumerate(zip(levels, tables, strict=True)):
+            if table is not None and self._counts:
+                ages = self._usage.ages(level, step.tickets[table.spec.name].owned_rows)
+                sums[place] = torch.tensor([int((ages == 0).sum()), int(ages.sum())])
+                oldest[place] = int(ages.max()) if len(ages) else 0
+        rows = [self.whole.rows(level) for level in levels]
+        counted, sums, oldest = table_figures(tables, step, rows, sums, oldest, self._counts)
+        hits = self._usage.whole_hits() if sampled else None
+        norms = self._write_norms(step) if sampled else {}
+        figures = {}
+        for level, known, (new, total), (age,) in zip(levels, counted, sums.tolist(), oldest.tolist(), strict=True):
+            figures[str(level)] = {
+                "fetched_blocks": known["unique_rows"],
+                "conflict_blocks": known["conflict_rows"],
+                "touched_blocks": known["touched_rows"],
+                **{name: known[name] for name in ("touch_density", "bytes", *TIMES, "owner_ms")},
+                "new_blocks": int(new),
+                "age_mean": total / max(1, known["touched_rows"] - new),
+                "age_max": int(age),
+                "hits": None if hits is None else hit_figures(self.whole, hits, level),
+                "write_norms": norms.get(level),
+            }
+        return figures
+
+    def _write_norms(self, step: BegunStep) -> dict[int, dict[str, float]]:
+        """Level -> write norms of the blocks that the step touched. All blocks would cost a read of the whole bank."""
+        levels = self.whole.levels
+        squares = {level: torch.zeros(2, self.whole.rows(level), dtype=torch.float64) for level in levels}
+        for level, table in self._by_level.items():
+            mine = step.tickets[table.spec.name].owned_rows
+            rows = mine + table.local.start
+            squares[level][0, rows] = table.squares(mine, written_columns(self.layout, level))
+            squares[level][1, rows] = float(self._counts)
+        whole = torch.cat([squares[level] for level in levels], dim=1).to(local_device())
+        dist.all_reduce(whole)
+        figures = {}
+        parts = whole.cpu().split([self.whole.rows(level) for level in levels], dim=1)
+        for level, part in zip(levels, parts, strict=True):
+            norms = part[0, part[1] > 0].sqrt()
+            if len(norms):
+                figures[level] = {"mean": float(norms.mean()), "max": float(norms.max())}
+        return figures
 
     def state(self, saving: bool) -> dict[str, Pieces]:
-        return self.ledger.usage.state(saving)
+        return self._usage.state(saving)
 
 
 class BankTable:

@@ -118,7 +118,7 @@ class Pipeline:
             self.module = _StagedModule(_layer_specs(config, shape, mesh), mesh.pipeline, stage_bounds(config))
         self.context.frozen = self.frozen
         for layer in self.layers():
-            layer.bind(self.context)
+            layer.context = self.context
             initialise_(layer.module, shape, config.train.init_seed, layer.prefix)
         self.moe_layers = self._connect_experts()
         self.engine = self._initialise_engine()

@@ -22,10 +22,7 @@ class StageLayer(nn.Module):
         self.module = module
         self.prefix = prefix
         self.context = StepContext()
-
-    def bind(self, context: StepContext) -> None:
-        """Share the stage's step context."""
-        self.context = context
+        """Shared by the layers of a stage."""
 
 
 class EmbeddingLayer(StageLayer):

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from kmem.config import Config, dump_config
@@ -124,15 +125,12 @@ def _layer_sizes(config: Config) -> list[tuple[int, int]]:
     model = config.model.shape
     tables = {name for kind in kinds_of(model) for name in kind.model.tables(model)}
     for name, shape in tensor_shapes(model).items():
-        elements = 1
-        for length in shape:
-            elements *= length
         if name.endswith("selection_bias") or name in tables:
             continue
         first, *rest = name.split(".")
         place = {"embedding": 0, "norm": config.model.num_layers + 1, "head": config.model.num_layers + 1}
         layer = int(rest[0]) + 1 if first == "layers" else place[first]
-        sizes[layer][".experts." in name] += elements
+        sizes[layer][".experts." in name] += prod(shape)
     if tied and config.parallel.pipeline > 1:
         sizes[-1][0] += sizes[0][0]  # the last stage holds a copy of the embedding
     return [(dense, experts) for dense, experts in sizes]

@@ -20,7 +20,7 @@ from kmem.data.reader import open_data
 from kmem.data.tokenizer import load_tokenizer
 from kmem.eval import bank as evaluated_bank
 from kmem.eval.checkpoint import EvaluatedModel
-from kmem.model.bank_fetched import FetchedBlocks, without_blocks
+from kmem.model.bank_fetched import without_blocks
 from kmem.model.bank_router import descend_elsewhere
 from kmem.model.bank_tree import ClusterTree, path_of
 from kmem.model.decoder import Decoder
@@ -28,6 +28,7 @@ from kmem.model.mask import document_mask
 from tests.clustering.cluster_case import give_addresses
 from tests.hf.banks import BANKS, bank, make_tree, random_bank, router, tree, write_bank_run
 from tests.hf.models import TEXT, model, tokenizer, write_run
+from tests.model.bank_parameters import FetchedBlocks
 from tests.small_corpora import write_jsonl
 from tests.train.test_trainer import metrics
 from tests.train.trainer_case import trainer_case

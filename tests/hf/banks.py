@@ -22,12 +22,13 @@ from kmem.data.engram_addresses import model_addresses
 from kmem.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from kmem.hf.importing import starting_config
 from kmem.model.bank_embedder import EMBEDDER_FILE, EMBEDDER_FORMAT, EMBEDDER_VERSION, TFIDF_FILE, load_embedder
-from kmem.model.bank_fetched import FetchedBlocks, without_blocks
+from kmem.model.bank_fetched import without_blocks
 from kmem.model.bank_layout import BankLayout, bank_table_name
 from kmem.model.bank_router import ContextRouter
 from kmem.model.bank_tree import ClusterTree, read_tree_record
 from kmem.model.decoder import Decoder
 from tests.hf.models import EXPERTS, GQA, MLA, VOCABULARY, Remembering, model, random_weights, tokenizer
+from tests.model.bank_parameters import FetchedBlocks
 from tests.model.sentence_encoder import write_embedder
 
 CHILDREN, LEVELS = 3, 2

@@ -1,13 +1,37 @@
 """All tables of a bank as parameters: the reference that other ways to read them are compared with."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from kmem.model.bank_fetched import FetchedBlocks
+from kmem.model.bank_blocks import BankInput
+from kmem.model.bank_fetched import distinct_rows, inputs_of_blocks
 from kmem.model.bank_layout import BankLayout, bank_table_name
 from kmem.model.export_tables import RowSource, RowTable
+
+
+@dataclass(frozen=True)
+class FetchedBlocks:
+    """The blocks of a batch of sequences in all layers."""
+
+    layout: BankLayout
+    rows: Mapping[int, Tensor]
+    """Level -> [U, V], distinct rows."""
+    places: Mapping[int, Tensor]
+    """Level -> int64 [B] or [B, T]: which of `rows` each sequence or token uses; MISSING: none."""
+
+    @classmethod
+    def read(cls, layout: BankLayout, ids: Mapping[int, Tensor], sources: Mapping[int, RowSource]) -> "FetchedBlocks":
+        """Read every distinct row once; `ids` is the result of `layout.row_ids`."""
+        distinct = {level: distinct_rows(level_ids.cpu()) for level, level_ids in ids.items()}
+        rows = {level: sources[level](unique) for level, (unique, _) in distinct.items()}
+        return cls(layout, rows, {level: places for level, (_, places) in distinct.items()})
+
+    def inputs(self, tokens: int) -> dict[int, BankInput]:
+        """Layer -> the blocks that it reads for the next `tokens` tokens of all sequences."""
+        return inputs_of_blocks(self.layout, self.rows, self.places, tokens)
 
 
 class BankParameters(nn.Module):

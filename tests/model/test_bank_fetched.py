@@ -9,13 +9,13 @@ from safetensors.torch import save_file
 from transformers import DynamicCache
 
 from kmem.model.bank_blocks import BankInput, group_tokens
-from kmem.model.bank_fetched import FetchedBlocks, distinct_rows, without_blocks
+from kmem.model.bank_fetched import distinct_rows, without_blocks
 from kmem.model.bank_layout import MISSING, BankLayout, bank_table_name, bank_table_part_name
 from kmem.model.decoder import Decoder
 from kmem.model.mapped_rows import MappedRows
 from kmem.model.shape import Shape
 from tests.model import tiny
-from tests.model.bank_parameters import BankParameters
+from tests.model.bank_parameters import BankParameters, FetchedBlocks
 from tests.model.random_banks import BY_TOKEN, KINDS, LEAVES, MLA, addressed, random_bank, shape, without_bank
 
 MODELS = [

@@ -1,9 +1,9 @@
 """The bank of a checkpoint for use in one process: its tree is checked, its rows stay in the checkpoint's files."""
 
 from pathlib import Path
-from typing import Protocol
 
 from kmem.checkpoint.pieces import CheckpointError
+from kmem.checkpoint.trained_model import TrainedModel
 from kmem.config import Config
 from kmem.data.bank_addresses import tree_record
 from kmem.data.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -12,32 +12,13 @@ from kmem.model.bank_layout import BankLayout, layer_bank_name
 from kmem.model.bank_router import ContextRouter
 
 
-class Banked(Protocol):
-    """The part of `CheckpointReader` that describes a bank."""
-
-    @property
-    def config(self) -> Config: ...
-
-    @property
-    def folder(self) -> Path: ...
-
-    @property
-    def run_folder(self) -> Path: ...
-
-    @property
-    def tree(self) -> str | None: ...
-
-    @property
-    def tokenizer_path(self) -> Path: ...
-
-
 def bank_layout(config: Config) -> BankLayout | None:
     """The layout of a model's bank; None for a model without a bank."""
     shape = config.model.shape
     return None if shape.bank is None else BankLayout.of(shape)
 
 
-def checkpoint_tree(reader: Banked, given: Path | None = None) -> Path:
+def checkpoint_tree(reader: TrainedModel, given: Path | None = None) -> Path:
     """The folder of the tree that a checkpoint's bank was trained with.
 
     Args:
@@ -69,7 +50,7 @@ def checkpoint_tree(reader: Banked, given: Path | None = None) -> Path:
     return folder
 
 
-def _known_tree(reader: Banked) -> Path:
+def _known_tree(reader: TrainedModel) -> Path:
     own, addresses = reader.run_folder / TREE_FOLDER, reader.config.data.addresses
     candidates = [own] if addresses is None else [own, Path(addresses.tree).expanduser()]
     for folder in candidates:
@@ -82,7 +63,7 @@ def _known_tree(reader: Banked) -> Path:
     )
 
 
-def checkpoint_router(reader: Banked, given: Path | None = None) -> ContextRouter:
+def checkpoint_router(reader: TrainedModel, given: Path | None = None) -> ContextRouter:
     """The tree of a checkpoint's bank, with its embedder.
 
     Raises:

@@ -1,32 +1,13 @@
 """The engram of a checkpoint for use in one process: its addressing is checked, its rows stay in the files."""
 
-from pathlib import Path
-from typing import Any, Protocol
-
 from kmem.checkpoint.manifest import check_addressing
 from kmem.checkpoint.pieces import CheckpointError
-from kmem.config import Config
+from kmem.checkpoint.trained_model import TrainedModel
 from kmem.data.engram_addresses import model_addresses
 from kmem.model.engram_reader import EngramAddresses
 
 
-class Addressed(Protocol):
-    """The part of `CheckpointReader` that describes an engram's addressing."""
-
-    @property
-    def config(self) -> Config: ...
-
-    @property
-    def folder(self) -> Path: ...
-
-    @property
-    def addressing(self) -> dict[str, Any] | None: ...
-
-    @property
-    def tokenizer_path(self) -> Path: ...
-
-
-def checkpoint_addresses(reader: Addressed) -> EngramAddresses | None:
+def checkpoint_addresses(reader: TrainedModel) -> EngramAddresses | None:
     """The addresses that a checkpoint's tables were trained with; None for a model without engram.
 
     Raises:
