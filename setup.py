@@ -15,8 +15,7 @@ RUNTIME = [
     "tokenizers>=0.21,<1",
     "transformers>=5.10,<6",
     "wandb>=0.19,<1",
-    "zstandard>=0.22,<1",
-    "pyarrow>=16",  # Parquet corpora
+    "pyarrow>=16",  # Parquet and compressed corpora
 ]
 
 EXTRAS = {
@@ -37,6 +36,7 @@ EXTRAS = {
         "mypy>=1.14,<3",
         "types-PyYAML",
         "triton>=3.6",
+        "zstandard>=0.22,<1",  # writes the compressed corpora of tests
         "liger-kernel>=0.8.5,<0.9",  # its experts run in Triton's interpreter
     ],
 }

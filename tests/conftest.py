@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +17,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.distributed.rank_pool import RankPool
+from tests.warm_processes import run_warm_program
 
 pytest_plugins = ["tests.run_config", "tests.small_corpora"]
 torch.set_num_threads(1)
@@ -24,7 +27,7 @@ def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run the long cases")
 
 
-_LONG_FOLDERS = ("train", "distributed", "tables", "eval", "bench")
+_LONG_FOLDERS = ("train", "distributed", "tables", "eval", "bench", "hf", "kernels")
 """Begun first where several processes share the files, so that none ends long after the others."""
 
 
@@ -60,3 +63,25 @@ def ranks():
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(params=["forked", pytest.param("executed", marks=pytest.mark.full)])
+def run_without_kmem(request, tmp_path):
+    """run(program text or path, *arguments, folder): a Python program in a folder, where this checkout is not on the
+    path, in a fork that has imported torch and Transformers or in a new interpreter; its output and errors.
+    """
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+
+    def run(program, *arguments, folder=tmp_path):
+        words = list(map(str, arguments))
+        if request.param == "forked":
+            done = run_warm_program(program, words, environment, folder)
+        else:
+            command = [sys.executable, *(["-c"] if isinstance(program, str) else []), program, *words]
+            done = subprocess.run(
+                command, env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=240
+            )
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return run

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -254,11 +254,10 @@ def check_fairness(comparison: Comparison, sizes: dict[str, Size]) -> None:
     Raises:
         ConfigError: lists each quantity that differs by more than its tolerance, with the numbers.
     """
-    base = asdict(sizes[comparison.baseline])
     problems = []
     for label, size in sizes.items():
         for quantity, tolerance in comparison.equal.items():
-            own, wanted = asdict(size)[quantity], base[quantity]
+            own, wanted = getattr(size, quantity), getattr(sizes[comparison.baseline], quantity)
             difference = own / wanted - 1 if wanted else float(bool(own))
             if abs(difference) > tolerance:
                 problems.append(

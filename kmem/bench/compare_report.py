@@ -3,15 +3,17 @@
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from rich.console import Console
 
 import kmem
 from kmem.bench.compare import Comparison, Run, Size
 from kmem.bench.compare_runs import curve, evaluate
+from kmem.checkpoint.printing import print_table
 from kmem.data.manifest import read_manifest
 from kmem.wording import counted
 
@@ -21,8 +23,7 @@ SMOOTHED_SHARE = 0.02
 """Width of the moving average of plotted losses, as a share of the run."""
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Rows of text under a heading."""
 
     title: str
@@ -39,7 +40,11 @@ def report(
     plot(comparison, results, out / "report.png")
     tables = result_tables(comparison, results)
     (out / "report.md").write_text(_markdown(results, tables), encoding="utf-8")
-    _print(results, tables)
+    notice = _notice(results)
+    if notice:
+        Console(width=max(Console().width, 120)).print(notice, style="bold", highlight=False)
+    for table in tables:
+        print_table(*table, width=120)
     print(f"wrote {out / 'report.md'}, report.json and report.png")
 
 
@@ -58,22 +63,20 @@ def collect(
     for run in runs:
         print(f"evaluating {run.label}, seed {run.seed}", flush=True)
         states = evaluate(run, comparison, BATCH)
-        figures = {"bits_per_byte": _as_trained(states)["bits_per_byte"], "states": states, **curve(run)}
+        figures = {"bits_per_byte": states["trained"]["bits_per_byte"], "states": states, **curve(run)}
         contestants[run.label]["runs"][str(run.seed)] = figures
     seeds = list(dict.fromkeys(str(run.seed) for run in runs))
-    base = contestants[comparison.baseline]["runs"]
     for contestant in contestants.values():
-        own = [contestant["runs"][seed]["bits_per_byte"] for seed in seeds]
-        paired = [contestant["runs"][seed]["bits_per_byte"] - base[seed]["bits_per_byte"] for seed in seeds]
-        contestant |= {"bits_per_byte": _spread(own), "difference": _spread(paired)}
+        contestant["bits_per_byte"] = _spread([run["bits_per_byte"] for run in contestant["runs"].values()])
+        contestant["difference"] = _differences(comparison, contestant, contestants[comparison.baseline])["whole"]
     for one, other in comparison.pairs.items():
-        differences = _differences(comparison, seeds, contestants[one], contestants[other])
-        contestants[one]["difference_to"] = {other: differences}
+        contestants[one]["difference_to"] = {other: _differences(comparison, contestants[one], contestants[other])}
+    fewer = [f"{len(seeds)} of {len(comparison.seeds)} seeds"] if len(seeds) < len(comparison.seeds) else []
     return {
         "title": comparison.title,
         "question": comparison.question.strip(),
         "command": f"kmem bench compare {name}",
-        "departures": _departures(comparison, seeds, overrides),
+        "departures": [*fewer, *overrides],  # how the runs differ from what the comparison asks for
         "baseline": comparison.baseline,
         "equal": dict(comparison.equal),
         "seeds": seeds,
@@ -129,25 +132,22 @@ def result_tables(comparison: Comparison, results: dict[str, Any]) -> list[Table
         [
             (
                 label,
-                _minutes(statistics.mean(run["seconds"] for run in runs)),
-                _minutes(sum(run["seconds"] for run in runs)),
+                f"{statistics.mean(run['seconds'] for run in runs) / 60:.1f} min",
+                f"{sum(run['seconds'] for run in runs) / 60:.1f} min",
                 f"{statistics.mean(run['tokens_per_second'] for run in runs):,.0f}",
                 f"{max(run['undisturbed_tokens_per_second'] for run in runs):,.0f}",
             )
             for label, runs in ((label, contestant["runs"].values()) for label, contestant in contestants.items())
         ],
     )
-    tables = [sizes, held_out, *_source_table(results), speed]
-    if comparison.horizons:
-        tables.insert(2, _horizon_table(comparison, results))
-    return [*tables, *_pair_table(comparison, results), *_control_table(results), *_question_table(results)]
+    tables = [sizes, held_out, _horizon_table(comparison, results), _source_table(results), speed]
+    tables += [_pair_table(comparison, results), _control_table(results), _question_table(results)]
+    return [table for table in tables if table.rows]
 
 
-def _differences(
-    comparison: Comparison, seeds: Sequence[str], one: dict[str, Any], other: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
+def _differences(comparison: Comparison, one: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Held-out bits per byte of one contestant minus the other's with the same seed: whole split, and by step."""
-    runs = [(one["runs"][seed], other["runs"][seed]) for seed in seeds]
+    runs = list(zip(one["runs"].values(), other["runs"].values(), strict=True))
     whole = [mine["bits_per_byte"] - theirs["bits_per_byte"] for mine, theirs in runs]
     steps = {
         str(step): _spread([mine["held_out"][step] - theirs["held_out"][step] for mine, theirs in runs])
@@ -156,20 +156,13 @@ def _differences(
     return {"whole": _spread(whole), **steps}
 
 
-def _pair_table(comparison: Comparison, results: dict[str, Any]) -> list[Table]:
-    if not comparison.pairs:
-        return []
+def _pair_table(comparison: Comparison, results: dict[str, Any]) -> Table:
     rows = []
     for one, other in comparison.pairs.items():
         differences = results["contestants"][one]["difference_to"][other]
         rows.append((f"{one} minus {other}", *(_pm(spread, sign="+") for spread in differences.values())))
     columns = ("", "whole split", *(f"step {step:,}" for step in comparison.horizons))
-    return [Table("Further differences in held-out bits per byte, paired", columns, rows)]
-
-
-def _as_trained(states: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The figures of a run evaluated as it was trained, without a control; they come first."""
-    return next(iter(states.values()))
+    return Table("Further differences in held-out bits per byte, paired", columns, rows)
 
 
 def _states(results: dict[str, Any]) -> dict[str, list[str]]:
@@ -180,10 +173,8 @@ def _states(results: dict[str, Any]) -> dict[str, list[str]]:
     }
 
 
-def _control_table(results: dict[str, Any]) -> list[Table]:
+def _control_table(results: dict[str, Any]) -> Table:
     states = {label: own for label, own in _states(results).items() if len(own) > 1}
-    if not states:
-        return []
     columns = list(dict.fromkeys(state for own in states.values() for state in own))
     rows = []
     for label, own in states.items():
@@ -191,21 +182,16 @@ def _control_table(results: dict[str, Any]) -> list[Table]:
         spreads = {state: _spread([run["states"][state]["bits_per_byte"] for run in runs]) for state in own}
         rows.append((label, *(_pm(spreads[state]) if state in spreads else "" for state in columns)))
     title = "Controls: held-out bits per byte of the same weights, by what their memories return"
-    return [Table(title, ("contestant", *columns), rows)]
+    return Table(title, ("contestant", *columns), rows)
 
 
-def _question_table(results: dict[str, Any]) -> list[Table]:
+def _question_table(results: dict[str, Any]) -> Table:
     """Share of questions that are answered correctly, by how many documents tell the answer."""
     answers = _answers(results)
-    if not answers:
-        return []
-    groups = list(next(iter(answers.values())))
+    groups = next(map(list, answers.values()), [])
     rows = [(label, *(_pm(own[group], digits=1) for group in groups)) for label, own in answers.items()]
-    return [
-        Table(
-            "Questions answered correctly, in %, by how many documents tell the answer", ("contestant", *groups), rows
-        )
-    ]
+    title = "Questions answered correctly, in %, by how many documents tell the answer"
+    return Table(title, ("contestant", *groups), rows)
 
 
 def _answers(results: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -238,7 +224,11 @@ def plot(comparison: Comparison, results: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(1, panels, figsize=(5.5 * panels, 4.2), layout="constrained")
     losses, differences = axes[:2]
     if answers:
-        _plot_answers(answers, axes[2])
+        for name, groups in answers.items():
+            shares = {group: share["mean"] for group, share in groups.items() if group != "all"}
+            axes[2].plot(list(shares), list(shares.values()), marker="o", markersize=3, label=name)
+        axes[2].set(title="questions answered correctly", ylabel="%", xlabel="documents that tell the answer")
+        axes[2].legend(frameon=False, fontsize="small")
     for number, (label, contestant) in enumerate(results["contestants"].items()):
         for seed, run in contestant["runs"].items():
             steps, smooth = _smoothed(run)
@@ -261,34 +251,26 @@ def plot(comparison: Comparison, results: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _source_table(results: dict[str, Any]) -> list[Table]:
+def _source_table(results: dict[str, Any]) -> Table:
     """Held-out figures of each source, if there are several."""
-    runs = {label: list(contestant["runs"].values()) for label, contestant in results["contestants"].items()}
-    sources = list(_as_trained(next(iter(runs.values()))[0]["states"]).get("sources", ()))
-    if not sources:
-        return []
-    rows = [
-        (
-            label,
-            *(
-                _pm(_spread([_as_trained(run["states"])["sources"][source]["bits_per_byte"] for run in own]))
-                for source in sources
-            ),
-        )
-        for label, own in runs.items()
-    ]
-    return [Table("Held-out bits per byte by source", ("contestant", *sources), rows)]
+    by_source: dict[str, dict[str, list[float]]] = {}
+    for label, contestant in results["contestants"].items():
+        for run in contestant["runs"].values():
+            for source, figures in run["states"]["trained"].get("sources", {}).items():
+                by_source.setdefault(label, {}).setdefault(source, []).append(figures["bits_per_byte"])
+    rows = [(label, *(_pm(_spread(own)) for own in sources.values())) for label, sources in by_source.items()]
+    sources = next(map(list, by_source.values()), [])
+    return Table("Held-out bits per byte by source", ("contestant", *sources), rows)
 
 
 def _horizon_table(comparison: Comparison, results: dict[str, Any]) -> Table:
     rows = []
-    base = results["contestants"][results["baseline"]]["runs"]
+    base = results["contestants"][results["baseline"]]
     for step in comparison.horizons:
         for label, contestant in results["contestants"].items():
-            own = [contestant["runs"][seed]["held_out"][step] for seed in results["seeds"]]
-            paired = [value - base[seed]["held_out"][step] for value, seed in zip(own, results["seeds"], strict=True)]
-            difference = "" if label == results["baseline"] else _pm(_spread(paired), sign="+")
-            rows.append((label, f"{step:,}", _pm(_spread(own)), difference))
+            own = _spread([run["held_out"][step] for run in contestant["runs"].values()])
+            paired = _pm(_differences(comparison, contestant, base)[str(step)], sign="+")
+            rows.append((label, f"{step:,}", _pm(own), "" if contestant is base else paired))
     return Table(
         "Held-out bits per byte during training (the sequences of evaluation.sequences)",
         ("contestant", "step", "mean ± std", f"minus {results['baseline']}, paired"),
@@ -296,24 +278,10 @@ def _horizon_table(comparison: Comparison, results: dict[str, Any]) -> Table:
     )
 
 
-def _plot_answers(answers: dict[str, dict[str, dict[str, Any]]], axes: Any) -> None:
-    for name, groups in answers.items():
-        own = {group: value for group, value in groups.items() if group != "all"}
-        axes.plot(list(own), [value["mean"] for value in own.values()], marker="o", markersize=3, label=name)
-    axes.set(title="questions answered correctly", ylabel="%", xlabel="documents that tell the answer")
-    axes.legend(frameon=False, fontsize="small")
-
-
 def _smoothed(run: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """(steps, moving average of the losses)."""
     width = max(1, round(SMOOTHED_SHARE * len(run["losses"])))
     return np.array(run["steps"][width - 1 :]), np.convolve(run["losses"], np.full(width, 1 / width), "valid")
-
-
-def _departures(comparison: Comparison, seeds: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """How the runs differ from what the comparison asks for."""
-    fewer = [f"{len(seeds)} of {len(comparison.seeds)} seeds"] if len(seeds) < len(comparison.seeds) else []
-    return [*fewer, *overrides]
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
@@ -324,10 +292,6 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 def _pm(spread: dict[str, Any], sign: str = "", digits: int = 4) -> str:
     deviation = "" if spread["std"] is None else f" ± {spread['std']:.{digits}f}"
     return f"{spread['mean']:{sign}.{digits}f}{deviation}"
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f} min"
 
 
 def _notice(results: dict[str, Any]) -> str:
@@ -356,20 +320,3 @@ def _markdown(results: dict[str, Any], tables: Sequence[Table]) -> str:
 
 def _markdown_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _print(results: dict[str, Any], tables: Sequence[Table]) -> None:
-    import rich.table
-    from rich.console import Console
-
-    console = Console(width=max(Console().width, 120))
-    notice = _notice(results)
-    if notice:
-        console.print(notice, style="bold", highlight=False)
-    for table in tables:
-        shown = rich.table.Table(*table.columns, title=table.title)
-        for column in shown.columns[1:]:
-            column.justify = "right"
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)

@@ -4,19 +4,22 @@ Each contestant has a process of its own with the same number of threads; while 
 Ratios are taken round by round, so a drift of the machine's speed affects both sides of a ratio.
 """
 
-import multiprocessing as mp
 import os
 import statistics
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from typing import Any
 
 from kmem.config import UserError
 
 Runner = Callable[[int], dict[str, Any]]
-"""Runs a number of steps and returns at least `seconds` and `losses`. For 0 steps it profiles one step and returns
-`operators`."""
+"""Runs a number of steps and returns at least `seconds` and `losses`."""
 
 
 @dataclass
@@ -60,47 +63,21 @@ def run_in_turn(
     Raises:
         UserError: a contestant failed; contains its traceback.
     """
-    context = mp.get_context("spawn")
-    lines = []
-    # Contestants inherit these variables, which libraries read when they are loaded. All sides run on the CPU.
-    settings = {
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": str(threads),
-        "KINETO_LOG_LEVEL": "5",
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ |= settings
-    try:
-        for contestant in contestants:
-            here, there = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(contestant.build, contestant.arguments, threads, there), daemon=True
-            )
-            process.start()
-            there.close()
-            lines.append((contestant, process, here))
-        for contestant, _, line in lines:  # contestants are built and warmed up in turn, too
-            contestant.warmup = _ask(contestant, line, warmup)
+    with ExitStack() as stack:
+        workers = [
+            (contestant, stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), _set_up, (threads,))))
+            for contestant in contestants
+        ]
+        for contestant, worker in workers:  # contestants are built and warmed up in turn, too
+            contestant.warmup = _ask(contestant, worker, warmup)
         for number in range(rounds):
             # The order alternates, so that no contestant always follows the same one.
-            for contestant, _, line in lines if number % 2 == 0 else reversed(lines):
-                contestant.rounds.append(_ask(contestant, line, steps))
+            for contestant, worker in workers if number % 2 == 0 else reversed(workers):
+                contestant.rounds.append(_ask(contestant, worker, steps))
             on_round(number + 1)
         if profile:
-            first, _, line = lines[0]
-            first.profile = _ask(first, line, 0)["operators"]
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
-        for _, process, line in lines:
-            line.close()
-            process.join(timeout=5)
-            if process.is_alive():
-                process.kill()
+            first, worker = workers[0]
+            first.profile = _ask(first, worker, 1, True)["operators"]
 
 
 def ratios(ours: Contestant, theirs: Contestant) -> list[float]:
@@ -108,29 +85,54 @@ def ratios(ours: Contestant, theirs: Contestant) -> list[float]:
     return [b / a for a, b in zip(ours.seconds(), theirs.seconds(), strict=True)]
 
 
-def _ask(contestant: Contestant, line: Any, steps: int) -> dict[str, Any]:
-    line.send(steps)
+def in_turn(steps: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """Seconds of each step in every round, after one unmeasured round; the order alternates between rounds."""
+    seconds: list[list[float]] = [[] for _ in steps]
+    for number in range(rounds + 1):
+        places = range(len(steps))
+        for place in places if number % 2 else reversed(places):
+            began = time.perf_counter()
+            steps[place]()
+            if number:
+                seconds[place].append(time.perf_counter() - began)
+    return seconds
+
+
+def _ask(contestant: Contestant, worker: ProcessPoolExecutor, steps: int, profile: bool = False) -> dict[str, Any]:
     try:
-        answer = line.recv()
-    except EOFError:
+        return worker.submit(_run, contestant.build, contestant.arguments, steps, profile).result()
+    except BrokenProcessPool:
         raise UserError(f"{contestant.name}: its process died") from None
-    if isinstance(answer, str):
-        raise UserError(f"{contestant.name} failed:\n{answer}")
-    return answer
+    except Exception as error:
+        raise UserError(f"{contestant.name} failed:\n{''.join(traceback.format_exception(error))}") from None
 
 
-def _serve(build: Callable[..., Runner], arguments: tuple[Any, ...], threads: int, line: Any) -> None:
+_runners: list[Runner] = []
+"""In the process of a contestant: its runner."""
+
+
+def _set_up(threads: int) -> None:
+    """Set the variables that libraries read when they are loaded. All sides run on the CPU."""
+    os.environ |= {
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": str(threads),
+        "KINETO_LOG_LEVEL": "5",
+    }
     import torch
 
     torch.set_num_threads(threads)
-    runner = None
-    try:
-        while True:
-            steps = line.recv()
-            if runner is None:
-                runner = build(*arguments)
-            line.send(runner(steps))
-    except EOFError:
-        pass
-    except BaseException:
-        line.send(traceback.format_exc())
+
+
+def _run(build: Callable[..., Runner], arguments: tuple[Any, ...], steps: int, profile: bool) -> dict[str, Any]:
+    """The runner's figures; with `profile`, `operators`: (name, milliseconds of its own CPU time), largest first."""
+    import torch
+
+    if not _runners:
+        _runners.append(build(*arguments))
+    if not profile:
+        return _runners[0](steps)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        _runners[0](steps)
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    return {"operators": [(event.key, event.self_cpu_time_total / 1e3) for event in events]}

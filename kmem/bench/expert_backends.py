@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kmem.bench.expert_features import in_turn
+from kmem.bench.contest import in_turn
 from kmem.bench.experts import forward_backward, settle_allocator
 from kmem.config import Config, UserError
-from kmem.model.expert_backends import NAMES, find_backend, problem
+from kmem.model.expert_backends import find_backend
 from kmem.model.experts import Experts
 from kmem.model.init import initialise_
 
@@ -33,12 +33,6 @@ class BackendTime:
     """10^9 floating-point operations per second, counting the nine matrix products."""
     times: float
     """Time as a multiple of the first backend's, median over rounds."""
-
-
-def backend_problems(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Backend -> the reason why it does not run here."""
-    problems = {name: problem(name, device, dtype) for name in NAMES}
-    return {name: reason for name, reason in problems.items() if reason is not None}
 
 
 def backend_times(

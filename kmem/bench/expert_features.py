@@ -1,7 +1,6 @@
 """The cost of each feature of a layer of experts: with and without it, measured in turn in one process."""
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kmem.bench.compare import measure
-from kmem.bench.experts import forward_backward, settle_allocator
+from kmem.bench.contest import in_turn
+from kmem.bench.experts import forward_backward, layer_input, settle_allocator
 from kmem.config import Config, ConfigError, parse_config
 from kmem.model.chain_of_experts import ChainOfExperts
 from kmem.model.decoder import build_connection, build_feed_forward
@@ -190,19 +190,6 @@ def feature_costs(
     return costs
 
 
-def in_turn(steps: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
-    """Seconds of each step in every round, after one unmeasured round; the order alternates between rounds."""
-    seconds: list[list[float]] = [[] for _ in steps]
-    for number in range(rounds + 1):
-        places = range(len(steps))
-        for place in places if number % 2 else reversed(places):
-            began = time.perf_counter()
-            steps[place]()
-            if number:
-                seconds[place].append(time.perf_counter() - began)
-    return seconds
-
-
 def saved_bytes(module: nn.Module, hidden: Tensor) -> int:
     """Bytes that a forward pass holds for backward: the input and all saved tensors except parameters and buffers.
     Views of one storage count once, with the whole storage."""
@@ -231,6 +218,4 @@ def _prepared(config: Config, feature: Feature) -> tuple[Callable[[], Tensor], E
 
 
 def _hidden(config: Config, feature: Feature) -> Tensor:
-    generator = torch.Generator().manual_seed(config.train.init_seed)
-    size = (config.train.micro_batch_size, config.data.sequence_length, config.model.hidden_size)
-    return expand_branches(torch.randn(size, generator=generator), feature.branches).requires_grad_()
+    return expand_branches(layer_input(config)[0].detach(), feature.branches).requires_grad_()

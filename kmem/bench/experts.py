@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from kmem.bench.contest import Runner
-from kmem.bench.training import operators
 from kmem.config import Config, ConfigError, UserError, parse_config
 from kmem.model.init import initialise_
 from kmem.model.moe import MoE
@@ -131,8 +130,6 @@ def layer_runner(tree: dict[str, Any], implementation: str | None) -> Runner:
     leaves = (hidden, *layer.weights)
 
     def run(steps: int) -> dict[str, Any]:
-        if steps == 0:
-            return {"operators": operators(lambda: forward_backward(layer.module, leaves, gradient))}
         began = time.perf_counter()
         for _ in range(steps):
             out = forward_backward(layer.module, leaves, gradient)

@@ -1,17 +1,16 @@
 """`kmem bench experts`: a layer of experts against the one of Transformers, the cost of its features, its backends."""
 
 import argparse
-import json
 import statistics
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from kmem.bench import options
 from kmem.bench.contest import Contestant, ratios, run_in_turn
-from kmem.bench.machine import processor
+from kmem.bench.machine import processor, torch_threads
+from kmem.checkpoint.printing import print_table
 from kmem.config import Config, ConfigError, UserError, load_config
 from kmem.wording import counted
 
@@ -27,8 +26,7 @@ FINALISTS = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", default=GOAL_CONFIG, help="YAML file or packaged config (default: %(default)s)")
-    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="FIELD=VALUE", dest="overrides")
+    options.add_contest_arguments(parser, GOAL_CONFIG, rounds=15, steps=4, what="passes of the comparison")
     parser.add_argument(
         "--features", action="store_true", help="instead, measure the cost of each feature against a plain layer"
     )
@@ -38,18 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead, measure the backends of train.expert_backend with groups of rows of several sizes",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device for --backends (default: cpu)")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of each side, in turn (default: 15)")
-    parser.add_argument("--steps", type=int, default=4, help="passes per round of the comparison (default: 4)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each side (default: 2)")
     parser.add_argument("--profile", action="store_true", help="also print kmem's most expensive operators")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurement as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
-    for name in ("rounds", "steps", "threads"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name}: at least 1")
+    options.check_positive(arguments, "rounds", "steps", "threads")
     if config.model.moe is None:
         raise ConfigError("kmem bench experts: needs a model with model.moe")
     if config.train.precision != "fp32" and (arguments.features or not arguments.backends):
@@ -65,8 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         record |= _backends(config, arguments)
     if not (arguments.features or arguments.backends):
         record |= _compare(config, arguments)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    options.write_record(arguments, record)
     return 0
 
 
@@ -102,19 +93,11 @@ def _compare(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
         for contestant in tried
         if contestant.median_seconds() <= FINALISTS * shortest
     ]
-    run_in_turn(
-        [ours, *rivals],
-        threads=arguments.threads,
-        warmup=3,
-        rounds=arguments.rounds,
-        steps=arguments.steps,
-        profile=arguments.profile,
-        on_round=lambda number: print(f"  round {number} of {arguments.rounds}", file=sys.stderr, flush=True),
-    )
+    options.measure_in_turn([ours, *rivals], arguments, 3)
     by_rival = {rival.name: ratios(ours, rival) for rival in rivals}
     peer = min(by_rival, key=lambda name: statistics.median(by_rival[name]))
     ratio = statistics.median(by_rival[peer])
-    met = ratio >= GOAL if _same_layer(config, load_config(GOAL_CONFIG)) else None
+    met = ratio >= GOAL if _layer(config) == _layer(load_config(GOAL_CONFIG)) else None
     _print_comparison([ours, *rivals], tried, by_rival, differences, arguments.steps)
     if arguments.profile:
         whole = sum(milliseconds for _, milliseconds in ours.profile)
@@ -135,11 +118,8 @@ def _compare(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _same_layer(config: Config, other: Config) -> bool:
-    def layer(config: Config) -> tuple[Any, ...]:
-        return (config.model.hidden_size, config.model.moe, config.train.micro_batch_size, config.data.sequence_length)
-
-    return layer(config) == layer(other)
+def _layer(config: Config) -> tuple[Any, ...]:
+    return (config.model.hidden_size, config.model.moe, config.train.micro_batch_size, config.data.sequence_length)
 
 
 def _print_comparison(
@@ -149,10 +129,7 @@ def _print_comparison(
     differences: dict[str, float],
     steps: int,
 ) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("layer", "ms", "rounds", "x kmem", "largest difference", title="medians of rounds taken in turn")
+    rows = []
     names = {contestant.name for contestant in measured}
     for contestant, each in [
         *((contestant, steps) for contestant in measured),
@@ -160,16 +137,17 @@ def _print_comparison(
     ]:
         milliseconds = [1e3 * seconds / each for seconds in contestant.seconds()]
         ratio, difference = found.get(contestant.name), differences.get(contestant.name)
-        table.add_row(
-            contestant.name,
-            f"{statistics.median(milliseconds):.2f}",
-            f"{min(milliseconds):.2f} to {max(milliseconds):.2f}",
-            f"{statistics.median(ratio):.2f}" if ratio else "",
-            "" if difference is None else f"{difference:.1e}",
+        rows.append(
+            (
+                contestant.name,
+                f"{statistics.median(milliseconds):.2f}",
+                f"{min(milliseconds):.2f} to {max(milliseconds):.2f}",
+                f"{statistics.median(ratio):.2f}" if ratio else "",
+                "" if difference is None else f"{difference:.1e}",
+            )
         )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    Console(width=max(Console().width, 120)).print(table)
+    columns = ("layer", "ms", "rounds", "x kmem", "largest difference")
+    print_table("medians of rounds taken in turn", columns, rows, 120)
     if len(measured) <= len(tried):
         print(f"without a ratio: took over {FINALISTS} times as long as the fastest in the first rounds")
 
@@ -177,7 +155,7 @@ def _print_comparison(
 def _features(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     from kmem.bench.expert_features import feature_costs, features
 
-    with _threads(arguments.threads):
+    with torch_threads(arguments.threads):
         costs = feature_costs(config, features(config), arguments.rounds, _say)
     _print_costs(costs, arguments.rounds)
     return {"rounds": arguments.rounds, "costs": [asdict(cost) for cost in costs]}
@@ -186,15 +164,16 @@ def _features(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
 def _backends(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from kmem.bench.expert_backends import backend_problems, backend_times
-    from kmem.model.expert_backends import NAMES
+    from kmem.bench.expert_backends import backend_times
+    from kmem.model.expert_backends import NAMES, available, problem
 
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA device here")
-    problems = backend_problems(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
-    names = [name for name in NAMES if name not in problems]
-    with _threads(arguments.threads):
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    names = available(device, dtype)
+    problems = {name: problem(name, device, dtype) for name in NAMES if name not in names}
+    with torch_threads(arguments.threads):
         times = backend_times(config, names, device, arguments.rounds, on_size=_say)
     _print_times(times, arguments.rounds)
     for name, reason in problems.items():
@@ -202,64 +181,41 @@ def _backends(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"rounds": arguments.rounds, "backends": [asdict(time) for time in times], "not_measured": problems}
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _say(what: str) -> None:
     print(f"  {what}", file=sys.stderr, flush=True)
 
 
 def _print_costs(costs: "list[Cost]", rounds: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        "", "feature", "ms", "x plain", "quartiles", "expert calls", "parameters", "active", "saved MiB",
-        title=f"norm, experts and residual connection, forward and backward; medians of {rounds} rounds in turn",
-    )  # fmt: skip
-    for before, cost in zip([None, *costs], costs, strict=False):
-        if before is not None and before.subject != cost.subject:
-            table.add_section()
-        table.add_row(
-            cost.subject if before is None or before.subject != cost.subject else "",
-            cost.feature,
-            f"{cost.ms:.1f}",
-            f"{cost.times:.2f}",
-            f"{cost.spread[0]:.2f} to {cost.spread[1]:.2f}",
-            str(cost.expert_calls),
-            f"{cost.parameters:,}",
-            f"{cost.active_parameters:,}",
-            f"{cost.saved_bytes / 2**20:.1f}",
-        )
-    for column in table.columns[2:]:
-        column.justify = "right"
-    Console(width=max(Console().width, 140)).print(table)
+    rows: list[tuple[str, ...]] = []
+    for subject, group in groupby(costs, key=lambda cost: cost.subject):
+        for place, cost in enumerate(group):
+            rows.append(
+                (
+                    "" if place else subject,
+                    cost.feature,
+                    f"{cost.ms:.1f}",
+                    f"{cost.times:.2f}",
+                    f"{cost.spread[0]:.2f} to {cost.spread[1]:.2f}",
+                    str(cost.expert_calls),
+                    f"{cost.parameters:,}",
+                    f"{cost.active_parameters:,}",
+                    f"{cost.saved_bytes / 2**20:.1f}",
+                )
+            )
+        rows.append(())
+    title = f"norm, experts and residual connection, forward and backward; medians of {rounds} rounds in turn"
+    columns = ("", "feature", "ms", "x plain", "quartiles", "expert calls", "parameters", "active", "saved MiB")
+    print_table(title, columns, rows, 140, words=(0, 1))
     print("expert calls and active parameters are per token; saved: memory held from forward for backward")
 
 
 def _print_times(times: "list[BackendTime]", rounds: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        "rows per expert", "groups", "backend", "ms", "GFLOP/s", f"x {times[0].backend}",
-        title=f"experts alone, forward and backward; medians of {rounds} rounds in turn",
-    )  # fmt: skip
+    rows: list[tuple[str, ...]] = []
     for time in times:
-        if time.backend == times[0].backend and time is not times[0]:
-            table.add_section()
-        table.add_row(
-            str(time.rows), time.groups, time.backend, f"{time.ms:.3f}", f"{time.gflops:.0f}", f"{time.times:.2f}"
-        )
-    for column in (table.columns[0], *table.columns[3:]):
-        column.justify = "right"
-    Console(width=max(Console().width, 100)).print(table)
+        if time.backend == times[0].backend:
+            rows.append(())
+        figures = (f"{time.ms:.3f}", f"{time.gflops:.0f}", f"{time.times:.2f}")
+        rows.append((str(time.rows), time.groups, time.backend, *figures))
+    title = f"experts alone, forward and backward; medians of {rounds} rounds in turn"
+    columns = ("rows per expert", "groups", "backend", "ms", "GFLOP/s", f"x {times[0].backend}")
+    print_table(title, columns, rows, 100, words=(1, 2))

@@ -19,7 +19,7 @@ from kmem.model.bank_inference import InferenceBank
 from kmem.model.bank_kind import BankKind
 from kmem.model.bank_layout import BankLayout, Part, bank_table_name, bank_table_part_name
 from kmem.model.bank_router import ContextRouter
-from kmem.model.export_tables import WEIGHTS_FILE, ExportedTable, map_tables
+from kmem.model.export_tables import WEIGHTS_FILE, ExportedTable, RowSource, map_tables
 from kmem.model.exported_memory import exported_memory
 from kmem.model.mapped_rows import MappedRows
 from kmem.model.shape import Shape
@@ -62,8 +62,8 @@ class TimedBank:
 
     layout: BankLayout
     rows: dict[int, MappedRows]
-    router: ContextRouter | None
-    vocab_size: int
+    router: ContextRouter | None = None
+    vocab_size: int = 0
 
 
 def open_bank(folder: Path) -> TimedBank:
@@ -124,7 +124,7 @@ def synthetic_bank(folder: Path, layers: int, width: int, ranks: tuple[int, ...]
         for level in layout.levels
     }
     mapped = map_tables(tables, lambda file: str(folder / file) if file == WEIGHTS_FILE else None)
-    return TimedBank(layout, mapped, None, 0)
+    return TimedBank(layout, mapped)
 
 
 def measure(bank: TimedBank, placement: Placement, contexts: int, seed: int, like: Tensor) -> FetchTimes:
@@ -158,17 +158,13 @@ def measure(bank: TimedBank, placement: Placement, contexts: int, seed: int, lik
         _drop(bank, placement)
         deep.append(held.fetch(None, torch.tensor([leaf]), None, (), like))
         before = leaf
+    levels = []
+    for level, place in placement.items():
+        ms = 1e3 * _median(fetch.levels[level].seconds for fetch in fresh)
+        levels.append(LevelTime(level, place, fresh[0].levels[level].bytes, ms))
     return FetchTimes(
         ",".join(f"{level}={place}" for level, place in placement.items()),
-        tuple(
-            LevelTime(
-                level,
-                place,
-                fresh[0].levels[level].bytes,
-                1e3 * statistics.median(fetch.levels[level].seconds for fetch in fresh),
-            )
-            for level, place in placement.items()
-        ),
+        tuple(levels),
         1e3 * _median(fetch.seconds for fetch in fresh),
         int(_median(fetch.bytes for fetch in fresh)),
         1e3 * _median(fetch.seconds for fetch in deep),
@@ -192,28 +188,16 @@ def route_ms(bank: TimedBank, contexts: int, seed: int) -> float | None:
 
 def bytes_needed(bank: TimedBank, placement: Placement) -> int:
     """Bytes of the levels that are placed in host memory."""
-    return sum(
-        bank.layout.rows(level) * bank.layout.row_values(level) * bank.rows[level].dtype.itemsize
-        for level, place in placement.items()
-        if place == "ram"
-    )
+    held = [bank.rows[level] for level, place in placement.items() if place == "ram"]
+    return sum(len(rows) * rows.dim * rows.dtype.itemsize for rows in held)
 
 
-def _in_memory(rows: MappedRows) -> "_Held":
+def _in_memory(rows: MappedRows) -> RowSource:
+    """A copy of a table in host memory."""
     table = torch.empty(len(rows), rows.dim, dtype=rows.dtype)
     for row in range(len(rows)):
         table[row] = rows(torch.tensor([row]))[0]
-    return _Held(table)
-
-
-class _Held:
-    """A table in host memory."""
-
-    def __init__(self, table: Tensor) -> None:
-        self._table = table
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return self._table[rows]
+    return table.__getitem__
 
 
 def _drop(bank: TimedBank, placement: Placement) -> None:

@@ -1,14 +1,15 @@
 """`kmem bench fetch`: milliseconds and bytes to fetch a context's blocks, with levels in host memory and on disk."""
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kmem.bench import options
 from kmem.bench.machine import processor
+from kmem.checkpoint.printing import print_table
 from kmem.config import ConfigError, UserError
 from kmem.wording import counted
 
@@ -42,9 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from kmem.bench.fetch import open_bank, synthetic_bank
 
-    for name in ("contexts", "layers", "width", "children"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name}: at least 1")
+    options.check_positive(arguments, "contexts", "layers", "width", "children")
     if arguments.model is not None:
         _measure(arguments, open_bank(arguments.model))
         return 0
@@ -115,37 +114,24 @@ def _measure(arguments: argparse.Namespace, bank: "TimedBank") -> None:
         print(f"embedding a context of {CONTEXT_TOKENS} tokens and descending the tree: {routing:.2f} ms")
     machine = f"torch {torch.__version__}, {processor()}"
     print(f"pages of levels on disk are dropped before every fetch (posix_fadvise); {machine}")
-    if arguments.json:
-        record = {
-            "shape": shape,
-            "machine": machine,
-            "route_ms": routing,
-            "measured": [asdict(measured) for measured in times],
-        }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    measured = [asdict(placement_times) for placement_times in times]
+    options.write_record(arguments, {"shape": shape, "machine": machine, "route_ms": routing, "measured": measured})
 
 
 def _print(times: "Sequence[FetchTimes]", shape: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    levels = [level.level for level in times[0].levels]
-    table = Table(
-        "levels", *(f"level {level}: ms" for level in levels),
-        "new topic: ms", "MB", "same level 1: ms", "MB", "faster by", title=shape,
-    )  # fmt: skip
-    for measured in times:
-        faster = f"{measured.all_ms / measured.deep_ms:.1f}x" if measured.deep_ms else ""
-        table.add_row(
+    levels = [f"level {level.level}: ms" for level in times[0].levels]
+    columns = ("levels", *levels, "new topic: ms", "MB", "same level 1: ms", "MB", "faster by")
+    rows = [
+        (
             measured.placement,
             *(f"{level.ms:.2f} ({level.bytes / 1e6:.2f} MB)" for level in measured.levels),
             f"{measured.all_ms:.2f}",
             f"{measured.all_bytes / 1e6:.2f}",
             f"{measured.deep_ms:.2f}",
             f"{measured.deep_bytes / 1e6:.2f}",
-            faster,
+            f"{measured.all_ms / measured.deep_ms:.1f}x" if measured.deep_ms else "",
         )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    Console(width=max(Console().width, 150)).print(table)
+        for measured in times
+    ]
+    print_table(shape, columns, rows, 150)
     print("new topic: all rows are read; same level 1: the row of level 1 is kept and only deeper rows are read")

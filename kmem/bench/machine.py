@@ -1,6 +1,8 @@
-"""The machine that a figure was measured on."""
+"""The machine that a figure was measured on, and how much of it the measurement may use."""
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def processor() -> str:
@@ -11,3 +13,16 @@ def processor() -> str:
     wide = [name for name in ("amx_tile", "avx512_f", "avx512_bf16") if capabilities.get(name)]
     name = capabilities.get("cpu_name") or platform.processor() or platform.machine()
     return f"{name} ({', '.join(wide) or 'no AVX-512'})"
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Within it, torch computes with this many threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,16 +1,13 @@
 """`kmem bench rows`: gathers and row optimizers on the host against torch's, in one process."""
 
 import argparse
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from kmem.config import ROW_OPTIMIZER_TRAITS, ConfigError, RowOptimizerConfig
-
-if TYPE_CHECKING:
-    from kmem.bench.rows import RowRates
+from kmem.bench import options
+from kmem.checkpoint.printing import print_table
+from kmem.config import ROW_OPTIMIZER_TRAITS, RowOptimizerConfig
 
 GOALS = {"adam_rate": 1.0, "adam_ratio": 8.0, "gather_share": 0.85}
 """For fp32 rows of 256 values: millions of rows per second and core; multiple of SparseAdam's speed; share of threads
@@ -52,102 +49,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    for name in ("rows", "touched", "dim", "threads", "repeats"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name}: at least 1")
-    from kmem.bench.rows import versions
+    options.check_positive(arguments, "rows", "touched", "dim", "threads", "repeats")
+    import torch
 
-    measured = [
-        *(_adam(arguments, threads) for threads in sorted({1, arguments.threads})),
-        _gather(arguments),
-        *(_updates(arguments) if arguments.optimizers else []),
-    ]
+    from kmem.bench.rows import adam_rates, gather_rates, update_rate, versions
+
+    size = (arguments.rows, arguments.touched, arguments.dim)
+    judged = arguments.dim == GOAL_DIM and arguments.rows * arguments.dim * 4 >= GOAL_BYTES
+    measured = []
+    for threads in sorted({1, arguments.threads}):
+        ours, theirs = adam_rates(*size, threads, arguments.repeats)
+        met = ours / threads >= GOALS["adam_rate"] and ours / theirs >= GOALS["adam_ratio"]
+        judgement = met if judged else None
+        measured.append(RowsMeasurement("lazy Adam", threads, ours, "SparseAdam", theirs, ours / theirs, judgement))
+    ours, theirs = gather_rates(*size, arguments.threads, arguments.repeats)
+    share = ours / theirs / arguments.threads
+    judgement = share >= GOALS["gather_share"] if judged else None
+    measured.append(
+        RowsMeasurement("gather", arguments.threads, ours, "index_select(out=), 1 core", theirs, share, judgement)
+    )
+    for name in ROW_OPTIMIZER_TRAITS if arguments.optimizers else ():
+        for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            unique = min(arguments.touched, arguments.rows)
+            settings = RowOptimizerConfig(name=name, dense=False)
+            rate = update_rate(arguments.rows, unique, settings, dtype, arguments.dim)
+            measured.append(RowsMeasurement(f"update, {name} {label}", 1, rate))
     shape = (
         f"{arguments.touched:,} uniform look-ups in {arguments.rows:,} fp32 rows of {arguments.dim} values, "
         f"best of {arguments.repeats}"
     )
     _print(measured, shape)
     print(versions())
-    if arguments.json:
-        record = {"shape": shape, "versions": versions(), "goals": GOALS, "measured": [asdict(row) for row in measured]}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    record = {"shape": shape, "versions": versions(), "goals": GOALS, "measured": [asdict(row) for row in measured]}
+    options.write_record(arguments, record)
     return 0
 
 
-def _adam(arguments: argparse.Namespace, threads: int) -> RowsMeasurement:
-    import torch
-
-    from kmem.bench.rows import adam_rates
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        rates = adam_rates(arguments.rows, arguments.touched, arguments.dim, threads, arguments.repeats)
-    finally:
-        torch.set_num_threads(before)
-    met = rates.ours / threads >= GOALS["adam_rate"] and rates.ratio >= GOALS["adam_ratio"]
-    return _compared("lazy Adam", threads, "SparseAdam", rates, rates.ratio, met, arguments)
-
-
-def _gather(arguments: argparse.Namespace) -> RowsMeasurement:
-    from kmem.bench.rows import gather_rates
-
-    threads = arguments.threads
-    rates = gather_rates(arguments.rows, arguments.touched, arguments.dim, threads, arguments.repeats)
-    share = rates.ratio / threads
-    met = share >= GOALS["gather_share"]
-    return _compared("gather", threads, "index_select(out=), 1 core", rates, share, met, arguments)
-
-
-def _compared(
-    work: str,
-    threads: int,
-    peer: str,
-    rates: "RowRates",
-    ratio: float,
-    met: bool,
-    arguments: argparse.Namespace,
-) -> RowsMeasurement:
-    judged = arguments.dim == GOAL_DIM and arguments.rows * arguments.dim * 4 >= GOAL_BYTES
-    return RowsMeasurement(work, threads, rates.ours, peer, rates.torch, ratio, met if judged else None)
-
-
-def _updates(arguments: argparse.Namespace) -> list[RowsMeasurement]:
-    import torch
-
-    from kmem.bench.rows import update_rate
-
-    return [
-        RowsMeasurement(
-            f"update, {name} {label}",
-            1,
-            update_rate(
-                arguments.rows,
-                min(arguments.touched, arguments.rows),
-                RowOptimizerConfig(name=name, dense=False),
-                dtype,
-                arguments.dim,
-            ),
-        )
-        for name in ROW_OPTIMIZER_TRAITS
-        for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-    ]
-
-
 def _print(measured: list[RowsMeasurement], shape: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("work", "threads", "M rows/s", "per core", "peer", "M rows/s", "ratio", "goal", title=shape)
-    for row in measured:
-        peer_rate = "" if row.peer_rate is None else f"{row.peer_rate:.3f}"
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        goal = {None: "", True: "met", False: "missed"}[row.met]
-        rates = (f"{row.rate:.3f}", f"{row.rate / row.threads:.3f}")
-        table.add_row(row.work, str(row.threads), *rates, row.peer or "", peer_rate, ratio, goal)
-    for place in (1, 2, 3, 5, 6):
-        table.columns[place].justify = "right"
-    Console(width=max(Console().width, 130)).print(table)
+    rows = [
+        (
+            row.work,
+            str(row.threads),
+            f"{row.rate:.3f}",
+            f"{row.rate / row.threads:.3f}",
+            row.peer or "",
+            "" if row.peer_rate is None else f"{row.peer_rate:.3f}",
+            "" if row.ratio is None else f"{row.ratio:.2f}",
+            {None: "", True: "met", False: "missed"}[row.met],
+        )
+        for row in measured
+    ]
+    columns = ("work", "threads", "M rows/s", "per core", "peer", "M rows/s", "ratio", "goal")
+    print_table(shape, columns, rows, 130, words=(0, 4, 7))
     print(
         f"lazy Adam deduplicates and sums, as its peer does. Goals for rows of {GOAL_DIM} values and at least "
         f"{GOAL_BYTES >> 20} MiB of rows:\n{GOALS['adam_rate']:.1f} M rows/s per core and {GOALS['adam_ratio']:.0f} "

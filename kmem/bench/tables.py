@@ -39,7 +39,7 @@ DRAWS: dict[str, Callable[[Config, int], Tensor]] = {"zipf": zipf_tokens, "unifo
 def step_batches(config: Config, kind: TokenKind) -> Iterator[list[SequenceBatch]]:
     """The micro-batches of each step, without end: drawn tokens, or the prepared text of the configuration."""
     if kind != "text":
-        yield from sequence_batches(config, (DRAWS[kind](config, step) for step in itertools.count()))
+        yield from sequence_batches(config, DRAWS[kind])
     reader = open_data(config.data, config.model.vocab_size).training
     batch, part = config.train.global_batch_size, config.train.micro_batch_size
     for start in itertools.count(0, batch):

@@ -1,16 +1,16 @@
 """`kmem bench tables`: the cost of large tables to a training step, in host memory and in mapped files."""
 
 import argparse
-import json
 import shutil
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kmem.bench.contest import Contestant, ratios, run_in_turn
+from kmem.bench import options
+from kmem.bench.contest import Contestant, ratios
 from kmem.bench.machine import processor
+from kmem.checkpoint.printing import print_table
 from kmem.config import Config, ConfigError, UserError, load_config, parse_config
 from kmem.wording import counted
 
@@ -22,8 +22,7 @@ GOALS = {"host": 0.05, "mmap": 0.10}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", default="bench/tables", help="YAML file or packaged config (default: bench/tables)")
-    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="FIELD=VALUE", dest="overrides")
+    options.add_contest_arguments(parser, "bench/tables", rounds=7, steps=8, what="steps")
     parser.add_argument("--small-mib", type=float, default=64, help="rows and state to compare with (default: 64)")
     parser.add_argument(
         "--gib", type=float, default=8, help="rows and state in host memory; 0 leaves this out (default: 8)"
@@ -39,11 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="zipf: tokens as frequent as words, but without phrases, so most n-grams are new. uniform: nearly every "
         "look-up reads another row. text: the prepared corpora of data.sources (default: zipf)",
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of each contestant, in turn (default: 7)")
-    parser.add_argument("--steps", type=int, default=8, help="steps per round (default: 8)")
     parser.add_argument("--warmup", type=int, default=8, help="steps before the first round (default: 8)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each contestant (default: 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurement as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -51,9 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     from kmem.data.reader import open_data
 
     config = load_config(arguments.config, arguments.overrides)
-    for name in ("rounds", "steps", "warmup", "threads"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name}: at least 1")
+    options.check_positive(arguments, "rounds", "steps", "warmup", "threads")
     if config.model.engram is None or config.parallel.pipeline != 1:
         raise ConfigError("kmem bench tables: needs one process and a model with model.engram")
     if config.model.engram.compression:
@@ -68,14 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         trees = _trees(config, arguments, scratch)
         contestants = [Contestant(name, table_runner, (tree, arguments.tokens)) for name, tree in trees.items()]
         print(_workload(config, arguments), flush=True)
-        run_in_turn(
-            contestants,
-            threads=arguments.threads,
-            warmup=arguments.warmup,
-            rounds=arguments.rounds,
-            steps=arguments.steps,
-            on_round=lambda number: print(f"  round {number} of {arguments.rounds}", file=sys.stderr, flush=True),
-        )
+        options.measure_in_turn(contestants, arguments, arguments.warmup)
     _report(config, arguments, trees, contestants)
     return 0
 
@@ -120,9 +106,8 @@ def _report(
         for contestant in contestants
     }
     _print(measured)
-    if arguments.json:
-        record = {"workload": _workload(config, arguments), "steps_per_round": arguments.steps, "measured": measured}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    record = {"workload": _workload(config, arguments), "steps_per_round": arguments.steps, "measured": measured}
+    options.write_record(arguments, record)
 
 
 def figures(tables: "list[TableBytes]", contestant: Contestant, small: Contestant, steps: int) -> dict[str, Any]:
@@ -148,31 +133,24 @@ def figures(tables: "list[TableBytes]", contestant: Contestant, small: Contestan
 
 
 def _print(measured: dict[str, dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
+    columns = (
         "rows and state", "rows", "ms per step", "slower", "goal", "stall ms", "fetch ms", "update ms",
-        "rows per step", "moved", title="medians; over rounds for the step and its ratio, over steps for the rest",
+        "rows per step", "moved",
     )  # fmt: skip
-    for name, figures in measured.items():
-        slower, goal = "", ""
-        if "slower" in figures:
-            slower = f"{figures['median_slower']:+.1%}"
-            goal = f"{figures['goal']:.0%} {'met' if figures['met'] else 'missed'}"
-        table.add_row(
+    rows = [
+        (
             name,
             f"{figures['rows']:,}",
             f"{figures['step_ms']:.1f}",
-            slower,
-            goal,
+            f"{figures['median_slower']:+.1%}" if "slower" in figures else "",
+            f"{figures['goal']:.0%} {'met' if figures['met'] else 'missed'}" if "slower" in figures else "",
             f"{figures['stall_ms']:.2f} (max {figures['longest_stall_ms']:.1f})",
             f"{figures['fetch_ms']:.1f}",
             f"{figures['owner_ms']:.1f}",
             f"{figures['unique_rows']:,.0f}",
             f"{figures['moved_bytes'] / 2**20:.1f} MiB",
         )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    Console(width=max(Console().width, 140)).print(table)
+        for name, figures in measured.items()
+    ]
+    print_table("medians; over rounds for the step and its ratio, over steps for the rest", columns, rows, 140)
     print("moved: rows out of the tables and gradients back; fetch and update run beside the step, a stall delays it")

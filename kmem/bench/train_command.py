@@ -1,13 +1,11 @@
 """`kmem bench train`: a training step against plain Transformers, or against another precision."""
 
 import argparse
-import json
 import statistics
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
+from kmem.bench import options
 from kmem.bench.contest import Contestant, ratios, run_in_turn
 from kmem.bench.machine import processor
 from kmem.config import Config, ConfigError, load_config
@@ -15,24 +13,17 @@ from kmem.wording import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", default="bench/train", help="YAML file or packaged config (default: bench/train)")
-    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="FIELD=VALUE", dest="overrides")
+    options.add_contest_arguments(parser, "bench/train", rounds=7, steps=4, what="steps")
     parser.add_argument(
         "--peer", choices=("transformers", "fp32"), default="transformers",
         help="transformers: the fastest of its expert implementations. fp32: kmem itself in fp32, for a bf16 config",
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of each contestant, in turn (default: 7)")
-    parser.add_argument("--steps", type=int, default=4, help="steps per round (default: 4)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each contestant (default: 2)")
     parser.add_argument("--profile", action="store_true", help="also print kmem's most expensive operators")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurement as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
-    for name in ("rounds", "steps", "threads"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name}: at least 1")
+    options.check_positive(arguments, "rounds", "steps", "threads")
     train = config.train
     if train.global_batch_size != train.micro_batch_size or config.parallel.pipeline != 1:
         raise ConfigError("kmem bench train: needs one process and one micro-batch per step")
@@ -48,15 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(_workload(config, arguments.threads), flush=True)
         for contestant in tried:
             print(f"  tried {contestant.name}: {contestant.median_seconds():.3f} s per step", flush=True)
-        run_in_turn(
-            [ours, theirs],
-            threads=arguments.threads,
-            warmup=2,
-            rounds=arguments.rounds,
-            steps=arguments.steps,
-            profile=arguments.profile,
-            on_round=lambda number: print(f"  round {number} of {arguments.rounds}", file=sys.stderr, flush=True),
-        )
+        options.measure_in_turn([ours, theirs], arguments, 2)
     _report(config, arguments, ours, theirs)
     return 0
 
@@ -115,13 +98,19 @@ def _report(config: Config, arguments: argparse.Namespace, ours: Contestant, the
     phases = _phases(ours)
     print("where kmem's time goes: " + ", ".join(f"{name} {share:.0%}" for name, share in phases.items()))
     if arguments.profile:
-        operators = ours.profile
-        whole = sum(milliseconds for _, milliseconds in operators)
-        for name, milliseconds in operators[:15]:
+        whole = sum(milliseconds for _, milliseconds in ours.profile)
+        for name, milliseconds in ours.profile[:15]:
             print(f"  {milliseconds:8.1f} ms {milliseconds / whole:5.1%}  {name}")
     by_round = ratios(ours, theirs)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(_record(config, arguments, ours, theirs, by_round), indent=1) + "\n")
+    record = {
+        "workload": _workload(config, arguments.threads),
+        "steps_per_round": arguments.steps,
+        "seconds": {contestant.name: contestant.seconds() for contestant in (ours, theirs)},
+        "ratios": by_round,
+        "ratio": statistics.median(by_round),
+        "phases": phases,
+    }
+    options.write_record(arguments, record)
     print(f"ratio: {statistics.median(by_round):.3f}")
 
 
@@ -132,16 +121,3 @@ def _phases(contestant: Contestant) -> dict[str, float]:
     shares = {name: sum(measured["phases"][name] for measured in contestant.rounds) / total for name in names}
     shares["other"] = 1 - sum(shares.values())
     return {name: share for name, share in sorted(shares.items(), key=lambda item: -item[1]) if share >= 0.005}
-
-
-def _record(
-    config: Config, arguments: argparse.Namespace, ours: Contestant, theirs: Contestant, found: list[float]
-) -> dict[str, Any]:
-    return {
-        "workload": _workload(config, arguments.threads),
-        "steps_per_round": arguments.steps,
-        "seconds": {contestant.name: contestant.seconds() for contestant in (ours, theirs)},
-        "ratios": found,
-        "ratio": statistics.median(found),
-        "phases": _phases(ours),
-    }

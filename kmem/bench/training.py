@@ -1,8 +1,8 @@
 """The same training step in kmem and in plain Transformers, with equal weights, batch, dtype and optimizer."""
 
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,11 @@ def kmem_runner(tree: dict[str, Any]) -> Runner:
 
     config = parse_config(tree)
     pipeline = Pipeline(config, join_mesh(config))
-    batches = sequence_batches(config, _tokens(config))
+    batches = sequence_batches(config, random_tokens)
 
     def run(steps: int) -> dict[str, Any]:
         phases: dict[str, float] = {}
         losses = []
-        if steps == 0:
-            batch = next(batches)
-            return {"operators": operators(lambda: pipeline.train_step(batch, config.train.optimizer.lr))}
         prepared = [next(batches) for _ in range(steps)]
         began = time.perf_counter()
         for batch in prepared:
@@ -70,7 +67,6 @@ def transformers_runner(tree: dict[str, Any], folder: str, experts: str) -> Runn
         eps=settings.eps,
         fused=True,
     )
-    batches = _tokens(config)
 
     def step(tokens: Tensor) -> float:
         inputs, labels = tokens[:, :-1], tokens[:, 1:].contiguous()
@@ -83,8 +79,10 @@ def transformers_runner(tree: dict[str, Any], folder: str, experts: str) -> Runn
         optimizer.zero_grad()
         return loss.item()
 
+    numbers = itertools.count()
+
     def run(steps: int) -> dict[str, Any]:
-        prepared = [next(batches) for _ in range(steps)]
+        prepared = [random_tokens(config, next(numbers)) for _ in range(steps)]
         began = time.perf_counter()
         losses = [step(tokens) for tokens in prepared]
         return {"seconds": time.perf_counter() - began, "losses": losses}
@@ -94,6 +92,9 @@ def transformers_runner(tree: dict[str, Any], folder: str, experts: str) -> Runn
 
 def export_initial_model(config: Config, out: Path) -> str:
     """Write the untrained model of a configuration as a Hugging Face folder; return the name of its model class."""
+    from kmem.checkpoint.commit import Progress
+    from kmem.checkpoint.reader import CheckpointReader
+    from kmem.checkpoint.writer import write_weights
     from kmem.data.tokenizer import train_tokenizer
     from kmem.hf.export import export
     from kmem.model.decoder import Decoder
@@ -102,55 +103,23 @@ def export_initial_model(config: Config, out: Path) -> str:
     shape = config.model.shape
     decoder = Decoder(shape)
     initialise_(decoder, shape, config.train.init_seed)
-    model = _InMemory(config, decoder.state_dict(), out.parent)
+    weights = decoder.state_dict()
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    progress = Progress(step=0, consumed_samples=0, tokens=0, optimizer_steps=0)
+    root = out.with_name("run") / "checkpoints"
+    model = CheckpointReader(write_weights(root, progress, config, shapes, lambda name: [weights[name]]))
     train_tokenizer(iter(["an export needs a tokenizer, this measurement does not"]), 257, model.tokenizer_path)
     return export(model, out, say=lambda text: None).architecture.class_name
 
 
-@dataclass(frozen=True)
-class _InMemory:
-    """A model that was never saved, in the form that `export` reads (`kmem.hf.export.TrainedModel`)."""
-
-    config: Config
-    tensors: dict[str, Tensor]
-    folder: Path
-    facts: dict[str, Any] = field(default_factory=dict)
-    addressing: dict[str, Any] | None = None
-    tree: str | None = None
-
-    @property
-    def run_folder(self) -> Path:
-        return self.folder
-
-    @property
-    def tokenizer_path(self) -> Path:
-        return self.folder / "tokenizer"
-
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.tensors[name][start:stop]
-
-
-def _tokens(config: Config) -> Iterator[Tensor]:
-    step = 0
-    while True:
-        yield random_tokens(config, step)
-        step += 1
-
-
-def sequence_batches(config: Config, steps: Iterable[Tensor]) -> Iterator[list[SequenceBatch]]:
-    """The micro-batches of each step, from its tokens [global batch, T + 1]; each row is one document."""
+def sequence_batches(config: Config, draw: Callable[[Config, int], Tensor]) -> Iterator[list[SequenceBatch]]:
+    """The micro-batches of each step, without end, from the tokens [global batch, T + 1] that `draw` gives for it; each
+    row is one document."""
     rows = config.train.micro_batch_size
-    for tokens in steps:
+    for step in itertools.count():
+        tokens = draw(config, step)
         positions = torch.arange(tokens.shape[1] - 1).expand(rows, -1)
         yield [
             SequenceBatch(part[:, :-1], part[:, 1:], positions, torch.zeros_like(positions))
             for part in tokens.split(rows)
         ]
-
-
-def operators(step: Callable[[], object]) -> list[tuple[str, float]]:
-    """(operator, milliseconds of its own CPU time) of one profiled step, largest first."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        step()
-    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    return [(event.key, event.self_cpu_time_total / 1e3) for event in events]

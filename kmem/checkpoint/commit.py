@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.config.renamed import saved_commit
 from kmem.files import PARTIAL, atomic_write
@@ -121,18 +123,7 @@ class Commit:
         stated = body.pop("digest", None)
         if stated != _digest(body):
             raise CheckpointError(f"{path}: damaged: its content does not match its own digest")
-        body = saved_commit(body)
-        commit = cls(
-            progress=Progress(**body["progress"]),
-            config=body["config"],
-            shapes=body["shapes"],
-            tensors={
-                name: StoredTensor(entry["dtype"], entry["size"], [(a, b, c) for a, b, c in entry["chunks"]])
-                for name, entry in body["tensors"].items()
-            },
-            files={name: StoredFile(**entry) for name, entry in body["files"].items()},
-            manifests=body["manifests"],
-        )
+        commit = TypeAdapter(cls).validate_python(saved_commit(body))
         for name, file in commit.files.items():
             try:
                 size = (folder / name).stat().st_size

@@ -254,8 +254,3 @@ def index_key(index: MetadataIndex) -> tuple[str, int]:
     """(tensor, start of the interval) of a plan entry."""
     assert index.offset is not None
     return index.fqn, index.offset[0]
-
-
-def host_copy(state: dict[str, Pieces]) -> dict[str, Pieces]:
-    """A snapshot of every piece in host memory."""
-    return {name: pieces.to_host() for name, pieces in state.items()}

@@ -1,7 +1,6 @@
 """Reading a checkpoint in one process without a process group, tensor by tensor, from mapped files."""
 
 import logging
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,6 @@ log = logging.getLogger(__name__)
 
 WEIGHT = "weight/"
 """Prefix of model tensors; optimizer moments have prefixes of their own."""
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Shape and type of one model tensor."""
-
-    shape: torch.Size
-    dtype: torch.dtype
 
 
 class CheckpointReader:
@@ -56,9 +47,10 @@ class CheckpointReader:
             **self.commit.progress.facts,
         }
         self.tensors = {
-            name: TensorInfo(torch.Size(shape), TORCH_DTYPES[self.commit.tensors[WEIGHT + name].dtype])
+            name: torch.empty(shape, dtype=TORCH_DTYPES[self.commit.tensors[WEIGHT + name].dtype], device="meta")
             for name, shape in self.commit.shapes.items()
         }
+        """Canonical name -> the shape and dtype of each model tensor."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CheckpointReader, (self.folder.absolute(),)

@@ -1,22 +1,21 @@
 """Copying a checkpoint with some of its values changed, one entry of its files at a time."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kmem.checkpoint.commit import Commit, Progress, StoredFile, step_folder
+from kmem.checkpoint.commit import Commit, Progress, step_folder
 from kmem.checkpoint.pieces import CHUNK_ELEMENTS
 from kmem.checkpoint.reader import CheckpointReader
-from kmem.checkpoint.storage import entry_name
+from kmem.checkpoint.storage import entry_name, write_entries
 from kmem.checkpoint.writer import FILE_BYTES
 from kmem.config import Config, dump_config, parse_config
 from kmem.data.progress import Progress as ProgressBar
-from kmem.data.safetensors_file import TORCH_DTYPES, SafetensorsWriter
+from kmem.data.safetensors_file import TORCH_DTYPES
 from kmem.files import atomic_folder
 from kmem.model.bank_export import TREE_FOLDER
 
@@ -67,29 +66,21 @@ def rewrite_run(
 def _write(source: CheckpointReader, root: Path, progress: Progress, config: Config, edit: Edit) -> Path:
     commit, folder = _completed(source.commit), step_folder(root, progress.step)
     folder.mkdir()
-    files: dict[str, StoredFile] = {}
-    by_file = _entries_by_file(commit)
-    total = sum(length for entries in by_file.values() for _, _, length in entries)
-    held = {(key, start) for key, tensor in source.commit.tensors.items() for start, _, _ in tensor.chunks}
-    with ProgressBar(f"writing {folder.name}", total) as bar:
-        for file, entries in by_file.items():
-            # The widest types come first, so that every entry is aligned.
-            entries = sorted(entries, key=lambda entry: -TORCH_DTYPES[commit.tensors[entry[0]].dtype].itemsize)
-            declared = {
-                entry_name(key, start): ((length,), TORCH_DTYPES[commit.tensors[key].dtype])
-                for key, start, length in entries
-            }
-            with SafetensorsWriter(folder / file, declared) as writer:
-                for key, start, length in entries:
-                    if (key, start) in held:
-                        values = source.read_stored(key, start, start + length)
-                    else:
-                        values = torch.zeros(length, dtype=TORCH_DTYPES[commit.tensors[key].dtype])
-                    writer.write(entry_name(key, start), edit(key, start, values))
-                    bar.advance(length)
-            files[file] = StoredFile(writer.size, writer.sha256)
-    changed: Mapping[str, Any] = {"progress": progress, "config": config.model_dump(mode="json"), "files": files}
-    replace(commit, **changed).write(folder)
+    entries: dict[str, tuple[str, int, int]] = {}  # name -> stored tensor, first element, length
+    by_file: dict[str, dict[str, tuple[int, torch.dtype]]] = {file: {} for file in commit.files}
+    for key, tensor in commit.tensors.items():
+        for start, length, file in tensor.chunks:
+            entries[entry_name(key, start)] = (key, start, length)
+            by_file.setdefault(file, {})[entry_name(key, start)] = (length, TORCH_DTYPES[tensor.dtype])
+    with ProgressBar(f"writing {folder.name}", sum(length for _, _, length in entries.values())) as bar:
+
+        def edited(name: str) -> Tensor:
+            key, start, length = entries[name]
+            bar.advance(length)
+            return edit(key, start, source.read_stored(key, start, start + length, absent=0))
+
+        files = {file: write_entries(folder / file, sizes, edited) for file, sizes in by_file.items()}
+    replace(commit, progress=progress, config=config.model_dump(mode="json"), files=files).write(folder)
     return folder
 
 
@@ -110,12 +101,3 @@ def _completed(commit: Commit) -> Commit:
             place = start + length
         tensors[key] = replace(tensor, chunks=sorted(chunks))
     return replace(commit, tensors=tensors)
-
-
-def _entries_by_file(commit: Commit) -> dict[str, list[tuple[str, int, int]]]:
-    """File -> (stored tensor, first element, length) of its entries."""
-    by_file: dict[str, list[tuple[str, int, int]]] = {file: [] for file in commit.files}
-    for key, tensor in commit.tensors.items():
-        for start, length, file in tensor.chunks:
-            by_file.setdefault(file, []).append((key, start, length))
-    return by_file

@@ -1,6 +1,6 @@
 """Storage of `torch.distributed.checkpoint` on safetensors files and one JSON commit file: nothing is pickled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,34 @@ def entry_name(tensor: str, start: int) -> str:
     return f"{tensor}@{start}"
 
 
-class SafetensorsStorageWriter(StorageWriter):
+def write_entries(path: Path, sizes: Mapping[str, tuple[int, torch.dtype]], values: Callable[[str], Any]) -> StoredFile:
+    """Write a file of 1-D entries, name -> (length, dtype). `values` gives the tensor of one entry at a time, which may
+    be a copy. The widest types come first, so that every entry is aligned."""
+    order = sorted(sizes, key=lambda name: -sizes[name][1].itemsize)
+    with SafetensorsWriter(path, {name: ((sizes[name][0],), sizes[name][1]) for name in order}) as writer:
+        for name in order:
+            writer.write(name, values(name))
+    return StoredFile(writer.size, writer.sha256)
+
+
+class _Stateless:
+    """What torch asks of both a storage writer and a reader, and these need not do."""
+
+    def reset(self, checkpoint_id=None) -> None:
+        """Nothing is kept between saves or loads."""
+
+    def prepare_local_plan(self, plan: Any) -> Any:
+        return plan
+
+    def prepare_global_plan(self, plans: Any) -> Any:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id) -> bool:
+        return True
+
+
+class SafetensorsStorageWriter(_Stateless, StorageWriter):
     """Each rank writes one file; the coordinator then commits.
 
     Args:
@@ -43,55 +70,31 @@ class SafetensorsStorageWriter(StorageWriter):
         self.rank = rank
         self.commit = commit
 
-    def reset(self, checkpoint_id=None) -> None:
-        """Nothing is kept between saves."""
-
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """The folder exists already."""
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         future: Future[list[WriteResult]] = Future()
         results: list[WriteResult] = []
         if plan.items:
             entries = {entry_name(*index_key(item.index)): item for item in plan.items}
-            shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
+            sizes: dict[str, tuple[int, torch.dtype]] = {}
             for name, item in entries.items():
                 assert item.tensor_data is not None, "Pieces hold tensors only"
-                shapes[name] = (item.tensor_data.chunk.sizes, item.tensor_data.properties.dtype)
-            # The widest types come first, so that every entry is aligned.
-            order = sorted(shapes, key=lambda name: -shapes[name][1].itemsize)
+                sizes[name] = (item.tensor_data.chunk.sizes.numel(), item.tensor_data.properties.dtype)
             path = self.folder / f"part-{self.rank:05d}.safetensors"
-            with SafetensorsWriter(path, {name: shapes[name] for name in order}) as writer:
-                for name in order:
-                    value = planner.resolve_data(entries[name])  # may be a copy: one at a time
-                    assert isinstance(value, torch.Tensor)
-                    writer.write(name, value)
-                    del value
-            stored = (path.name, StoredFile(writer.size, writer.sha256))
+            stored = (path.name, write_entries(path, sizes, lambda name: planner.resolve_data(entries[name])))
             results = [
-                WriteResult(
-                    index=item.index,
-                    size_in_bytes=shapes[name][0].numel() * shapes[name][1].itemsize,
-                    storage_data=stored,
-                )
+                WriteResult(item.index, sizes[name][0] * sizes[name][1].itemsize, stored)
                 for name, item in entries.items()
             ]
         future.set_result(results)
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        files: dict[str, StoredFile] = {}
-        where: dict[tuple[str, int], str] = {}
-        for result in (result for rank_results in results for result in rank_results):
-            name, file = result.storage_data
-            files[name] = file
-            where[index_key(result.index)] = name
+        written = [result for rank_results in results for result in rank_results]
+        files: dict[str, StoredFile] = dict(result.storage_data for result in written)
+        where = {index_key(result.index): result.storage_data[0] for result in written}
         tensors = {}
         for name, stored in metadata.state_dict_metadata.items():
             assert isinstance(stored, TensorStorageMetadata)
@@ -103,20 +106,13 @@ class SafetensorsStorageWriter(StorageWriter):
             )
         self.commit(tensors, files)
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id) -> bool:
-        return True
 
-
-class SafetensorsStorageReader(StorageReader):
+class SafetensorsStorageReader(_Stateless, StorageReader):
     """Reads a committed folder; rebuilds the metadata that torch needs from the commit file."""
 
     def __init__(self, folder: Path, commit: Commit):
         self.folder = folder
         self.commit = commit
-
-    def reset(self, checkpoint_id=None) -> None:
-        """Nothing is kept between loads."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return Metadata(
@@ -132,12 +128,6 @@ class SafetensorsStorageReader(StorageReader):
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Files are opened when they are read."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         by_file: dict[str, list] = {}
@@ -157,7 +147,3 @@ class SafetensorsStorageReader(StorageReader):
         future: Future[None] = Future()
         future.set_result(None)
         return future
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id) -> bool:
-        return True

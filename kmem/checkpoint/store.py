@@ -3,8 +3,8 @@
 import logging
 import os
 import shutil
-import threading
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from kmem.checkpoint.commit import COMMIT_FILE, Commit, Progress, committed_steps, step_folder, unfinished_folders
-from kmem.checkpoint.pieces import CheckpointError, Pieces, PiecesLoadPlanner, PiecesSavePlanner, host_copy
+from kmem.checkpoint.pieces import CheckpointError, Pieces, PiecesLoadPlanner, PiecesSavePlanner
 from kmem.checkpoint.storage import SafetensorsStorageReader, SafetensorsStorageWriter
 from kmem.config import UserError
 from kmem.files import PARTIAL, sync_path
@@ -36,8 +36,8 @@ class CheckpointStore:
         self.keep_every = keep_every
         # A group of its own, so that a background save never mixes with the collectives of training.
         self._group = dist.new_group(backend="gloo")  # `limit_waiting` sets its timeout, as of all groups
-        self._writing: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._worker = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
         self.last_committed: int | None = None
         """Step of the newest checkpoint that this store has saved completely."""
 
@@ -95,19 +95,14 @@ class CheckpointStore:
             write(state)
             return final
 
-        def in_background(snapshot: dict[str, Pieces]) -> None:
-            try:
-                write(snapshot)
-            except BaseException as error:
-                self._failure = error
-
-        self._writing = threading.Thread(target=in_background, args=(host_copy(state),), name="checkpoint")
-        self._writing.start()
+        snapshot = {name: pieces.to_host() for name, pieces in state.items()}
+        self._writing = self._worker.submit(write, snapshot)
         return final
 
     def failure(self) -> str | None:
         """Why a background save failed on this rank, or None; `wait` raises the error."""
-        return None if self._failure is None else str(self._failure)
+        error = self._writing.exception() if self._writing is not None and self._writing.done() else None
+        return None if error is None else str(error)
 
     def wait(self) -> None:
         """Wait for a background save.
@@ -116,11 +111,8 @@ class CheckpointStore:
             CheckpointError: that save failed.
         """
         if self._writing is not None:
-            self._writing.join()
-            self._writing = None
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def steps(self) -> list[int]:
         """Steps that have a commit file, ascending; their content is not checked."""

@@ -51,51 +51,40 @@ def write_weights(
         files: dict[str, StoredFile] = {}
         for number, names in enumerate(_files(shapes)):
             file = f"part-{number:05d}.safetensors"
-            chunks = {name: _chunks(prod(shapes[name])) for name in names}
+            for name in names:
+                size = prod(shapes[name])
+                chunks = [(start, min(CHUNK_ELEMENTS, size - start), file) for start in range(0, size, CHUNK_ELEMENTS)]
+                tensors[WEIGHT + name] = StoredTensor(DTYPE_NAMES[torch.float32], size, chunks)
             declared = {
                 entry_name(WEIGHT + name, start): ((length,), torch.float32)
                 for name in names
-                for start, length in chunks[name]
+                for start, length, _ in tensors[WEIGHT + name].chunks
             }
             with SafetensorsWriter(partial / file, declared) as writer:
                 for name in names:
-                    _append(writer, WEIGHT + name, chunks[name], parts(name))
+                    _append(writer, WEIGHT + name, prod(shapes[name]), parts(name))
             files[file] = StoredFile(writer.size, writer.sha256)
-            for name in names:
-                tensors[WEIGHT + name] = StoredTensor(
-                    DTYPE_NAMES[torch.float32],
-                    prod(shapes[name]),
-                    [(start, length, file) for start, length in chunks[name]],
-                )
         model_shapes = {name: list(shape) for name, shape in shapes.items()}
         dumped = config.model_dump(mode="json")
         Commit(progress, dumped, model_shapes, tensors, files, dict(manifests or {})).write(partial)
     return final
 
 
-def _append(writer: SafetensorsWriter, tensor: str, chunks: list[tuple[int, int]], parts: Iterable[Tensor]) -> None:
+def _append(writer: SafetensorsWriter, tensor: str, size: int, parts: Iterable[Tensor]) -> None:
     """Write consecutive parts, cut at the borders of the entries."""
-    size = sum(length for _, length in chunks)
-    place, done = 0, 0  # the current entry, and its elements written so far
-    written = 0
+    done, more = 0, False
     for part in parts:
         flat = part.reshape(-1)
-        written += len(flat)
-        if written > size:
+        more = done + len(flat) > size
+        if more:
             break
         while len(flat):
-            start, length = chunks[place]
-            rows = flat[: length - done]
-            writer.write_rows(entry_name(tensor, start), done, rows)
-            flat, done = flat[len(rows) :], done + len(rows)
-            if done == length:
-                place, done = place + 1, 0
-    if written != size:
-        raise ValueError(f"{tensor} has {size} elements, its parts have {'more' if written > size else written}")
-
-
-def _chunks(size: int) -> list[tuple[int, int]]:
-    return [(start, min(CHUNK_ELEMENTS, size - start)) for start in range(0, size, CHUNK_ELEMENTS)]
+            start = done - done % CHUNK_ELEMENTS
+            values = flat[: start + CHUNK_ELEMENTS - done]
+            writer.write_values(entry_name(tensor, start), values)
+            flat, done = flat[len(values) :], done + len(values)
+    if more or done != size:
+        raise ValueError(f"{tensor} has {size} elements, its parts have {'more' if more else done}")
 
 
 def _files(shapes: Mapping[str, Sequence[int]]) -> list[list[str]]:

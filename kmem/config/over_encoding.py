@@ -25,8 +25,8 @@ class OverEncodingConfig(MemorySection):
     tables_per_order: PositiveInt = 2
     """Hash tables for each length (papers: at least 2)."""
     rows: PositiveInt
-    """Rows of a table, before its 2 t + 1 are added. Keep it far from integer multiples of the vocabulary: there the
-    hash ignores all but the last token."""
+    """Rows of a table, before its 2 t + 1 are added. Keep it far from integer multiples of the vocabulary: there
+    many n-grams share a row."""
     normalization: Literal["mean", "root"] = "mean"
     """What the sum of the embedding and the T tables is divided by: T + 1, or its square root."""
     amplification: Literal["none", "root", "norm"] = "none"

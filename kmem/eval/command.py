@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kmem.checkpoint.actions import open_verified
 from kmem.checkpoint.bank.options import add_bank_arguments, bank_options
 from kmem.checkpoint.controls import (
     Choices,
@@ -57,11 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.controls and (arguments.control or arguments.questions):
         raise ConfigError("--controls: cannot be combined with --control or --questions")
     controls = parse_controls(arguments.control, "--control")
-    from kmem.checkpoint.reader import CheckpointReader  # imports torch, which `--help` does not need
-    from kmem.eval.checkpoint import held_out_figures
+    from kmem.eval.checkpoint import held_out_figures  # imports torch, which `--help` does not need
 
-    reader = CheckpointReader(arguments.checkpoint)
-    reader.verify()
+    reader = open_verified(arguments.checkpoint)
     shape, trained_on = reader.config.model.shape, reader.config.data
     check_controls(controls, shape, "--control")
     bank = bank_options(arguments.bank_levels, arguments.blocked, arguments.tree, controls.get("bank"))
@@ -98,8 +97,7 @@ def _ask(reader: "CheckpointReader", arguments: argparse.Namespace, choices: Cho
     """Print how the model answers a file of questions."""
     from kmem.eval.checkpoint import answered
 
-    limit = arguments.questions_limit
-    answers = answered(reader, arguments.questions, choices, arguments.batch, limit)
+    answers = answered(reader, arguments.questions, choices, arguments.batch, arguments.questions_limit)
     given, bank = choices.given(reader.config.model.shape), choices.bank.chosen()
     if arguments.json:
         tree = {"checkpoint": str(reader.folder), "step": reader.step, "memories": given, **bank}

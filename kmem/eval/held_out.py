@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,8 +10,6 @@ from kmem.data.batch import IGNORED_LABEL, SequenceBatch
 from kmem.data.reader import PreparedData
 from kmem.parallel.memory_kinds import kinds_of
 from kmem.parallel.pipeline import Pipeline, split_samples
-
-NO_CONTROLS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class EvaluationRecord:
 
 
 def held_out_loss(
-    pipeline: Pipeline, data: PreparedData, sequences: int | None, controls: Mapping[str, str] = NO_CONTROLS
+    pipeline: Pipeline, data: PreparedData, sequences: int | None, controls: Mapping[str, str] | None = None
 ) -> tuple[float, int]:
     """(mean loss in nats, scored tokens) on the same sequences on every mesh; collective.
 
@@ -46,7 +43,7 @@ def held_out_loss(
     """
     given = {}
     for kind in kinds_of(pipeline.shape):
-        control = controls.get(kind.name, kind.model.trained_control(pipeline.shape))
+        control = (controls or {}).get(kind.name, kind.model.trained_control(pipeline.shape))
         if control != kind.model.controls[0]:
             given[kind.name] = control
     samples = data.validation.spread(sequences)

@@ -4,16 +4,18 @@ A file of questions holds JSON lines with `prompt`, `answer` and, for the groupi
 the training text tell the answer. `kmem data prepare` puts the file into the folder of a corpus that has questions.
 """
 
-import json
 import math
 import random
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 from torch import Tensor
 
 from kmem.config import UserError
@@ -23,6 +25,14 @@ from kmem.wording import counted
 BOUNDS = (1, 2, 4, 16, 64)
 """Smallest exposures of each group."""
 SAMPLE_SEED = 0
+
+
+class _Line(BaseModel):
+    """A line of a file of questions."""
+
+    prompt: str = Field(min_length=1)
+    answer: str = Field(min_length=1)
+    exposures: NonNegativeInt | None = None
 
 
 @dataclass(frozen=True)
@@ -70,24 +80,20 @@ def read_questions(path: Path, tokenizer: Any) -> list[Question]:
     questions = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-            prompt, answer, exposures = record["prompt"], record["answer"], record.get("exposures")
-            sound = all(isinstance(text, str) and text for text in (prompt, answer))
-            sound = sound and (exposures is None or (isinstance(exposures, int) and exposures >= 0))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            sound = False
-        if not sound:
+            told = _Line.model_validate_json(line, strict=True)
+        except ValidationError:
             raise UserError(
                 f"--questions {path}, line {number}: needs a JSON object with the texts `prompt` and `answer`, and "
                 "optionally the number `exposures`"
-            )
-        before, both = (tokenizer.encode(text, add_special_tokens=False) for text in (prompt, prompt + answer))
+            ) from None
+        texts = (told.prompt, told.prompt + told.answer)
+        before, both = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
         if both[: len(before)] != before or len(both) == len(before):
             raise UserError(
                 f"--questions {path}, line {number}: the answer begins within a token of the prompt; let the answer "
                 "begin with the blank that separates them"
             )
-        questions.append(Question(tuple(before), tuple(both[len(before) :]), exposures))
+        questions.append(Question(tuple(before), tuple(both[len(before) :]), told.exposures))
     if not questions:
         raise UserError(f"--questions {path}: holds no questions")
     return questions
@@ -149,14 +155,7 @@ def answer(
             progress.advance(len(asked))
     groups = sorted(scores, key=lambda group: int(group.split("-")[0].rstrip("+")) if group != "unknown" else -1)
     by_group = [
-        Answers(
-            group,
-            len(scores[group]),
-            sizes[group],
-            sum(right for right, _ in scores[group]) / len(scores[group]),
-            sum(bits for _, bits in scores[group]) / len(scores[group]),
-        )
-        for group in groups
+        Answers(group, len(scores[group]), sizes[group], *np.mean(scores[group], axis=0).tolist()) for group in groups
     ]
     whole = sum(group.of for group in by_group)
     right, bits = (sum(group.of * getattr(group, name) for group in by_group) / whole for name in ("right", "bits"))
@@ -168,8 +167,8 @@ def _group(exposures: int | None) -> str:
         return "unknown"
     if exposures < BOUNDS[0]:
         return str(exposures)
-    place = max(place for place, bound in enumerate(BOUNDS) if bound <= exposures)
-    if place + 1 == len(BOUNDS):
-        return f"{BOUNDS[place]}+"
-    last = BOUNDS[place + 1] - 1
-    return str(last) if last == BOUNDS[place] else f"{BOUNDS[place]}-{last}"
+    place = bisect_right(BOUNDS, exposures)
+    if place == len(BOUNDS):
+        return f"{BOUNDS[-1]}+"
+    first, last = BOUNDS[place - 1], BOUNDS[place] - 1
+    return str(last) if last == first else f"{first}-{last}"

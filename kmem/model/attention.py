@@ -84,11 +84,8 @@ class LatentAttention(nn.Module):
         super().__init__()
         attention, eps = shape.attention, shape.norm_eps
         self.index = index
-        self.nope, self.rope, self.value = (
-            attention.qk_nope_head_dim,
-            attention.qk_rope_head_dim,
-            attention.v_head_dim,
-        )
+        self.nope, self.rope = attention.qk_nope_head_dim, attention.qk_rope_head_dim
+        self.value = attention.v_head_dim
         self.kv_rank = attention.kv_lora_rank
         query_width = attention.num_heads * (self.nope + self.rope)
         if attention.q_lora_rank is None:
@@ -144,33 +141,26 @@ def _attend(
 
 def _attend_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """As `_attend`, for heads [B, heads, T, D]; the queries are the last T of S positions."""
-    if mask is None:
-        return _attend_causally(query, key, value)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=query.shape[1] != key.shape[1])
-    return out.transpose(1, 2).flatten(2)
-
-
-def _attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention of queries [B, heads, T, D], the last T of S positions; returns [B, T, heads * value width]."""
     queries, past = query.shape[2], key.shape[2] - query.shape[2]
     # Torch's CPU kernels compute all scores of a few hundred tokens, masked ones included. Four blocks of queries skip
-    # most of the masked scores: attention over 256 tokens takes a quarter less time.
-    step = -(-queries // 4) if query.device.type == "cpu" and queries >= 256 else queries
+    # most of the scores that causality masks: attention over 256 tokens takes a quarter less time.
+    in_blocks = mask is None and query.device.type == "cpu" and queries >= 256
+    step = -(-queries // 4) if in_blocks else queries
     outs_BThD = []
     for start in range(0, queries, step):
         block, seen = slice(start, start + step), past + min(start + step, queries)
         query_block = query[:, :, block]
-        size = query_block.shape[2]
-        mask = None
-        if 1 < size < seen:  # is_causal would align the block to the first key
-            mask = torch.ones(size, seen, dtype=torch.bool, device=query.device).tril(seen - size)
+        size, allowed = query_block.shape[2], mask
+        if mask is None and 1 < size < seen:  # is_causal would align the block to the first key
+            allowed = torch.ones(size, seen, dtype=torch.bool, device=query.device).tril(seen - size)
         out = F.scaled_dot_product_attention(
             query_block,
             key[:, :, :seen],
             value[:, :, :seen],
-            attn_mask=mask,
-            is_causal=size == seen,
+            attn_mask=allowed,
+            is_causal=mask is None and size == seen,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         outs_BThD.append(out.transpose(1, 2))
-    return torch.cat(outs_BThD, dim=1).flatten(2)
+    out_BThD = torch.cat(outs_BThD, dim=1) if len(outs_BThD) > 1 else outs_BThD[0]
+    return out_BThD.flatten(2)

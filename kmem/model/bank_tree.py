@@ -162,22 +162,10 @@ class ClusterTree:
         """The clusters of a level (1..p) that the leaves belong to; int64 of the same shape."""
         return level_ids(leaves, level, self.children, self.levels)
 
-    def cluster(self, path: ClusterPath) -> tuple[int, int]:
-        """Level and number of the cluster that a path names.
-
-        Raises:
-            ValueError: the path is empty, longer than the tree is deep, or names a child that does not exist.
-        """
-        return cluster_of(path, self.children, self.levels)
-
-    def path(self, level: int, number: int) -> ClusterPath:
-        """The path of a cluster, the inverse of `cluster`."""
-        return path_of(number, level, self.children)
-
     def _barred(self, blocked: Iterable[ClusterPath]) -> list[Tensor] | None:
         """For each level, bool [k^l]: True for clusters that are blocked or whose children are all blocked; None if
         nothing is blocked."""
-        clusters = [self.cluster(tuple(path)) for path in blocked]
+        clusters = [cluster_of(tuple(path), self.children, self.levels) for path in blocked]
         if not clusters:
             return None
         barred = [torch.zeros(self.children**level, dtype=torch.bool) for level in range(1, self.levels + 1)]

@@ -75,16 +75,11 @@ class ChainOfExperts(ExpertLayer):
             self.routers = nn.ModuleList(Router(shape) for _ in range(chain.iterations))
         else:
             self.router = Router(shape)
-        self.norms = (
-            nn.ModuleDict({t: RMSNorm(shape.hidden_size, shape.norm_eps) for t in later})
-            if chain.norm == "per_iteration"
-            else None
-        )
-        self.retrofit_scale = (
-            nn.ParameterDict({t: nn.Parameter(torch.zeros(shape.hidden_size)) for t in later})
-            if chain.retrofit_scale
-            else None
-        )
+        self.norms = self.retrofit_scale = None
+        if chain.norm == "per_iteration":
+            self.norms = nn.ModuleDict({t: RMSNorm(shape.hidden_size, shape.norm_eps) for t in later})
+        if chain.retrofit_scale:
+            self.retrofit_scale = nn.ParameterDict({t: nn.Parameter(torch.zeros(shape.hidden_size)) for t in later})
         self.observe_coactivation = False
 
     def iteration_routers(self) -> list[Router]:

@@ -1,8 +1,6 @@
 """Dispatch of tokens to their experts, and combination of the experts' outputs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,41 +17,27 @@ Shared = Callable[[Tensor], Tensor]
 """The shared experts, which every token visits beside its chosen ones: [T, H] -> [T, H]."""
 
 
-class Routes(Protocol):
-    """Carries the tokens of one routing to their experts and back. Passes with the same choice share one object."""
+Routes = Callable[[Tensor, Experts, Shared | None], Tensor]
+"""(hidden [T, H], experts, shared) -> [T, H]: carries the tokens of one routing to their experts and back, and returns
+the weighted sum of the chosen experts' outputs for every token, plus its `shared` output. Passes with the same choice
+share one object."""
 
-    def __call__(self, hidden_TH: Tensor, experts: Experts, shared: Shared | None = None) -> Tensor:
-        """The weighted sum of the chosen experts' outputs for every token, plus its `shared` output; [T, H]."""
-
-
-class Dispatcher(Protocol):
-    """Where a MoE layer runs its experts."""
-
-    def __call__(self, routing: Routing) -> Routes:
-        """The routes of a routing: everything that can be computed from the choices, before any token moves."""
+Dispatcher = Callable[[Routing], Routes]
+"""Where a MoE layer runs its experts: the routes of a routing, with everything that can be computed from the choices,
+before any token moves."""
 
 
-@dataclass(frozen=True)
-class LocalDispatcher:
+def dispatch_locally(routing: Routing) -> Routes:
     """All experts on this device: sort rows by expert, run the experts, combine. Dropless and deterministic."""
+    choice_of_row_N, row_of_choice_TK = sort_by_expert(routing.experts_TK, len(routing.counts_E))
 
-    def __call__(self, routing: Routing) -> Routes:
-        return LocalRoutes(routing, *sort_by_expert(routing.experts_TK, len(routing.counts_E)))
-
-
-@dataclass(frozen=True)
-class LocalRoutes:
-    """Routes that stay on this device."""
-
-    routing: Routing
-    choice_of_row_N: Tensor
-    row_of_choice_TK: Tensor
-
-    def __call__(self, hidden_TH: Tensor, experts: Experts, shared: Shared | None = None) -> Tensor:
-        rows_NH = gather_rows(hidden_TH, self.choice_of_row_N, self.row_of_choice_TK)
-        out_NH = experts(rows_NH, self.routing.counts_E)
-        out_TH = combine_rows(out_NH, self.routing.weights_TK, self.choice_of_row_N, self.row_of_choice_TK)
+    def routes(hidden_TH: Tensor, experts: Experts, shared: Shared | None) -> Tensor:
+        rows_NH = gather_rows(hidden_TH, choice_of_row_N, row_of_choice_TK)
+        out_NH = experts(rows_NH, routing.counts_E)
+        out_TH = combine_rows(out_NH, routing.weights_TK, choice_of_row_N, row_of_choice_TK)
         return out_TH if shared is None else out_TH + shared(hidden_TH)
+
+    return routes
 
 
 def sort_by_expert(experts_TK: Tensor, num_experts: int | None = None) -> tuple[Tensor, Tensor]:
@@ -116,10 +100,8 @@ class _Combine(torch.autograd.Function):
     def backward(ctx, grad_TH: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         rows_NH, weights_TK, choice_of_row_N, row_of_choice_TK = ctx.saved_tensors
         grad_NH = grad_weights = None
-        token_N, weight_N = (
-            choice_of_row_N // row_of_choice_TK.shape[1],
-            weights_TK.flatten().index_select(0, choice_of_row_N),
-        )
+        token_N = choice_of_row_N // row_of_choice_TK.shape[1]
+        weight_N = weights_TK.flatten().index_select(0, choice_of_row_N)
         if rows_NH.dtype == weights_TK.dtype:
             # One pass each, without a tensor of products: the first touch of its memory would cost more than the
             # arithmetic.
@@ -130,9 +112,8 @@ class _Combine(torch.autograd.Function):
             taken_NH = grad_TH.index_select(0, token_N).to(weights_TK.dtype)
             grad_NH = (taken_NH * weight_N[:, None]).to(rows_NH.dtype)
             if ctx.needs_input_grad[1]:
-                grad_weights = (
-                    taken_NH.mul_(rows_NH).sum(-1).index_select(0, row_of_choice_TK.flatten()).view_as(weights_TK)
-                )
+                dots_N = taken_NH.mul_(rows_NH).sum(-1)
+                grad_weights = dots_N.index_select(0, row_of_choice_TK.flatten()).view_as(weights_TK)
         return grad_NH, grad_weights, None, None
 
 

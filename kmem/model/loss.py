@@ -19,10 +19,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     are processed in chunks, and the needed gradients are computed together with the loss, so only one chunk of logits
     exists at a time (the idea of Liger-Kernel's fused linear cross entropy, arXiv 2410.10989, section 3.2).
     """
-    wanted = torch.is_grad_enabled()
-    return _LinearCrossEntropy.apply(
-        hidden, weight, labels, wanted and hidden.requires_grad, wanted and weight.requires_grad
-    )
+    return _LinearCrossEntropy.apply(hidden, weight, labels, torch.is_grad_enabled())
 
 
 def _chunk_rows(weight: Tensor) -> int:
@@ -35,7 +32,8 @@ def _chunk_rows(weight: Tensor) -> int:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, wants_hidden: bool, wants_weight: bool) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, recorded: bool) -> Tensor:
+        wants_hidden, wants_weight = (recorded and needed for needed in ctx.needs_input_grad[:2])
         rows_NH, labels_N = hidden.flatten(0, -2), labels.flatten()
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
@@ -72,4 +70,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = None
         if grad_weight_HV is not None:
             grad_weight = torch.mul(grad_weight_HV.T, grad, out=torch.empty_like(weight))
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None

@@ -286,11 +286,8 @@ def _whole_rows(
         values = np.frombuffer(file.mapped, kind, (stop - start) // kind.itemsize, start)
         if len(begun):
             missing = dim - len(begun)
-            begun, values, start = (
-                np.concatenate((begun, values[:missing])),
-                values[missing:],
-                start + missing * kind.itemsize,
-            )
+            begun = np.concatenate((begun, values[:missing]))
+            values, start = values[missing:], start + missing * kind.itemsize
             if len(begun) < dim:
                 continue
             yield _Part(begun[None], None)

@@ -5,15 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .balance import (
-    RoutingStatistics,
-    load_balancing_loss,
-    mean_of_tokens,
-    normalised_scores,
-    updated_selection_bias,
-    z_loss,
-)
-from .dispatcher import Dispatcher, LocalDispatcher, Routes, combine_rows, gather_rows, sort_by_expert
+from .balance import RoutingStatistics, load_balancing_loss, mean_of_tokens, normalised_scores, z_loss
+from .dispatcher import Dispatcher, Routes, dispatch_locally
 from .experts import Experts
 from .feed_forward import FeedForward
 from .recomputation import recomputing
@@ -21,22 +14,6 @@ from .router import Router, Routing, count_choices, stable_top_k
 from .shape import Shape
 
 # Shape letters: B sequences, T tokens, H hidden size, E experts, K experts per token.
-
-__all__ = [
-    "Dispatcher",
-    "ExpertLayer",
-    "Experts",
-    "LocalDispatcher",
-    "MoE",
-    "Router",
-    "Routing",
-    "RoutingStatistics",
-    "combine_rows",
-    "count_choices",
-    "gather_rows",
-    "sort_by_expert",
-    "updated_selection_bias",
-]
 
 
 class ExpertLayer(nn.Module):
@@ -52,12 +29,9 @@ class ExpertLayer(nn.Module):
         super().__init__()
         self.moe = shape.moe
         self.experts = Experts(shape, local_experts)
-        self.shared_experts = (
-            FeedForward(shape.hidden_size, self.moe.num_shared_experts * self.moe.intermediate_size)
-            if self.moe.num_shared_experts
-            else None
-        )
-        self.dispatcher: Dispatcher = LocalDispatcher()
+        shared_width = self.moe.num_shared_experts * self.moe.intermediate_size
+        self.shared_experts = FeedForward(shape.hidden_size, shared_width) if shared_width else None
+        self.dispatcher: Dispatcher = dispatch_locally
         self.loss_scale = 1.0
         self.on_routing: Callable[[RoutingStatistics], None] | None = None
         self.padding: Callable[[], Tensor | None] | None = None

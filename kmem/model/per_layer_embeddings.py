@@ -22,27 +22,26 @@ NAME = "per_layer_embeddings"
 class GatedUpdate(MemoryModule):
     """Gemma 3n's form. With t the token's vector, e the input embedding and h the end of the layer:
 
-        u = (RMSNorm(W_ctx e / sqrt(H)) + sqrt(p) t) / sqrt(2)
+        u = (RMSNorm(W_ctx e) + sqrt(p) t) / sqrt(2)
         h <- h + RMSNorm(W_o (gelu(W_g h) * u))
 
-    Gemma 3n shares the weights of the first norm among the layers; here each layer has its own. With branches, the
-    update reads their mean and is added to each.
+    Gemma 3n multiplies e by sqrt(H) and W_ctx e by 1 / sqrt(H); e is not scaled here, so neither factor is needed. It
+    shares the weights of the first norm among the layers; here each layer has its own. With branches, the update reads
+    their mean and is added to each.
     """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         hidden, self.width = shape.hidden_size, shape.per_layer_embeddings.width
-        self.context_factor = hidden**-0.5
         self.context_proj = Linear(hidden, self.width, bias=False)
         self.context_norm = RMSNorm(self.width, shape.norm_eps)
         self.gate_proj = Linear(hidden, self.width, bias=False)
         self.out_proj = Linear(self.width, hidden, bias=False)
-        self.out_norm = RMSNorm(hidden, shape.norm_eps)
-        self.out_norm.initial_values = {"weight": shape.per_layer_embeddings.output_scale}
+        self.out_norm = RMSNorm(hidden, shape.norm_eps, shape.per_layer_embeddings.output_scale)
 
     def leave(self, hidden: Tensor, embedding: Tensor | None, read: TokenRows) -> Tensor:
         assert embedding is not None
-        context = self.context_norm(self.context_proj(embedding) * self.context_factor)
+        context = self.context_norm(self.context_proj(embedding))
         vector = read.rows.squeeze(-2).to(context.dtype) * self.width**0.5
         known = (context + vector) * 2**-0.5
         taken = hidden if hidden.dim() == 3 else hidden.mean(2)

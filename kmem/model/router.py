@@ -103,8 +103,9 @@ def stable_top_k(values: Tensor, k: int) -> Tensor:
     make results depend on the mesh. torch.max guarantees the first index. To choose a few of some dozens, it is also
     faster than sorting; to choose more, values and indices are packed into integers, which are all different.
     """
-    if k > MOST_MAXIMA:
-        bits = values.float().contiguous().view(torch.int32).long()
+    if k > MOST_MAXIMA and values.dtype != torch.float64:  # which would leave no room for an index
+        single = values.float().masked_fill(values == 0, 0.0)  # 0 and -0 are equal, their bits are not
+        bits = single.contiguous().view(torch.int32).long()
         ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # the order of the floats
         lower_first = torch.arange(values.shape[-1] - 1, -1, -1, device=values.device)
         return (ascending << 32 | lower_first).topk(k, dim=-1).indices

@@ -41,9 +41,6 @@ PHASES = {
 assert PHASES.keys() == PipelineEngine._INSTRUCTION_MAP.keys(), "this DeepSpeed has other pipeline instructions"
 
 
-def _nothing() -> None: ...
-
-
 def _timed(phase: str, function: Callable[..., None]) -> Callable[..., None]:
     """Wrap an instruction's function: its host time is added to a phase of the engine, and profiles show the phase."""
 
@@ -83,7 +80,6 @@ class StepEngine(PipelineEngine):
         engine.context = context
         engine.gradient_norm = gradient_norm
         engine.clip_norm = clip_norm
-        engine._before_optimizer_step = _nothing
         engine.grad_norm = 0.0
         engine.phase_seconds = {}
         return engine
@@ -102,7 +98,7 @@ class StepEngine(PipelineEngine):
         try:
             return float(self.train_batch(inputs))
         finally:
-            self._before_optimizer_step = _nothing
+            del self._before_optimizer_step
 
     def _exec_schedule(self, pipe_schedule):
         self._next_forward = 0
@@ -162,15 +158,8 @@ class StepEngine(PipelineEngine):
 
 
 StepEngine._INSTRUCTION_MAP = {
-    instruction: _timed(PHASES[instruction], function)
-    for instruction, function in {
-        **PipelineEngine._INSTRUCTION_MAP,
-        schedule.ForwardPass: StepEngine._exec_forward_pass,
-        schedule.BackwardPass: StepEngine._exec_backward_pass,
-        schedule.ReduceTiedGrads: StepEngine._exec_reduce_tied_grads,
-        schedule.ReduceGrads: StepEngine._exec_reduce_grads,
-        schedule.OptimizerStep: StepEngine._exec_optimizer_step,
-    }.items()
+    instruction: _timed(PHASES[instruction], getattr(StepEngine, function.__name__))
+    for instruction, function in PipelineEngine._INSTRUCTION_MAP.items()
 }
 
 

@@ -27,39 +27,32 @@ class AllToAllDispatcher:
     group: dist.ProcessGroup
 
     def __call__(self, routing: Routing) -> Routes:
-        sent_Re = routing.counts_E.view(dist.get_world_size(self.group), -1)
-        received_Re = torch.empty_like(sent_Re)
-        counting = dist.all_to_all_single(received_Re, sent_Re, group=self.group, async_op=True)
-        # Sorted by global expert number, rows are grouped by destination rank as well.
-        choice_of_row_N, row_of_choice_TK = sort_by_expert(routing.experts_TK, len(routing.counts_E))
-        assert counting is not None
-        counting.wait()
-        send, receive = torch.stack([sent_Re.sum(1), received_Re.sum(1)]).tolist()
-        # Rows arrive sorted by source rank, then expert; the grouped products need them sorted by expert.
-        expert_M = torch.arange(sent_Re.shape[1], device=sent_Re.device).repeat(len(sent_Re))
-        expert_M = expert_M.repeat_interleave(received_Re.flatten(), output_size=sum(receive))
-        order_M, place_M1 = sort_by_expert(expert_M.unsqueeze(1), sent_Re.shape[1])
-        return AllToAllRoutes(
-            routing, choice_of_row_N, row_of_choice_TK, order_M, place_M1, received_Re.sum(0), send, receive, self.group
-        )
+        return AllToAllRoutes(routing, self.group)
 
 
-@dataclass(frozen=True)
 class AllToAllRoutes:
     """Routes over the ranks of a group. The shared experts run during the transfer of rows to the routed experts. In
     the backward pass, their gradients are computed during the transfer of the rows' gradients back."""
 
-    routing: Routing
-    choice_of_row_N: Tensor
-    row_of_choice_TK: Tensor
-    order_M: Tensor
-    place_M1: Tensor
-    counts_e: Tensor
-    send: list[int]
-    """Number of rows sent to each rank."""
-    receive: list[int]
-    """Number of rows received from each rank."""
-    group: dist.ProcessGroup
+    def __init__(self, routing: Routing, group: dist.ProcessGroup) -> None:
+        self.routing, self.group = routing, group
+        sent_Re = routing.counts_E.view(dist.get_world_size(group), -1)
+        received_Re = torch.empty_like(sent_Re)
+        counting = dist.all_to_all_single(received_Re, sent_Re, group=group, async_op=True)
+        # Sorted by global expert number, rows are grouped by destination rank as well.
+        self.choice_of_row_N, self.row_of_choice_TK = sort_by_expert(routing.experts_TK, len(routing.counts_E))
+        assert counting is not None
+        counting.wait()
+        self.send: list[int]
+        """Number of rows sent to each rank."""
+        self.receive: list[int]
+        """Number of rows received from each rank."""
+        self.send, self.receive = torch.stack([sent_Re.sum(1), received_Re.sum(1)]).tolist()
+        # Rows arrive sorted by source rank, then expert; the grouped products need them sorted by expert.
+        expert_M = torch.arange(sent_Re.shape[1], device=sent_Re.device).repeat(len(sent_Re))
+        expert_M = expert_M.repeat_interleave(received_Re.flatten(), output_size=sum(self.receive))
+        self.order_M, self.place_M1 = sort_by_expert(expert_M.unsqueeze(1), sent_Re.shape[1])
+        self.counts_e = received_Re.sum(0)
 
     def __call__(self, hidden_TH: Tensor, experts: Experts, shared: Shared | None = None) -> Tensor:
         dispatch = _Transfer(self.send, self.receive, self.group)

@@ -1,6 +1,7 @@
 """Per-layer embeddings in training."""
 
 from pathlib import Path
+from typing import Any
 
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.config import Config
@@ -12,6 +13,7 @@ class PerLayerEmbeddingsTraining(TokenRowsTraining):
     """Rows of token ids are fetched ahead of the step that reads them."""
 
     model = PerLayerEmbeddingsKind()
+    draws_added_rows = True  # the update is scaled by zero at first, whatever the rows hold
 
     def check_added(self, config: Config, folder: Path) -> None:
         section = config.model.per_layer_embeddings
@@ -21,6 +23,9 @@ class PerLayerEmbeddingsTraining(TokenRowsTraining):
                 f"model.per_layer_embeddings: {folder} has none, and adding it would change what the model computes; "
                 "choose form=gemma3n with output_scale=0, leave it out, or train from the start"
             )
+
+    def compared(self, section: dict[str, Any]) -> dict[str, Any]:
+        return section | {"output_scale": None}  # an initial value
 
     def activation_values(self, config: Config, layer: int) -> int:
         width = self.model.row_values(config.model.shape, layer)

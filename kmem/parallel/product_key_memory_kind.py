@@ -8,6 +8,7 @@ the order of the layers, so they stay equal, and equal to the one pool of a pipe
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,20 +58,21 @@ class ProductKeyMemoryTraining(MemoryKind):
         )
 
     def table_bytes(self, config: Config, mesh: Mesh, layers: Sequence[int]) -> list[TableBytes]:
-        """The copy of this stage."""
+        """The copy of this stage. Every look-up of a layer for a micro-batch has a working set of its own, which is
+        kept until the end of the step."""
         shape = config.model.shape
         own = [layer for layer in self.model.layers(shape) if layer in layers]
         if not own:
             return []
         (table,) = self.model.tables(shape).values()
-        tokens = config.train.global_batch_size // mesh.data * config.data.sequence_length
-        look_ups = len(own) * tokens * self.model.row_values(shape, own[0]) // table.width
-        return [
-            TableBytes.of(
-                self.name, "layer", own[0], self.settings(config), self.optimizer(config), mesh, table.rows,
-                table.width, look_ups, look_ups,
-            )
-        ]  # fmt: skip
+        tokens = config.train.micro_batch_size * config.data.sequence_length
+        look_ups = tokens * self.model.row_values(shape, own[0]) // table.width
+        once = TableBytes.of(
+            self.name, "layer", own[0], self.settings(config), self.optimizer(config), mesh, table.rows, table.width,
+            look_ups, look_ups,
+        )  # fmt: skip
+        times = len(own) * config.train.global_batch_size // (config.train.micro_batch_size * mesh.data)
+        return [replace(once, working_set=times * once.working_set)]
 
     def activation_values(self, config: Config, layer: int) -> int:
         section, hidden = config.model.shape.product_key_memory, config.model.hidden_size
@@ -130,7 +132,7 @@ class StagePool(StageMemory):
         if training and not recomputing():
             used = weights.detach().double().cpu()
             self._usage.index_add_(0, ids.flatten().cpu(), used.flatten())
-            self._top += torch.tensor([float(used.max(-1).values.sum()), used.shape[0] * used.shape[1]])
+            self._top += torch.stack((used.max(-1).values.sum(), used.new_tensor(used.shape[0] * used.shape[1])))
         return working_set.weighted(0, weights)
 
     def commit(self, scale: float, learning_rate: float) -> None:

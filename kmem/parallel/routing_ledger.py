@@ -5,13 +5,15 @@ metrics.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kmem.model.balance import RoutingStatistics, updated_selection_bias
 from kmem.model.chain_of_experts import ChainOfExperts, IterationStatistics
-from kmem.model.moe import ExpertLayer, RoutingStatistics, updated_selection_bias
+from kmem.model.moe import ExpertLayer
 from kmem.model.router import Router
 from kmem.model.shape import Shape
 from kmem.parallel.mesh import Mesh, local_device
@@ -56,7 +58,7 @@ class RoutingLedger:
         )
         self._pairs: Tensor | None = None
         for index, layer in layers.items():
-            layer.on_routing = self._recorder(index)
+            layer.on_routing = partial(self._record, index)
 
     def begin_step(self, coactivation: bool) -> None:
         """Choose whether to collect the co-activation of iterations in this step; the same on every rank."""
@@ -67,23 +69,20 @@ class RoutingLedger:
             if isinstance(layer, ChainOfExperts):
                 layer.observe_coactivation = wanted
 
-    def _recorder(self, index: int):
-        def record(statistics: RoutingStatistics) -> None:
-            if not self.context.recording:  # a recomputation or an evaluation
-                return
-            iteration, means = 0, _ROUTING
-            if isinstance(statistics, IterationStatistics):
-                iteration, means = statistics.iteration, _MEANS
-                if statistics.coactivation_EE is not None:
-                    assert self._pairs is not None
-                    self._pairs[index, iteration - 1] += statistics.coactivation_EE
-            row = self._sums[index, iteration]
-            row[: self.num_experts] += statistics.counts_E.to(row)
-            for place, name in enumerate(means):
-                row[self.num_experts + place] += getattr(statistics, name).to(row)
-            row[-1] += statistics.excluded.to(row)
-
-        return record
+    def _record(self, index: int, statistics: RoutingStatistics) -> None:
+        if not self.context.recording:  # a recomputation or an evaluation
+            return
+        iteration, means = 0, _ROUTING
+        if isinstance(statistics, IterationStatistics):
+            iteration, means = statistics.iteration, _MEANS
+            if statistics.coactivation_EE is not None:
+                assert self._pairs is not None
+                self._pairs[index, iteration - 1] += statistics.coactivation_EE
+        row = self._sums[index, iteration]
+        row[: self.num_experts] += statistics.counts_E.to(row)
+        for place, name in enumerate(means):
+            row[self.num_experts + place] += getattr(statistics, name).to(row)
+        row[-1] += statistics.excluded.to(row)
 
     def close_step(self, micro_batches: int) -> StepRouting:
         """Sum the step over all ranks and start the next one. Collective over the world."""

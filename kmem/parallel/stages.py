@@ -1,5 +1,6 @@
 """How layers are divided over pipeline stages."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from kmem.config import Config
@@ -18,14 +19,9 @@ def stage_bounds(config: Config) -> list[int]:
     head = [0, counts.head] if config.model.tie_embeddings else [counts.head]
     weights = [0, *counts.layers, *head]  # the embedding is a lookup
     stages = config.parallel.pipeline
-    low, high = max(weights), sum(weights)
-    while low < high:  # find the smallest capacity for which the stages suffice
-        capacity = (low + high) // 2
-        if len(_fill(weights, capacity)) <= stages:
-            high = capacity
-        else:
-            low = capacity + 1
-    bounds = [0, *_fill(weights, low)]
+    capacities = range(max(weights), sum(weights))  # the end, one stage for all, always suffices
+    place = bisect_left(capacities, True, key=lambda capacity: len(_fill(weights, capacity)) <= stages)
+    bounds = [0, *_fill(weights, capacities.start + place)]
     while len(bounds) <= stages:  # split the longest stages until every one has a layer
         longest = max(range(len(bounds) - 1), key=lambda stage: bounds[stage + 1] - bounds[stage])
         bounds.insert(longest + 1, (bounds[longest] + bounds[longest + 1] + 1) // 2)

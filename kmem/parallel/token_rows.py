@@ -64,6 +64,7 @@ class StageTokenRows(StageMemory):
         self.layers = list(self.modules)
         self.addresses = addresses
         shape = parts.shape
+        self._own_rows = kind.model.trained_control(shape)
         self._all = kind.model.tables(shape)
         self._names = {table.layer: name for name, table in self._all.items()}
         self.tables = [
@@ -81,7 +82,7 @@ class StageTokenRows(StageMemory):
         plans = {}
         for layer in self.layers:
             rows = self.addresses.row_ids(layer, tokens, documents)
-            if control is not None:
+            if control not in (None, self._own_rows):
                 rows = self.addresses.other_rows(layer, control)(rows)
             plans[self._names[layer]] = StepPlan.of(rows.unflatten(0, (len(micro_batches), -1)))
         return MemoryPlan(plans)

@@ -1,18 +1,22 @@
-"""Copies between the worker's host arrays and the compute device, on the worker's own stream."""
+"""Copies between the worker's host arrays and the compute device, on the worker's own stream, through pinned
+host memory, which a device can copy from and to by DMA."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kmem.tables.exchange import as_tensor
-from kmem.tables.pinned import PinnedBuffer, PinnedRing
 from kmem.tables.working_set import StepPlan, WorkingSet
 
 _ALIGNMENT = 256
 """Alignment of arrays in a pinned buffer, in bytes; enough for any dtype and any wide copy."""
+
+Event = torch.cuda.Event | None
+"""A point on a stream; None on a CPU, where nothing is queued."""
 
 
 class DeviceCopy:
@@ -30,7 +34,7 @@ class DeviceCopy:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # One buffer for the step that is being filled, and one for every step whose copies may still be queued.
         self._ring = PinnedRing(depth + 2)
-        self._download: PinnedBuffer | None = None
+        self._download = PinnedRing(1)
 
     # Worker thread.
 
@@ -53,7 +57,7 @@ class DeviceCopy:
                 pinned = as_tensor(buffer[start : start + array.nbytes].numpy().view(array.dtype).reshape(array.shape))
                 pinned.copy_(as_tensor(array))
                 copies.append(pinned.to(self.device, non_blocking=True))
-            self._ring.copied(self._event())
+            self._ring.copied(self._stream.record_event())
         return copies
 
     def empty(self, rows: int, dim: int) -> Tensor:
@@ -61,12 +65,7 @@ class DeviceCopy:
         with self._streamed():
             return torch.empty(rows, dim, device=self.device)
 
-    def zeros(self, rows: int, dim: int) -> Tensor:
-        """fp32 zeros [rows, dim], filled on the stream."""
-        with self._streamed():
-            return torch.zeros(rows, dim, device=self.device)
-
-    def working_set(self, rows: np.ndarray | Tensor, plan: StepPlan, trainable: bool) -> tuple[WorkingSet, object]:
+    def working_set(self, rows: np.ndarray | Tensor, plan: StepPlan, trainable: bool) -> tuple[WorkingSet, Event]:
         """A working set with the rows as fp32 on the device, and the event that marks their arrival.
 
         Args:
@@ -79,33 +78,27 @@ class DeviceCopy:
             rows, *index = self.upload(rows, *places)
         with self._streamed():
             working_set = WorkingSet(rows.float(), index, trainable, plan.rows)
-        return working_set, None if self._stream is None else self._event()
+        return working_set, None if self._stream is None else self._stream.record_event()
 
-    def follow(self, event: object) -> None:
+    def follow(self, event: Event) -> None:
         """Let the stream wait for an event of the main thread."""
         if self._stream is not None and event is not None:
-            assert isinstance(event, torch.cuda.Event)
             self._stream.wait_event(event)
 
-    def take_over(self, values: Tensor, computed: object) -> Tensor:
+    def take_over(self, values: Tensor, computed: Event) -> Tensor:
         """Make a tensor of the main thread usable on the stream, which waits for the event `computed`."""
         self.follow(computed)
         if self._stream is not None:
             values.record_stream(self._stream)  # the main thread may drop it while the stream still uses it
         return values
 
-    def to_host(self, values: Tensor, computed: object) -> np.ndarray:
+    def to_host(self, values: Tensor, computed: Event) -> np.ndarray:
         """Wait for the event `computed` and copy a tensor to the host; the array is valid until the next call."""
         if self._stream is None:
             return values.numpy()
         self.follow(computed)
         with self._streamed():
-            if self._download is None or len(self._download.bytes) < values.nbytes:
-                if self._download is not None:
-                    self._download.close()
-                    self._download = None
-                self._download = PinnedBuffer(values.nbytes + values.nbytes // 8 + 1)
-            pinned = self._download.bytes[: values.nbytes].view(values.dtype).view(values.shape)
+            pinned = self._download.take(values.nbytes)[: values.nbytes].view(values.dtype).view(values.shape)
             pinned.copy_(values, non_blocking=True)
         self.settle()
         return pinned.numpy()
@@ -117,18 +110,13 @@ class DeviceCopy:
 
     # Main thread.
 
-    def mark(self) -> object:
+    def mark(self) -> Event:
         """An event behind everything queued on the current stream so far; None on a CPU."""
-        if self._stream is None:
-            return None
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+        return None if self._stream is None else torch.cuda.current_stream(self.device).record_event()
 
-    def hand_over(self, working_set: WorkingSet, arrived: object) -> WorkingSet:
+    def hand_over(self, working_set: WorkingSet, arrived: Event) -> WorkingSet:
         """Let the current stream wait for a working set; `arrived` is the event from `working_set`."""
         if arrived is not None:
-            assert isinstance(arrived, torch.cuda.Event)
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(arrived)
             # Allocated on the worker's stream: the memory may not be reused while this stream still uses it.
@@ -141,14 +129,71 @@ class DeviceCopy:
         """Wait for the stream and free the pinned buffers."""
         self.settle()
         self._ring.close()
-        if self._download is not None:
-            self._download.close()
-            self._download = None
+        self._download.close()
 
     def _streamed(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def _event(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()
-        event.record(self._stream)
-        return event
+
+class PinnedBuffer:
+    """Pinned host memory of exactly this size. (torch's own allocator rounds sizes up to powers of two and does not
+    give freed memory back.)"""
+
+    def __init__(self, size: int) -> None:
+        self.bytes = torch.empty(size, dtype=torch.uint8)
+        """uint8 [size]."""
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 0))
+
+    def close(self) -> None:
+        """Unpin the memory; no copy may be in progress."""
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr()))
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+
+
+class PinnedRing:
+    """Buffers used in turn. A buffer is reused when the last copy from it has finished. Pinning memory takes about as
+    long as a copy through it, so a new buffer per step would double the time of a fetch.
+
+    A buffer that is too small is replaced by one with room for the largest size requested so far, so that a run soon
+    stops allocating. With more than one buffer, the next one is filled while the last one is copied.
+
+    Args:
+        buffers: number of buffers.
+        allocate: makes a buffer of the given size in bytes.
+    """
+
+    def __init__(self, buffers: int, allocate: Callable[[int], PinnedBuffer] = PinnedBuffer) -> None:
+        assert buffers >= 1
+        self._allocate = allocate
+        self._buffers: list[PinnedBuffer | None] = [None] * buffers
+        self._copied: list[Any] = [None] * buffers
+        self._largest = 0
+        self._next = 0
+
+    def take(self, size: int) -> Tensor:
+        """The next buffer, uint8 with at least `size` elements. Waits until no copy uses it. Call `copied` next."""
+        place, self._largest = self._next, max(self._largest, size)
+        if self._copied[place] is not None:
+            self._copied[place].synchronize()
+            self._copied[place] = None
+        buffer = self._buffers[place]
+        if buffer is None or len(buffer.bytes) < size:
+            if buffer is not None:
+                self._buffers[place] = None
+                buffer.close()
+            buffer = self._buffers[place] = self._allocate(self._largest + self._largest // 8 + 1)
+        return buffer.bytes
+
+    def copied(self, event: Any) -> None:
+        """Mark the buffer taken last as in use until this event has passed."""
+        self._copied[self._next] = event
+        self._next = (self._next + 1) % len(self._buffers)
+
+    def close(self) -> None:
+        """Wait for the last copies and free everything."""
+        for place, buffer in enumerate(self._buffers):
+            if self._copied[place] is not None:
+                self._copied[place].synchronize()
+            if buffer is not None:
+                buffer.close()
+            self._buffers[place] = self._copied[place] = None

@@ -15,19 +15,7 @@ that begins t after them.
 With staleness s, step t waits only for steps up to t - 1 - s: the newest s steps in flight are not counted yet.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
-
-
-@dataclass
-class InFlight:
-    """A step between begin and commit, at an owner."""
-
-    owned: np.ndarray
-    """Local rows that any rank asked for in this step, unique; their gradients will come back."""
-    counted: bool = False
-    """Whether the rows are included in the busy counts."""
 
 
 class Hazards:
@@ -40,7 +28,11 @@ class Hazards:
 
     def __init__(self, busy: np.ndarray, staleness: int = 0) -> None:
         self.busy, self.staleness = busy, staleness
-        self.in_flight: dict[int, InFlight] = {}
+        self.in_flight: dict[int, np.ndarray] = {}
+        """Step between begin and commit -> local rows that any rank asked for in it, unique; their gradients will come
+        back."""
+        self.counted: set[int] = set()
+        """Steps in flight whose rows are included in the busy counts."""
 
     def begin(self, step: int, wanted: np.ndarray, owned: np.ndarray) -> np.ndarray:
         """Begin a step. Returns bool [W], True for the wanted rows that may be handed out now.
@@ -49,18 +41,19 @@ class Hazards:
             wanted: int64 [W], local rows that the askers want, in the order of `Request.wanted`.
             owned: the same rows, unique.
         """
-        for number, other in self.in_flight.items():
-            if number < step - self.staleness and not other.counted:
-                self.busy[other.owned] += 1
-                other.counted = True
-        self.in_flight[step] = InFlight(owned)
+        for number, others in self.in_flight.items():
+            if number < step - self.staleness and number not in self.counted:
+                self.busy[others] += 1
+                self.counted.add(number)
+        self.in_flight[step] = owned
         return self.busy[wanted] == 0
 
     def end(self, step: int) -> None:
         """End a step that has been committed or skipped."""
-        ended = self.in_flight.pop(step)
-        if ended.counted:
-            self.busy[ended.owned] -= 1
+        owned = self.in_flight.pop(step)
+        if step in self.counted:
+            self.busy[owned] -= 1
+            self.counted.remove(step)
 
     def waits(self, step: int) -> bool:
         """Whether an earlier step for which this one must wait is in flight. The same on all ranks."""

@@ -6,12 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kmem.tables.device_copy import DeviceCopy
+from kmem.tables.device_copy import DeviceCopy, Event
 from kmem.tables.exchange import Exchange, Request
 from kmem.tables.row_optimizers import kernels
-from kmem.tables.row_optimizers.update import host_array, host_columns
 from kmem.tables.row_threads import RowThreads
-from kmem.tables.stores import Store
+from kmem.tables.stores import Store, host_array
 
 # Shape letters: U rows that this rank asks for, W rows that all ranks want from it, D values of a row.
 
@@ -47,7 +46,7 @@ class ThroughHost:
         values = self._gather(request.wanted[send_mask])
         rows[recv_mask] = self._exchange.to_askers_where(request, send_mask, values, recv_mask)
 
-    def to_owners(self, request: Request, gradient: Tensor, computed: object) -> np.ndarray:
+    def to_owners(self, request: Request, gradient: Tensor, computed: Event) -> np.ndarray:
         """Gradients of the asked rows [U, D] -> gradients of the wanted rows [W, D]; valid until the next call."""
         return self._exchange.to_owners(request, self._copy.to_host(gradient, computed))
 
@@ -56,7 +55,7 @@ class ThroughHost:
         if not self._store.on_host:
             self._copy.settle()
             return host_array(table[torch.from_numpy(rows).to(table.device)].cpu())
-        values, start = host_columns(self._store, "rows")
+        values, start = self._store.columns("rows")
         out = self.empty(len(rows))
         self._threads.run(len(rows), lambda part: kernels.gather(values, start, rows[part], out[part]))
         return out
@@ -102,7 +101,7 @@ class InPlace:
 
         self._copy.run(gather)
 
-    def to_owners(self, request: Request, gradient: Tensor, computed: object) -> np.ndarray | Tensor:
+    def to_owners(self, request: Request, gradient: Tensor, computed: Event) -> np.ndarray | Tensor:
         """The gradient [U, D] in the memory of the rows: a host array, or a device tensor."""
         if self._store.on_host:
             return self._copy.to_host(gradient, computed)

@@ -11,22 +11,11 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class RowRange:
-    """Rows [start, stop) of a table."""
-
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-
-def row_range(rows: int, ranks: int, rank: int) -> RowRange:
+def row_range(rows: int, ranks: int, rank: int) -> range:
     """The rows of one rank; the range may be empty if there are fewer rows than ranks."""
     base, longer = divmod(rows, ranks)
     start = rank * base + min(rank, longer)
-    return RowRange(start, start + base + (rank < longer))
+    return range(start, start + base + (rank < longer))
 
 
 def boundaries(rows: int, ranks: int) -> np.ndarray:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import gcd, prod
+from math import gcd
 from pathlib import Path
 from typing import Literal
 
@@ -140,7 +140,8 @@ class Store:
             self.bytes += _up(rows * layout.row_bytes, _PAGE)
         buffer = self._allocate(torch.device(device))
         for array, layout in arrays.items():
-            self.arrays[array] = _view(buffer, offsets[array], (rows, layout.width), layout.dtype)
+            part = buffer[offsets[array] : offsets[array] + rows * layout.row_bytes]
+            self.arrays[array] = part.view(layout.dtype).view(rows, layout.width)
 
     def __getitem__(self, array: str) -> Tensor:
         return self.arrays[array]
@@ -150,13 +151,15 @@ class Store:
         """Whether numpy and compiled loops can work on the arrays in place."""
         return self.arrays == {} or next(iter(self.arrays.values())).device.type == "cpu"
 
-    def columns(self, array: str) -> tuple[Tensor, int]:
-        """A contiguous tensor [rows, columns] with the array's dtype, and the column at which the array's rows start in
-        it. Compiled loops are vectorised over parts of contiguous rows, but not over rows of a strided array."""
-        if self._records is None or self.layout is None:
-            return self.arrays[array], 0
-        dtype = self.arrays[array].dtype
-        return self._records.view(dtype), self.layout.offsets[array] // dtype.itemsize
+    def columns(self, array: str) -> tuple[np.ndarray, np.uintp]:
+        """A contiguous array [rows, columns] with the array's dtype (bf16 as uint16 bits), and the column at which the
+        array's rows start in it. Compiled loops take them so: they are vectorised over parts of contiguous rows, but
+        not over rows of a strided array."""
+        values, start = self.arrays[array], 0
+        if self._records is not None and self.layout is not None:
+            start = self.layout.offsets[array] // values.element_size()
+            values = self._records.view(values.dtype)
+        return host_array(values), np.uintp(start)
 
     def fetch_ahead(self, rows: np.ndarray, writing: bool = True, part: tuple[str, slice] | None = None) -> None:
         """Read the records of rows [W] int64 into memory together, before they are used. Does nothing unless the store
@@ -181,12 +184,12 @@ class Store:
         if error is not None:
             raise StoreError(f"table {self.name}: {self.path} cannot be read ({error})")
 
-    def fill(self, array: str, values: Callable[[int, int], Tensor]) -> None:
+    def fill(self, array: str, values: Callable[[int, int], Tensor | np.ndarray]) -> None:
         """Write an array chunk by chunk; values(start, stop) returns rows [start, stop) as fp32 on the host."""
         target = self.arrays[array]
         for start, stop in self.chunks(array):
             self.fetch_ahead(np.arange(start, stop))
-            target[start:stop].copy_(values(start, stop))
+            target[start:stop].copy_(torch.as_tensor(values(start, stop)))
 
     def chunks(self, array: str) -> Iterator[tuple[int, int]]:
         """Row ranges [start, stop) of at most CHUNK_BYTES."""
@@ -304,10 +307,11 @@ def _up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
+def host_array(tensor: Tensor) -> np.ndarray:
+    """The tensor's memory as a numpy array; bf16 as uint16 bits."""
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
 def gib(size: int) -> str:
     """A size in bytes as readable text."""
     return f"{size / 2**30:.2f} GiB ({size} bytes)"
-
-
-def _view(buffer: Tensor, offset: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    return buffer[offset : offset + prod(shape) * dtype.itemsize].view(dtype).view(shape)

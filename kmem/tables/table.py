@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -26,16 +25,16 @@ from torch.profiler import record_function
 from kmem.checkpoint.pieces import Pieces
 from kmem.config import RowOptimizerConfig, UserError
 from kmem.tables import counter_random
-from kmem.tables.device_copy import DeviceCopy
+from kmem.tables.device_copy import DeviceCopy, Event
 from kmem.tables.exchange import Request
 from kmem.tables.hazards import Hazards
 from kmem.tables.row_optimizers import RowOptimizer, RowUpdate, make_row_optimizer
-from kmem.tables.row_optimizers.update import host_array, sum_by_row
+from kmem.tables.row_optimizers.update import sum_by_row
 from kmem.tables.row_threads import RowThreads
 from kmem.tables.row_transport import make_row_transport
 from kmem.tables.segments import Segments
 from kmem.tables.sharding import RowSelection, row_range
-from kmem.tables.stores import CHUNK_BYTES, ArrayLayout, Store
+from kmem.tables.stores import CHUNK_BYTES, ArrayLayout, Store, host_array
 from kmem.tables.table_spec import DTYPES, StepMetrics, TableSpec
 from kmem.tables.worker import InlineWorker, TableWorker
 from kmem.tables.working_set import StepPlan, WorkingSet
@@ -48,13 +47,16 @@ Planned = Tensor | Callable[[], StepPlan]
 or a function that the worker calls to get the plan."""
 
 
-class _Step:
-    """The worker's record of a step. The begin job fills it."""
+class Ticket:
+    """The rows of a step, from `begin` to `commit`."""
 
-    def __init__(self, number: int, ready: Future) -> None:
-        self.number, self.ready = number, ready
+    def __init__(self, table: "Table", number: int, ready: Future) -> None:
+        self._table, self.number, self.ready = table, number, ready
         self.metrics = StepMetrics()
+        """The metrics of this step; complete after the worker has done the commit."""
         self.ended = False
+        self._working_set: WorkingSet | None = None
+        # The worker's record of the step, which the begin job fills.
         self.plan: StepPlan
         self.request: Request
         self.owned: Segments
@@ -66,14 +68,6 @@ class _Step:
         self.fresh_asked: np.ndarray
         """bool [U], the same for the rows that this rank asked for."""
 
-
-class Ticket:
-    """The rows of a step, from `begin` to `commit`. Leaving its context without a commit skips the step."""
-
-    def __init__(self, table: "Table", step: _Step) -> None:
-        self._table, self._step = table, step
-        self._working_set: WorkingSet | None = None
-
     def result(self) -> WorkingSet:
         """Wait for the rows. Further calls return the same object.
 
@@ -81,18 +75,13 @@ class Ticket:
             ExchangeError: the exchange failed on this or another rank.
         """
         if self._working_set is None:
-            self._working_set = self._table._receive(self._step)
+            self._working_set = self._table._receive(self)
         return self._working_set
-
-    @property
-    def metrics(self) -> StepMetrics:
-        """The metrics of this step; complete after the worker has done the commit."""
-        return self._step.metrics
 
     @property
     def owned_rows(self) -> Tensor:
         """int64, ascending: local numbers of this rank's rows that any rank asked for. Call `result` first."""
-        return torch.from_numpy(self._step.owned.unique)
+        return torch.from_numpy(self.owned.unique)
 
     def commit(self, scale: float, learning_rate: float, skip: bool = False) -> None:
         """Queue the update of this step's rows.
@@ -102,18 +91,9 @@ class Ticket:
             learning_rate: learning rate of the rows, multiplier included.
             skip: leave the rows unchanged; all ranks must pass the same value.
         """
-        assert not self._step.ended, "this step has been committed or skipped before"
+        assert not self.ended, "this step has been committed or skipped before"
         assert skip or self._table.trained, "frozen rows have no updates"
-        self._table._end(self._step, None if skip else self._working_set, scale, learning_rate, skip)
-
-    def __enter__(self) -> "Ticket":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self._step.ended:
-            self.commit(0.0, 0.0, skip=True)
+        self._table._end(self, None if skip else self._working_set, scale, learning_rate, skip)
 
 
 class Table:
@@ -184,10 +164,11 @@ class Table:
             depth if optimizer is None else staleness,  # frozen rows need not wait for anything
         )
         self._optimizer_step = torch.zeros(1, dtype=torch.int64)
+        """Number of optimizer steps done; skipped steps do not count."""
         self._begun = 0
-        self._open: list[_Step] = []
+        self._open: list[Ticket] = []
         """Steps that have begun, without a queued commit or skip. For the main thread."""
-        self._unserved: list[_Step] = []
+        self._unserved: list[Ticket] = []
         """Steps that have begun and wait for rows in conflict. For the worker thread."""
         self._finished: deque[StepMetrics] = deque(maxlen=1000)
         if initialise:
@@ -197,28 +178,22 @@ class Table:
         """Set the initial rows: from `spec.initial_rows` if it is given, else drawn. Drawn rows depend on the seed, the
         table's name and the row numbers alone."""
         spec, first = self.spec, self.local.start
-        stream = counter_random.key(spec.seed, spec.name)
-
-        def values(start: int, stop: int) -> Tensor:
-            return torch.from_numpy(
-                counter_random.normal_rows(first + start, first + stop, spec.dim, stream, spec.init_std)
-            )
-
-        if spec.initial_rows is not None:
-            given = spec.initial_rows
-            self.store.fill("rows", lambda start, stop: given(first + start, first + stop))
-        elif spec.init_std:
-            self.store.fill("rows", values)
+        rows: Callable[[int, int], Tensor | np.ndarray] | None = spec.initial_rows
+        if rows is None and spec.init_std:
+            stream = counter_random.key(spec.seed, spec.name)
+            rows = partial(counter_random.normal_rows, dim=spec.dim, stream=stream, std=spec.init_std)
+        if rows is not None:
+            self.store.fill("rows", lambda start, stop: rows(first + start, first + stop))
 
     def begin(self, plan: Planned) -> Ticket:
         """Start fetching a step's rows."""
         assert len(self._open) <= self.depth, f"{len(self._open)} steps are begun, prefetch depth is {self.depth}"
-        step = _Step(self._begun, self._worker.promise())
+        step = Ticket(self, self._begun, self._worker.promise())
         self._begun += 1
         self._open.append(step)
         written = self._written(step.number)
         self._worker.submit(lambda: self._fetch(step, self._made(plan), written))
-        return Ticket(self, step)
+        return step
 
     def evaluate(self, plan: Planned, trainable: bool = False) -> WorkingSet:
         """Read rows in the state after the last queued commit. Does not affect steps in flight.
@@ -261,11 +236,6 @@ class Table:
     def in_flight(self) -> int:
         """Number of steps that have begun, and are neither committed nor skipped."""
         return len(self._open)
-
-    @property
-    def step(self) -> int:
-        """Number of optimizer steps done; skipped steps do not count."""
-        return int(self._optimizer_step)
 
     def take_metrics(self) -> list[StepMetrics]:
         """The metrics of the steps that ended since the last call, oldest first."""
@@ -372,24 +342,13 @@ class Table:
         self._hazards.busy = np.zeros(0, np.uint8)
         self.store.close()
 
-    def __enter__(self) -> "Table":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
-            # Other ranks may not have failed: jobs queued here would wait for exchanges that do not match theirs.
-            self._worker.fail(error)
-        self.close()
-
     # Main thread, on behalf of tickets.
 
-    def _written(self, step: int) -> object:
+    def _written(self, step: int) -> Event:
         """The event for which the worker's stream waits before step 0: initial or loaded rows are written."""
         return self._copy.mark() if step == 0 else None
 
-    def _receive(self, step: _Step) -> WorkingSet:
+    def _receive(self, step: Ticket) -> WorkingSet:
         blocking = [other.number for other in self._open if other.number < step.number - self._hazards.staleness]
         assert not blocking, f"step {step.number} waits for steps {blocking}: commit or skip them first"
         began = time.perf_counter()
@@ -397,7 +356,7 @@ class Table:
         step.metrics.stall_ms = 1e3 * (time.perf_counter() - began)
         return self._copy.hand_over(working_set, arrived)
 
-    def _end(self, step: _Step, working_set: WorkingSet | None, scale: float, rate: float, skip: bool) -> None:
+    def _end(self, step: Ticket, working_set: WorkingSet | None, scale: float, rate: float, skip: bool) -> None:
         assert skip or step is self._open[0], "steps are committed in the order in which they were begun"
         step.ended = True
         self._open.remove(step)
@@ -408,7 +367,7 @@ class Table:
     # Worker thread.
 
     @record_function("kmem: fetch")
-    def _fetch(self, step: _Step, plan: StepPlan, written: object) -> None:
+    def _fetch(self, step: Ticket, plan: StepPlan, written: Event) -> None:
         began, sent = time.perf_counter(), self._exchange.bytes
         self._copy.follow(written)
         step.plan, unique = plan, plan.rows
@@ -433,7 +392,7 @@ class Table:
         else:
             self._hand_out(step)
 
-    def _fresh(self, step: _Step) -> np.ndarray:
+    def _fresh(self, step: Ticket) -> np.ndarray:
         """bool [W]: True for the wanted rows that may be handed out now. A dense optimizer moves even rows that no step
         holds, so no row may be handed out before all earlier steps are committed."""
         fresh = self._hazards.begin(step.number, step.request.wanted, step.owned.unique)
@@ -443,13 +402,14 @@ class Table:
 
     @record_function("kmem: update")
     def _finish(
-        self, step: _Step, gradient: Tensor | None, computed: object, scale: float, rate: float, skip: bool
+        self, step: Ticket, gradient: Tensor | None, computed: Event, scale: float, rate: float, skip: bool
     ) -> None:
         sent = self._exchange.bytes
         self._hazards.end(step.number)
         if not skip:
             if gradient is None:  # a rank without gradients must take part, too
-                gradient = self._copy.zeros(len(step.fresh_asked), self.spec.dim)
+                gradient = self._copy.empty(len(step.fresh_asked), self.spec.dim)
+                self._copy.run(gradient.zero_)
             wanted = self._transport.to_owners(step.request, gradient, computed)
             began = time.perf_counter()
             self._apply(step.owned, wanted, scale, rate)
@@ -478,10 +438,10 @@ class Table:
         else:
             self._copy.run(lambda: optimizer.apply(self.store, update, self.local.start))
 
-    def _hand_out(self, step: _Step) -> None:
+    def _hand_out(self, step: Ticket) -> None:
         step.ready.set_result(self._copy.working_set(step.rows, step.plan, self.trained))
 
-    def _fetch_unchanging(self, plan: StepPlan, written: object, trainable: bool) -> tuple[WorkingSet, object]:
+    def _fetch_unchanging(self, plan: StepPlan, written: Event, trainable: bool) -> tuple[WorkingSet, Event]:
         self._copy.follow(written)
         unique = plan.rows
         request = self._exchange.request(unique, self.spec.rows)

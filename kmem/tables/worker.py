@@ -70,7 +70,7 @@ class TableWorker:
             return future.result(self.timeout_seconds)
         except FutureTimeout:
             self.error = self.error or TimeoutError(f"no answer within {self.timeout_seconds:g} s")
-            raise ExchangeError(self._message()) from self.error
+            raise ExchangeError(_stopped(self.error)) from self.error
 
     def call(self, job: Callable[[], Any]) -> Any:
         """Queue a job and wait for its result. Everything queued before it is then done, too."""
@@ -108,15 +108,9 @@ class TableWorker:
             future.set_exception(self._failure())
 
     def _failure(self) -> ExchangeError:
-        failure = ExchangeError(self._message())
+        failure = ExchangeError(_stopped(self.error))
         failure.__cause__ = self.error
         return failure
-
-    def _message(self) -> str:
-        return (
-            f"tables: the exchange between ranks stopped ({type(self.error).__name__}: {self.error}); "
-            "the log of the rank that failed first names the cause; the last checkpoint is intact"
-        )
 
 
 class InlineWorker:
@@ -128,10 +122,9 @@ class InlineWorker:
 
     def submit(self, job: Callable[[], Any]) -> Future:
         future: Future = Future()
-        try:
-            future.set_result(job())
-        except BaseException as error:
-            future.set_exception(error)
+        future.set_result(
+            self.call(job)
+        )  # raises here: a promise that the job should have resolved would hide the error
         return future
 
     def promise(self) -> Future:
@@ -141,7 +134,22 @@ class InlineWorker:
         return future.result(0)
 
     def call(self, job: Callable[[], Any]) -> Any:
-        return job()
+        """Do the job.
+
+        Raises:
+            ExchangeError: another rank is gone.
+        """
+        try:
+            return job()
+        except RuntimeError as error:  # as torch.distributed's errors are
+            raise ExchangeError(_stopped(error)) from error
 
     def fail(self, error: BaseException) -> None:
         self.error = self.error or error
+
+
+def _stopped(error: BaseException | None) -> str:
+    return (
+        f"tables: the exchange between ranks stopped ({type(error).__name__}: {error}); the log of the rank that "
+        "failed first names the cause; the last checkpoint is intact"
+    )

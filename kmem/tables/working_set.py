@@ -1,7 +1,8 @@
 """The rows of one step on the compute device: each unique row once, one index per micro-batch, one gradient buffer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,10 +37,7 @@ class StepPlan:
         Raises:
             UserError: an id is negative.
         """
-        if isinstance(ids, Tensor):
-            flat = ids.numpy().reshape(-1)
-        else:
-            flat = torch.cat([part.flatten() for part in ids]).numpy()
+        flat = torch.cat([part.flatten() for part in ids]).numpy()
         if len(flat) and flat.min() < 0:
             raise UserError(f"row ids start at 0, but {flat.min()} was looked up")
         segments = Segments.of(flat)
@@ -77,12 +75,13 @@ class WorkingSet:
     def lookup(self, micro_batch: int) -> Tensor:
         """[.., D] fp32: the rows of a micro-batch, in the shape of its index. Cast the result, not the rows, so that
         the gradients of all micro-batches are summed in fp32."""
-        return _Lookup.apply(self.rows, self, self.index[micro_batch])
+        return _Read.apply(self.rows, self.index[micro_batch], slice(None), self.accumulate)
 
     def columns(self, micro_batch: int, start: int, stop: int) -> Tensor:
         """[u, stop - start] fp32: columns of the rows of a micro-batch, whose index must be [u] without repetition. For
         rows whose columns belong to several layers."""
-        return _Columns.apply(self.rows, self, self.index[micro_batch], start, stop)
+        part = slice(start, stop)
+        return _Read.apply(self.rows, self.index[micro_batch], part, partial(self.accumulate_columns, part))
 
     def weighted(self, micro_batch: int, weights: Tensor) -> Tensor:
         """[N, D] fp32: for each of N tokens, the sum of its rows with weights fp32 [N, ..], in the shape of the index
@@ -107,10 +106,10 @@ class WorkingSet:
 
             segment_reduce(gradient, *segments_of(index, len(total)), total)
 
-    def accumulate_columns(self, rows: Tensor, start: int, stop: int, gradient: Tensor) -> None:
+    def accumulate_columns(self, columns: slice, rows: Tensor, gradient: Tensor) -> None:
         """Add the gradient [u, stop - start] of columns [start, stop) of `rows` [u]. The rows are distinct, so each
         value gets one addition per call, and the order of additions is the order of the backward passes."""
-        self._total()[:, start:stop].index_add_(0, rows, gradient.float())
+        self._total()[:, columns].index_add_(0, rows, gradient.float())
 
     def _total(self) -> Tensor:
         if self.gradient is None:
@@ -118,34 +117,20 @@ class WorkingSet:
         return self.gradient
 
 
-class _Lookup(torch.autograd.Function):
+class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, working_set: WorkingSet, index: Tensor) -> Tensor:
-        ctx.working_set = working_set
+    def forward(ctx: Any, rows: Tensor, index: Tensor, columns: slice, accumulate: Callable[..., None]) -> Tensor:
+        ctx.accumulate = accumulate
         ctx.save_for_backward(index)
-        return rows.index_select(0, index.reshape(-1)).view(*index.shape, rows.shape[1])
+        values = rows[:, columns]
+        return values.index_select(0, index.reshape(-1)).view(*index.shape, values.shape[1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:
         (index,) = ctx.saved_tensors
-        ctx.working_set.accumulate(index, gradient)
-        return None, None, None
-
-
-class _Columns(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, working_set: WorkingSet, index: Tensor, start: int, stop: int) -> Tensor:
-        ctx.working_set, ctx.part = working_set, (start, stop)
-        ctx.save_for_backward(index)
-        return rows[:, start:stop].index_select(0, index)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None, None]:
-        (index,) = ctx.saved_tensors
-        ctx.working_set.accumulate_columns(index, *ctx.part, gradient)
-        return None, None, None, None, None
+        ctx.accumulate(index, gradient)
+        return None, None, None, None
 
 
 class _Weighted(torch.autograd.Function):

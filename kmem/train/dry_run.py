@@ -7,7 +7,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from kmem.config import Config, dump_config
-from kmem.model.memory_kinds import replaces_feed_forward
+from kmem.model.memory_kinds import carries_embedding, replaces_feed_forward
 from kmem.model.parameter_counts import ParameterCounts, count_parameters, tensor_shapes
 from kmem.parallel.memory_kind import MemoryKind
 from kmem.parallel.memory_kinds import kinds_of
@@ -142,9 +142,10 @@ def _activation_bytes(config: Config, layer: int) -> int:
     tokens, width = train.micro_batch_size * config.data.sequence_length, 2 if train.precision == "bf16" else 4
     branches = 1 if model.hyper_connections is None else model.hyper_connections.branches
     stream = branches * model.hidden_size
+    carried = model.hidden_size * carries_embedding(model.shape)
     if layer == 0 or layer > model.num_layers or train.activation_checkpointing:
-        return tokens * stream * width
-    values = 10 * model.hidden_size  # norms, projections, attention output and residuals
+        return tokens * (stream + carried) * width
+    values = carried + 10 * model.hidden_size  # norms, projections, attention output and residuals
     if branches > 1:
         # The streams around both sublayers, and the output of a sublayer; in bf16 also fp32 copies for mixing.
         values += 2 * (stream + model.hidden_size if width == 4 else 5 * stream + 2 * model.hidden_size)

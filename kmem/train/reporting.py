@@ -99,16 +99,13 @@ class ProgressReport(Callback):
             self._say(f"saved {folder}" if complete else f"saving {folder} in the background")
 
     def on_end(self, reason: str) -> None:
-        self._stop()
+        self.close()
         if reason == "finished":
             self._say(f"nothing to do: the run has its {counted(self._total, 'step')}; raise train.steps to continue")
         if reason == "interrupted":
             self._say("interrupted: the state is saved; run the same command again to continue")
 
     def close(self) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

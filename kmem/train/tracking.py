@@ -54,11 +54,8 @@ class WandbTracking(Callback):
     def on_step(self, record: StepRecord) -> None:
         if self._run is not None:
             figures = record.to_json()
-            experts = figures.pop("experts")
-            phases = figures.pop("phases")
             del figures["coactivation"]  # matrices; they are in metrics.jsonl
-            figures |= {f"phase/{name}": seconds for name, seconds in phases.items()}
-            figures |= {f"experts/{layer}/{name}": v for layer, load in experts.items() for name, v in load.items()}
+            figures |= _flat("phase", figures.pop("phases")) | _flat("experts", figures.pop("experts"))
             for kind, places in figures.pop("memories").items():
                 figures |= _flat(kind, places)
             self._run.log(figures, step=record.step)
@@ -66,11 +63,9 @@ class WandbTracking(Callback):
     def on_evaluation(self, record: EvaluationRecord) -> None:
         if self._run is not None:
             figures = record.to_json()
-            controls = figures.pop("controls")
-            logged = {f"held_out/{name}": value for name, value in figures.items() if name != "kind"}
-            for control, others in controls.items():
-                logged |= {f"held_out/{control}/{name}": value for name, value in others.items()}
-            self._run.log(logged, step=record.step)
+            del figures["kind"]
+            figures |= figures.pop("controls")
+            self._run.log(_flat("held_out", figures), step=record.step)
 
     def on_end(self, reason: str) -> None:
         self._ended = True

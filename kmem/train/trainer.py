@@ -229,7 +229,7 @@ class Trainer:
             consumed_samples=self.consumed_samples,
             tokens=self.tokens,
             optimizer_steps=optimizer_steps(self.pipeline),
-            data=self._data_fingerprints(),
+            data={"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer_fingerprint},
             tracking=self.tracking,
             facts={
                 **self.facts,
@@ -286,10 +286,6 @@ class Trainer:
             self.tracking = dict(progress.tracking)
             self._saved_at = self.step
             self.store.continue_from(self.step)
-
-    def _data_fingerprints(self) -> dict[str, str]:
-        """Fingerprints of the training data, as checkpoints store them."""
-        return {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer_fingerprint}
 
     def _explain(self, error: NonFiniteStepError) -> str:
         step, position = self.step + 1, self.positions[self.data.selection]

@@ -184,7 +184,7 @@ def test_groups_of_backends_hold_all_rows(groups):
 
 def test_backends_are_printed_and_recorded(tmp_path, capsys, monkeypatch):
     reasons = {"deepspeed": "it needs a GPU", "liger": "it is not installed"}
-    monkeypatch.setattr(expert_backends, "problem", lambda name, device, dtype: reasons.get(name))
+    monkeypatch.setattr("kmem.model.expert_backends.problem", lambda name, device, dtype: reasons.get(name))
     record = tmp_path / "backends.json"
     arguments = ["--backends", "--rounds", "2", "--threads", "1", "--json", str(record)]
     assert main(["bench", "experts", "--set", *TINY, *arguments]) == 0

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
+from kmem.bench import contest
 from kmem.bench.contest import Contestant
 from kmem.bench.tables import DRAWS, sized, step_batches, tables, write_all
 from kmem.bench.tables_command import figures
@@ -16,6 +17,8 @@ from kmem.data.reader import open_data
 from kmem.tables.table import Table
 from kmem.tables.table_spec import TableSpec
 from kmem.tables.worker import TableWorker
+from tests.tables.toy import opened
+from tests.warm_processes import WITH_KMEM, WarmContext
 
 TINY = [
     "model.hidden_size=32",
@@ -69,9 +72,8 @@ def test_text_is_that_of_training(tmp_path):
 
 def test_a_written_table_is_as_new_and_leaves_no_file(tmp_path):
     worker = TableWorker()
-    with Table(
-        TableSpec("table", 100, 8, store="mmap", folder=tmp_path), RowOptimizerConfig(name="adam_catchup"), worker
-    ) as table:
+    spec = TableSpec("table", 100, 8, store="mmap", folder=tmp_path)
+    with opened(Table(spec, RowOptimizerConfig(name="adam_catchup"), worker)) as table:
         before = {name: array.clone() for name, array in table.store.arrays.items()}
         write_all(table)
         assert all(table.store[name].equal(array) for name, array in before.items())
@@ -93,7 +95,10 @@ def test_slower_is_a_ratio_of_rounds_taken_in_turn():
     assert "slower" not in figures(tables(config), quick, quick, 2)
 
 
-def test_small_and_mapped_tables_are_measured_in_turn(tmp_path, capsys):
+@pytest.mark.parametrize("start", ["forked", pytest.param("executed", marks=pytest.mark.full)])
+def test_small_and_mapped_tables_are_measured_in_turn(tmp_path, capsys, monkeypatch, start):
+    if start == "forked":
+        monkeypatch.setattr(contest.mp, "get_context", lambda method: WarmContext(WITH_KMEM))
     record = tmp_path / "memory.json"
     sizes = ["--small-mib", "0.1", "--gib", "0", "--mapped-gib", "0.001", "--folder", str(tmp_path / "mapped")]
     rounds = ["--rounds", "2", "--steps", "2", "--warmup", "1", "--threads", "1", "--json", str(record)]

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from kmem.checkpoint import pieces, writer
-from kmem.checkpoint.bank import hits as bank_hits
 from kmem.checkpoint.bank import rows as bank_rows
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.cli import main
@@ -76,7 +75,7 @@ def test_list_shows_the_tokens_of_named_clusters_without_blocks(tmp_path, capsys
     bare, *others = json.loads(memory(capsys, *words, "--json"))["clusters"]
     assert bare == {"path": "1", "level": 1, "norm": None, "untouched": None, "tokens": None}
     assert [found["path"] for found in others] == ["1.0", "1.1", "1.2", "generic"]
-    monkeypatch.setattr(bank_hits, "stored_hits", lambda reader: torch.arange(10))  # of the leaves, and 9 generic ones
+    monkeypatch.setattr(bank_rows, "stored_hits", lambda reader: torch.arange(10))  # of the leaves, and 9 generic ones
     listed = json.loads(memory(capsys, *words, "--json"))["clusters"]
     assert [found["tokens"] for found in listed] == [3 + 4 + 5, 3, 4, 5, 9]
     shallow = write_bank_run(tmp_path / "shallow", bank(levels=[5, 0])).run_folder

@@ -1,10 +1,10 @@
 """Clustering in processes of its own: killed at chosen points and begun again, and watched for its memory.
 
-Arguments: a prepared folder, a tree of it, an empty folder, and cases. `make:STEP` and `apply:STEP` make or apply a
+`main` takes a prepared folder, a tree of it, an empty folder, and cases. `make:STEP` and `apply:STEP` make or apply a
 tree, and are killed before every STEP-th change of the file system (a file opened for writing, a renaming, a removal)
 by SIGKILL from themselves; what the repeated command leaves is compared. `memory:UNITS` makes trees of so many short
 documents and of five times as many. Each process is a fork of this one, which has imported everything and computed
-nothing. Prints one JSON object by cases.
+nothing. `main` prints one JSON object by cases.
 """
 
 import dataclasses
@@ -39,13 +39,12 @@ from kmem.model.file_digest import file_digest
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 
 
-def main() -> None:
-    corpus, tree, folder = map(Path, sys.argv[1:4])
+def main(corpus: Path, tree: Path, folder: Path, cases: list[str]) -> None:
     megatron_indexed_dataset(), load_tokenizer(corpus / "tokenizer")  # imported here, for all forks
     KINDS["tfidf"] = dataclasses.replace(KINDS["tfidf"], chunk_tokens=6000)
     workspace._SECONDS_BETWEEN_MARKS = 0
     found: dict[str, Any] = {}
-    for case in sys.argv[4:]:
+    for case in cases:
         kind, number = case.split(":")
         mine = folder / case
         if kind == "memory":
@@ -185,7 +184,3 @@ def in_a_fork(work: Callable[[], None]) -> int:
     except BaseException:
         traceback.print_exc()
         os._exit(1)
-
-
-if __name__ == "__main__":
-    main()

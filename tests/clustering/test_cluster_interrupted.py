@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +16,8 @@ from kmem.clustering.applying import WORKING, apply_tree
 from kmem.clustering.building import TreeRequest, make_tree
 from kmem.clustering.workspace import Pool, Workspace
 from kmem.config import UserError
-from tests.clustering.cluster_case import REPOSITORY, code, problems, prose
+from tests.clustering.cluster_case import code, problems, prose
+from tests.warm_processes import WITH_KMEM, WarmProcess
 
 
 @pytest.fixture
@@ -35,6 +34,13 @@ def addressed(corpus, tmp_path):
     return bare, tmp_path / "tree", (corpus / "train.addresses.npy").read_bytes()
 
 
+def cluster_processes(*arguments):
+    """In a process that has imported kmem, and now imports what clustering needs."""
+    from tests.clustering.cluster_processes import main as run_cases
+
+    run_cases(*arguments)
+
+
 @pytest.mark.parametrize(
     ("step", "units"), [((13, 4), 6000), pytest.param((1, 1), 60_000, marks=pytest.mark.full, id="everywhere")]
 )
@@ -42,10 +48,10 @@ def test_kills_change_no_bit_and_memory_does_not_grow_with_the_corpus(addressed,
     """One process imports everything and forks all others."""
     bare, tree, _ = addressed
     cases = [f"make:{step[0]}", f"apply:{step[1]}", f"memory:{units}"]
-    command = [sys.executable, "-m", "tests.clustering.cluster_processes", bare, tree, tmp_path / "processes", *cases]
-    done = subprocess.run(list(map(str, command)), cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    process = WarmProcess(WITH_KMEM, cluster_processes, bare, tree, tmp_path / "processes", cases)
+    out, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, out + errors
+    found = json.loads(out.splitlines()[-1])
     for case, least in zip(cases, (70, 20), strict=False):
         assert found[case]["changes"] > least
         assert found[case]["different"] == {}

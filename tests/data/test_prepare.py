@@ -20,6 +20,7 @@ from kmem.data.indexed import IndexedTokens
 from kmem.data.manifest import Manifest, read_manifest
 from kmem.data.prepare import Preparation, prepare
 from tests.small_corpora import BYTES_AND_EOS, make_texts, write_jsonl
+from tests.warm_processes import WITH_KMEM, start_program
 
 ROOT = Path(__file__).parents[2]
 TEXTS = make_texts(120, seed=4)
@@ -253,22 +254,26 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("stalled", ["_tokenizer", "_manifest"])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_interruption_leaves_nothing_that_looks_finished(source, tmp_path, stalled, how):
+@pytest.mark.parametrize("start", ["forked", pytest.param("executed", marks=pytest.mark.full)])
+def test_interruption_leaves_nothing_that_looks_finished(source, tmp_path, stalled, how, start):
     program, out = tmp_path / "program.py", tmp_path / "out"
     program.write_text(STALLING)
-    process = subprocess.Popen(
-        [sys.executable, str(program), stalled, str(source), str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    words = [stalled, str(source), str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if start == "forked":  # from a process that has imported everything
+        process = start_program(WITH_KMEM, program, words, environment, ROOT)
+    else:
+        process = subprocess.Popen(
+            [sys.executable, str(program), *words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
+        )  # fmt: skip
     assert process.stdout is not None
-    assert process.stdout.readline() == b"ready\n"
+    assert process.stdout.readline() == "ready\n"
     children = _children(process.pid)
-    assert len(children) >= 2
+    assert len(children) >= (1 if start == "forked" else 2)  # a worker; a new interpreter also has a resource tracker
     process.send_signal(how)
-    assert process.wait(30) != 0
+    process.communicate(timeout=30)
+    assert process.returncode != 0
     _wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
     assert not out.exists()
     leftover = tmp_path / "out.partial"

@@ -1,4 +1,4 @@
-"""A pool of rank processes kept alive between cases: starting one and importing torch and deepspeed costs seconds.
+"""A pool of rank processes kept alive between cases.
 
 A case is a module-level function `case(*arguments)` of a test module; every rank runs it in a fresh process group of
 the asked size and returns something picklable.
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kmem.parallel.local_launch import free_port
+from tests.warm_processes import WITH_KMEM, WarmContext
 
 TIMEOUT_SECONDS = 180
 
@@ -27,7 +28,8 @@ class RankPool:
 
     def __init__(self, device: str = "cpu") -> None:
         self._device = device
-        self._context = mp.get_context("spawn")
+        # A process that was forked by one that has seen no GPU finds none.
+        self._context = WarmContext(WITH_KMEM) if device == "cpu" else mp.get_context("spawn")
         self._workers: list[tuple[Any, Any, Any]] = []
 
     def run(self, world: int, case: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -62,11 +64,10 @@ class RankPool:
 
 
 def _serve(device: str, jobs: Any, answers: Any) -> None:
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported; `_forget_engines` need not look at it
     while True:
         module, name, arguments, rank, world, port = jobs.get()
         os.environ.update(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kmem.checkpoint.bank.editing import Source, erase, merge
-from kmem.checkpoint.bank.rows import level_figures
+from kmem.checkpoint.bank.rows import written_norms
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.cli import main
@@ -125,7 +125,7 @@ def test_of_runs_of_other_lengths_each_gives_its_rows(runs, tmp_path):
     assert edited.checkpoint == merged.folder
     layout = BankLayout.of(merged.config.model.shape)
     for level in layout.levels:
-        found, one, other = (level_figures(reader, layout, level).norms for reader in (merged, first, late))
+        found, one, other = (written_norms(reader, layout, level) for reader in (merged, first, late))
         share = layout.rows(level) // CHILDREN
         assert torch.equal(found, torch.cat((one[:share], other[share:])))
 

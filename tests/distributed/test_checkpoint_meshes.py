@@ -101,6 +101,9 @@ def test_reader_sees_whole_tensors(wide_run, ranks, tmp_path):
     assert (reader.read_rows(name, 1, 3) == whole[1:3]).all()
     run(ranks, ONE, tmp_path, load=None, save=SAVE, last=SAVE)
     single = CheckpointReader(step_folder(tmp_path, SAVE))
-    assert single.tensors == reader.tensors
+    shapes, others = (
+        {tensor: (values.shape, values.dtype) for tensor, values in found.tensors.items()} for found in (single, reader)
+    )
+    assert shapes == others
     for tensor in reader.tensors:
         assert (reader.read(tensor) - single.read(tensor)).abs().max() < 2e-4

@@ -15,7 +15,7 @@ from kmem.tables import counter_random
 from tests.distributed.training_case import small_config, synthetic_addresses, synthetic_sequences, train_case
 from tests.hf.models import read_engram
 
-STEPS = 8
+STEPS = 6
 EXPERTS = {"num_experts": 4, "top_k": 2, "intermediate_size": 32, "first_dense_layers": 1}
 
 
@@ -65,9 +65,17 @@ def plain():
     return plain_training(engram_config())
 
 
+# Every mesh and every variant is in a short case; the product of all is long.
+SHORT = {
+    ("one", "plain"),
+    ("pipeline", "plain"),
+    ("data", "micro-batch-1"),
+    ("expert", "plain"),
+    ("pipeline-expert-data", "recompute"),
+    ("four-stages", "plain"),
+}
 CASES = [
-    # The variants of a mesh that others contain are long cases.
-    pytest.param(mesh, variant, marks=() if variant == "plain" or mesh == "pipeline-expert-data" else pytest.mark.full)
+    pytest.param(mesh, variant, marks=() if (mesh, variant) in SHORT else pytest.mark.full)
     for mesh in MESHES
     for variant in VARIANTS
 ]
@@ -84,27 +92,39 @@ def test_loss_curve_and_tables_equal_plain_pytorch(ranks, plain, mesh, variant):
         torch.testing.assert_close(table, tables[name], rtol=0, atol=1e-5)
 
 
-def test_pipeline_depth_prefetch_and_recomputation_are_bitwise(ranks):
+DEPTHS = [(1, 0, False), (1, 1, False), (1, 3, True), (2, 0, True), (2, 2, False)]
+
+
+@pytest.mark.parametrize(
+    ("data", "cases"),
+    [
+        (1, [(1, 0, False), (1, 3, True), (2, 2, False)]),
+        (2, [(1, 0, False), (1, 1, False), (2, 2, True)]),
+        pytest.param(1, DEPTHS, marks=pytest.mark.full),
+        pytest.param(2, DEPTHS, marks=pytest.mark.full),
+    ],
+    ids=["one", "data", "one, all depths", "data, all depths"],
+)
+def test_pipeline_depth_prefetch_and_recomputation_are_bitwise(ranks, data, cases):
     """At equal data parallelism nothing but the place and the time of the work changes."""
-    for data in (1, 2):
-        reference = None
-        for pipeline, depth, again in [(1, 0, False), (1, 1, False), (1, 3, True), (2, 0, True), (2, 2, False)]:
-            changes = {
-                "engram__prefetch_depth": depth,
-                "train__activation_checkpointing": again,
-                # Stages add up the norm's squares in another order, and ZeRO-1 cuts partitions elsewhere, where
-                # the fused AdamW's vectors end and its last elements round otherwise.
-                "train__optimizer__clip_norm": None,
-                "parallel__zero_stage": 0,
-                "train__init_seed": 0,
-                "train__optimizer__lr": 0.01,
-            }
-            tree = engram_config(parallel__pipeline=pipeline, **changes)
-            results = ranks.run(pipeline * data, train_case, tree, STEPS)
-            found = results[0]["losses"], merged(results)
-            reference = reference or found
-            assert found[0] == reference[0]
-            assert all(torch.equal(found[1][name], table) for name, table in reference[1].items())
+    reference = None
+    for pipeline, depth, again in cases:
+        changes = {
+            "engram__prefetch_depth": depth,
+            "train__activation_checkpointing": again,
+            # Stages add up the norm's squares in another order, and ZeRO-1 cuts partitions elsewhere, where the fused
+            # AdamW's vectors end and its last elements round otherwise.
+            "train__optimizer__clip_norm": None,
+            "parallel__zero_stage": 0,
+            "train__init_seed": 0,
+            "train__optimizer__lr": 0.01,
+        }
+        tree = engram_config(parallel__pipeline=pipeline, **changes)
+        results = ranks.run(pipeline * data, train_case, tree, STEPS)
+        found = results[0]["losses"], merged(results)
+        reference = reference or found
+        assert found[0] == reference[0]
+        assert all(torch.equal(found[1][name], table) for name, table in reference[1].items())
 
 
 def test_evaluation_in_between_changes_nothing(ranks):

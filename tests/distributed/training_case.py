@@ -196,9 +196,13 @@ def build(tree: dict[str, Any], tree_record: dict[str, Any] | None = None) -> Pi
 
 def prepared(config: Config, tree_record: dict[str, Any] | None) -> dict[str, Any]:
     """What the memories of the synthetic model need beyond its configuration."""
-    addresses = synthetic_addresses(config)
-    found: dict[str, Any] = {} if addresses is None else {"engram": addresses}
-    return found if config.model.bank is None else found | {"bank": tree_record}
+    from kmem.parallel.memory_kinds import kinds_of
+
+    special = {"engram": lambda: synthetic_addresses(config), "bank": lambda: tree_record}
+    return {
+        kind.name: special[kind.name]() if kind.name in special else kind.prepare(config, Path())
+        for kind in kinds_of(config.model.shape)
+    }
 
 
 def synthetic_addresses(config: Config) -> EngramAddresses | None:

@@ -22,7 +22,7 @@ from kmem.eval import bank as evaluated_bank
 from kmem.eval.checkpoint import EvaluatedModel
 from kmem.model.bank_fetched import without_blocks
 from kmem.model.bank_router import descend_elsewhere
-from kmem.model.bank_tree import ClusterTree
+from kmem.model.bank_tree import ClusterTree, path_of
 from kmem.model.decoder import Decoder
 from kmem.model.mask import document_mask
 from tests.clustering.cluster_case import give_addresses
@@ -69,7 +69,7 @@ def elsewhere(ids, leaf, *blocked):
 
 def around(ids, leaf, *blocked):
     """The leaf of a document where clusters are blocked; its own, if that is open."""
-    open_to_it = all(router().tree.path(2, leaf)[: len(path)] != path for path in blocked)
+    open_to_it = all(path_of(leaf, 2, router().tree.children)[: len(path)] != path for path in blocked)
     return leaf if open_to_it else int(router().leaves([ids], blocked))
 
 
@@ -184,7 +184,7 @@ def test_blocked_contexts_take_the_next_nearest_clusters():
     first, second = own.descend(embeddings), descend_elsewhere(own, embeddings)
     assert not bool((own.level_ids(first, 1) == own.level_ids(second, 1)).any())
     for row, before, after in zip(embeddings, first.tolist(), second.tolist(), strict=True):
-        assert int(own.descend(row[None], blocked=[own.path(1, before // 3)])) == after
+        assert int(own.descend(row[None], blocked=[path_of(before // 3, 1, own.children)])) == after
     # Of data, the stored leaf says which cluster is its own, wherever its embedding would descend to.
     stored = (first + 3) % 9
     found = descend_elsewhere(own, embeddings, (), stored)

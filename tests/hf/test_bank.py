@@ -2,11 +2,8 @@
 
 import copy
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
@@ -261,7 +258,7 @@ def test_import_gives_back_every_bit(name, folders, tmp_path):
     first = CheckpointReader(folder.parent / "run")
     found = import_folder(folder, tmp_path / "back", say=str)
     again = CheckpointReader(tmp_path / "back")
-    assert again.tensors == first.tensors
+    assert again.commit.shapes == first.commit.shapes
     for tensor in first.tensors:
         assert torch.equal(again.read(tensor), first.read(tensor)), tensor
     assert again.commit.manifests["bank"] == first.commit.manifests["bank"]
@@ -301,14 +298,9 @@ def folder_of_sentences(where):
 
 
 @pytest.mark.parametrize("embedder", ["tfidf", pytest.param("minilm", marks=pytest.mark.full)])
-def test_torch_and_transformers_suffice(embedder, folders, tmp_path):
+def test_torch_and_transformers_suffice(embedder, folders, tmp_path, run_without_kmem):
     decoder, folder, own = (*folders("ffn"), router()) if embedder == "tfidf" else folder_of_sentences(tmp_path)
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", TEXT_PROGRAM, str(folder), *TEXTS],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = run_without_kmem(TEXT_PROGRAM, folder, *TEXTS)
     several, (leaf, size, *ids) = map(json.loads, done.stdout.splitlines()[-2:])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert several == own.leaves([tokenizer(text)["input_ids"] for text in TEXTS]).tolist()

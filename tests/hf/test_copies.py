@@ -5,8 +5,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from kmem.model.pretrained_folder import PretrainedFolder
 from tests.hf.banks import BANKS, write_bank_run
 from tests.hf.loaded import GREEDY, opened
 from tests.hf.models import MEMORY, VOCABULARY, write_run
+from tests.warm_processes import WITH_KMEM, start_program
 
 CASES = {"bank": BANKS["ffn"], "bank and n-grams": BANKS["with n-grams"], "n-grams": MEMORY["deepseek"]}
 
@@ -107,25 +106,20 @@ if __name__ == "__main__":
 """
 
 
-def test_other_processes_generate(folders, tmp_path):
+def test_other_processes_generate(folders, tmp_path, run_without_kmem):
     """With the class that ships with the folder, and with kmem's."""
     _, folder = folders("bank")
     (tmp_path / "program.py").write_text(PROGRAM)
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "program.py"), os.path.relpath(folder, tmp_path)],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = run_without_kmem(tmp_path / "program.py", os.path.relpath(folder, tmp_path))
     assert done.stdout.split()[-1] == "True"
     model = opened(folder)
     (tmp_path / "model").write_bytes(pickle.dumps((model, tokens(), GREEDY)))
     own = "model, ids, greedy = pickle.load(open(sys.argv[1], 'rb')); print(model.generate(ids, **greedy).tolist())"
-    done = subprocess.run(
-        [sys.executable, "-c", f"import pickle, sys; {own}", str(tmp_path / "model")],
-        capture_output=True, text=True, check=True, timeout=240,
-    )  # fmt: skip
-    assert json.loads(done.stdout) == model.generate(tokens(), **GREEDY).tolist()
+    words = [str(tmp_path / "model")]
+    process = start_program(WITH_KMEM, f"import pickle, sys; {own}", words, os.environ, tmp_path)
+    out, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert json.loads(out) == model.generate(tokens(), **GREEDY).tolist()
 
 
 def test_files_that_are_gone_or_others_are_named(folders, tmp_path, monkeypatch):

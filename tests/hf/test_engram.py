@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +17,10 @@ from kmem.model.engram_reader import table_name
 from kmem.model.parameter_counts import tensor_shapes
 from tests.hf.banks import BANKS, make_tree, write_bank_run
 from tests.hf.models import EXPERTS, GQA, memory, model, tokenizer, write_run
+from tests.warm_processes import WITH_KMEM, start_program
 
 MEASURE = """
-import sys, threading, time
+import ctypes, sys, threading, time
 from pathlib import Path
 import torch, transformers
 from kmem.checkpoint.reader import CheckpointReader
@@ -29,6 +28,9 @@ from kmem.hf.export import export
 from kmem.hf.importing import import_folder
 from kmem.hf.loading import load
 
+# Freed blocks go back to the system at once, so that later work cannot hide in what earlier work left.
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
+assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536) and ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 
@@ -68,19 +70,16 @@ print(peak(lambda: import_folder(folder / "out", folder / "back", say=str)))
 print(peak(lambda: forward(load(folder / "out")[0])))
 print(peak(lambda: forward(load(folder / "large")[0])))
 """
-# Freed blocks go back to the system at once, so that later work cannot hide in what earlier work left.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 
 
 def measure(folder):
     """Peaks of export, import, and a forward pass from the export and from the run, of the runs small and large."""
-    command = [sys.executable, "-c", MEASURE, str(folder)]
-    done = subprocess.run(command, env={**os.environ, **ALLOCATOR}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return list(map(int, done.stdout.split()[-4:]))
+    process = start_program(WITH_KMEM, MEASURE, [str(folder)], os.environ, folder)
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return list(map(int, out.split()[-4:]))
 
 
 def write_large(folder, config, **manifests):

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -198,23 +196,15 @@ assert "kmem" not in sys.modules
         "deepseek",
     ],
 )
-def test_custom_code_needs_no_kmem(name, tmp_path):
+def test_custom_code_needs_no_kmem(name, tmp_path, run_without_kmem):
     """In a process where kmem cannot be imported, from another folder, and again after save_pretrained."""
     config = (OWN | MEMORY)[name]
     decoder = random_weights(config)
     export(write_run(tmp_path / "run", config, decoder), tmp_path / "out", say=str)
     ids = torch.randint(VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(5))
     torch.save(ids, tmp_path / "ids")
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     for source, again in [("out", "again"), ("again", "third")]:
-        command = [
-            sys.executable,
-            "-c",
-            WITHOUT_KMEM,
-            *(str(tmp_path / name) for name in (source, "ids", "logits", again)),
-        ]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        run_without_kmem(WITHOUT_KMEM, *(tmp_path / name for name in (source, "ids", "logits", again)))
         torch.testing.assert_close(
             torch.load(tmp_path / "logits", weights_only=True), logits(decoder, ids), **TOLERANCE
         )

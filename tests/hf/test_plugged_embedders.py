@@ -4,8 +4,6 @@ leaves are those of the training data."""
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,17 +76,16 @@ def exported(tree: Path, said: list[str]) -> Path:
     return out
 
 
-def leaves_without_kmem(folder: Path, *options: str) -> list[int]:
-    """Of all texts, by the code of an exported folder alone."""
-    where = folder.parent
-    (where / "texts").write_text("\0".join(TEXTS))
-    environment = {**os.environ, "HF_MODULES_CACHE": str(where / "modules"), "PYTHONPATH": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder), str(where / "texts"), *options],
-        env=environment, cwd=where, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture
+def leaves_without_kmem(run_without_kmem, tmp_path):
+    """leaves(folder, *options): of all texts, by the code of an exported folder alone."""
+    (tmp_path / "texts").write_text("\0".join(TEXTS))
+
+    def leaves(folder: Path, *options: str) -> list[int]:
+        done = run_without_kmem(PROGRAM, folder, tmp_path / "texts", *options)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return leaves
 
 
 def stored(data: Path) -> list[int]:
@@ -98,7 +95,7 @@ def stored(data: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("pooling", ["mean", pytest.param("cls", marks=pytest.mark.full)])
-def test_an_encoder_of_ones_own_goes_with_the_export(pooling, data, tmp_path):
+def test_an_encoder_of_ones_own_goes_with_the_export(pooling, data, tmp_path, leaves_without_kmem):
     encoder = write_sentence_bert(tmp_path / "bert", pooling)
     if pooling == "cls":
         (encoder / "LICENSE").write_text("None: random numbers.\n")
@@ -115,7 +112,7 @@ def test_an_encoder_of_ones_own_goes_with_the_export(pooling, data, tmp_path):
         assert len(lacks) == 1
 
 
-def test_a_registered_class_goes_with_the_export(data, letters, tmp_path):
+def test_a_registered_class_goes_with_the_export(data, letters, tmp_path, leaves_without_kmem):
     out = exported(clustered(data, "--embedder", "letters", "--remainders", "30"), [])
     leaves = leaves_without_kmem(out, str(tmp_path / "saved"))
     assert leaves == ContextRouter.load(out / "tree", load_tokenizer(tokenizer())).leaves(TEXTS).tolist()

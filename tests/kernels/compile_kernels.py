@@ -1,6 +1,7 @@
 """Compiles every kernel for a GPU that need not be there, as the launches on a GPU would; run by test_compile.py.
 
-What the interpreter accepts the compiler may refuse. Prints a line of JSON per kernel: its name and what its PTX holds.
+What the interpreter accepts the compiler may refuse. With `--all` each is compiled for one token at every size, and not
+at the smallest alone. Prints a line of JSON per kernel: its name and what its PTX holds.
 """
 
 import json
@@ -70,12 +71,15 @@ def compile_instead(kernel, *arguments, grid, warmup, **keywords):
 
 def main() -> None:
     JITFunction.run = compile_instead
-    for tokens in (64, 1):
-        for kind, groups, experts in (("softmax", 1, 256), ("sigmoid", 8, 256), ("sigmoid", 8, 24)):
+    routers = (("sigmoid", 8, 24), ("softmax", 1, 256), ("sigmoid", 8, 256))
+    hidden_sizes = ((torch.float32, 40), (torch.bfloat16, 2048))
+    for tokens in (64, 1):  # Triton compiles for one apart
+        few = tokens == 1 and "--all" not in sys.argv
+        for kind, groups, experts in routers[:1] if few else routers:
             logits, bias = torch.zeros(tokens, experts), torch.zeros(experts)
             choice = route(logits, bias if groups > 1 else None, 4, kind, groups, groups // 2 or 1, 2, True, 2.5)
             route_backward(choice.scores_TE, choice.experts_TK, choice.weights_TK, logits, kind, True, 2.5)
-        for dtype, hidden_size in ((torch.bfloat16, 2048), (torch.float32, 40)):
+        for dtype, hidden_size in hidden_sizes[:1] if few else hidden_sizes:
             hidden, weights = torch.zeros(tokens, hidden_size, dtype=dtype), torch.zeros(tokens, 8)
             place = torch.arange(8 * tokens).view(tokens, 8)
             sort_by_expert(place, 8 * tokens)

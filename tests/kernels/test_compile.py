@@ -30,10 +30,13 @@ KERNELS = {
 MOVES = ("_scatter", "_gather_sum", "_combine_backward", "_silu_times", "_silu_times_backward")
 
 
-def test_kernels_compile_without_atomics_on_floats(tmp_path):
+@pytest.mark.parametrize("options", [[], pytest.param(["--all"], marks=pytest.mark.full)], ids=["some", "all"])
+def test_kernels_compile_without_atomics_on_floats(tmp_path, options):
     script = Path(__file__).parent / "compile_kernels.py"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, script, *options], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
     assert {facts["kernel"] for facts in compiled} == KERNELS

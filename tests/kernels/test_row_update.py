@@ -8,9 +8,8 @@ from kmem_kernels.row_update import reference
 from kmem.config import BlockOptimizerConfig, RowOptimizerConfig
 from kmem.tables import counter_random
 from kmem.tables.row_optimizers import RowUpdate, kernels, make_row_optimizer
-from kmem.tables.row_optimizers.update import host_array
 from kmem.tables.segments import Segments
-from kmem.tables.stores import ArrayLayout, Store
+from kmem.tables.stores import ArrayLayout, Store, host_array
 from tests.kernels.devices import DEVICES, random
 
 pytest.importorskip("triton")

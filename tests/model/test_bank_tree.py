@@ -8,9 +8,11 @@ from kmem.model.bank_tree import (
     CENTROIDS_FILE,
     TREE_FILE,
     ClusterTree,
+    cluster_of,
     format_path,
     level_ids,
     parse_path,
+    path_of,
     record_fingerprint,
 )
 from kmem.model.file_digest import file_digest
@@ -63,10 +65,10 @@ def test_blocked_clusters_give_way_to_the_next_nearest(blocked):
     tree, vectors = make_tree(), contexts(200)
     leaves, first = tree.descend(vectors, blocked), tree.descend(vectors)
     assert leaves.tolist() == [naive_leaf(tree, vector, blocked) for vector in vectors]
-    entered = {tree.path(LEVELS, leaf)[: len(path)] for leaf in leaves.tolist() for path in blocked}
+    entered = {path_of(leaf, LEVELS, K)[: len(path)] for leaf in leaves.tolist() for path in blocked}
     assert not entered & blocked
     closed = tree.blocked_leaves(blocked)
-    expected = [any(tree.path(LEVELS, leaf)[: len(path)] == path for path in blocked) for leaf in range(tree.leaves)]
+    expected = [any(path_of(leaf, LEVELS, K)[: len(path)] == path for path in blocked) for leaf in range(tree.leaves)]
     assert closed.tolist() == expected
     assert torch.equal(leaves[~closed[first]], first[~closed[first]])  # contexts that were elsewhere stay there
 
@@ -103,9 +105,9 @@ def test_a_leaf_depends_on_its_context_alone():
 def test_ids_of_a_level_and_paths():
     tree = make_tree()
     for leaf in range(K**LEVELS):
-        path = tree.path(LEVELS, leaf)
+        path = path_of(leaf, LEVELS, K)
         for level in range(1, LEVELS + 1):
-            assert tree.cluster(path[:level]) == (level, int(tree.level_ids(torch.tensor(leaf), level)))
+            assert cluster_of(path[:level], K, LEVELS) == (level, int(tree.level_ids(torch.tensor(leaf), level)))
     assert level_ids(torch.tensor([65_535]), 1, 16, 4).tolist() == [15]
     assert parse_path("2.0.1") == (2, 0, 1)
     assert format_path((2, 0, 1)) == "2.0.1"
@@ -114,7 +116,7 @@ def test_ids_of_a_level_and_paths():
             parse_path(wrong)
     for wrong_path in ((), (0, 0, 0, 0), (3,)):
         with pytest.raises(ValueError, match=f"^cluster {format_path(wrong_path)}: "):
-            tree.cluster(wrong_path)
+            cluster_of(wrong_path, K, LEVELS)
 
 
 def test_another_dimension_is_an_error():

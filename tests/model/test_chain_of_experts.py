@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kmem.model.chain_of_experts import ChainOfExperts
 from kmem.model.decoder import Decoder, DecoderLayer
+from kmem.model.dispatcher import dispatch_locally
 from kmem.model.init import initialise_
-from kmem.model.moe import LocalDispatcher
 from tests.model import tiny
 from tests.model.test_moe import explicit_losses
 
@@ -202,7 +202,7 @@ def test_gradients_of_experts_are_sums_over_their_uses(gates):
     uses = iter(copies)
 
     def dispatcher(routing):
-        routes = LocalDispatcher()(routing)
+        routes = dispatch_locally(routing)
         return lambda hidden, experts, shared: routes(hidden, next(uses), shared)
 
     layer.feed_forward.dispatcher = dispatcher

@@ -58,7 +58,13 @@ def results(backend, counts, hidden_size, width, device="cpu", dtype=torch.float
     return [out.detach().float().cpu(), *(grad.float().cpu() for grad in grads)]
 
 
-@pytest.mark.parametrize("kind", COUNTS)
+SHORT = ("a prime number", "no rows", "more than a block")
+"""Experts without rows, with one and with several, and with more than a block of them."""
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in SHORT else pytest.mark.full) for kind in COUNTS]
+)
 @pytest.mark.parametrize("name", NAMES[2:])
 def test_kernels_equal_the_loop(name, kind, load):
     found = results(load(name), COUNTS[kind], 40, 24)

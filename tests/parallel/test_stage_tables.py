@@ -183,7 +183,7 @@ def test_frozen_tables_are_skipped_and_others_take_the_rate_of_their_optimizer(s
     for name, rate in (("trained", 0.05), ("twice", 0.1)):  # the first step of Adam is as long as its rate
         torch.testing.assert_close(moved[name][[3, 7]], torch.full((2, DIM), rate), rtol=1e-4, atol=0)
         assert moved[name].any(1).nonzero().flatten().tolist() == [3, 7]
-    assert [tables.tables[name].step for name in ("trained", "twice", "frozen")] == [1, 1, 0]
+    assert [int(tables.tables[name]._optimizer_step) for name in ("trained", "twice", "frozen")] == [1, 1, 0]
     assert {table.in_flight for table in tables.tables.values()} == {0}
 
 

@@ -11,6 +11,7 @@ from kmem.tables.sharding import row_range
 from kmem.tables.table import Table
 from kmem.tables.table_spec import TableSpec
 from kmem.tables.worker import TableWorker
+from tests.tables.toy import opened
 
 ADAM = RowOptimizerConfig()
 
@@ -26,7 +27,7 @@ def test_frozen_rows_have_no_state(store, tmp_path):
     assert found.state_bytes == 0 < planned(store=store).state_bytes
     worker = TableWorker()
     folder = tmp_path if store == "mmap" else None
-    with Table(TableSpec("table", 101, 8, store=store, folder=folder), None, worker) as table:
+    with opened(Table(TableSpec("table", 101, 8, store=store, folder=folder), None, worker)) as table:
         assert 0 <= table.store.bytes - found.bytes < 2 * 4096  # up to a page for rows and for counts
     worker.close()
 

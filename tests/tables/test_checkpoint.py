@@ -15,16 +15,16 @@ from kmem.checkpoint.pieces import PiecesLoadPlanner, PiecesSavePlanner
 from kmem.checkpoint.storage import SafetensorsStorageReader, SafetensorsStorageWriter
 from kmem.config import RowOptimizerConfig
 from kmem.tables.table import Table
-from tests.tables.toy import SPEC, rank_ids, start_worker
+from tests.tables.toy import SPEC, opened, rank_ids, start_worker
 
 OPTIMIZER = RowOptimizerConfig(name="adam_catchup")
 
 
 def steps(table, first, last, world):
     for step in range(first, last):
-        with table.begin(rank_ids(step, table._exchange.rank, world)) as ticket:
-            (ticket.result().lookup(0) ** 2).sum().backward()
-            ticket.commit(1 / world, 0.1)
+        ticket = table.begin(rank_ids(step, table._exchange.rank, world))
+        (ticket.result().lookup(0) ** 2).sum().backward()
+        ticket.commit(1 / world, 0.1)
 
 
 def whole(table, world):
@@ -45,7 +45,7 @@ def spec(store, folder):
 def save(world, folder, store="host"):
     worker = start_worker(world)
     ten_rows_and_a_half = mock.patch.object(pieces, "CHUNK_ELEMENTS", 42)
-    with ten_rows_and_a_half, Table(spec(store, folder), OPTIMIZER, worker) as table:
+    with ten_rows_and_a_half, opened(Table(spec(store, folder), OPTIMIZER, worker)) as table:
         steps(table, 0, 3, world)
         dcp.save(table.pieces(), checkpoint_id=folder, planner=PiecesSavePlanner(), no_dist=world == 1)
         saved = whole(table, world)
@@ -57,10 +57,10 @@ def save(world, folder, store="host"):
 
 def load(world, folder, store="host"):
     worker = start_worker(world)
-    with Table(spec(store, folder), OPTIMIZER, worker) as table:
+    with opened(Table(spec(store, folder), OPTIMIZER, worker)) as table:
         dcp.load(table.pieces(), checkpoint_id=folder, planner=PiecesLoadPlanner(), no_dist=world == 1)
         loaded = whole(table, world)
-        assert table.step == 3
+        assert table._optimizer_step == 3
         steps(table, 3, 5, world)
         later = whole(table, world)
     worker.close()
@@ -100,7 +100,7 @@ def test_files_do_not_depend_on_the_store(tmp_path):
         def commit(tensors, files, folder=folder):
             commits.append(Commit(Progress(3, 3, 3, 0), {}, {}, tensors, files))
 
-        with three_rows_and_a_bit, Table(spec(store, tmp_path), OPTIMIZER, worker) as table:
+        with three_rows_and_a_bit, opened(Table(spec(store, tmp_path), OPTIMIZER, worker)) as table:
             steps(table, 0, 3, 1)
             writer = SafetensorsStorageWriter(folder, 0, commit)
             dcp.save(table.pieces(), storage_writer=writer, planner=PiecesSavePlanner(), no_dist=True)
@@ -108,7 +108,7 @@ def test_files_do_not_depend_on_the_store(tmp_path):
     assert written[0][1] == written[1][1]
     assert commits[0] == commits[1]
     for source, target in (("host", "mmap"), ("mmap", "host")):
-        with Table(spec(target, tmp_path), OPTIMIZER, worker) as table:
+        with opened(Table(spec(target, tmp_path), OPTIMIZER, worker)) as table:
             reader = SafetensorsStorageReader(tmp_path / source, commits[0])
             dcp.load(table.pieces(), storage_reader=reader, planner=PiecesLoadPlanner(), no_dist=True)
             loaded = whole(table, 1)

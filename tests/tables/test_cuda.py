@@ -11,7 +11,7 @@ from kmem.tables.row_transport import InPlace, ThroughHost
 from kmem.tables.table import Table
 from kmem.tables.table_spec import TableSpec
 from kmem.tables.worker import TableWorker
-from tests.tables.toy import DIM, ROWS, assert_nothing_is_left, rank_ids
+from tests.tables.toy import DIM, ROWS, assert_nothing_is_left, committed_or_skipped, opened, rank_ids
 
 pytestmark = pytest.mark.gpu
 STEPS = 10
@@ -24,7 +24,7 @@ def train(device, spec, optimizer, ahead=1, lag=None, staleness=0):
     "model" or the "worker": its stream then does everything late.
     """
     worker = TableWorker(timeout_seconds=60)
-    with Table(spec, optimizer, worker, device, depth=2, staleness=staleness) as table:
+    with opened(Table(spec, optimizer, worker, device, depth=2, staleness=staleness)) as table:
         if torch.device(device).type == "cuda":
             assert isinstance(table._transport, ThroughHost if spec.store == "mmap" else InPlace)
         tickets, begun = deque(), 0
@@ -34,7 +34,7 @@ def train(device, spec, optimizer, ahead=1, lag=None, staleness=0):
                     worker.call(lambda: table._copy.run(lambda: torch.cuda._sleep(20_000_000)))
                 tickets.append(table.begin(rank_ids(begun, 0, 1)))
                 begun += 1
-            with tickets.popleft() as ticket:
+            with committed_or_skipped(tickets.popleft()) as ticket:
                 working_set = ticket.result()
                 assert working_set.rows.device.type == torch.device(device).type
                 if lag == "model":
@@ -91,11 +91,10 @@ def test_rows_written_before_the_first_step_are_there_on_the_workers_stream():
     """By work that the main thread's stream has not done yet."""
     worker = TableWorker(timeout_seconds=60)
     spec = TableSpec("toy.memory", ROWS, DIM, store="device", init_std=0.0)
-    with Table(spec, RowOptimizerConfig(), worker, "cuda") as table:
+    with opened(Table(spec, RowOptimizerConfig(), worker, "cuda")) as table:
         torch.cuda._sleep(100_000_000)
         table.store["rows"].fill_(3.0)
-        with table.begin(rank_ids(0, 0, 1)) as ticket:
-            assert ticket.result().rows.eq(3).all()
+        assert table.begin(rank_ids(0, 0, 1)).result().rows.eq(3).all()
     worker.close()
 
 

@@ -1,5 +1,6 @@
 """Nothing leaks, nobody waits for ever, and what users can cause is a clear error."""
 
+import contextlib
 import gc
 import re
 import time
@@ -23,7 +24,7 @@ from kmem.tables.exchange import ExchangeError
 from kmem.tables.table import Table
 from kmem.tables.table_spec import TableSpec
 from kmem.tables.worker import TableWorker
-from tests.tables.toy import ROWS, SPEC, assert_nothing_is_left, rank_ids, start_worker
+from tests.tables.toy import ROWS, SPEC, assert_nothing_is_left, committed_or_skipped, opened, rank_ids, start_worker
 
 
 @pytest.fixture
@@ -48,20 +49,22 @@ def step_through(ticket, skip=False):
 
 
 def test_a_step_left_without_commit_is_skipped(worker):
-    with open_table(worker) as table:
+    with opened(open_table(worker)) as table:
         before = table.read_rows(0, ROWS)
-        with table.begin(ids(0)) as ticket:
+        with committed_or_skipped(table.begin(ids(0))) as ticket:
             ticket.result().lookup(0).sum().backward()
             table.begin(ids(1))
-        assert table.step == 0
+        assert table._optimizer_step == 0
         assert torch.equal(table.read_rows(0, ROWS), before)
         with pytest.raises(AssertionError, match=r"step .*committed .*before"):
             ticket.commit(1.0, 0.1)
 
 
 def test_an_exception_in_a_step_releases_it(worker):
-    with open_table(worker, depth=2) as table:
-        with pytest.raises(ExceptionGroup), table.begin(ids(0)) as first, table.begin(ids(1)), table.begin(ids(2)):
+    with opened(open_table(worker, depth=2)) as table:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(pytest.raises(ExceptionGroup))
+            first, *_ = (stack.enter_context(committed_or_skipped(table.begin(ids(step)))) for step in range(3))
             raise ExceptionGroup("in the middle of a step", [ValueError(first.result())])
         assert_nothing_is_left(table)
         step_through(table.begin(ids(3)))
@@ -69,7 +72,7 @@ def test_an_exception_in_a_step_releases_it(worker):
 
 
 def test_a_skipped_step_serves_the_rows_that_waited_for_it(worker):
-    with open_table(worker) as table:
+    with opened(open_table(worker)) as table:
         first, second = table.begin(ids(0)), table.begin(ids(0))
         step_through(first, skip=True)
         assert torch.equal(second.result().rows, first.result().rows)
@@ -79,7 +82,7 @@ def test_a_skipped_step_serves_the_rows_that_waited_for_it(worker):
 
 
 def test_evaluation_leaves_no_trace(worker):
-    with open_table(worker) as table:
+    with opened(open_table(worker)) as table:
         first = table.begin(ids(0))
         second = table.begin(ids(1))
         with torch.no_grad():
@@ -111,7 +114,7 @@ def test_a_closed_table_gives_its_file_and_mapping_back(worker, tmp_path):
 
 
 def test_waiting_for_rows_that_wait_for_oneself_is_caught(worker):
-    with open_table(worker) as table:
+    with opened(open_table(worker)) as table:
         table.begin(ids(0))
         with pytest.raises(AssertionError, match=r"step 1 .*\[0\]"):
             table.begin(ids(1)).result()
@@ -122,7 +125,7 @@ def test_waiting_for_rows_that_wait_for_oneself_is_caught(worker):
 def test_after_an_error_every_ticket_fails_with_it(worker):
     table = open_table(worker)
     missing = pytest.raises(ExchangeError, match=r"table toy\.\w+ .*\b97 rows\b.*\b95 to 97\b")
-    with table.begin(torch.arange(95, 98).expand(1, 1, 2, 3)) as failing, missing:
+    with committed_or_skipped(table.begin(torch.arange(95, 98).expand(1, 1, 2, 3))) as failing, missing:
         failing.result()
     later = table.begin(ids(1))
     with pytest.raises(ExchangeError, match=r"table toy\.\w+ .*\b97 rows\b"):
@@ -134,7 +137,7 @@ def test_after_an_error_every_ticket_fails_with_it(worker):
 
 def test_an_exception_that_leaves_the_table_stops_its_worker(worker):
     def training():
-        with open_table(worker) as table:
+        with opened(open_table(worker)) as table:
             table.begin(ids(0))
             raise KeyError("in user code")
 
@@ -151,9 +154,9 @@ def one_rank_raises(world):
     rank = worker.exchange.rank
 
     def training():
-        with open_table(worker) as table:
+        with opened(open_table(worker)) as table:
             first, second = table.begin(rank_ids(0, rank, world)), table.begin(rank_ids(0, rank, world))
-            with first:
+            with committed_or_skipped(first):
                 first.result()
                 if rank:
                     raise KeyError
@@ -238,7 +241,7 @@ def memory_of_training(rows, folder):
     before, training, checkpoints = anonymous_bytes(), 0, 0
     spec = TableSpec("big", rows, 32, store="mmap", folder=Path(folder))
     optimizer = RowOptimizerConfig(name="adam_catchup")
-    with Table(spec, optimizer, worker) as table:
+    with opened(Table(spec, optimizer, worker)) as table:
         apply = table._optimizer.apply
 
         def watched(*arguments):
@@ -249,8 +252,7 @@ def memory_of_training(rows, folder):
         table._optimizer.apply = watched
         for step in range(3):
             wanted = np.random.default_rng(step).integers(0, rows, (1, 1, 500, 4))
-            with table.begin(torch.from_numpy(wanted)) as ticket:
-                step_through(ticket)
+            step_through(table.begin(torch.from_numpy(wanted)))
         state = table.pieces()
         norms, before = table.row_norms(100), anonymous_bytes()
 

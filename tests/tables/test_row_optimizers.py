@@ -10,10 +10,9 @@ from kmem.config import ROW_OPTIMIZER_TRAITS, BlockOptimizerConfig, RowOptimizer
 from kmem.tables import stores
 from kmem.tables.counter_random import key, normal_rows
 from kmem.tables.row_optimizers import ROW_OPTIMIZERS, RowUpdate, kernels, make_row_optimizer
-from kmem.tables.row_optimizers.update import host_array
 from kmem.tables.row_threads import RowThreads
 from kmem.tables.segments import Segments
-from kmem.tables.stores import ArrayLayout, Store
+from kmem.tables.stores import ArrayLayout, Store, host_array
 
 ROWS, DIM, RATE = 40, 5, 0.05
 LAZY = [

@@ -7,15 +7,14 @@ import torch
 
 from kmem.config import RowOptimizerConfig
 from kmem.tables import table as table_module
-from kmem.tables.device_copy import DeviceCopy
+from kmem.tables.device_copy import DeviceCopy, PinnedRing
 from kmem.tables.exchange import Exchange
-from kmem.tables.pinned import PinnedRing
 from kmem.tables.row_transport import InPlace, ThroughHost, make_row_transport
 from kmem.tables.stores import ArrayLayout, Store
 from kmem.tables.table import Table
 from kmem.tables.table_spec import TableSpec
 from kmem.tables.worker import TableWorker
-from tests.tables.toy import DIM, ROWS, mapped, train
+from tests.tables.toy import DIM, ROWS, mapped, opened, train
 
 pytest.importorskip("triton")
 
@@ -105,15 +104,15 @@ def test_an_update_on_the_host_waits_for_gathers(copy, exact, worker, in_place):
     in_place("host", copy)
     optimizer = RowOptimizerConfig(name="adam_catchup", weight_decay=0.5)
     ids = torch.arange(12).view(1, 1, 4, 3)
-    with Table(TableSpec("toy.memory", ROWS, DIM, init_std=0.5), optimizer, worker, staleness=1) as table:
+    spec = TableSpec("toy.memory", ROWS, DIM, init_std=0.5)
+    with opened(Table(spec, optimizer, worker, staleness=1)) as table:
         before = table.store["rows"][:12].clone()
         first, second = table.begin(ids), table.begin(ids)
         table._worker.call(lambda: None)
         first.commit(1.0, 0.1)
         table._worker.call(lambda: None)
         assert (table.store["rows"][:12] != before).any()
-        with second:
-            assert torch.equal(second.result().rows, before) == exact
+        assert torch.equal(second.result().rows, before) == exact
 
 
 def test_the_rule_of_serving(tmp_path):
@@ -185,5 +184,5 @@ def test_pinned_buffers_grow_to_the_largest_size_and_are_freed():
 
 
 def test_a_mapped_table_never_meets_a_device(worker, tmp_path):
-    with Table(mapped(tmp_path), RowOptimizerConfig(), worker) as table:
+    with opened(Table(mapped(tmp_path), RowOptimizerConfig(), worker)) as table:
         assert isinstance(table._transport, ThroughHost)

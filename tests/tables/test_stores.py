@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from kmem.tables import counter_random, stores
-from kmem.tables.row_optimizers.update import host_columns
 from kmem.tables.sharding import boundaries, row_range
 from kmem.tables.stores import ArrayLayout, RecordLayout, Store, StoreError
 
@@ -55,7 +54,7 @@ def test_compiled_loops_see_every_array_in_contiguous_rows(kind, tmp_path):
     store = Store(kind, 50, LAYOUT, path=tmp_path / "t")
     for name, array in store.arrays.items():
         array.copy_(torch.randint(0, 100, array.shape))
-        values, start = host_columns(store, name)
+        values, start = store.columns(name)
         assert values.flags.c_contiguous
         columns = torch.from_numpy(values).view(array.dtype)[:, int(start) : int(start) + array.shape[1]]
         assert torch.equal(columns, array)

@@ -1,6 +1,8 @@
 """A toy model whose tokens look up rows: one linear layer on K rows of D values, trained with a table of 97 rows."""
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch.distributed as dist
 
 from kmem.config import RowOptimizerConfig
 from kmem.tables.exchange import Exchange, join_groups
-from kmem.tables.table import Table
+from kmem.tables.table import Table, Ticket
 from kmem.tables.table_spec import StepMetrics, TableSpec
 from kmem.tables.worker import TableWorker
 
@@ -95,7 +97,7 @@ def train(
     """Train and take everything down again. prefetch: steps begun before the running one is committed."""
     rank, world = worker.exchange.rank, worker.exchange.ranks
     run, weight = Run(), backbone()
-    with kind(spec, optimizer, worker, staleness=staleness, depth=max(prefetch, staleness)) as table:
+    with opened(kind(spec, optimizer, worker, staleness=staleness, depth=max(prefetch, staleness))) as table:
         apply = table._optimizer.apply
 
         def recorded(store, update, first_row):
@@ -108,7 +110,7 @@ def train(
             while begun <= min(step + prefetch, steps - 1):
                 tickets.append(table.begin(rank_ids(begun, rank, world)))
                 begun += 1
-            with tickets.popleft() as ticket:
+            with committed_or_skipped(tickets.popleft()) as ticket:
                 working_set = ticket.result()
                 target = targets(step).view(world, MICRO_BATCHES, -1, LENGTH)[rank]
                 total = torch.zeros(())
@@ -133,6 +135,29 @@ def train(
         run.metrics = table.take_metrics()
         assert_nothing_is_left(table)
     return run
+
+
+@contextmanager
+def opened(table: Table) -> Iterator[Table]:
+    """The table, closed at the end as `StageTables.close` does."""
+    try:
+        yield table
+    except BaseException as error:
+        # Other ranks may not have failed: jobs queued here would wait for exchanges that do not match theirs.
+        table._worker.fail(error)
+        raise
+    finally:
+        table.close()
+
+
+@contextmanager
+def committed_or_skipped(ticket: Ticket) -> Iterator[Ticket]:
+    """The ticket, whose step is skipped if it is left without a commit."""
+    try:
+        yield ticket
+    finally:
+        if not ticket.ended:
+            ticket.commit(0.0, 0.0, skip=True)
 
 
 def assert_nothing_is_left(table: Table) -> None:

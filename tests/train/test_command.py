@@ -1,4 +1,8 @@
-"""The command line as a user runs it: processes, signals, launchers."""
+"""The command line as a user runs it: processes, signals, launchers.
+
+`kmem` commands are forks of a process that has imported everything (`tests/warm_processes.py`); `--full` repeats the
+tests with commands that a new interpreter executes. Launchers always execute theirs.
+"""
 
 import json
 import os
@@ -15,6 +19,8 @@ import yaml
 from kmem.checkpoint.commit import committed_steps
 from kmem.cli import COMMANDS, main
 from kmem.config import packaged_configs
+from kmem.parallel.local_launch import launch_local
+from tests.warm_processes import start_command
 
 ROOT = Path(__file__).resolve().parents[2]
 KMEM = [sys.executable, "-m", "kmem.cli"]
@@ -31,17 +37,45 @@ def run(command, **options):
     )
 
 
+def executed(words, environment=ENVIRONMENT):
+    """A `kmem` command in a new interpreter."""
+    return subprocess.Popen(
+        [*KMEM, *words], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def forked(words, environment=ENVIRONMENT):
+    """The same in a fork that has imported everything."""
+    return start_command(words, environment)
+
+
+@pytest.fixture(params=[forked, pytest.param(executed, marks=pytest.mark.full)], ids=lambda start: start.__name__)
+def start(request):
+    """start(words of a `kmem` command) -> the running process."""
+    return request.param
+
+
+@pytest.fixture
+def finish(start):
+    """finish(words) -> exit code, output and errors of a `kmem` command."""
+
+    def run_command(words):
+        process = start(words)
+        out, errors = process.communicate(timeout=150)
+        return subprocess.CompletedProcess(words, process.returncode, out, errors)
+
+    return run_command
+
+
 def checkpoints(tree):
     return Path(tree["folder"]) / tree["name"] / "checkpoints"
 
 
-@pytest.mark.parametrize(
-    ("nproc", "number"), [(1, signal.SIGTERM), pytest.param(2, signal.SIGINT, marks=pytest.mark.full)]
-)
-def test_a_signal_finishes_the_step_saves_and_exits_zero(run_config, nproc, number):
+@pytest.mark.parametrize(("nproc", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
+def test_a_signal_finishes_the_step_saves_and_exits_zero(run_config, start, finish, nproc, number):
     tree, path = run_config(train__steps=100000, checkpoint__every=None, evaluation__at_start=False)
-    command = [*KMEM, "train", "--config", str(path), "--nproc", str(nproc)]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    words = ["train", "--config", str(path), "--nproc", str(nproc)]
+    process = start(words)
     for line in process.stdout:
         if line.startswith("step 3/"):
             break
@@ -53,45 +87,47 @@ def test_a_signal_finishes_the_step_saves_and_exits_zero(run_config, nproc, numb
     assert stopped >= 3
     tree["train"]["steps"] = stopped + 1
     path.write_text(yaml.safe_dump(tree))
-    again = run(command)
+    again = finish(words)
     assert again.returncode == 0, again.stderr
     assert f"from step {stopped}" in again.stdout
 
 
-def test_a_dead_rank_ends_the_others(run_config):
+def test_a_dead_rank_ends_the_others(run_config, start):
     """One rank is killed: the command ends with an error instead of hanging, and the last checkpoint is valid."""
     tree, path = run_config(train__steps=100000, checkpoint__every=2, evaluation__at_start=False)
-    process = subprocess.Popen(
-        [*KMEM, "train", "--config", str(path), "--nproc", "2"],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start(["train", "--config", str(path), "--nproc", "2"])
     for line in process.stdout:
         if line.startswith("step 5/"):
             break
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGSTOP)  # or it might end before the launcher has seen the other's death
     os.kill(int(children[1]), signal.SIGKILL)
+    _wait_until(lambda: not Path(f"/proc/{children[1]}").exists(), "the launcher does not see that a rank is dead")
+    os.kill(int(children[0]), signal.SIGCONT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "was ended by SIGKILL" in errors
     assert committed_steps(checkpoints(tree))
 
 
-def test_ranks_end_with_their_launcher(run_config):
+def test_ranks_end_with_their_launcher(run_config, start):
     """Also when it is killed and can pass nothing on."""
     _, path = run_config(train__steps=100000, checkpoint__every=None, evaluation__at_start=False)
-    process = subprocess.Popen(
-        [*KMEM, "train", "--config", str(path), "--nproc", "2"], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
-    )
+    process = start(["train", "--config", str(path), "--nproc", "2"])
     for line in process.stdout:
         if line.startswith("step 2/"):
             break
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 2
     process.kill()
+    _wait_until(lambda: not any(_runs(child) for child in children), "the ranks go on without their launcher")
+
+
+def _wait_until(condition, otherwise: str) -> None:
     deadline = time.monotonic() + 30
-    while any(_runs(child) for child in children):
-        assert time.monotonic() < deadline, "the ranks go on without their launcher"
-        time.sleep(0.2)
+    while not condition():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.05)
 
 
 def _runs(process: str) -> bool:
@@ -101,14 +137,19 @@ def _runs(process: str) -> bool:
         return False
 
 
-def test_a_run_killed_again_and_again_keeps_a_valid_checkpoint(run_config):
+def test_a_launcher_executes_one_interpreter_per_rank(capfd):
+    assert launch_local(["--version"], 2) == 0
+    assert len(set(capfd.readouterr().out.splitlines())) == 1
+    assert launch_local(["train", "--config", "none"], 2) == 2
+    assert "kmem train: error: " in capfd.readouterr().err
+
+
+def test_a_run_killed_again_and_again_keeps_a_valid_checkpoint(run_config, start):
     """SIGKILL at moments of no choice, most of them within a save: the next start always finds a complete state."""
     tree, path = run_config(train__steps=100000, checkpoint={"every": 1}, evaluation__at_start=False)
     reached = 0
     for delay in (0.0, 0.05, 0.13):
-        process = subprocess.Popen(
-            [*KMEM, "train", "--config", str(path)], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
-        )
+        process = start(["train", "--config", str(path)])
         for line in process.stdout:
             if line.startswith(f"step {reached + 4}/"):
                 break
@@ -176,7 +217,7 @@ def test_deepspeed_launcher_with_a_hostfile(run_config, tmp_path):
     assert committed_steps(checkpoints(tree)) == [2]
 
 
-def test_errors_are_one_line_and_exit_code_2(run_config, tmp_path):
+def test_errors_are_one_line_and_exit_code_2(run_config, finish, tmp_path):
     _, path = run_config()
     for arguments, message in (
         (
@@ -190,26 +231,25 @@ def test_errors_are_one_line_and_exit_code_2(run_config, tmp_path):
             "/none: .*kmem data prepare",
         ),
     ):
-        answer = run([*KMEM, *arguments])
+        answer = finish(arguments)
         assert answer.returncode == 2
         assert re.search(message, answer.stderr)
         assert "Traceback" not in answer.stderr
         assert len(answer.stderr.strip().splitlines()) == 1, answer.stderr
 
 
-def test_bad_input_of_one_rank_is_reported_by_all(run_config):
+def test_bad_input_of_one_rank_is_reported_by_all(run_config, start):
     """As on two machines, one of which lacks the data; no rank waits for the others."""
     _, path = run_config()
     lacking = ["--set", "data.sources.0.path=/none"]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29520", "WORLD_SIZE": "2"}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "launch/pretrain.py", "--config", str(path), *(lacking if rank else [])],
-            env=ENVIRONMENT | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        start(
+            ["train", "--config", str(path), *(lacking if rank else [])],
+            ENVIRONMENT | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     for process in processes:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 2
@@ -224,9 +264,9 @@ def test_help_lists_the_packaged_configs(capsys, monkeypatch):
     assert all(name in said for name in packaged_configs()), "no name is broken at the end of a line"
 
 
-def test_dry_run_needs_no_data_and_prints_exact_integers(run_config):
+def test_dry_run_needs_no_data_and_prints_exact_integers(run_config, finish):
     _, path = run_config(data__sources=[{"path": "/none"}])
-    answer = run([*KMEM, "train", "--config", str(path), "--dry-run", "--json"])
+    answer = finish(["train", "--config", str(path), "--dry-run", "--json"])
     assert answer.returncode == 0, answer.stderr
     figures = json.loads(answer.stdout)
     assert figures["total"] == sum(figures["components"].values())
@@ -234,7 +274,7 @@ def test_dry_run_needs_no_data_and_prints_exact_integers(run_config):
     inactive = 3 * 2 * 3 * 32 * 32  # 3 MoE layers, 2 of 4 experts, 3 matrices
     assert figures["active"] == figures["total"] - inactive
     assert figures["tables"] == 0
-    table = run([*KMEM, "train", "--config", str(path), "--dry-run", "--nproc", "4", "--set", "parallel.pipeline=2"])
+    table = finish(["train", "--config", str(path), "--dry-run", "--nproc", "4", "--set", "parallel.pipeline=2"])
     assert table.returncode == 0, table.stderr
     assert "pipeline 2 x data 2" in table.stdout
 

@@ -14,6 +14,7 @@ from kmem.tables.table_spec import TableSpec
 from kmem.tables.worker import TableWorker
 from kmem.train.dry_run import print_dry_run, rank_bytes
 from tests.distributed.training_case import build, small_config
+from tests.tables.toy import opened
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 6])
@@ -88,7 +89,7 @@ def test_table_bytes_are_those_of_the_built_table(optimizer, dtype):
     assert len(stage.tables) == 2
     for planned in stage.tables:
         worker = TableWorker()
-        with Table(TableSpec("table", planned.rows, 8, dtype), config.engram.optimizer, worker) as table:
+        with opened(Table(TableSpec("table", planned.rows, 8, dtype), config.engram.optimizer, worker)) as table:
             assert planned.bytes == sum(array.nbytes for array in table.store.arrays.values())
         worker.close()
 
@@ -101,7 +102,7 @@ def test_table_bytes_are_those_of_the_mapped_file(optimizer, row_dim, tmp_path):
     planned = rank_bytes(config, Mesh(0, 1, 1, 1))[0].tables[0]
     worker = TableWorker()
     spec = TableSpec("table", planned.rows, row_dim, store="mmap", folder=tmp_path)
-    with Table(spec, config.engram.optimizer, worker) as table:
+    with opened(Table(spec, config.engram.optimizer, worker)) as table:
         assert 0 <= table.store.bytes - planned.bytes < 4096
     worker.close()
 

@@ -6,7 +6,7 @@ evaluated and exported like any other.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import combinations, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kmem.checkpoint.bank.hits import FIRST, KEPT, edited_usage, stored_hits
 from kmem.checkpoint.bank.layout import bank_layout, bank_tensors
-from kmem.checkpoint.bank.rows import Selection, changed_rows, cluster_path, held_mask, level_figures, select
+from kmem.checkpoint.bank.rows import Selection, cluster_path, held_mask, select, trained_rows, written_norms
 from kmem.checkpoint.commit import Progress
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import WEIGHT, CheckpointReader
@@ -37,6 +37,7 @@ class Changed:
     clusters: int
     """Changed rows, generic blocks included."""
     values: int
+    bytes: int
     norm: float
     """2-norm of what these blocks wrote before the edit."""
 
@@ -165,7 +166,7 @@ def merge(sources: Sequence[Source], out: Path, start: CheckpointReader | None =
     own, remarks = [], []
     trained: list[Selection] = []
     for source in sources:
-        its_rows = {level: _trained(source.reader, start, layout, level) for level in layout.levels}
+        its_rows = {level: trained_rows(source.reader, start, layout, level) for level in layout.levels}
         trained.append(its_rows)
         paths = source.own_paths(start)
         if not paths:
@@ -256,13 +257,6 @@ def _whole(config: Config, subtrees: tuple[str, ...] | None) -> Config:
     return parse_config(tree)
 
 
-def _trained(reader: CheckpointReader, start: CheckpointReader | None, layout: BankLayout, level: int) -> Tensor:
-    """bool [rows]: rows that were trained. They differ from `start` or, without a start, write anything."""
-    if start is None:
-        return ~level_figures(reader, layout, level).untouched
-    return changed_rows(reader, start, layout, level)
-
-
 def _written(
     base: CheckpointReader,
     out: Path,
@@ -284,10 +278,11 @@ def _written(
     figures = []
     for level, owner in owners.items():
         changed = owner != KEPT
-        norms = level_figures(base, layout, level).norms[changed]
-        count = int(changed.sum())
+        norms = written_norms(base, layout, level)[changed]
+        count, itemsize = int(changed.sum()), base.tensors[layer_bank_name(layout.layers[0], level)].dtype.itemsize
+        values = count * layout.row_values(level)
         if count:
-            figures.append(Changed(level, count, count * layout.row_values(level), float(norms.norm())))
+            figures.append(Changed(level, count, values, values * itemsize, float(norms.norm())))
     of_name = {layer_bank_name(layer, level): (layer, level) for level in layout.levels for layer in layout.layers}
     lists = {level: owner.tolist() for level, owner in owners.items()}
     seed = bank_origin(base.commit.progress)["seed"]
@@ -364,20 +359,10 @@ def _has_row_state(reader: CheckpointReader) -> bool:
 def _check_same_anchor(one: CheckpointReader, other: CheckpointReader) -> None:
     """Check that everything but the bank is equal to the bit: blocks are trained for one anchor."""
     bank = bank_tensors(the_layout(one))
-    keys = {name for name in one.tensors if name not in bank} ^ {name for name in other.tensors if name not in bank}
-    differing = sorted(keys)
-    for name in one.tensors:
-        if name in bank or differing:
-            continue
-        size = one.commit.tensors[WEIGHT + name].size
-        if one.commit.shapes[name] != other.commit.shapes[name]:
-            differing.append(name)
-            continue
-        for start in range(0, size, COMPARED):
-            parts = [reader.read_stored(WEIGHT + name, start, min(start + COMPARED, size)) for reader in (one, other)]
-            if not torch.equal(*parts):
-                differing.append(name)
-                break
+    differing = sorted((one.tensors.keys() ^ other.tensors.keys()) - bank)
+    if not differing:
+        changed = (name for name in one.tensors if name not in bank and not _same_values(one, other, name))
+        differing = list(islice(changed, 1))
     if differing:
         raise CheckpointError(
             f"{other.folder}: its anchor differs from the anchor of {one.folder} ({_some(differing)}); blocks are "
@@ -385,18 +370,24 @@ def _check_same_anchor(one: CheckpointReader, other: CheckpointReader) -> None:
         )
 
 
+def _same_values(one: CheckpointReader, other: CheckpointReader, name: str) -> bool:
+    size = one.tensors[name].numel()
+    slices = ((WEIGHT + name, start, min(start + COMPARED, size)) for start in range(0, size, COMPARED))
+    return one.tensors[name].shape == other.tensors[name].shape and all(
+        torch.equal(one.read_stored(*part), other.read_stored(*part)) for part in slices
+    )
+
+
 def _check_disjoint(layout: BankLayout, sources: Sequence[Source], own: Sequence[Selection]) -> None:
     for level in layout.levels:
-        for second in range(1, len(sources)):
-            for first in range(second):
-                shared = _paths(layout, level, own[first][level] & own[second][level])
-                if shared:
-                    folders = " and by ".join(str(sources[number].reader.folder) for number in (first, second))
-                    raise CheckpointError(
-                        f"level {level}, cluster {_some(shared)}: claimed by {folders}; each cluster has one source: "
-                        "name subtrees after each checkpoint, as in --from RUN 0 1 --from RUN 2, or name the trained "
-                        "checkpoint that all continued from with --start"
-                    )
+        for (first, mine), (second, theirs) in combinations(zip(sources, own, strict=True), 2):
+            shared = _paths(layout, level, mine[level] & theirs[level])
+            if shared:
+                raise CheckpointError(
+                    f"level {level}, cluster {_some(shared)}: claimed by {first.reader.folder} and by "
+                    f"{second.reader.folder}; each cluster has one source: name subtrees after each checkpoint, as in "
+                    "--from RUN 0 1 --from RUN 2, or name the trained checkpoint that all continued from with --start"
+                )
 
 
 def _paths(layout: BankLayout, level: int, rows: Tensor) -> list[str]:

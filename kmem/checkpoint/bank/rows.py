@@ -1,12 +1,13 @@
 """Rows of a checkpoint's bank: choosing them by the paths of their clusters, and figures of what they hold."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kmem.checkpoint.bank.hits import cluster_tokens, hit_figures, stored_hits
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import Config, UserError
@@ -114,39 +115,79 @@ def named_cluster(layout: BankLayout, text: str) -> tuple[int, int]:
         raise UserError(str(error)) from None
 
 
-@dataclass(frozen=True)
-class LevelFigures:
-    """Figures of the blocks of a level."""
+def figures(
+    reader: CheckpointReader, layout: BankLayout, paths: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Figures of each level, and of the named clusters and all clusters below them that have blocks."""
+    chosen = select(layout, list(paths), with_blocks=False)  # refuses paths outside the tree
+    hits = stored_hits(reader)
+    levels: list[dict[str, Any]] = []
+    clusters: list[dict[str, Any]] = []
+    for level in layout.levels:
+        norms = written_norms(reader, layout, level)
+        of_clusters = norms[: layout.clusters(level)]
+        trained = of_clusters[of_clusters != 0]
+        stored = reader.tensors[layer_bank_name(layout.layers[0], level)].dtype
+        held = sum(map(len, held_rows(reader.config, layout, level)))
+        levels.append(
+            {
+                "level": level,
+                "clusters": layout.clusters(level),
+                "rank": layout.ranks[level - 1],
+                "values_per_cluster": layout.row_values(level),
+                "bytes": held * layout.row_values(level) * stored.itemsize,
+                "untouched": len(of_clusters) - len(trained),
+                "mean_norm": float(trained.mean()) if len(trained) else 0.0,
+                "largest_norm": float(of_clusters.max()),
+                "generic_norm": float(norms[-1]) if layout.generic else None,
+                "hits": None if hits is None else hit_figures(layout, hits, level),
+            }
+        )
+        tokens = None
+        if hits is not None:  # the last row belongs to the generic blocks
+            tokens = torch.cat([cluster_tokens(layout, hits, level), hits[-1:]]).tolist()
+        clusters += [
+            {
+                "path": cluster_path(layout, level, row),
+                "level": level,
+                "norm": float(norms[row]),
+                "untouched": bool(norms[row] == 0),
+                "tokens": None if tokens is None else tokens[row],
+            }
+            for row in chosen[level].nonzero().flatten().tolist()
+        ]
+    for level, number in sorted({named_cluster(layout, path) for path in paths if path != GENERIC_PATH}):
+        if level not in layout.levels:  # a named cluster without blocks has tokens all the same
+            counted_tokens = None if hits is None else int(cluster_tokens(layout, hits, level)[number])
+            bare = {"norm": None, "untouched": None, "tokens": counted_tokens}
+            clusters.append({"path": cluster_path(layout, level, number), "level": level, **bare})
+    return levels, sorted(clusters, key=lambda cluster: int(cluster["level"]))
 
-    norms: Tensor
-    """fp64 [rows]: 2-norm, over all layers, of the parts that write (down, b, values), which start as zeros."""
 
-    @property
-    def untouched(self) -> Tensor:
-        """bool [rows]: blocks that still are the no-op they began as."""
-        return self.norms == 0
-
-
-def level_figures(reader: CheckpointReader, layout: BankLayout, level: int) -> LevelFigures:
-    """Figures of a level, read once, a slice of one layer's rows at a time. Blocks that the checkpoint does not hold
-    count as untouched."""
+def written_norms(reader: CheckpointReader, layout: BankLayout, level: int) -> Tensor:
+    """fp64 [rows]: 2-norm, over all layers, of the parts of a level's blocks that write (down, b, values), which start
+    as zeros: blocks with norm 0 still are the no-op they began as. Blocks that the checkpoint does not hold have 0.
+    The level is read once, a slice of one layer's rows at a time."""
     squares = torch.zeros(layout.rows(level), dtype=torch.float64)
     for start, stop, layer in _slices(reader, layout, level):
         parts = layout.by_part(reader.read_rows(layer_bank_name(layer, level), start, stop))
         for part in layout.parts:
             if part.start == "zero":
                 squares[start:stop] += parts[part.name].double().square().sum(dim=(1, 2))
-    return LevelFigures(squares.sqrt())
+    return squares.sqrt()
 
 
-def changed_rows(reader: CheckpointReader, start_from: CheckpointReader, layout: BankLayout, level: int) -> Tensor:
-    """bool [rows]: rows held by `reader` that differ from the same rows of `start_from`."""
-    changed = torch.zeros(layout.rows(level), dtype=torch.bool)
-    for start, stop, layer in _slices(reader, layout, level):
+def trained_rows(reader: CheckpointReader, start: CheckpointReader | None, layout: BankLayout, level: int) -> Tensor:
+    """bool [rows]: rows held by `reader` that were trained. They differ from the same rows of `start` or, without a
+    start, write anything."""
+    if start is None:
+        return written_norms(reader, layout, level) != 0
+    trained = torch.zeros(layout.rows(level), dtype=torch.bool)
+    for first, last, layer in _slices(reader, layout, level):
         name = layer_bank_name(layer, level)
-        one, other = (checkpoint.read_rows(name, start, stop) for checkpoint in (reader, start_from))
-        changed[start:stop] |= (one != other).any(dim=1)
-    return changed
+        one, other = (checkpoint.read_rows(name, first, last) for checkpoint in (reader, start))
+        trained[first:last] |= (one != other).any(dim=1)
+    return trained
 
 
 def _slices(reader: CheckpointReader, layout: BankLayout, level: int) -> Iterator[tuple[int, int, int]]:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kmem.checkpoint.actions import add_action, open_verified
 from kmem.checkpoint.printing import print_table
 from kmem.config import UserError
 from kmem.wording import counted
@@ -16,19 +17,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    described = {
-        "list": "sizes of the tables, the share of rows that was ever updated, and norms of rows",
-        "inspect": "the rows that the n-grams of a text read",
-        "erase": "set the rows that the n-grams of texts read to zero",
-    }
-    listing, inspecting, erasing = (
-        actions.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        for name, summary in described.items()
-    )
-    for action in (listing, inspecting, erasing):
-        action.add_argument(
-            "--checkpoint", required=True, type=Path, metavar="RUN", help="run folder or one of its steps"
-        )
+    listing = add_action(actions, "list", "sizes of the tables, the share of rows ever updated, and norms of rows")
+    inspecting = add_action(actions, "inspect", "the rows that the n-grams of a text read")
+    erasing = add_action(actions, "erase", "set the rows that the n-grams of texts read to zero")
     for action in (listing, inspecting):
         action.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     inspecting.add_argument("--text", required=True, help="the beginning of a document")
@@ -117,17 +108,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _erase(arguments: argparse.Namespace) -> int:
     from kmem.checkpoint.engram.rows import erase
-    from kmem.checkpoint.reader import CheckpointReader
     from kmem.model.engram_reader import table_name
 
     phrases = _phrases(arguments)
-    reader = CheckpointReader(arguments.checkpoint)
-    reader.verify()
-    erased = erase(reader, arguments.out, phrases)
-    for layer, count in erased.rows.items():
+    reader = open_verified(arguments.checkpoint)
+    checkpoint, erased = erase(reader, arguments.out, phrases)
+    for layer, count in erased.items():
         print(f"layer {layer}: {count:,} of {counted(reader.tensors[table_name(layer)].shape[0], 'row')} erased")
     print("other n-grams that hash to these rows have lost them, too")
-    print(f"wrote {erased.checkpoint}")
+    print(f"wrote {checkpoint}")
     return 0
 
 

@@ -61,15 +61,6 @@ class Ngram:
 
 
 @dataclass(frozen=True)
-class Erased:
-    """The result of an erasure."""
-
-    checkpoint: Path
-    rows: dict[int, int]
-    """Layer -> number of rows that are zeros now."""
-
-
-@dataclass(frozen=True)
 class Phrase:
     """A text, and where the user gave it."""
 
@@ -95,7 +86,8 @@ def table_figures(reader: CheckpointReader, layers: Sequence[int]) -> Iterator[T
     total = sum(reader.commit.tensors[key].size for keys in stored.values() for key in keys)
     with Progress("reading rows", total) as bar:
         for weight, *moments in stored.values():
-            rows, dim = reader.tensors[weight.removeprefix(WEIGHT)].shape
+            table = reader.tensors[weight.removeprefix(WEIGHT)]
+            rows, dim = table.shape
             updated, norms, largest = 0, 0.0, 0.0
             step = max(1, SLICE_BYTES // (dim * torch.float32.itemsize))
             for start in range(0, rows, step):
@@ -107,8 +99,7 @@ def table_figures(reader: CheckpointReader, layers: Sequence[int]) -> Iterator[T
                     moved |= (_rows(reader, key, start, stop) != 0).any(dim=1)
                 updated += int(moved.sum())
                 bar.advance(sum((stop - start) * (reader.row_width(key) or 0) for key in (weight, *moments)))
-            size = rows * dim * TORCH_DTYPES[reader.commit.tensors[weight].dtype].itemsize
-            yield TableFigures(rows, dim, size, updated if moments else None, norms / rows, largest)
+            yield TableFigures(rows, dim, table.nbytes, updated if moments else None, norms / rows, largest)
 
 
 def text_ngrams(reader: CheckpointReader, phrase: Phrase, layers: Sequence[int]) -> Iterator[Ngram]:
@@ -143,9 +134,12 @@ def text_ngrams(reader: CheckpointReader, phrase: Phrase, layers: Sequence[int])
                 )
 
 
-def erase(reader: CheckpointReader, out: Path, phrases: Sequence[Phrase]) -> Erased:
+def erase(reader: CheckpointReader, out: Path, phrases: Sequence[Phrase]) -> tuple[Path, dict[int, int]]:
     """Write a checkpoint in which some rows are zeros, without optimizer state: the rows that are read by n-grams which
     lie wholly inside the texts. Everything else is equal to the bit.
+
+    Returns:
+        The folder of the new checkpoint, and layer -> number of rows that are zeros now.
 
     Raises:
         UserError: a text that is shorter than the shortest n-grams, or a folder that cannot be written.
@@ -179,8 +173,7 @@ def erase(reader: CheckpointReader, out: Path, phrases: Sequence[Phrase]) -> Era
         return values.masked_fill(mask[first:last].repeat_interleave(width)[begun : begun + len(values)], 0)
 
     note = f"erased the n-gram rows of {counted(len(phrases), 'text')}"
-    checkpoint = rewrite_run(reader, out, note, edit)
-    return Erased(checkpoint, {layer: int(mask.sum()) for layer, mask in chosen.items()})
+    return rewrite_run(reader, out, note, edit), {layer: int(mask.sum()) for layer, mask in chosen.items()}
 
 
 def _moments(reader: CheckpointReader, layer: int) -> list[str]:

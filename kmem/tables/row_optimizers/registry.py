@@ -3,8 +3,7 @@
 from typing import Any
 
 from kmem.config import RowOptimizerConfig
-from kmem.tables.row_optimizers.adam_catchup import AdamCatchUp
-from kmem.tables.row_optimizers.lazy_adam import LazyAdam
+from kmem.tables.row_optimizers.adam import AdamCatchUp, LazyAdam
 from kmem.tables.row_optimizers.row_optimizer import RowOptimizer
 from kmem.tables.row_optimizers.rowwise_adagrad import RowwiseAdagrad
 from kmem.tables.row_optimizers.sinkhorn_momentum import SinkhornMomentum

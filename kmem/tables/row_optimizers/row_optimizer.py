@@ -12,7 +12,7 @@ from torch import Tensor
 from kmem.config import RowOptimizerConfig
 from kmem.tables import counter_random
 from kmem.tables.row_optimizers import kernels
-from kmem.tables.row_optimizers.update import RowUpdate, host_columns
+from kmem.tables.row_optimizers.update import RowUpdate
 from kmem.tables.row_threads import RowThreads
 from kmem.tables.stores import ArrayLayout, Store
 
@@ -119,7 +119,7 @@ class RowOptimizer(ABC):
             per_row: arrays [U]; each thread gets its part.
         """
         segments, rounding = update.segments, self._host_rounding(update, first_row)
-        columns = [part for array in ("rows", *arrays) for part in host_columns(store, array)]
+        columns = [part for array in ("rows", *arrays) for part in store.columns(array)]
         numbers = [np.float32(number) for number in (update.scale, *scalars)]
 
         def run(part: slice) -> None:

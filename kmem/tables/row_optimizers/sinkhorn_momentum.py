@@ -5,8 +5,8 @@ the column pass after it are one sweep over H, which needs only the vector c and
 squares; the ranks of the table sum this vector.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from kmem.config import RowOptimizerConfig
 from kmem.tables.row_optimizers import kernels
 from kmem.tables.row_optimizers.row_optimizer import RowOptimizer
-from kmem.tables.row_optimizers.update import RowUpdate, host_columns, take_missed_steps
+from kmem.tables.row_optimizers.update import RowUpdate, take_missed_steps
 from kmem.tables.stores import ArrayLayout, Store, chunk_ranges
 
 # Shape letters: U rows of an update, D values of a row.
@@ -59,27 +59,49 @@ class SinkhornMomentum(RowOptimizer):
         sweep.move(scales, least, -self.settings.gamma * rate * sweep.dim**0.5)
 
 
-class Sweep(Protocol):
+class Sweep(ABC):
     """Passes over H = beta * M + (1 - beta) * G in fp64; every pass recomputes H from the momentum M [rows, D]."""
 
-    dim: int
+    def __init__(self, settings: RowOptimizerConfig, store: Store, update: RowUpdate) -> None:
+        self._settings, self._store, self._update = settings, store, update
+        self.dim = store["momentum"].shape[1]
 
+    @abstractmethod
     def first(self) -> np.ndarray:
         """Update the momentum, M <- beta * M + (1 - beta) * G. Returns fp64 [sum of the norms of H's rows, number of
         rows]."""
-        ...
 
+    @abstractmethod
     def column_squares(self, scales: np.ndarray, least: float) -> np.ndarray:
         """fp64 [D]: sums of the squares of each column of the balanced matrix, which is H with its columns scaled and
         every row divided by its norm; rows of H with a norm of at most `least` are set to 0."""
-        ...
 
+    @abstractmethod
     def move(self, scales: np.ndarray, least: float, factor: float) -> None:
         """Add the balanced matrix times `factor` to the weights; a row whose change is 0 keeps its bits."""
-        ...
+
+    def _decays(self) -> np.ndarray | None:
+        """fp32 [U, 1]: factors on the momentum of the update's rows, for this step and the steps that they have missed.
+        Marks the rows as updated. None if the step applies to all rows: the factor is then beta."""
+        if self._settings.dense:
+            return None
+        return missed_steps_decay(self._settings.momentum, take_missed_steps(self._store, self._update) + 1)
+
+    def _chunks(self) -> Iterator[tuple[np.ndarray, slice]]:
+        """Yield chunks of (local row numbers, slice of the update's rows, which are those of them with a gradient)."""
+        dense, updated = self._settings.dense, self._update.rows
+        for start, stop in chunk_ranges(self._store.rows if dense else len(updated), 8 * self.dim):
+            if dense:
+                yield np.arange(start, stop), slice(*np.searchsorted(updated, [start, stop]).tolist())
+            else:
+                yield updated[start:stop], slice(start, stop)
+
+    def _with_gradient(self, rows: np.ndarray, part: slice) -> np.ndarray | slice:
+        """The places of the rows with a gradient in a chunk."""
+        return self._update.rows[part] - rows[0] if self._settings.dense else slice(None)
 
 
-class HostSweep:
+class HostSweep(Sweep):
     """Compiled loops, one row at a time.
 
     Args:
@@ -90,58 +112,42 @@ class HostSweep:
     def __init__(
         self, settings: RowOptimizerConfig, store: Store, update: RowUpdate, rounding: tuple[int, np.uint64, bool]
     ) -> None:
-        self._settings, self._store, self._update = settings, store, update
+        super().__init__(settings, store, update)
         self._rounding = rounding
-        self._momentum = host_columns(store, "momentum")
-        self.dim = store["momentum"].shape[1]
+        self._momentum = store.columns("momentum")
         self._scalars = np.float32(update.scale), np.float32(settings.momentum), np.float32(1 - settings.momentum)
 
     def first(self) -> np.ndarray:
-        sums = np.zeros(2)
-        if not self._settings.dense:
-            missed = take_missed_steps(self._store, self._update)
-            decays = missed_steps_decay(self._settings.momentum, missed + 1).reshape(-1)
-        for part, rows, sources in self._chunks():
-            if self._settings.dense:
-                decay = np.full(len(rows), self._settings.momentum, np.float32)
-            else:
-                decay = decays[part]
-            sums[0] += kernels.sinkhorn_first(
-                *self._momentum, rows, sources, self._update.gradients, decay, *self._scalars
-            )
+        sums, decays = np.zeros(2), self._decays()
+        for rows, part in self._chunks():
+            decay = np.full(len(rows), self._settings.momentum, np.float32) if decays is None else decays[part, 0]
+            sums[0] += kernels.sinkhorn_first(*self._momentum, *self._gradients(rows, part), decay, *self._scalars)
             sums[1] += len(rows)
         return sums
 
     def column_squares(self, scales: np.ndarray, least: float) -> np.ndarray:
         squares = np.zeros(self.dim)
-        for _, rows, sources in self._chunks():
-            kernels.sinkhorn_columns(
-                squares, *self._momentum, rows, sources, self._update.gradients, *self._scalars, scales, least, _EPS
-            )
+        for chunk in self._chunks():
+            gradients = self._gradients(*chunk)
+            kernels.sinkhorn_columns(squares, *self._momentum, *gradients, *self._scalars, scales, least, _EPS)
         return squares
 
     def move(self, scales: np.ndarray, least: float, factor: float) -> None:
-        table = host_columns(self._store, "rows")
-        for _, rows, sources in self._chunks():
+        table = self._store.columns("rows")
+        for chunk in self._chunks():
+            gradients = self._gradients(*chunk)
             kernels.sinkhorn_move(
-                *table, *self._momentum, rows, sources, self._update.gradients, *self._scalars, scales, least, _EPS,
-                factor, *self._rounding,
-            )  # fmt: skip
+                *table, *self._momentum, *gradients, *self._scalars, scales, least, _EPS, factor, *self._rounding
+            )
 
-    def _chunks(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-        """Yield chunks of (slice of the rows, local row numbers, places of their gradients); -1: no gradient."""
-        count = self._store.rows if self._settings.dense else len(self._update.rows)
-        for start, stop in chunk_ranges(count, 8 * self.dim):
-            if not self._settings.dense:
-                yield slice(start, stop), self._update.rows[start:stop], np.arange(start, stop)
-                continue
-            a, b = np.searchsorted(self._update.rows, [start, stop])
-            sources = np.full(stop - start, -1)
-            sources[self._update.rows[a:b] - start] = np.arange(a, b)
-            yield slice(start, stop), np.arange(start, stop), sources
+    def _gradients(self, rows: np.ndarray, part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray | Tensor]:
+        """A chunk as loops take it: its rows, the places of their gradients (-1: no gradient), and all gradients."""
+        places = np.full(len(rows), -1)
+        places[self._with_gradient(rows, part)] = np.arange(part.start, part.stop)
+        return rows, places, self._update.gradients
 
 
-class DeviceSweep:
+class DeviceSweep(Sweep):
     """Torch operations, one chunk of rows at a time.
 
     Args:
@@ -155,64 +161,51 @@ class DeviceSweep:
         update: RowUpdate,
         noise: Callable[[np.ndarray], np.ndarray | None],
     ) -> None:
-        self._settings, self._store, self._update, self._noise = settings, store, update, noise
-        self._momentum = store["momentum"]
-        self.dim, self._device = self._momentum.shape[1], self._momentum.device
-        self._count = store.rows if settings.dense else len(update.rows)
+        super().__init__(settings, store, update)
+        self._noise, self._momentum = noise, store["momentum"]
+        self._device = self._momentum.device
 
     def first(self) -> np.ndarray:
-        beta, sums = self._settings.momentum, np.zeros(2)
-        if not self._settings.dense:
-            decay = missed_steps_decay(beta, take_missed_steps(self._store, self._update) + 1)
-        for start, stop in chunk_ranges(self._count, 8 * self.dim):
-            if self._settings.dense:
-                self._momentum[start:stop] *= beta
-            else:
-                rows = torch.from_numpy(self._update.rows[start:stop]).to(self._device)
-                self._momentum[rows] *= torch.from_numpy(decay[start:stop]).to(self._device)
-            touched, gradients = self._gradients(start, stop)
-            self._momentum[touched] += gradients * (1 - beta)
-            norms = (self._chunk(start, stop)[0] ** 2).sum(1).sqrt()
+        beta, sums, decays = self._settings.momentum, np.zeros(2), self._decays()
+        for rows, part in self._chunks():
+            self._momentum[self._at(rows)] *= (
+                beta if decays is None else torch.from_numpy(decays[part]).to(self._device)
+            )
+            updated = torch.from_numpy(self._update.rows[part]).to(self._device)
+            self._momentum[updated] += self._gradients(part) * (1 - beta)
+            norms = (self._chunk(rows, part) ** 2).sum(1).sqrt()
             sums += [float(norms.sum()), len(norms)]
         return sums
 
     def column_squares(self, scales: np.ndarray, least: float) -> np.ndarray:
         squares = torch.zeros(self.dim, dtype=torch.float64, device=self._device)
-        for start, stop in chunk_ranges(self._count, 8 * self.dim):
-            balanced = self._by_rows(self._chunk(start, stop)[0], scales, least)
+        for chunk in self._chunks():
+            balanced = self._by_rows(self._chunk(*chunk), scales, least)
             squares += (balanced * balanced).sum(0)
         return squares.cpu().numpy()
 
     def move(self, scales: np.ndarray, least: float, factor: float) -> None:
         table = self._store["rows"]
-        for start, stop in chunk_ranges(self._count, 8 * self.dim):
-            h, rows = self._chunk(start, stop)
-            change = self._by_rows(h, scales, least) * factor
+        for rows, part in self._chunks():
+            change = self._by_rows(self._chunk(rows, part), scales, least) * factor
             moving = change.any(1)
-            rows = rows[moving.cpu().numpy()]
-            where = torch.from_numpy(rows).to(self._device)
-            write_rows(table, where, table[where].float() + change[moving].float(), self._noise(rows))
+            moved = rows[moving.cpu().numpy()]
+            where = torch.from_numpy(moved).to(self._device)
+            write_rows(table, where, table[where].float() + change[moving].float(), self._noise(moved))
 
     def _by_rows(self, h: Tensor, scales: np.ndarray, least: float) -> Tensor:
         live = (h * h).sum(1).sqrt() > least
         scaled = h * torch.from_numpy(scales).to(self._device)
         return scaled * (live / ((scaled * scaled).sum(1).sqrt() + _EPS))[:, None]
 
-    def _gradients(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The local rows of a chunk that have a gradient, and their gradients."""
-        a, b = start, stop
-        if self._settings.dense:
-            a, b = np.searchsorted(self._update.rows, [start, stop])
-        rows = torch.from_numpy(self._update.rows[a:b]).to(self._device)
-        return rows, torch.as_tensor(self._update.gradients[a:b]).to(self._device) * self._update.scale
+    def _chunk(self, rows: np.ndarray, part: slice) -> Tensor:
+        h = self._momentum[self._at(rows)] * self._settings.momentum
+        h[self._with_gradient(rows, part)] += self._gradients(part) * (1 - self._settings.momentum)
+        return h.double()
 
-    def _chunk(self, start: int, stop: int) -> tuple[Tensor, np.ndarray]:
-        touched, gradients = self._gradients(start, stop)
-        if self._settings.dense:
-            rows = np.arange(start, stop)
-            h = self._momentum[start:stop] * self._settings.momentum
-            h[touched - start] += gradients * (1 - self._settings.momentum)
-        else:
-            rows = self._update.rows[start:stop]
-            h = self._momentum[touched] * self._settings.momentum + gradients * (1 - self._settings.momentum)
-        return h.double(), rows
+    def _at(self, rows: np.ndarray) -> slice | Tensor:
+        """The rows of a chunk as an index of the momentum."""
+        return slice(rows[0], rows[-1] + 1) if self._settings.dense else torch.from_numpy(rows).to(self._device)
+
+    def _gradients(self, part: slice) -> Tensor:
+        return torch.as_tensor(self._update.gradients[part]).to(self._device) * self._update.scale

@@ -1,4 +1,4 @@
-"""The gradients of a step at the owner of its rows, and access to the arrays of a store."""
+"""The gradients of a step at the owner of its rows, and the steps and updates that rows count."""
 
 from dataclasses import dataclass, replace
 
@@ -80,14 +80,3 @@ def take_updates(store: Store, update: RowUpdate) -> np.ndarray:
     before = updates[rows].numpy().astype(np.int64)
     updates[rows] += 1
     return before[:, 0]
-
-
-def host_array(tensor: Tensor) -> np.ndarray:
-    """The tensor's memory as a numpy array; bf16 as uint16 bits."""
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
-
-
-def host_columns(store: Store, array: str) -> tuple[np.ndarray, np.uintp]:
-    """`Store.columns` as numpy, in the form in which compiled loops take an array of a store."""
-    values, start = store.columns(array)
-    return host_array(values), np.uintp(start)
