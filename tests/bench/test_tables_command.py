@@ -98,7 +98,7 @@ def test_slower_is_a_ratio_of_rounds_taken_in_turn():
 @pytest.mark.parametrize("start", ["forked", pytest.param("executed", marks=pytest.mark.full)])
 def test_small_and_mapped_tables_are_measured_in_turn(tmp_path, capsys, monkeypatch, start):
     if start == "forked":
-        monkeypatch.setattr(contest.mp, "get_context", lambda method: WarmContext(WITH_KMEM))
+        monkeypatch.setattr(contest, "get_context", lambda method: WarmContext(WITH_KMEM))
     record = tmp_path / "memory.json"
     sizes = ["--small-mib", "0.1", "--gib", "0", "--mapped-gib", "0.001", "--folder", str(tmp_path / "mapped")]
     rounds = ["--rounds", "2", "--steps", "2", "--warmup", "1", "--threads", "1", "--json", str(record)]

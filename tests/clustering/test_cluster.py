@@ -18,6 +18,7 @@ from kmem.clustering.building import TreeRequest, make_tree
 from kmem.clustering.corpus import Corpus, read_chunk
 from kmem.clustering.embedders import KINDS, EmbedderKind, EmbedderOption
 from kmem.clustering.report import print_tree, source_counts
+from kmem.clustering.tree_folder import copy_tree
 from kmem.config import DataConfig, UserError
 from kmem.corpora import packages
 from kmem.data.bank_addresses import Addressing
@@ -25,7 +26,6 @@ from kmem.data.manifest import read_manifest
 from kmem.data.prepare import Preparation, prepare
 from kmem.data.reader import open_data
 from kmem.data.units import Unit
-from kmem.hf.export import copy_tree
 from kmem.model.bank_embedder import EMBEDDERS, load_embedder
 from kmem.model.bank_tree import ClusterTree, level_ids
 from tests.clustering.cluster_case import REPOSITORY, code, problems, prose

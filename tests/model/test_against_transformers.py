@@ -40,7 +40,9 @@ def transformers_model(model: ModelConfig, weights: dict[str, torch.Tensor], **f
     )
     other = AutoModelForCausalLM.from_config(config)
     # A stack of experts has the same layout in both, so a parameter is a tensor.
-    copied = {piece.parameter: weights[piece.tensor] for piece in folder_pieces(model, architecture) if piece.tensor}
+    copied = {
+        piece.parameter: weights[tensor] for piece in folder_pieces(model, architecture) for tensor in piece.tensors
+    }
     missing, unexpected = other.load_state_dict(copied, strict=False)
     assert not unexpected
     assert missing == (["lm_head.weight"] if model.tie_embeddings else [])
@@ -93,7 +95,11 @@ def test_loss_and_gradients_equal(name):
     their_loss = other(input_ids=ids, labels=labels, shift_labels=labels).loss
     their_loss.backward()
     torch.testing.assert_close(loss, their_loss, atol=1e-5, rtol=1e-5)
-    pieces = {piece.tensor: piece.parameter for piece in folder_pieces(model, choose(model).architecture)}
+    pieces = {
+        tensor: piece.parameter
+        for piece in folder_pieces(model, choose(model).architecture)
+        for tensor in piece.tensors
+    }
     for tensor, parameter in decoder.named_parameters():
         theirs = other.get_parameter(pieces[tensor])
         torch.testing.assert_close(

@@ -24,7 +24,8 @@ ADAM = RowOptimizerConfig(lr_multiplier=5.0)
 class StageTable:
     """A table of a kind."""
 
-    norm_group = None
+    norm_group = in_forward = None
+    is_copy = False
     rows, folder = ROWS, None
 
     def __init__(self, name, kind, depth, optimizer):
@@ -193,10 +194,10 @@ def test_what_is_off_is_neither_planned_nor_fetched(stage):
     looked_up = tables.evaluate(ids(4), {"one": "off"})
     assert set(looked_up.working_sets) == {"second"}
     assert set(looked_up.beside) == {"two"}
-    assert set(looked_up.off) == {"one"}
+    assert looked_up.controls == {"one": "off"}
     assert (one.asked, [control for _, control in two.asked]) == ([], [None])
     everything = tables.evaluate(ids(4), {})
-    assert (set(everything.working_sets), set(everything.off)) == ({"first", "second"}, set())
+    assert (set(everything.working_sets), everything.controls) == ({"first", "second"}, {})
 
 
 def test_a_control_is_handed_to_the_plan_of_its_kind_alone(stage):
@@ -223,7 +224,7 @@ def test_a_model_without_memories_has_no_tables(stage):
     step = tables.begin(ids(1))
     looked_up = tables.activate(step)
     tables.commit(step, 0.1)
-    assert (looked_up.working_sets, looked_up.beside, set(looked_up.off), tables.pieces()) == ({}, {}, set(), {})
+    assert (looked_up.working_sets, looked_up.beside, looked_up.controls, tables.pieces()) == ({}, {}, {}, {})
     assert tables.evaluate(ids(1), {}).working_sets == {}
 
 
