@@ -235,7 +235,7 @@ def test_every_checkpoint_tensor_is_used_exactly_once(tmp_path):
 
 
 def test_every_target_tensor_is_written_exactly_once(tmp_path, monkeypatch):
-    monkeypatch.setitem(key_map.LAYER_TABLE, "attention.o_proj.weight", ("self_attn.dense.weight",))
+    monkeypatch.setitem(key_map.NATIVE_NAMES, "o_proj", "dense")
     with pytest.raises(UserError) as error:
         export(write_run(tmp_path / "run", NATIVE["glm4_moe"]), tmp_path / "out", say=str)
     assert "missing: model.layers.0.self_attn.o_proj.weight" in str(error.value)

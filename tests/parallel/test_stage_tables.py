@@ -9,7 +9,7 @@ import torch
 
 from kmem.config import TableConfig, UserError
 from kmem.config.tables import BlockOptimizerConfig, RowOptimizerConfig
-from kmem.parallel import stage_tables
+from kmem.parallel import memory_kind, stage_tables
 from kmem.parallel.memory_kind import MemoryPlan, StageMemory
 from kmem.parallel.mesh import Mesh
 from kmem.parallel.stage_tables import StageTables, finite
@@ -21,10 +21,9 @@ CONFIG = SimpleNamespace(parallel=SimpleNamespace(timeout_seconds=20))
 ADAM = RowOptimizerConfig(lr_multiplier=5.0)
 
 
-class StageTable:
+class StageTable(memory_kind.StageTable):
     """A table of a kind."""
 
-    norm_group = None
     rows, folder = ROWS, None
 
     def __init__(self, name, kind, depth, optimizer):
@@ -193,10 +192,10 @@ def test_what_is_off_is_neither_planned_nor_fetched(stage):
     looked_up = tables.evaluate(ids(4), {"one": "off"})
     assert set(looked_up.working_sets) == {"second"}
     assert set(looked_up.beside) == {"two"}
-    assert set(looked_up.off) == {"one"}
+    assert looked_up.controls["one"] == "off"
     assert (one.asked, [control for _, control in two.asked]) == ([], [None])
     everything = tables.evaluate(ids(4), {})
-    assert (set(everything.working_sets), set(everything.off)) == ({"first", "second"}, set())
+    assert (set(everything.working_sets), everything.controls) == ({"first", "second"}, {})
 
 
 def test_a_control_is_handed_to_the_plan_of_its_kind_alone(stage):
@@ -223,7 +222,7 @@ def test_a_model_without_memories_has_no_tables(stage):
     step = tables.begin(ids(1))
     looked_up = tables.activate(step)
     tables.commit(step, 0.1)
-    assert (looked_up.working_sets, looked_up.beside, set(looked_up.off), tables.pieces()) == ({}, {}, set(), {})
+    assert (looked_up.working_sets, looked_up.beside, looked_up.controls, tables.pieces()) == ({}, {}, {}, {})
     assert tables.evaluate(ids(1), {}).working_sets == {}
 
 

@@ -48,7 +48,7 @@ def test_a_layer_reads_its_memories_or_that_they_are_off():
         assert context.read(1) == {}
         assert context.read(0) == {"one": ("one", 0, current)}
         assert context.read(2) == {"one": ("one", 2, current), "two": ("two", 2, current)}
-    context.load(micro_batches(1, 2), LookedUp(off={"two"}))
+    context.load(micro_batches(1, 2), LookedUp(controls={"two": "off"}))
     assert context.read(2) == {"one": ("one", 2, 1), "two": OFF}
     assert context.read(3)["two"] is OFF
     assert context.read(0) == {"one": ("one", 0, 1)}
