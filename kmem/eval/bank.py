@@ -17,6 +17,7 @@ from kmem.data.reader import SequenceReader
 from kmem.data.workers import available_cores
 from kmem.eval.memory_kinds import EvaluatedMemory
 from kmem.model.bank_export import ExportedBank
+from kmem.model.bank_router import descend_elsewhere
 from kmem.model.bank_tree import ClusterTree
 
 
@@ -78,8 +79,9 @@ class EvaluatedBank(EvaluatedMemory):
         if self._memory.control != "fetched":
             return None
         router = self._memory.contexts.loaded_router()
-        contexts = [torch.tensor(prompt) for prompt in prompts]
-        return (router.other_leaves if self._blocked else router.leaves)(contexts, self._choices.bank.blocked)
+        embeddings = router.embed([torch.tensor(prompt) for prompt in prompts])
+        descend = descend_elsewhere if self._blocked else ClusterTree.descend
+        return descend(router.tree, embeddings, self._choices.bank.blocked)
 
     @property
     def _tree_folder(self) -> Path:

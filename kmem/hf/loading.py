@@ -88,17 +88,16 @@ def _load_checkpoint(reader: CheckpointReader, tree: Path | None) -> Any:
     from kmem.model.configuration_kmem import KmemConfig
     from kmem.model.modeling_kmem import KmemForCausalLM
 
-    model_section = reader.config.model
+    shape = reader.config.model.shape
     check_tensor_sets(
         str(reader.folder),
-        expected=tensor_shapes(model_section.shape),
+        expected=tensor_shapes(shape),
         found={name: tuple(info.shape) for name, info in reader.tensors.items()},
         remedy="it was not saved by a run of its own model section",
     )
-    shape = model_section.shape
     kinds = kinds_of(shape)
     described = {kind.name: folder_of(kind).described(reader) for kind in kinds}
-    fields: dict[str, Any] = {"model": model_section.model_dump(mode="json")}
+    fields: dict[str, Any] = {"model": reader.config.model.model_dump(mode="json")}
     tables = {name for kind in kinds for name in kind.tables(shape)}
     weights = {name: reader.read(name) for name in reader.tensors if name not in tables}
     for name, parts in described.items():

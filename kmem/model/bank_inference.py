@@ -152,10 +152,6 @@ class InferenceBank:
     def control(self) -> str:
         return self.controls.control
 
-    @property
-    def leaves(self) -> Tensor | None:
-        return self.controls.leaves
-
     def choose(self, control: str, levels: Iterable[int] | None) -> None:
         """Choose what all contexts are given.
 

@@ -72,15 +72,6 @@ class ContextRouter:
         """
         return self.tree.descend(self.embed(contexts), blocked)
 
-    def other_leaves(self, contexts: Sequence[Context], blocked: Iterable[ClusterPath] = ()) -> Tensor:
-        """The leaf of each context when its own cluster of level 1 is blocked, int64 [N]: the control `blocked`, which
-        fetches the blocks of the nearest other part of the corpus.
-
-        Args:
-            blocked: further clusters that may not be entered.
-        """
-        return descend_elsewhere(self.tree, self.embed(contexts), blocked)
-
     def _ids(self, context: Context) -> Tensor:
         if isinstance(context, str):
             if self._tokenizer is None:
@@ -130,6 +121,7 @@ def descend_elsewhere(
     tree: ClusterTree, embeddings_ND: Tensor, blocked: Iterable[ClusterPath] = (), leaves_N: Tensor | None = None
 ) -> Tensor:
     """Leaves of float32 embeddings when each one's own cluster of level 1 is blocked, as well as `blocked`; int64 [N].
+    This is the control `blocked`, which fetches the blocks of the nearest other part of the corpus.
 
     Args:
         leaves_N: the embeddings' own leaves, int64; default: found by descent.

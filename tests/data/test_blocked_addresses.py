@@ -15,7 +15,7 @@ from kmem.data.indexed import IndexedTokens
 from kmem.data.prepare import Preparation, prepare
 from kmem.data.reader import SequenceReader
 from kmem.data.tokenizer import load_tokenizer
-from kmem.model.bank_router import ContextRouter
+from kmem.model.bank_router import ContextRouter, descend_elsewhere
 from kmem.model.bank_tree import ClusterTree, read_tree_record
 from tests.clustering.cluster_case import units_of
 from tests.hf.banks import make_sentence_tree, make_tree
@@ -62,11 +62,14 @@ def test_they_are_those_that_a_router_finds(addressed):
     assert around.dtype == np.int32
     assert around.tolist() == router.leaves(units, BLOCKED).tolist()
     elsewhere = leaves_around(folder, "validation", every, tree, (), stored)
-    assert elsewhere.tolist() == router.other_leaves(units).tolist()
+    assert elsewhere.tolist() == descend_elsewhere(router.tree, router.embed(units)).tolist()
     assert not (elsewhere // 3 == stored // 3).any()
     some = np.array([1, 4, 5, len(units) - 1])
     found = leaves_around(folder, "validation", some, tree, [(2, 1)], stored[some])
-    assert found.tolist() == router.other_leaves([units[number] for number in some], [(2, 1)]).tolist()
+    assert (
+        found.tolist()
+        == descend_elsewhere(router.tree, router.embed([units[number] for number in some]), [(2, 1)]).tolist()
+    )
     assert len(leaves_around(folder, "validation", every[:0], tree, BLOCKED)) == 0
     assert len(set(stored.tolist())) > 2
     assert len(set(around.tolist())) > 1

@@ -218,8 +218,8 @@ def test_questions_fetch_for_their_prompts(run, tmp_path, capsys):
     for control, options in {
         "fetched": (text.leaves, False),
         "fetched --blocked 1,2": (lambda contexts: text.leaves(contexts, [(1,), (2,)]), False),
-        "blocked": (text.other_leaves, False),
-        "blocked --blocked 1.1": (lambda contexts: text.other_leaves(contexts, [(1, 1)]), False),
+        "blocked": (lambda contexts: descend_elsewhere(text.tree, text.embed(contexts)), False),
+        "blocked --blocked 1.1": (lambda contexts: descend_elsewhere(text.tree, text.embed(contexts), [(1, 1)]), False),
         "generic": (text.leaves, True),
         "none": (None, False),
     }.items():

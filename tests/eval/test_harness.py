@@ -68,7 +68,7 @@ def test_requests_are_scored_with_the_blocks_of_their_contexts(run):
         want = expected(decoder, context, text[len(context) :], leaf)
         assert pair[0] == pytest.approx(want[0], abs=1e-4)
         assert pair[1] == want[1]
-    assert model.contexts.leaves is None  # later requests begin anew
+    assert model.contexts.controls.leaves is None  # later requests begin anew
     assert score_by_leaf(model, [], score) == []
     model.bank_control = "none"
     assert not fetches(model)

@@ -194,7 +194,7 @@ def test_a_generation_keeps_what_it_began_with(use_cache, exported):
     half = generated(model, lambda: model.fetch(addresses=other))
     assert torch.equal(half[:, :2], alone[:, :2])
     assert not torch.equal(half[:, 2:], alone[:, 2:])
-    assert torch.equal(model.contexts.leaves, other)
+    assert torch.equal(model.contexts.controls.leaves, other)
 
 
 @pytest.mark.parametrize("way", SAME)
@@ -208,7 +208,7 @@ def test_addresses_go_through_every_way_to_generate(way, exported):
         for kind in SAME[way]
     ]
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    assert model.contexts.leaves is None
+    assert model.contexts.controls.leaves is None
     assert not torch.equal(found[0], model.generate(prompts, **GREEDY, **SAME[way][1]))
 
 
@@ -218,7 +218,7 @@ def test_route_changes_nothing(exported):
     assert torch.equal(own, router().leaves(tokens(4)))
     first = int(own[0])
     assert int(model.route(tokens(4)[:1], blocked=[(first // 3,)])) // 3 != first // 3
-    assert model.contexts.leaves is None
+    assert model.contexts.controls.leaves is None
     model.fetch(addresses=[1])
     assert torch.equal(model.route(tokens(4)), own)
-    assert model.contexts.leaves.tolist() == [1]
+    assert model.contexts.controls.leaves.tolist() == [1]

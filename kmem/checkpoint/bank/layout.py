@@ -27,8 +27,7 @@ def checkpoint_tree(reader: TrainedModel, given: Path | None = None) -> Path:
     Raises:
         CheckpointError: there is no tree, it is another tree, or it belongs to another tokenizer.
     """
-    layout = bank_layout(reader.config)
-    assert layout is not None
+    layout = BankLayout.of(reader.config.model.shape)
     folder = given or _known_tree(reader)
     record = tree_record(folder)
     try:
