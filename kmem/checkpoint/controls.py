@@ -34,10 +34,10 @@ def add_control_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of commands that evaluate or run a model with memories."""
     parser.add_argument(
         "--control", action="append", default=[], metavar="KIND=CHOICE",
-        help="replace what a memory reads: NAME=off (layers run without it) or NAME=shuffled (every look-up reads "
-        "another one's row), where NAME is engram, over_encoding, per_layer_embeddings or product_key_memory; "
-        "engram=single-row (all n-grams read the first row of a head); bank=generic (generic blocks), bank=none (no "
-        "blocks), bank=blocked (blocks of the next nearest clusters), bank=fetched",
+        help="replace what a memory (model.KIND) reads: KIND=off (layers run without it), KIND=shuffled (every look-up "
+        "reads another one's row), engram=single-row (all n-grams read the first row of a head); a bank has instead "
+        "bank=generic (generic blocks), bank=none (no blocks), bank=blocked (blocks of the next nearest clusters), "
+        "bank=fetched",
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kmem.checkpoint.controls import Choices
 from kmem.checkpoint.reader import CheckpointReader
+from kmem.config import ConfigError
 from kmem.data.batch import SequenceBatch
 from kmem.hf.memory_folders import open_memory
 from kmem.model.decoder import Decoder
@@ -38,7 +39,10 @@ class EvaluatedMemory:
 
     def _choose(self, control: str | None) -> None:
         """Set the control; None: as it was trained."""
-        self._memory.control = control or self._memory.control
+        try:
+            self._memory.control = control or self._memory.control
+        except ValueError as error:
+            raise ConfigError(f"--control {self._memory.kind.name}={control}: {error}") from None
 
     def _leaves(self, prompts: Sequence[Sequence[int]]) -> Tensor | None:
         """The address of each prompt, int64 [B]; None for a memory that reads tokens."""

@@ -69,6 +69,7 @@ class ExportedTokenRows(ExportedMemory):
         assert ids is not None
         present = None if tokens.present is None or bool(tokens.present.all()) else tokens.present.bool()
         ids = ids if present is None else ids.masked_fill(~present, MISSING)
+        assert carried is None or documents is None, "sequences that continue a cache are one document"
         state = None
         if self.keeps_state:
             start = ids.new_full((len(ids), self.look_back), MISSING)
