@@ -14,34 +14,29 @@ exports know the kinds of the package only.
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed is imported
 
 import torch
-import torch.distributed as dist
 from small_corpus import small_corpus, small_run
 from torch import Tensor
 
-from kmem.checkpoint.pieces import Pieces
-from kmem.config import Config, ModelConfig, RowOptimizerConfig, TableConfig
+from kmem.config import Config, ModelConfig, TableConfig
 from kmem.config.section import Section
 from kmem.data.batch import SequenceBatch
 from kmem.data.reader import open_data
 from kmem.model.memory_kind import MemoryModule, ModelKind, TableShape
 from kmem.model.shape import Shape
+from kmem.parallel.kind_table import KindTable
 from kmem.parallel.memory_kind import BegunStep, MemoryKind, MemoryPlan, StageMemory, StageParts
 from kmem.parallel.memory_kinds import register
 from kmem.parallel.mesh import Mesh, join_mesh, leave_mesh
 from kmem.parallel.pipeline import Pipeline, split_samples
-from kmem.parallel.stage_tables import mapped_folder
 from kmem.parallel.step_context import StepContext
 from kmem.parallel.table_bytes import TableBytes
-from kmem.tables.exchange import Exchange
 from kmem.tables.table import Table
-from kmem.tables.table_spec import TableSpec
 from kmem.tables.working_set import StepPlan
 
 NAME = "token_vectors"
@@ -107,6 +102,9 @@ class TokenVectorKind(ModelKind):
             table_name(layer): TableShape(layer, shape.vocab_size, shape.hidden_size) for layer in self.layers(shape)
         }
 
+    def init_std(self, shape: Shape) -> float:
+        return 0.0
+
     def row_values(self, shape: Shape, layer: int) -> int:
         return shape.hidden_size
 
@@ -114,41 +112,14 @@ class TokenVectorKind(ModelKind):
 # The training half
 
 
-@dataclass
-class VectorTable:
-    """The table of a layer, one of the `StageTable`s."""
-
-    settings: TableConfig
-    layer: int
-    section: str = NAME
-    norm_group: dist.ProcessGroup | None = None
-    in_forward: Exchange | None = None
-    is_copy: bool = False
-
-    @property
-    def optimizer(self) -> RowOptimizerConfig:
-        return self.settings.optimizer
-
-    def spec(self, config: Config) -> TableSpec:
-        settings, model = self.settings, config.model
-        return TableSpec(
-            table_name(self.layer), model.vocab_size, model.hidden_size, settings.dtype, settings.store,
-            mapped_folder(config, settings, NAME) if settings.store == "mmap" else None,
-            config.train.init_seed, init_std=0.0,
-        )  # fmt: skip
-
-    def pieces(self, table: Table) -> dict[str, dict[str, Pieces]]:
-        return {table.spec.name: table.pieces()}
-
-
 class StageVectors(StageMemory):
     """The vectors of a stage."""
 
     kind = NAME
 
-    def __init__(self, parts: StageParts, settings: TableConfig) -> None:
+    def __init__(self, kind: MemoryKind, parts: StageParts) -> None:
         self.layers = sorted(parts.modules.get(NAME, {}))
-        self.tables = [VectorTable(settings, layer) for layer in self.layers]
+        self.tables = [KindTable(kind, parts.config, table_name(layer)) for layer in self.layers]
 
     def plan(self, micro_batches: Sequence[SequenceBatch], control: str | None = None) -> MemoryPlan:
         plan = StepPlan.of([batch.input_ids for batch in micro_batches])  # the row of a token is its id
@@ -167,7 +138,7 @@ class TokenVectorTraining(MemoryKind):
     model = TokenVectorKind()
 
     def stage(self, parts: StageParts, prepared: None) -> StageVectors:
-        return StageVectors(parts, self.settings(parts.config))
+        return StageVectors(self, parts)
 
     def table_bytes(self, config: Config, mesh: Mesh, layers: Sequence[int]) -> list[TableBytes]:
         tokens = config.train.global_batch_size // mesh.data * config.data.sequence_length

@@ -90,6 +90,10 @@ class BankTraining(MemoryKind):
         assert batch.addresses is not None
         return replace(batch, addresses=batch.addresses.masked_fill(drawn[:, None], GENERIC))
 
+    def optimizer(self, config: Config) -> RowOptimizerConfig:
+        """Blocks are trained beside a frozen anchor, too."""
+        return config.bank.optimizer
+
     def stage(self, parts: StageParts, prepared: Any) -> "StageBank":
         return StageBank(parts)
 
@@ -129,7 +133,7 @@ class BankTraining(MemoryKind):
         look_ups = sequences * (1 if by_leaf else config.data.sequence_length)
         return [
             TableBytes.of(
-                self.name, "level", level, config.bank, config.bank.optimizer, mesh,
+                self.name, "level", level, config.bank, self.optimizer(config), mesh,
                 sum(map(len, held_rows(config, layout, level))), layout.row_values(level),
                 min(look_ups, _fetched_rows(config, layout, level)), 0,
             )

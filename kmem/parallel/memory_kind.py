@@ -188,7 +188,7 @@ class MemoryKind:
 
     def optimizer(self, config: Config) -> RowOptimizerConfig | None:
         """The optimizer of its rows; None if they are frozen with the rest of the model."""
-        return self.settings(config).optimizer
+        return None if config.model.frozen_anchor else self.settings(config).optimizer
 
     # Checkpoints; `kmem.train.load_plan` acts on these
 

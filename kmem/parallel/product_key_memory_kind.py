@@ -18,21 +18,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kmem.checkpoint.pieces import CheckpointError, Pieces
-from kmem.config import Config, RowOptimizerConfig, TableConfig
+from kmem.checkpoint.pieces import CheckpointError
+from kmem.config import Config
 from kmem.data.batch import SequenceBatch
-from kmem.model.memory_kind import TableShape
 from kmem.model.product_key_memory import TABLE, Pool, ProductKeyMemoryKind, shuffled
 from kmem.model.recomputation import recomputing
+from kmem.parallel.kind_table import KindTable
 from kmem.parallel.memory_kind import BegunStep, MemoryKind, MemoryPlan, StageMemory, StageParts
 from kmem.parallel.mesh import Mesh, local_device
-from kmem.parallel.stage_tables import mapped_folder
 from kmem.parallel.stages import stages_with
 from kmem.parallel.table_bytes import TableBytes
 from kmem.tables.exchange import Exchange, join_groups
 from kmem.tables.row_optimizers.update import sum_by_row
 from kmem.tables.table import Table
-from kmem.tables.table_spec import TableSpec
 from kmem.tables.working_set import StepPlan
 
 if TYPE_CHECKING:
@@ -47,9 +45,6 @@ class ProductKeyMemoryTraining(MemoryKind):
 
     def stage(self, parts: StageParts, prepared: Any) -> "StagePool":
         return StagePool(parts)
-
-    def optimizer(self, config: Config) -> RowOptimizerConfig | None:
-        return None if config.model.frozen_anchor else self.settings(config).optimizer
 
     def check_added(self, config: Config, folder: Path) -> None:
         raise CheckpointError(
@@ -102,12 +97,14 @@ class StagePool(StageMemory):
             [[stage * mesh.data + rank for stage in sharing] for rank in range(mesh.data)], seconds
         )
         self._micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * mesh.data)
-        (table,) = KIND.model.tables(parts.shape).values()
         if self.layers:
-            self.tables = [PoolTable(config, table, exchange, is_copy=self.layers[0] != self.all_layers[0])]
-        self._usage = torch.zeros(table.rows, dtype=torch.float64)
+            self.tables = [KindTable(KIND, config, TABLE, exchange, is_copy=self.layers[0] != self.all_layers[0])]
+        # On the device: reading weights on the host would wait for every look-up once more.
+        rows = KIND.model.tables(parts.shape)[TABLE].rows
+        self._usage = torch.zeros(rows, dtype=torch.float64, device=local_device())
         """Weight that each row has had in this rank's look-ups since the run began or was resumed."""
-        self._top = torch.zeros(2, dtype=torch.float64)  # sum of the largest weights of queries, and their number
+        self._top = torch.zeros(2, dtype=torch.float64, device=local_device())
+        """Sum of the largest weights of queries, and number of queries."""
 
     def start(self, tables: Mapping[str, Table]) -> None:
         self._table = tables.get(TABLE)
@@ -130,9 +127,10 @@ class StagePool(StageMemory):
         if training:
             self.context.working_sets[name] = working_set
         if training and not recomputing():
-            used = weights.detach().double().cpu()
-            self._usage.index_add_(0, ids.flatten().cpu(), used.flatten())
-            self._top += torch.stack((used.max(-1).values.sum(), used.new_tensor(used.shape[0] * used.shape[1])))
+            used = weights.detach().double()
+            self._usage.index_add_(0, ids.flatten(), used.flatten())
+            self._top[0] += used.max(-1).values.sum()
+            self._top[1] += used.shape[0] * used.shape[1]
         return working_set.weighted(0, weights)
 
     def commit(self, scale: float, learning_rate: float) -> None:
@@ -166,7 +164,7 @@ class StagePool(StageMemory):
         """
         if not sampled:
             return {}
-        numbers = torch.cat((self._usage, self._top)).to(local_device())
+        numbers = torch.cat((self._usage, self._top))
         dist.all_reduce(numbers)
         usage, (top, queries) = numbers[:-2], numbers[-2:].tolist()
         shares = usage / usage.sum().clamp_min(1e-30)
@@ -177,36 +175,6 @@ class StagePool(StageMemory):
                 "top_weight": top / max(queries, 1),
             }
         }
-
-
-class PoolTable:
-    """The table of a stage's copy of the pool."""
-
-    section = ProductKeyMemoryKind.name
-    norm_group: dist.ProcessGroup | None = None
-
-    def __init__(self, config: Config, table: TableShape, exchange: Exchange, is_copy: bool) -> None:
-        self.settings: TableConfig = KIND.settings(config)
-        self.optimizer: RowOptimizerConfig | None = KIND.optimizer(config)
-        self.in_forward: Exchange | None = exchange
-        self.is_copy = is_copy
-        self._table = table
-
-    def spec(self, config: Config) -> TableSpec:
-        settings = self.settings
-        return TableSpec(
-            TABLE,
-            self._table.rows,
-            self._table.width,
-            settings.dtype,
-            settings.store,
-            mapped_folder(config, settings, self.section) if settings.store == "mmap" else None,
-            config.train.init_seed,
-            KIND.model.init_std(config.model.shape),
-        )
-
-    def pieces(self, table: Table) -> dict[str, dict[str, Pieces]]:
-        return {TABLE: table.pieces()}
 
 
 def _look_up_name(layer: int, micro_batch: int) -> str:
@@ -221,7 +189,7 @@ def _broadcast(
     dist.broadcast(count, source, group=group)
     rows = torch.empty(int(count), dtype=torch.int64)
     sums = torch.empty(int(count), width)
-    if own is not None and dist.get_rank() == source:
+    if own is not None:
         rows, sums = torch.from_numpy(own[0]), torch.from_numpy(own[1])
     dist.broadcast(rows, source, group=group)
     dist.broadcast(sums, source, group=group)

@@ -5,21 +5,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
-from kmem.checkpoint.pieces import Pieces
-from kmem.config import Config, RowOptimizerConfig, TableConfig
+from kmem.config import Config
 from kmem.data.batch import SequenceBatch
-from kmem.model.memory_kind import MemoryModule, TableShape
+from kmem.model.memory_kind import MemoryModule
 from kmem.model.token_rows import TokenAddresses, TokenRows, TokenRowsKind
+from kmem.parallel.kind_table import KindTable
 from kmem.parallel.memory_kind import BegunStep, MemoryKind, MemoryPlan, StageMemory, StageParts
 from kmem.parallel.mesh import Mesh
-from kmem.parallel.stage_tables import mapped_folder
 from kmem.parallel.table_bytes import TableBytes
 from kmem.parallel.table_figures import row_norms, table_figures
-from kmem.tables.exchange import Exchange
 from kmem.tables.table import Table
-from kmem.tables.table_spec import TableSpec
 from kmem.tables.working_set import StepPlan
 
 if TYPE_CHECKING:
@@ -37,9 +33,6 @@ class TokenRowsTraining(MemoryKind):
 
     def stage(self, parts: StageParts, prepared: Any) -> "StageTokenRows":
         return StageTokenRows(self, parts, prepared)
-
-    def optimizer(self, config: Config) -> RowOptimizerConfig | None:
-        return None if config.model.frozen_anchor else self.settings(config).optimizer
 
     def table_bytes(self, config: Config, mesh: Mesh, layers: Sequence[int]) -> list[TableBytes]:
         shape = config.model.shape
@@ -67,9 +60,7 @@ class StageTokenRows(StageMemory):
         self._own_rows = kind.model.trained_control(shape)
         self._all = kind.model.tables(shape)
         self._names = {table.layer: name for name, table in self._all.items()}
-        self.tables = [
-            TokenTable(kind, parts.config, self._names[layer], self._all[self._names[layer]]) for layer in self.layers
-        ]
+        self.tables = [KindTable(kind, parts.config, self._names[layer]) for layer in self.layers]
         self._tables: dict[str, Table] = {}
 
     def start(self, tables: Mapping[str, Table]) -> None:
@@ -99,32 +90,3 @@ class StageTokenRows(StageMemory):
         if sampled:
             figures = [known | {"row_norms": norms} for known, norms in zip(figures, row_norms(tables), strict=True)]
         return {str(layer): known for layer, known in zip(self._names, figures, strict=True)}
-
-
-class TokenTable:
-    """The table of a layer."""
-
-    def __init__(self, kind: TokenRowsTraining, config: Config, name: str, table: TableShape) -> None:
-        self.section = kind.name
-        self.settings: TableConfig = kind.settings(config)
-        self.optimizer: RowOptimizerConfig | None = kind.optimizer(config)
-        self.norm_group: dist.ProcessGroup | None = None
-        self.in_forward: Exchange | None = None
-        self.is_copy = False
-        self._kind, self._name, self._table = kind.model, name, table
-
-    def spec(self, config: Config) -> TableSpec:
-        settings, shape = self.settings, config.model.shape
-        return TableSpec(
-            self._name,
-            self._table.rows,
-            self._table.width,
-            settings.dtype,
-            settings.store,
-            mapped_folder(config, settings, self.section) if settings.store == "mmap" else None,
-            config.train.init_seed,
-            self._kind.init_std(shape),
-        )
-
-    def pieces(self, table: Table) -> dict[str, dict[str, Pieces]]:
-        return {table.spec.name: table.pieces()}
