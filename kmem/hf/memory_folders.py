@@ -2,7 +2,7 @@
 process."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,11 @@ class MemoryFolder:
         Raises:
             CheckpointError: what addresses its rows is missing, or another than it was trained with.
         """
-        return FolderParts(card=partial(table_card, self.kind))
+        return FolderParts()
 
     def exported(self, reader: TrainedModel, tree: Path | None) -> FolderParts:
         """As `described`, with everything else that an export needs."""
-        return self.described(reader)
+        return replace(self.described(reader), card=partial(table_card, self.kind))
 
     def open(self, reader: CheckpointReader, memory: ExportedMemory, tree: Path | None) -> None:
         """Let a memory read the rows of the checkpoint, which stay in its mapped files."""
@@ -98,7 +98,6 @@ class EngramFolder(MemoryFolder):
         return FolderParts(
             {"addressing": addresses.addressing.to_manifest()},
             {} if compression is None else {COMPRESSION: compression.lookup},
-            partial(table_card, self.kind),
         )
 
     def imported(self, source: Path, memory: ExportedMemory, model: ModelConfig, run: Path) -> dict[str, Any] | None:
