@@ -24,6 +24,9 @@ thread of the rank's tables.
       "kmem: figures of memories"
 
 A row that step t changes is handed out to step t + 1 after that change, and only then: the owner knows both steps.
+
+Rows that follow from hidden states (product keys) have no part in this: layers look them up in "kmem: forward", on the
+main thread, and `stage_tables.commit` updates them there.
 """
 
 import contextlib

@@ -1,7 +1,8 @@
 """The tables of a stage in the course of a step: begun ahead, looked up, committed or skipped.
 
 Every rank of a stage owns a range of each table's rows. The batches of a step determine its row ids, and every stage
-reads the batches itself, so rows are fetched while earlier steps are computed.
+reads the batches itself, so rows are fetched while earlier steps are computed. Tables that layers look up in the
+forward pass (`StageTable.in_forward`) are only kept here: their memory reads and updates them on the main thread.
 """
 
 import os
