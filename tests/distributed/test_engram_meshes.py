@@ -1,7 +1,5 @@
 """N-gram memory in the pipeline: the loss curve of plain PyTorch on every mesh, whatever is fetched ahead."""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +10,7 @@ from kmem.model.engram_reader import table_name, table_rows
 from kmem.model.init import initialise_
 from kmem.model.mask import document_mask
 from kmem.tables import counter_random
-from tests.distributed.training_case import small_config, synthetic_addresses, synthetic_sequences, train_case
+from tests.distributed.training_case import small_config, synthetic_addresses, train_case, train_plainly
 from tests.hf.models import read_engram
 
 STEPS = 6
@@ -176,7 +174,7 @@ def merged(results):
 
 
 def plain_training(tree):
-    """Autograd, AdamW and SparseAdam on the whole model and the whole batch, written out."""
+    """The whole model in plain PyTorch: losses, norms, tables."""
     config = parse_config(tree)
     shape = config.model.shape
     model = Decoder(shape)
@@ -190,29 +188,13 @@ def plain_training(tree):
     sources = {
         layer: lambda ids, weight=weight: F.embedding(ids, weight, sparse=True) for layer, weight in tables.items()
     }
-    optimizer, row_optimizer = config.train.optimizer, config.engram.optimizer
-    named = dict(model.named_parameters())
-    matrices = [p for name, p in named.items() if p.ndim >= 2 and not name.endswith("_norm.weight")]
-    rest = [p for name, p in named.items() if p.ndim < 2 or name.endswith("_norm.weight")]
-    adam = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": optimizer.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps,
-    )  # fmt: skip
-    rate = optimizer.lr * row_optimizer.lr_multiplier
-    sparse = torch.optim.SparseAdam(list(tables.values()), lr=rate, betas=row_optimizer.betas, eps=row_optimizer.eps)
-    batch = config.train.global_batch_size
-    losses, norms = [], []
-    for step in range(STEPS):
-        sequences = synthetic_sequences(list(range(step * batch, (step + 1) * batch)))
+
+    def loss_of(sequences):
         rows = read_engram(shape, addresses, sources, sequences.input_ids, sequences.document_ids)
         mask = document_mask(sequences.document_ids)
         logits = model.logits(model(sequences.input_ids, sequences.position_ids, mask, memories={"engram": rows}))
-        loss = F.cross_entropy(logits.flatten(0, 1), sequences.labels.flatten())
-        for parameter in itertools.chain(model.parameters(), tables.values()):
-            parameter.grad = None
-        loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_norm).item())
-        adam.step()
-        sparse.step()
-        losses.append(loss.item())
-    return losses, norms, {table_name(layer): table.detach() for layer, table in tables.items()}
+        return F.cross_entropy(logits.flatten(0, 1), sequences.labels.flatten())
+
+    named = {table_name(layer): table for layer, table in tables.items()}
+    losses, norms, _ = train_plainly(config, model, named, config.engram.optimizer, STEPS, loss_of)
+    return losses, norms, {name: table.detach() for name, table in named.items()}

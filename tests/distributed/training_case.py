@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from copy import deepcopy
 from pathlib import Path
@@ -14,8 +15,10 @@ from kmem.config import parse_config
 from kmem.data.batch import SequenceBatch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from kmem.checkpoint.store import CheckpointStore
-    from kmem.config import Config
+    from kmem.config import Config, RowOptimizerConfig
     from kmem.model.engram_reader import EngramAddresses
     from kmem.parallel.pipeline import Pipeline, StepResult
     from kmem.parallel.stage_tables import BegunStep
@@ -78,6 +81,42 @@ def synthetic_sequences(samples: list[int]) -> SequenceBatch:
         positions = indices - torch.where(starts.bool(), indices, 0).cummax(0).values
         rows.append((tokens[:-1], labels, positions, documents[:-1]))
     return SequenceBatch(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+def train_plainly(
+    config: Config,
+    model: torch.nn.Module,
+    tables: Mapping[str, torch.nn.Parameter],
+    rows: RowOptimizerConfig,
+    steps: int,
+    loss_of: Callable[[SequenceBatch], torch.Tensor],
+) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Autograd, AdamW and SparseAdam on the whole model and the whole batch, written out: losses, norms of the weights'
+    gradients, and of each table whether a step touched its rows."""
+    optimizer = config.train.optimizer
+    named = dict(model.named_parameters())
+    matrices = [p for name, p in named.items() if p.ndim >= 2 and not name.endswith("_norm.weight")]
+    rest = [p for name, p in named.items() if p.ndim < 2 or name.endswith("_norm.weight")]
+    adam = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": optimizer.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps,
+    )  # fmt: skip
+    rate = optimizer.lr * rows.lr_multiplier
+    sparse = torch.optim.SparseAdam(list(tables.values()), lr=rate, betas=rows.betas, eps=rows.eps)
+    batch, losses, norms = config.train.global_batch_size, [], []
+    touched = {name: torch.zeros(len(table), dtype=torch.bool) for name, table in tables.items()}
+    for step in range(steps):
+        loss = loss_of(synthetic_sequences(list(range(step * batch, (step + 1) * batch))))
+        for parameter in itertools.chain(named.values(), tables.values()):
+            parameter.grad = None
+        loss.backward()
+        for name, table in tables.items():
+            touched[name][table.grad.coalesce().indices()[0]] = True
+        norms.append(torch.nn.utils.clip_grad_norm_(named.values(), optimizer.clip_norm or float("inf")).item())
+        adam.step()
+        sparse.step()
+        losses.append(loss.item())
+    return losses, norms, touched
 
 
 def train_case(tree: dict[str, Any], steps: int, evaluate_every: int = 0) -> dict[str, Any]:

@@ -36,7 +36,14 @@ from kmem.model.shape import Shape
 from kmem.model.token_rows import TokenRows, TokenRowsKind
 from kmem.tables import counter_random
 from kmem.train.load_plan import plan_load
-from tests.distributed.training_case import build, load_checkpoint, small_config, step_batches, synthetic_sequences
+from tests.distributed.training_case import (
+    build,
+    load_checkpoint,
+    small_config,
+    step_batches,
+    synthetic_sequences,
+    train_plainly,
+)
 from tests.hf.loaded import TOLERANCE, check_assisted_decoding, generate_both_ways, opened
 from tests.hf.models import VOCABULARY, model, random_weights, write_run
 
@@ -127,30 +134,8 @@ class Plain:
     def trained(self) -> tuple[list[float], list[float], dict[str, Tensor]]:
         """Trained to step LAST by autograd, AdamW and SparseAdam on the whole batch, written out: losses, norms of the
         weights' gradients, and of each table whether a step touched its rows."""
-        optimizer, rows = self.config.train.optimizer, getattr(self.config, self.case.kind).optimizer
-        named = dict(self.model.named_parameters())
-        matrices = [p for name, p in named.items() if p.ndim >= 2 and not name.endswith("_norm.weight")]
-        rest = [p for name, p in named.items() if p.ndim < 2 or name.endswith("_norm.weight")]
-        adam = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": optimizer.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-            lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps,
-        )  # fmt: skip
-        rate = optimizer.lr * rows.lr_multiplier
-        sparse = torch.optim.SparseAdam(list(self.tables.values()), lr=rate, betas=rows.betas, eps=rows.eps)
-        batch, losses, norms = self.config.train.global_batch_size, [], []
-        touched = {name: torch.zeros(len(table), dtype=torch.bool) for name, table in self.tables.items()}
-        for step in range(LAST):
-            loss = self.loss(synthetic_sequences(list(range(step * batch, (step + 1) * batch))))
-            for parameter in itertools.chain(named.values(), self.tables.values()):
-                parameter.grad = None
-            loss.backward()
-            for name, table in self.tables.items():
-                touched[name][table.grad.coalesce().indices()[0]] = True
-            norms.append(torch.nn.utils.clip_grad_norm_(named.values(), optimizer.clip_norm or float("inf")).item())
-            adam.step()
-            sparse.step()
-            losses.append(loss.item())
-        return losses, norms, touched
+        rows = getattr(self.config, self.case.kind).optimizer
+        return train_plainly(self.config, self.model, self.tables, rows, LAST, self.loss)
 
     @torch.no_grad()
     def held_out(self, controls: Sequence[str]) -> dict[str, float]:
