@@ -17,7 +17,6 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch.profiler import record_function
 
 from kmem.parallel.gradients import GradientNorm
-from kmem.parallel.stage_tables import finite
 from kmem.parallel.step_context import StepContext
 
 
@@ -147,7 +146,7 @@ class StepEngine(PipelineEngine):
         different groups.
         """
         loss_ok = self.total_loss is None or bool(torch.isfinite(self.total_loss))
-        flags = [not loss_ok, not finite(self.context.working_sets)]
+        flags = [not loss_ok, not self.context.finite()]
         squares, bad_losses, bad_rows = self.gradient_norm.reduce([float(flag) for flag in flags])
         self.grad_norm = squares**0.5
         if bad_losses or bad_rows or not torch.isfinite(torch.tensor(self.grad_norm)):

@@ -109,6 +109,10 @@ class StageMemory:
         """The input of a layer's memory for the running micro-batch: the `read` argument of its `MemoryModule`."""
         raise NotImplementedError
 
+    def finite(self) -> bool:
+        """Whether the gradients of rows that layers looked up in the forward pass are finite on this rank."""
+        return True
+
     def commit(self, scale: float, learning_rate: float) -> None:
         """Update the rows of tables that layers looked up in the forward pass; the others are updated by the worker.
         Called on all ranks, before weights change.

@@ -53,8 +53,8 @@ class ProductKeyMemoryTraining(MemoryKind):
         )
 
     def table_bytes(self, config: Config, mesh: Mesh, layers: Sequence[int]) -> list[TableBytes]:
-        """The copy of this stage. Every look-up of a layer for a micro-batch has a working set of its own, which is
-        kept until the end of the step."""
+        """The copy of this stage. Every look-up of a layer for a micro-batch has a working set of its own, from the
+        forward to the backward pass. The gradients of a layer are then added to its sums."""
         shape = config.model.shape
         own = [layer for layer in self.model.layers(shape) if layer in layers]
         if not own:
@@ -66,8 +66,17 @@ class ProductKeyMemoryTraining(MemoryKind):
             self.name, "layer", own[0], self.settings(config), self.optimizer(config), mesh, table.rows, table.width,
             look_ups, look_ups,
         )  # fmt: skip
-        times = len(own) * config.train.global_batch_size // (config.train.micro_batch_size * mesh.data)
-        return [replace(once, working_set=times * once.working_set)]
+        micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * mesh.data)
+        in_flight = min(micro_batches, mesh.pipeline - stages_with(config, mesh, own)[0])
+        gradient = min(look_ups, table.rows) * table.width * torch.float32.itemsize
+        summed = min(micro_batches * look_ups, table.rows)
+        return [
+            replace(
+                once,
+                working_set=in_flight * len(own) * (once.working_set - gradient) + gradient,
+                host_buffers=len(own) * summed * (table.width * torch.float32.itemsize + torch.int64.itemsize),
+            )
+        ]
 
     def activation_values(self, config: Config, layer: int) -> int:
         section, hidden = config.model.shape.product_key_memory, config.model.hidden_size
@@ -96,7 +105,6 @@ class StagePool(StageMemory):
         self._copies = join_groups(
             [[stage * mesh.data + rank for stage in sharing] for rank in range(mesh.data)], seconds
         )
-        self._micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * mesh.data)
         if self.layers:
             self.tables = [KindTable(KIND, config, TABLE, exchange, is_copy=self.layers[0] != self.all_layers[0])]
         # On the device: reading weights on the host would wait for every look-up once more.
@@ -108,6 +116,13 @@ class StagePool(StageMemory):
 
     def start(self, tables: Mapping[str, Table]) -> None:
         self._table = tables.get(TABLE)
+        self._begin_sums()
+
+    def _begin_sums(self) -> None:
+        width = self.shape.hidden_size
+        self._sums = {layer: (np.zeros(0, np.int64), np.zeros((0, width), np.float32)) for layer in self.layers}
+        """Layer -> distinct rows that it looked up in this step, ascending, and the sums of their gradients. The
+        backward passes add to them in the order of the micro-batches."""
 
     def plan(self, micro_batches: Sequence[SequenceBatch], control: str | None = None) -> MemoryPlan:
         return MemoryPlan({})
@@ -126,6 +141,8 @@ class StagePool(StageMemory):
             working_set = table.evaluate(lambda: plan, trainable=training and table.trained)
         if training:
             self.context.working_sets[name] = working_set
+        if training and weights.requires_grad:
+            weights.register_hook(lambda _: self._add_gradient(layer, name))  # its gradient follows that of the rows
         if training and not recomputing():
             used = weights.detach().double()
             self._usage.index_add_(0, ids.flatten(), used.flatten())
@@ -133,27 +150,28 @@ class StagePool(StageMemory):
             self._top[1] += used.shape[0] * used.shape[1]
         return working_set.weighted(0, weights)
 
+    def _add_gradient(self, layer: int, name: str) -> None:
+        """Add the gradient of a look-up, and release its rows."""
+        working_set = self.context.working_sets.pop(name)
+        if working_set.gradient is not None:
+            rows, sums = self._sums[layer]
+            gradient = working_set.gradient.cpu().numpy()
+            self._sums[layer] = sum_by_row(np.concatenate([rows, working_set.asked]), np.concatenate([sums, gradient]))
+
+    def finite(self) -> bool:
+        return all(np.isfinite(sums.sum()) for _, sums in self._sums.values())  # inf and NaN survive the sum
+
     def commit(self, scale: float, learning_rate: float) -> None:
         table, optimizer = self._table, self._optimizer
         if table is None or optimizer is None:
             return
-        sums = {layer: table.owner_sums(*self._gradient(layer)) for layer in self.layers}
+        sums = {layer: table.owner_sums(*self._sums[layer]) for layer in self.layers}
+        self._begin_sums()
         if self._copies is not None:
             for layer, source in self._holders.items():
                 sums[layer] = _broadcast(sums.get(layer), source, self._copies, table.spec.dim)
         rows, gradients = (np.concatenate([sums[layer][part] for layer in self.all_layers]) for part in (0, 1))
         table.update(rows, gradients, scale, learning_rate * optimizer.lr_multiplier)
-
-    def _gradient(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """(distinct rows that a layer looked up in this step, the sum of their gradients), micro-batch by
-        micro-batch."""
-        names = [_look_up_name(layer, micro_batch) for micro_batch in range(self._micro_batches)]
-        looked_up = [self.context.working_sets[name] for name in names]
-        gradients = [
-            torch.zeros_like(part.rows, requires_grad=False) if part.gradient is None else part.gradient
-            for part in looked_up
-        ]
-        return sum_by_row(np.concatenate([part.asked for part in looked_up]), torch.cat(gradients).cpu().numpy())
 
     def close_step(self, step: BegunStep, sampled: bool) -> dict[str, dict[str, Any]]:
         """In sampled steps, under "pool", figures of all look-ups since the run began or was resumed:

@@ -253,9 +253,3 @@ def mapped_folder(config: Config, settings: TableConfig, section: str) -> Path:
     if settings.folder is None:
         return Path(config.folder) / config.name / section
     return Path(os.path.expanduser(settings.folder)) / config.name
-
-
-def finite(working_sets: Mapping[str, WorkingSet]) -> bool:
-    """Whether all row gradients of this rank are finite."""
-    flags = [working_set.finite() for working_set in working_sets.values()]
-    return bool(torch.stack(flags).all()) if flags else True

@@ -103,6 +103,11 @@ class StepContext:
         """Data that layers with this kind of memory need besides rows, for the running micro-batch."""
         return self.micro_batch().beside[kind]
 
+    def finite(self) -> bool:
+        """Whether all row gradients of this rank are finite."""
+        flags = [working_set.finite() for working_set in self.working_sets.values()]
+        return all(memory.finite() for memory in self.memories) and (not flags or bool(torch.stack(flags).all()))
+
     def load(self, micro_batches: list[MicroBatch], looked_up: LookedUp) -> None:
         """Set the micro-batches of the running step and their look-ups."""
         self.micro_batches, self._mask = micro_batches, None

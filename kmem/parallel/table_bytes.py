@@ -35,8 +35,9 @@ class TableBytes:
     """Upper bound for the running step, on the compute device: unique rows and their gradient in fp32, and an index of
     all look-ups. The bound takes as many unique rows as look-ups; text repeats itself, so a step has fewer. A bank
     looks up once per sequence if sequences have single leaves, else once per token."""
-    prefetched: int
-    """Upper bound, in host memory: rows and indices of the steps that are fetched ahead."""
+    host_buffers: int
+    """Upper bound, in host memory: rows and indices of the steps that are fetched ahead; for a table that layers look
+    up in the forward pass, the sums of gradients that wait for the end of the step."""
 
     @property
     def bytes(self) -> int:
@@ -80,5 +81,5 @@ class TableBytes:
             busy_bytes=busy_bytes,
             store=settings.store,
             working_set=2 * unique * dim * torch.float32.itemsize + index,
-            prefetched=settings.prefetch_depth * (unique * row_bytes + index),
+            host_buffers=settings.prefetch_depth * (unique * row_bytes + index),
         )

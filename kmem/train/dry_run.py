@@ -210,7 +210,7 @@ def _tables_for_people(kind: MemoryKind, config: Config, ranks: list[RankBytes])
     settings = kind.settings(config)
     where = {"device": "device memory", "host": "host memory", "mmap": "a mapped file"}[settings.store]
     tables = Table(
-        "stage", "table", "rows", "bytes of a row + state", f"in {where}", "in use (at most)", "prefetched (at most)",
+        "stage", "table", "rows", "bytes of a row + state", f"in {where}", "in use (at most)", "host buffers (at most)",
         title=f"{kind.name} tables per rank: {settings.dtype} rows, {settings.optimizer.name}",
     )  # fmt: skip
     for stage in ranks:
@@ -223,7 +223,7 @@ def _tables_for_people(kind: MemoryKind, config: Config, ranks: list[RankBytes])
                     f"{table.row_bytes:,} + {table.state_bytes + table.busy_bytes:,}",
                     _bytes(table.bytes),
                     _bytes(table.working_set),
-                    _bytes(table.prefetched),
+                    _bytes(table.host_buffers),
                 )
     return tables
 

@@ -29,7 +29,7 @@ from kmem.parallel.mesh import Mesh
 from kmem.parallel.stages import stages_with
 from kmem.train.dry_run import print_dry_run, rank_bytes
 from kmem.train.load_plan import plan_load
-from tests.distributed.training_case import build, small_config, state_checksums, step_batches, train_step
+from tests.distributed.training_case import build, small_config, state_checksums, train_step
 from tests.hf.loaded import opened
 from tests.hf.models import EXPERTS, GQA, write_run
 from tests.hf.models import model as tiny_model
@@ -629,7 +629,7 @@ def test_a_dry_run_counts_the_copy_of_every_stage(capsys):
     assert len(tables) == sum(any(table.kind == NAME for table in stage.tables) for stage in stages) == 3
     assert [table.number for table in tables] == [4, 12, 20]
     for table in tables:
-        assert (table.rows, table.row_bytes, table.prefetched) == (1024**2 // 2, 4 * 1024, 0)
+        assert (table.rows, table.row_bytes) == (1024**2 // 2, 4 * 1024)
         assert table.store == "device"
     for stage in stages:
         assert stage.total == stage.weights + stage.gradients + stage.optimizer + stage.activations + sum(
@@ -644,32 +644,57 @@ def test_a_dry_run_counts_the_copy_of_every_stage(capsys):
 
 
 def sets_case(config):
-    """Bytes of rows, gradients and indices of all working sets of a step."""
-    pipeline, held = build(config), []
-    commit = pipeline.stage_tables.commit
+    """(most bytes that the look-ups of a step have held, bytes of sums at its end, bytes of the store)."""
+    from kmem.parallel.product_key_memory_kind import StagePool
+
+    pipeline, held, sums = build(config), [], []
+    (pool,) = pipeline.context.memories
+    if not pool.layers:
+        train_step(pipeline, 0)
+        return pipeline.close()
+    add, commit = StagePool._add_gradient, pipeline.stage_tables.commit
+
+    def noted(pool, layer, name):
+        sets = pipeline.context.working_sets.values()
+        index = sum(part.nbytes for working_set in sets for part in working_set.index)
+        rows = sum(part.nbytes for one in sets for part in (one.rows, one.gradient) if part is not None)
+        held.append((rows, index, len(sets)))
+        add(pool, layer, name)
 
     def counted(*arguments):
-        for working_set in pipeline.context.working_sets.values():
-            index = sum(part.nbytes for part in working_set.index)
-            held.append((working_set.rows.nbytes + working_set.gradient.nbytes, index))
+        assert not pipeline.context.working_sets
+        sums.append(sum(part.nbytes for both in pool._sums.values() for part in both))
         commit(*arguments)
 
-    pipeline.stage_tables.commit = counted
-    pipeline.train_step(step_batches(pipeline, 0), 0.01)
-    stored = {name: table.store.bytes for name, table in pipeline.stage_tables.tables.items()}
+    StagePool._add_gradient, pipeline.stage_tables.commit = noted, counted
+    try:
+        train_step(pipeline, 0)
+    finally:
+        StagePool._add_gradient = add
+    stored = pipeline.stage_tables.tables[TABLE].store.bytes
     pipeline.close()
-    return [sum(column) for column in zip(*held, strict=True)], len(held), stored
+    return max(held), sums, stored
 
 
-def test_a_dry_run_bounds_what_a_step_holds(ranks):
-    """Every layer keeps a working set for each micro-batch. (A pool of so few rows is read almost whole.)"""
-    config = tree(**{f"model__{NAME}__num_keys": 5})
-    ((rows, index), number, stored) = ranks.run(1, sets_case, config)[0]
-    assert number == 2 * 4
-    ((table,),) = [stage.tables for stage in rank_bytes(parse_config(config), Mesh(0, 1, 1, 1))]
-    assert table.working_set - 8 * 2 * 25 * 32 * 4 == index
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_dry_run_bounds_what_a_step_holds(ranks, stages, recomputed):
+    """Every layer keeps the rows of the micro-batches in flight. (A pool of so few rows is read almost whole.)"""
+    layers = [1, 3] if stages == 1 else [0, 1]
+    changes = {
+        f"model__{NAME}__num_keys": 5,
+        f"model__{NAME}__layers": layers,
+        "train__activation_checkpointing": recomputed,
+    }
+    config = tree(**changes, parallel__pipeline=stages)
+    (rows, index, number), (sums,), stored = ranks.run(stages, sets_case, config)[0]
+    assert number == stages * 2
+    ((table,),) = [stage.tables for stage in rank_bytes(parse_config(config), Mesh(0, stages, 1, 1)) if stage.tables]
+    row = 32 * 4
+    assert table.working_set - (number + 1) * 25 * row == index
     assert 0.8 * (table.working_set - index) < rows <= table.working_set - index
-    assert 0 <= stored[TABLE] - table.bytes < 5 * 4096
+    assert 0.9 * table.host_buffers < sums <= table.host_buffers
+    assert 0 <= stored - table.bytes < 5 * 4096
 
 
 # Configuration

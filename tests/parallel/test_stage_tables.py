@@ -12,7 +12,8 @@ from kmem.config.tables import BlockOptimizerConfig, RowOptimizerConfig
 from kmem.parallel import stage_tables
 from kmem.parallel.memory_kind import MemoryPlan, StageMemory
 from kmem.parallel.mesh import Mesh
-from kmem.parallel.stage_tables import StageTables, finite
+from kmem.parallel.stage_tables import StageTables
+from kmem.parallel.step_context import StepContext
 from kmem.tables.table_spec import TableSpec
 from kmem.tables.working_set import StepPlan
 
@@ -303,11 +304,19 @@ def test_a_mapped_table_that_cannot_be_had_is_refused(stage, tmp_path, rows, fol
 
 def test_one_gradient_that_is_not_finite_is_enough(stage):
     tables = stage(Memory("one", "first", "second"))
-    step = tables.begin(ids(1, 2))
-    found = tables.activate(step).working_sets
-    assert finite({})
-    assert finite(found)
-    found["second"].lookup(0).sum().backward()
-    assert finite(found)
-    found["first"].lookup(0).mul(torch.tensor([[1.0], [float("nan")]])).sum().backward()
-    assert not finite(found)
+    context = StepContext()
+    assert context.finite()
+    context.load([], tables.activate(tables.begin(ids(1, 2))))
+    assert context.finite()
+    context.working_sets["second"].lookup(0).sum().backward()
+    assert context.finite()
+    context.working_sets["first"].lookup(0).mul(torch.tensor([[1.0], [float("nan")]])).sum().backward()
+    assert not context.finite()
+
+
+def test_gradients_of_a_table_looked_up_in_the_forward_pass_count(stage):
+    memory = Memory("one", "first")
+    context = StepContext(memories=[memory])
+    assert context.finite()
+    memory.finite = lambda: False
+    assert not context.finite()

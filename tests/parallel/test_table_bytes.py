@@ -48,10 +48,10 @@ def test_rows_in_use_are_bounded_by_look_ups_and_by_the_table():
         planned(data=2, look_ups=1000).working_set == planned(look_ups=1000).working_set
     )  # a rank reads all ranks' rows
     for depth in (0, 1, 3):
-        assert planned(dtype="bf16", prefetch_depth=depth).prefetched == depth * (40 * 8 * 2 + 60 * 8)
+        assert planned(dtype="bf16", prefetch_depth=depth).host_buffers == depth * (40 * 8 * 2 + 60 * 8)
 
 
 def test_a_type_of_half_the_width_halves_rows_and_not_their_state():
     full, half = planned(), planned(dtype="bf16")
     assert full.row_bytes == 2 * half.row_bytes == 32
-    assert replace(half, row_bytes=full.row_bytes, prefetched=full.prefetched) == full
+    assert replace(half, row_bytes=full.row_bytes, host_buffers=full.host_buffers) == full

@@ -130,7 +130,7 @@ def test_a_step_uses_no_more_rows_than_it_looks_up_nor_than_there_are():
         unique = min(look_ups, table.rows)
         assert unique < look_ups
         assert table.working_set == unique * 8 * 4 * 2 + look_ups * 8
-        assert table.prefetched == 3 * (unique * 8 * 2 + look_ups * 8)
+        assert table.host_buffers == 3 * (unique * 8 * 2 + look_ups * 8)
     many = parse_config(small_config(model__engram=ENGRAM | {"rows_per_head": 10**7}))
     assert {table.working_set for table in rank_bytes(many, Mesh(0, 1, 1, 1))[0].tables} == {look_ups * (8 * 8 + 8)}
 
