@@ -15,6 +15,7 @@ from kmem.checkpoint.store import CheckpointStore
 from kmem.config import Config, ConfigError, UserError
 from kmem.data.reader import PreparedData
 from kmem.eval.held_out import EvaluationRecord
+from kmem.model.matmul import BF16_IS_ONEDNN
 from kmem.model.parameter_counts import count_parameters
 from kmem.parallel.engine import NonFiniteStepError
 from kmem.parallel.memory_kind import BegunStep
@@ -167,6 +168,17 @@ class Trainer:
             + (f"from step {self.step}" if self.step else "from the start")
             + f"; run folder {self.folder.path}"
             + self._selected_text()
+            + self._slow_text()
+        )
+
+    def _slow_text(self) -> str:
+        """A warning if this machine is slow at what the run asks for, with the remedy."""
+        on_cpu = self.pipeline.device.type == "cpu"
+        if self.config.train.precision != "bf16" or not on_cpu or BF16_IS_ONEDNN:
+            return ""
+        return (
+            "\ntrain.precision: bf16 takes about nine times as long as fp32 on this processor, which has no AVX-512; "
+            "set it to fp32"
         )
 
     def _selected_text(self) -> str:

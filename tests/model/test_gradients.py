@@ -108,7 +108,8 @@ def test_onednn_groups(onednn, counts):
 @pytest.mark.parametrize("counts", [[32, 0, 50, 18], [0, 0, 100, 0], [1, 2, 3, 94], [97, 1, 1, 1]])
 def test_groups_are_those_of_product_by_product(onednn, monkeypatch, counts, dtype):
     """Bit for bit, output and gradients, though rows of other groups lie in a group's window."""
-    monkeypatch.setattr(matmul, "_BF16_IS_ONEDNN", True)
+    if dtype == torch.bfloat16 and not matmul.BF16_IS_ONEDNN:
+        pytest.skip("oneDNN multiplies no bf16 matrices on a CPU without AVX-512")
     rows = tiny.random(100, 64, dtype=dtype).requires_grad_()
     gate_up = tiny.random(4, 2 * 48, 64, dtype=dtype, seed=3).requires_grad_()
     down = tiny.random(4, 64, 48, dtype=dtype, seed=4).requires_grad_()

@@ -71,6 +71,15 @@ def checkpoints(tree):
     return Path(tree["folder"]) / tree["name"] / "checkpoints"
 
 
+def test_without_avx_512_bf16_trains_and_is_said_to_be_slow(run_config):
+    _, path = run_config(train__steps=1, train__precision="bf16", parallel__zero_stage=1)
+    environment = ENVIRONMENT | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    process = executed(["train", "--config", str(path)], environment)
+    out, errors = process.communicate(timeout=150)
+    assert process.returncode == 0, errors
+    assert re.search(r"^train\.precision: .*\bfp32$", out, re.M)
+
+
 @pytest.mark.parametrize(("nproc", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
 def test_a_signal_finishes_the_step_saves_and_exits_zero(run_config, start, finish, nproc, number):
     tree, path = run_config(train__steps=100000, checkpoint__every=None, evaluation__at_start=False)
