@@ -18,7 +18,7 @@ from small_corpus import small_corpus, small_run
 from kmem.config import parse_config
 from kmem.data.reader import open_data
 from kmem.files import atomic_write
-from kmem.parallel.mesh import join_mesh, leave_mesh
+from kmem.parallel.joining import join_mesh, leave_mesh
 from kmem.train.callback import Callback
 from kmem.train.metrics import StepRecord
 from kmem.train.reporting import MetricsFile, ProgressReport

@@ -29,10 +29,11 @@ from kmem.data.batch import SequenceBatch
 from kmem.data.reader import open_data
 from kmem.model.memory_kind import MemoryModule, ModelKind, TableShape
 from kmem.model.shape import Shape
+from kmem.parallel.joining import join_mesh, leave_mesh
 from kmem.parallel.kind_table import KindTable
 from kmem.parallel.memory_kind import BegunStep, MemoryKind, MemoryPlan, StageMemory, StageParts
 from kmem.parallel.memory_kinds import register
-from kmem.parallel.mesh import Mesh, join_mesh, leave_mesh
+from kmem.parallel.mesh import Mesh
 from kmem.parallel.pipeline import Pipeline, split_samples
 from kmem.parallel.step_context import StepContext
 from kmem.parallel.table_bytes import TableBytes

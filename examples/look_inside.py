@@ -32,8 +32,8 @@ config = parse_config(tree)
 
 # %%
 from kmem.data.reader import open_data
+from kmem.parallel.joining import join_mesh, leave_mesh
 from kmem.parallel.memory_kinds import kinds_of
-from kmem.parallel.mesh import join_mesh, leave_mesh
 from kmem.parallel.pipeline import Pipeline, split_samples
 
 mesh = join_mesh(config)

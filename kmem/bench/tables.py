@@ -78,7 +78,7 @@ def table_runner(tree: dict[str, Any], kind: TokenKind) -> Runner:
     A round is timed until the last update and fetch that its steps queued are done, so none of their work falls into
     the pause after it.
     """
-    from kmem.parallel.mesh import join_mesh
+    from kmem.parallel.joining import join_mesh
     from kmem.parallel.pipeline import Pipeline
 
     config = parse_config(tree)

@@ -26,7 +26,7 @@ def random_tokens(config: Config, step: int) -> Tensor:
 
 def kmem_runner(tree: dict[str, Any]) -> Runner:
     """A runner of kmem's own pipeline and engine in one process, as `kmem train` runs them."""
-    from kmem.parallel.mesh import join_mesh
+    from kmem.parallel.joining import join_mesh
     from kmem.parallel.pipeline import Pipeline
 
     config = parse_config(tree)

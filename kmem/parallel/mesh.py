@@ -13,8 +13,8 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from kmem.config import Config, ConfigError, UserError
-from kmem.wording import counted
+from kmem.config import Config, UserError
+from kmem.tables.exchange import ExchangeError
 
 Result = TypeVar("Result")
 
@@ -64,39 +64,6 @@ class Mesh:
         return f"pipeline {self.pipeline} x data {self.data} (expert {self.expert})"
 
 
-def environment_rank() -> tuple[int, int]:
-    """(rank, world size) from the environment, where torchrun, deepspeed and `kmem train --nproc` put them."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def join_mesh(config: Config) -> Mesh:
-    """Check the mesh, then start (or join) the process group and every group that later work needs.
-
-    All ranks create the groups in the same order, including stages without experts: `new_group` is collective over the
-    world.
-
-    Raises:
-        ConfigError: the world does not fit the configuration; raised before any process group exists.
-    """
-    rank, world = environment_rank()
-    mesh = Mesh(rank, config.parallel.pipeline, config.data_parallel_size(world), config.parallel.expert)
-    if not dist.is_initialized():
-        _start_process_group(config, rank, world)
-    elif dist.get_world_size() != world:
-        raise ConfigError(f"WORLD_SIZE is {world}, but the process group has {counted(dist.get_world_size(), 'rank')}")
-
-    from deepspeed import comm, ops
-    from deepspeed.utils import groups
-
-    # On a CPU DeepSpeed would compile C++ now, for an all-reduce that only its inference engine uses.
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-    comm.init_distributed(dist_init_required=False)  # wraps the running group for DeepSpeed
-    if mesh.expert > 1:
-        groups._create_expert_and_data_parallel(mesh.expert, pp_size=mesh.pipeline)
-    return mesh
-
-
 def limit_waiting(config: Config) -> None:
     """Set the timeout of every process group to `parallel.timeout_seconds`, including DeepSpeed's groups."""
     from torch.distributed import distributed_c10d
@@ -117,6 +84,8 @@ def any_rank(flags: Sequence[bool]) -> list[bool]:
 def lost_peer(error: BaseException | None) -> bool:
     """Whether a collective failed because another rank is gone or does not answer. gloo and NCCL have no error type for
     this, so the message decides."""
+    if isinstance(error, ExchangeError):
+        error = error.__cause__
     signs = ("Connection closed by", "Connection reset by", "Timed out", "timed out", "timeout", "no answer within")
     return isinstance(error, RuntimeError | TimeoutError) and any(sign in str(error) for sign in signs)
 
@@ -143,17 +112,6 @@ def run_on_all_ranks(action: Callable[[], Result]) -> Result:
     return cast(Result, result)
 
 
-def leave_mesh() -> None:
-    """Destroy the process groups, including the ones that DeepSpeed remembers."""
-    if dist.is_initialized():
-        from deepspeed.comm import comm
-        from deepspeed.utils import groups
-
-        groups._release_process_group_references()
-        comm.cdb = None  # otherwise the next process group would find the wrapper of this one
-        dist.destroy_process_group()
-
-
 def expert_group(mesh: Mesh) -> dist.ProcessGroup:
     """The ranks that share one set of experts with this one."""
     from deepspeed.utils import groups
@@ -166,19 +124,3 @@ def local_device() -> torch.device:
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
-
-
-def _start_process_group(config: Config, rank: int, world: int) -> None:
-    if world == 1 and "MASTER_PORT" not in os.environ:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any port that is free when rank 0 listens
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-    os.environ.setdefault("LOCAL_RANK", "0")
-    device = local_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=config.parallel.timeout_seconds),
-        rank=rank,
-        world_size=world,
-    )

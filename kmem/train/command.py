@@ -58,14 +58,19 @@ def run(arguments: argparse.Namespace) -> int:
         return launch_local(
             [*words, *(word for pair in arguments.overrides for word in ("--set", pair))], arguments.nproc
         )
-    rank = int(os.environ.get("RANK", "0"))
+    from kmem.parallel.joining import open_files_problem
+    from kmem.parallel.launch_environment import environment_rank
+
+    rank, _ = environment_rank()
     try:
-        config.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
         return _train(config, data)
-    except UserError as error:
-        if rank == 0:
+    except Exception as error:
+        problem = error if isinstance(error, UserError) else open_files_problem(error)
+        if problem is None or (rank == 0 and problem is error):
             raise
-        print(f"kmem train: rank {rank}: {error}", file=sys.stderr)
+        if rank == 0:
+            raise problem from error
+        print(f"kmem train: rank {rank}: {problem}", file=sys.stderr)
         return 2
 
 
@@ -90,21 +95,26 @@ def _train(config: Config, opened: "PreparedData | None") -> int:
             it is an error on all ranks and no rank waits.
     """
     from kmem.data.reader import open_data
-    from kmem.parallel.mesh import join_mesh, leave_mesh, run_on_all_ranks
+    from kmem.parallel.joining import join_mesh, leave_mesh
+    from kmem.parallel.mesh import lost_peer, run_on_all_ranks
     from kmem.train.reporting import MetricsFile, ProgressReport
     from kmem.train.run_folder import RunFolder
     from kmem.train.tracking import WandbTracking
     from kmem.train.trainer import Trainer
 
-    mesh = join_mesh(config)
-    data = run_on_all_ranks(lambda: open_data(config.data, config.model.vocab_size)) if opened is None else opened
-    folder = RunFolder(config)
-    trainer = Trainer(
-        config,
-        mesh,
-        data,
-        [MetricsFile(folder), WandbTracking(config, folder.path), ProgressReport(config.tracking.log_every)],
-    )
+    try:
+        mesh = join_mesh(config)
+        data = run_on_all_ranks(lambda: open_data(config.data, config.model.vocab_size)) if opened is None else opened
+        folder = RunFolder(config)
+        callbacks = [MetricsFile(folder), WandbTracking(config, folder.path), ProgressReport(config.tracking.log_every)]
+        trainer = Trainer(config, mesh, data, callbacks)
+    except Exception as error:
+        if lost_peer(error):
+            raise UserError(
+                "before the first step: another rank is gone or does not answer; its own log names the cause. The "
+                "checkpoints are as they were: run the same command again"
+            ) from error
+        raise
     trainer.fit()
     leave_mesh()
     return 0

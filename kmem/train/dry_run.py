@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from kmem.config import Config, dump_config
 from kmem.model.memory_kinds import carries_embedding, replaces_feed_forward
 from kmem.model.parameter_counts import ParameterCounts, count_parameters, tensor_shapes
+from kmem.parallel.launch_environment import environment_rank
 from kmem.parallel.memory_kind import MemoryKind
 from kmem.parallel.memory_kinds import kinds_of
-from kmem.parallel.mesh import Mesh, environment_rank
+from kmem.parallel.mesh import Mesh
 from kmem.parallel.optimizers import BACKBONE_OPTIMIZERS
 from kmem.parallel.stages import stage_bounds
 from kmem.parallel.table_bytes import TableBytes

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kmem.checkpoint.commit import Commit
+from kmem.checkpoint.commit import COMMIT_FILE, Commit
 from kmem.checkpoint.manifest import ANOTHER_RUN
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import find_checkpoint
 from kmem.checkpoint.store import CheckpointStore
 from kmem.config import CheckpointConfig, Config, UserError
 from kmem.data.reader import PreparedData
+from kmem.model.file_digest import file_digest
 from kmem.parallel.mesh import run_on_all_ranks
 from kmem.train.load_plan import check_manifests
 
@@ -31,6 +32,11 @@ class ResumePoint:
         """Remedy for a user who means another model than the checkpoint's."""
         field = {"resumed": "checkpoint.resume", "weights": "checkpoint.start"}.get(self.kind)
         return ANOTHER_RUN if field is None else f"leave {field} out"
+
+    @property
+    def identity(self) -> str:
+        """Step, and digest of the commit file, which has the digests of all others."""
+        return f"step {self.commit.progress.step} ({file_digest(self.folder / COMMIT_FILE)[:12]})"
 
     def check(self, data: PreparedData, config: Config, prepared: Mapping[str, Any]) -> None:
         """Refuse text that the checkpoint cannot continue with.

@@ -1,5 +1,7 @@
 """The training loop. Everything optional is a callback."""
 
+import hashlib
+import json
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -18,12 +20,12 @@ from kmem.eval.held_out import EvaluationRecord
 from kmem.model.matmul import BF16_IS_ONEDNN
 from kmem.model.parameter_counts import count_parameters
 from kmem.parallel.engine import NonFiniteStepError
+from kmem.parallel.joining import check_agreement
 from kmem.parallel.memory_kind import BegunStep
 from kmem.parallel.memory_kinds import kinds_of
 from kmem.parallel.mesh import Mesh, any_rank, lost_peer, raise_on_all_ranks, run_on_all_ranks
 from kmem.parallel.pipeline import Pipeline, split_samples
 from kmem.parallel.training_state import optimizer_steps
-from kmem.tables.exchange import ExchangeError
 from kmem.train.callback import Callback
 from kmem.train.evaluation import HeldOutEvaluation
 from kmem.train.interruption import Interruption
@@ -71,6 +73,14 @@ class Trainer:
         self.kinds = kinds_of(config.model.shape)
         self.prepared = run_on_all_ranks(
             lambda: {kind.name: kind.prepare(config, data.tokenizer_path) for kind in self.kinds}
+        )
+        check_agreement(
+            {
+                "data.sources": data.fingerprint,
+                "data.sources (tokenizer)": data.tokenizer_fingerprint,
+                "checkpoint": None if resume_point is None else resume_point.identity,
+            }
+            | {f"model.{kind.name}": _identity(kind.manifest(self.prepared[kind.name])) for kind in self.kinds}
         )
         plan = None
         if resume_point is not None:
@@ -125,7 +135,7 @@ class Trainer:
                 self.pipeline.close()
             except BaseException as error:
                 self.pipeline.close(error)
-                if lost_peer(error.__cause__ if isinstance(error, ExchangeError) else error):
+                if lost_peer(error):
                     raise TrainingError(
                         f"after step {self.step}: another rank is gone or does not answer; its own log names the "
                         f"cause. {self._last_good()}: run the same command again to continue"
@@ -331,3 +341,7 @@ class Trainer:
 
 def due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+def _identity(manifest: dict[str, Any] | None) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

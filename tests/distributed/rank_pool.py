@@ -86,7 +86,7 @@ def _serve(device: str, jobs: Any, answers: Any) -> None:
         except BaseException:
             answers.put((False, traceback.format_exc()))
         finally:
-            from kmem.parallel.mesh import leave_mesh
+            from kmem.parallel.joining import leave_mesh
 
             leave_mesh()
             _forget_engines()

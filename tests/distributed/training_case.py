@@ -226,7 +226,7 @@ def build(tree: dict[str, Any], tree_record: dict[str, Any] | None = None) -> Pi
     Args:
         tree_record: description of the cluster tree of a bank.
     """
-    from kmem.parallel.mesh import join_mesh
+    from kmem.parallel.joining import join_mesh
     from kmem.parallel.pipeline import Pipeline
 
     config = parse_config(tree)

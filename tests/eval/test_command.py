@@ -128,7 +128,7 @@ def tracked_case(tree):
 
     from kmem.config import parse_config
     from kmem.data.reader import open_data
-    from kmem.parallel.mesh import join_mesh
+    from kmem.parallel.joining import join_mesh
     from kmem.train.run_folder import RunFolder
     from kmem.train.tracking import WandbTracking
     from kmem.train.trainer import Trainer

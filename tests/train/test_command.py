@@ -19,7 +19,7 @@ import yaml
 from kmem.checkpoint.commit import committed_steps
 from kmem.cli import COMMANDS, main
 from kmem.config import packaged_configs
-from kmem.parallel.local_launch import launch_local
+from kmem.parallel.local_launch import free_port, launch_local
 from tests.warm_processes import start_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -247,22 +247,25 @@ def test_errors_are_one_line_and_exit_code_2(run_config, finish, tmp_path):
         assert len(answer.stderr.strip().splitlines()) == 1, answer.stderr
 
 
-def test_bad_input_of_one_rank_is_reported_by_all(run_config, start):
+def test_bad_input_of_one_rank_is_reported_by_all(run_config, corpus, tmp_path, start):
     """As on two machines, one of which lacks the data; no rank waits for the others."""
-    _, path = run_config()
-    lacking = ["--set", "data.sources.0.path=/none"]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29520", "WORLD_SIZE": "2"}
+    _, path = run_config(data__sources=[{"path": "~/text"}])
+    homes = [tmp_path / name for name in ("first", "second")]
+    for home in homes:
+        home.mkdir()
+    (homes[0] / "text").symlink_to(corpus)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     processes = [
         start(
-            ["train", "--config", str(path), *(lacking if rank else [])],
-            ENVIRONMENT | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            ["train", "--config", str(path)],
+            ENVIRONMENT | place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "HOME": str(home)},
         )
-        for rank in range(2)
+        for rank, home in enumerate(homes)
     ]
     for process in processes:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 2
-        assert "rank 1: /none: " in errors
+        assert f"rank 1: {homes[1] / 'text'}: " in errors
 
 
 def test_help_lists_the_packaged_configs(capsys, monkeypatch):

@@ -11,7 +11,7 @@ from kmem.config import UserError, parse_config
 def trainer_case(tree: dict[str, Any]) -> dict[str, Any]:
     """Train as `kmem train` does; what was printed, where it ended, or the user's error."""
     from kmem.data.reader import open_data
-    from kmem.parallel.mesh import join_mesh
+    from kmem.parallel.joining import join_mesh
     from kmem.train.reporting import MetricsFile, ProgressReport
     from kmem.train.run_folder import RunFolder
     from kmem.train.trainer import Trainer
