@@ -63,6 +63,15 @@ class IterationStatistics(RoutingStatistics):
     first iteration and if it is not observed."""
 
 
+class RetrofitScale(nn.ParameterDict):
+    """Iteration -> factors [H] on its update. It is called, because hooks that move weights see only calls."""
+
+    __call__ = nn.Module.__call__  # torch's dictionary takes one argument
+
+    def forward(self, iteration: str, update: Tensor) -> Tensor:
+        return self[iteration] * update
+
+
 class ChainOfExperts(ExpertLayer):
     """C passes through one set of experts, the layer's residual connection included; the module docstring gives the
     equations. `on_routing` receives one `IterationStatistics` per iteration."""
@@ -79,7 +88,7 @@ class ChainOfExperts(ExpertLayer):
         if chain.norm == "per_iteration":
             self.norms = nn.ModuleDict({t: RMSNorm(shape.hidden_size, shape.norm_eps) for t in later})
         if chain.retrofit_scale:
-            self.retrofit_scale = nn.ParameterDict({t: nn.Parameter(torch.zeros(shape.hidden_size)) for t in later})
+            self.retrofit_scale = RetrofitScale({t: nn.Parameter(torch.zeros(shape.hidden_size)) for t in later})
         self.observe_coactivation = False
 
     def iteration_routers(self) -> list[Router]:
@@ -104,7 +113,7 @@ class ChainOfExperts(ExpertLayer):
                 routes = self.dispatcher(routing)
             update = self._experts_of(seen, routes, shared=iteration == 0 or chain.shared_experts == "each_iteration")
             if iteration and self.retrofit_scale is not None:
-                update = self.retrofit_scale[str(iteration)] * update
+                update = self.retrofit_scale(str(iteration), update)
             previous, state = state, self._advanced(iteration, state, update, start)
             if self.norms is None:
                 seen = state if seen is previous else self._advanced(iteration, seen, update, normed_BTH)

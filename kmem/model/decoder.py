@@ -27,10 +27,16 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Embedding(nn.Embedding):
-    """Token ids [B, T] -> hidden [B, T, H]."""
+    """Token ids [B, T] -> hidden [B, T, H]. Also the projection of a tied head: hidden [.., H] -> logits [.., V].
+
+    Both are calls of the module, because hooks that move weights in and out of memory (`device_map`) see only calls.
+    """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape.vocab_size, shape.hidden_size)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight) if input.is_floating_point() else super().forward(input)
 
 
 class DecoderLayer(nn.Module):

@@ -85,8 +85,8 @@ class Engram(MemoryModule):
         self.conv_within_documents = conv_within_documents
         self.key_proj = Linear(width, branches * hidden_size, bias=bias)
         self.value_proj = Linear(width, hidden_size, bias=bias)
-        self.query_norm = BranchNorm(branches, hidden_size, norm_eps, zero_centered_norm)
-        self.key_norm = BranchNorm(branches, hidden_size, norm_eps, zero_centered_norm)
+        self.query_norm = BranchFactor(branches, hidden_size, norm_eps, zero_centered_norm)
+        self.key_norm = BranchFactor(branches, hidden_size, norm_eps, zero_centered_norm)
         self.conv_norm: BranchNorm | None = None
         self.conv: ShortConvolution | None = None
         if conv_kernel:
@@ -106,7 +106,7 @@ class Engram(MemoryModule):
         streams = hidden.reshape(batch, tokens, self.branches, self.hidden_size)
         keys = self.key_proj(rows).view_as(streams)
         value = self.value_proj(rows)
-        weight = self.query_norm.factor() * self.key_norm.factor()
+        weight = self.query_norm() * self.key_norm()
         gated, gate = branch_gate(streams, keys, value, weight, self.query_norm.eps)
         if present is not None:
             gated = gated * present[:, :, None, None]
@@ -125,8 +125,8 @@ class Engram(MemoryModule):
         return None if self.conv is None else self.conv.start(batch)
 
 
-class BranchNorm(nn.Module):
-    """RMSNorm over the last dimension of [.., M, D], with separate weights per branch; statistics in fp32."""
+class _BranchWeight(nn.Module):
+    """The weights of an RMSNorm over the last dimension of [.., M, D], separate per branch."""
 
     def __init__(self, branches: int, width: int, eps: float, zero_centered: bool) -> None:
         super().__init__()
@@ -136,9 +136,21 @@ class BranchNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((branches, width), self.initial_values["weight"]))
 
     def factor(self) -> Tensor:
-        """The factor on the normed input, [M, D], in at least fp32."""
+        """The factor on the normed input, [M, D], in at least fp32. For calls of the module alone: hooks that move
+        weights see nothing else."""
         weight = self.weight.to(_wide(self.weight))
         return 1 + weight if self.zero_centered else weight
+
+
+class BranchFactor(_BranchWeight):
+    """The factor of a norm that `branch_gate` computes."""
+
+    def forward(self) -> Tensor:
+        return self.factor()
+
+
+class BranchNorm(_BranchWeight):
+    """The whole norm; statistics in fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(_wide(x))

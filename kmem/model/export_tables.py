@@ -97,21 +97,35 @@ def weight_files(tensors: Iterable[str], find: Callable[[str], str | None]) -> d
     return {name: paths[file] or "" for name, file in files.items()}
 
 
-class RowTable(nn.Module):
-    """A table in device memory, as one or more parameters of consecutive rows [R_i, D]."""
+class RowParts(nn.ParameterList):
+    """Parameters of consecutive rows [R_i, D]; a call looks rows up.
 
-    def __init__(self, parts: list[int], dim: int, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.parts = nn.ParameterList(nn.Parameter(torch.empty(rows, dim, dtype=dtype)) for rows in parts)
+    It is called, and not only read, because hooks that move weights in and out of memory (`device_map`) see only calls
+    of the module that owns them.
+    """
+
+    __call__ = nn.Module.__call__  # torch's list refuses calls
 
     def forward(self, rows: Tensor) -> Tensor:
         """Row ids int64 [..] -> rows [.., D]."""
-        if len(self.parts) == 1:
-            return self.parts[0][rows]
+        if len(self) == 1:
+            return self[0][rows]
         flat = rows.flatten()
-        out, start = self.parts[0].new_empty(len(flat), self.parts[0].shape[1]), 0
-        for part in self.parts:
+        out, start = self[0].new_empty(len(flat), self[0].shape[1]), 0
+        for part in self:
             places = ((flat >= start) & (flat < start + len(part))).nonzero().squeeze(1)
             out.index_copy_(0, places, part[flat[places] - start])
             start += len(part)
         return out.view(*rows.shape, -1)
+
+
+class RowTable(nn.Module):
+    """A table in device memory."""
+
+    def __init__(self, parts: list[int], dim: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.parts = RowParts(nn.Parameter(torch.empty(rows, dim, dtype=dtype)) for rows in parts)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Row ids int64 [..] -> rows [.., D]."""
+        return self.parts(rows)

@@ -22,7 +22,7 @@ ROW_STEP = 32
 rounded up to a multiple of this many rows, so that few numbers occur."""
 
 
-class Linear(nn.Linear):
+class OneDNNLinear(nn.Linear):
     """nn.Linear through `linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -95,6 +95,8 @@ _USE_ONEDNN = _ONEDNN and str(_CPU.get("cpu_name", "")).startswith("AMD") and to
 BF16_IS_ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 """Whether oneDNN multiplies bf16 matrices on this CPU. It needs AVX-512; without it, bf16 is about nine times as slow
 as fp32."""
+Linear = OneDNNLinear if _USE_ONEDNN and not torch.cuda.is_available() else nn.Linear
+"""The class of linear layers. Plain where nothing is gained: quantizers such as bitsandbytes replace no subclass."""
 HAS_AMX = bool(_CPU.get("amx_bf16"))
 """Whether this CPU has matrix units for bf16."""
 

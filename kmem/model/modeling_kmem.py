@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .bank_modeling import BankContexts
 from .carried_cache import carried_by
 from .configuration_kmem import KmemConfig
-from .decoder import Decoder
+from .decoder import Decoder, Embedding
 from .export_tables import RowTable
 from .exported_memory import ExportedMemory, ForwardTokens, exported_memory, modules_of
 from .init import initialise_
@@ -114,6 +114,11 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module | None:
         return self.head
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        if self.head is None and isinstance(value, nn.Embedding) and not isinstance(value, Embedding):
+            value.__class__ = Embedding  # a tied head calls it, too
+        self.embedding = value
+
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.head = new_embeddings
 
@@ -183,7 +188,7 @@ class KmemForCausalLM(BankContexts, PreTrainedModel, GenerationMixin):
         hidden = self.norm(close_stream(hidden, self.shape))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if self.head is None:
-            logits = nn.functional.linear(hidden[:, kept], self.embedding.get_parameter("weight"))
+            logits = self.embedding(hidden[:, kept])
         else:
             logits = self.head(hidden[:, kept])
 

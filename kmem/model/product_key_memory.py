@@ -57,6 +57,10 @@ class ProductKeyMemory(MemoryModule):
         }
 
     def feed(self, x: Tensor, out: Tensor | None, read: Pool) -> Tensor:
+        return self(x, read)  # a call, because hooks that move weights see only calls
+
+    def forward(self, x: Tensor, read: Pool) -> Tensor:
+        """x [B, T, H] -> [B, T, H]."""
         ids, weights = self.choose(x)
         rows = read(ids, weights).to(x.dtype).view_as(x)
         return self.out_proj(silu_times(self.gate_proj(x), rows))
