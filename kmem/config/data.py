@@ -4,7 +4,7 @@ import re
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from kmem.config.section import Section
 
@@ -79,7 +79,7 @@ class DataConfig(Section):
     """Tokens per sequence. Documents are packed one after another; a sequence may start inside a document."""
     document_attention: bool = True
     """Attend only within a document and restart position ids at each; predictions across a boundary are not trained."""
-    seed: Annotated[int, Field(ge=0)] = 1234
+    seed: NonNegativeInt = 1234
     """Seed of the order of sequences."""
     addresses: AddressesConfig | None = None
     """Addresses of the text, which select the blocks of a bank; null reads none."""

@@ -3,17 +3,13 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from kmem.config.memory import MemorySection
+from kmem.config.memory import MemorySection, check_layers
 
 if TYPE_CHECKING:
     from kmem.config.model import ModelConfig
     from kmem.config.run import Config
-
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Order = Annotated[int, Field(ge=2)]
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # The demo of arXiv 2601.07372. Its 27B and 40B models have 2,262,400 and 7,239,680 rows per head of 80 values.
@@ -76,7 +72,7 @@ class EngramConfig(MemorySection):
     """Source of the fields that are left out: the paper's demo, DeepSeek-V4.1-Flash or Qwen3.8-Flash-Next."""
     layers: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
     """Decoder layers that have an engram, counted from 0 (the paper's 2 and 15 are 1 and 14)."""
-    orders: Annotated[tuple[Order, ...], Field(min_length=1)] | None = None
+    orders: Annotated[tuple[Annotated[int, Field(ge=2)], ...], Field(min_length=1)] | None = None
     """Lengths of the n-grams, ascending."""
     heads: PositiveInt | None = None
     """Hash heads per order; each has its own rows."""
@@ -129,8 +125,6 @@ class EngramConfig(MemorySection):
         assert self.orders is not None
         if list(self.orders) != sorted(set(self.orders)):
             raise ValueError(f"orders={list(self.orders)} must ascend")
-        if len(set(self.layers)) < len(self.layers):
-            raise ValueError(f"layers={list(self.layers)} names a layer twice")
         for name, entries, wanted in (
             ("seeding_ids", self.seeding_ids, len(self.layers)),
             ("rows_per_head", self.rows_per_head, len(self.orders)),
@@ -145,11 +139,7 @@ class EngramConfig(MemorySection):
         return self
 
     def check_model(self, model: "ModelConfig") -> None:
-        if max(self.layers) >= model.num_layers:
-            raise ValueError(
-                f"engram.layers={list(self.layers)} is out of range for num_layers={model.num_layers}; "
-                "layers count from 0"
-            )
+        check_layers("engram.layers", self.layers, model)
         if (self.pad_token_id or 0) >= model.vocab_size:
             raise ValueError(f"engram.pad_token_id={self.pad_token_id} is no id of vocab_size={model.vocab_size}")
 

@@ -2,7 +2,15 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from kmem.config.bank import BankConfig
 from kmem.config.engram import EngramConfig
@@ -13,9 +21,6 @@ from kmem.config.product_key_memory import ProductKeyMemoryConfig
 from kmem.config.section import Section
 from kmem.model.shape import Shape  # plain Python
 from kmem.wording import counted
-
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
 
 
 class GroupedQueryAttention(Section):
