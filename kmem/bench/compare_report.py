@@ -13,9 +13,8 @@ from rich.console import Console
 import kmem
 from kmem.bench.compare import Comparison, Run, Size
 from kmem.bench.compare_runs import curve, evaluate
-from kmem.checkpoint.printing import print_table
 from kmem.data.manifest import read_manifest
-from kmem.wording import counted
+from kmem.wording import counted, print_table
 
 BATCH = 16
 """Sequences per forward pass of the evaluation."""

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from kmem.bench import options
 from kmem.bench.contest import Contestant, ratios, run_in_turn
 from kmem.bench.machine import processor, torch_threads
-from kmem.checkpoint.printing import print_table
 from kmem.config import Config, ConfigError, UserError, load_config
-from kmem.wording import counted
+from kmem.wording import counted, print_table
 
 if TYPE_CHECKING:
     from kmem.bench.expert_backends import BackendTime

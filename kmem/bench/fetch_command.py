@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from kmem.bench import options
 from kmem.bench.machine import processor
-from kmem.checkpoint.printing import print_table
 from kmem.config import ConfigError, UserError
-from kmem.wording import counted
+from kmem.wording import counted, print_table
 
 if TYPE_CHECKING:
     from kmem.bench.fetch import FetchTimes, Placement, TimedBank

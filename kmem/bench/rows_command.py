@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kmem.bench import options
-from kmem.checkpoint.printing import print_table
 from kmem.config import ROW_OPTIMIZER_TRAITS, RowOptimizerConfig
+from kmem.wording import print_table
 
 GOALS = {"adam_rate": 1.0, "adam_ratio": 8.0, "gather_share": 0.85}
 """For fp32 rows of 256 values: millions of rows per second and core; multiple of SparseAdam's speed; share of threads

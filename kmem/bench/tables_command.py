@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from kmem.bench import options
 from kmem.bench.contest import Contestant, ratios
 from kmem.bench.machine import processor
-from kmem.checkpoint.printing import print_table
 from kmem.config import Config, ConfigError, UserError, load_config, parse_config
-from kmem.wording import counted
+from kmem.wording import counted, print_table
 
 if TYPE_CHECKING:
     from kmem.train.dry_run import TableBytes
