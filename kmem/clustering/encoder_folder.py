@@ -48,25 +48,12 @@ _OLD_POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "m
 class EncoderFolder:
     """The files and settings that an embedder takes from the folder of an encoder."""
 
-    name: str
-    """Name of the folder."""
     files: Mapping[str, Path]
     """Name -> path of config.json, the weights and the tokenizer's files."""
     licences: Mapping[str, Path]
     """Name -> path of its licence texts and of README.md, the model card of Hugging Face folders."""
-    settings: Mapping[str, Any]
+    settings: dict[str, Any]
     """`pooling`, `normalize`, `lower_case` and `max_word_pieces` of `SentenceEncoder`."""
-
-    def digest(self) -> str:
-        """SHA-256 digest of everything that embeddings depend on."""
-        files = {name: file_digest(path) for name, path in self.files.items()}
-        content = json.dumps([files, dict(self.settings)], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
-
-    @property
-    def licence_files(self) -> list[str]:
-        """Names of the licence texts."""
-        return [name for name in self.licences if name.upper().startswith(LICENCES)]
 
 
 def read_encoder(folder: Path) -> EncoderFolder:
@@ -92,7 +79,6 @@ def read_encoder(folder: Path) -> EncoderFolder:
             "no prompt before a text; set it to null to embed texts without a prompt"
         )
     return EncoderFolder(
-        folder.resolve().name,
         {CONFIG: inside / CONFIG, WEIGHTS: _weights(inside), **_tokenizer_files(inside)},
         {
             path.name: path
@@ -106,6 +92,13 @@ def read_encoder(folder: Path) -> EncoderFolder:
             "max_word_pieces": _max_word_pieces(inside, config, limits),
         },
     )
+
+
+def encoder_digest(folder: Path) -> str:
+    """SHA-256 digest of everything that the embeddings of an encoder depend on; errors as `read_encoder`."""
+    encoder = read_encoder(folder)
+    files = {name: file_digest(path) for name, path in encoder.files.items()}
+    return hashlib.sha256(json.dumps([files, encoder.settings], sort_keys=True).encode()).hexdigest()
 
 
 def build(request: EmbedderRequest, folder: Path) -> dict[str, Any]:
@@ -129,7 +122,8 @@ def build(request: EmbedderRequest, folder: Path) -> dict[str, Any]:
         raise UserError(f"--encoder {source}: cannot be loaded: {said}") from error
     if not finite:
         raise UserError(f"--encoder {source}: its embeddings are not finite numbers; fetch {WEIGHTS} again")
-    if not encoder.licence_files:
+    licences = [name for name in encoder.licences if name.upper().startswith(LICENCES)]
+    if not licences:
         print(
             f"--encoder {source}: no LICENSE file here, so the tree, and exports of models that use it, will not carry "
             "the encoder's licence; if the licence requires that, put its text there and run the command again with "
@@ -137,7 +131,7 @@ def build(request: EmbedderRequest, folder: Path) -> dict[str, Any]:
             file=sys.stderr,
             flush=True,
         )
-    return {"dim": loaded.dim, "encoder": encoder.name, "licences": encoder.licence_files, **settings}
+    return {"dim": loaded.dim, "encoder": source.resolve().name, "licences": licences, **settings}
 
 
 def _modules(folder: Path) -> tuple[Path, str, bool]:
