@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from kmem.config import Config, ConfigError, load_config
 from kmem.config.load import config_folders
@@ -67,7 +67,7 @@ class Comparison(Section):
     """The question that the comparison answers."""
     data: PreparedText
     """Text of all contestants."""
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
     """A seed decides the initial weights and the order of the text; every contestant runs with every seed."""
     contestants: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], str], Field(min_length=2)]
     """Label -> configuration file, beside this one."""
@@ -231,18 +231,14 @@ def measure(config: Config) -> Size:
             for layer in range(model.num_layers)
         )
         calls = layers * (passes * moe.top_k + shared_passes * moe.num_shared_experts)
-    read = 0
-    for kind in kinds_of(model.shape):
-        in_layers = sum(kind.row_values(model.shape, layer) for layer in kind.layers(model.shape))
-        read += kind.fetched_values(model.shape) or in_layers
+    counted_parameters = ("total", "active", "non_embedding", "active_non_embedding", "embedding", "tables")
     return Size(
-        total=counts.total,
-        active=counts.active,
-        non_embedding=counts.non_embedding,
-        active_non_embedding=counts.active_non_embedding,
-        embedding=counts.embedding,
-        tables=counts.tables,
-        table_read=read,
+        **{name: getattr(counts, name) for name in counted_parameters},
+        table_read=sum(
+            kind.fetched_values(model.shape)
+            or sum(kind.row_values(model.shape, layer) for layer in kind.layers(model.shape))
+            for kind in kinds_of(model.shape)
+        ),
         expert_calls=calls,
         tokens=config.train.steps * config.train.global_batch_size * config.data.sequence_length,
     )

@@ -98,10 +98,7 @@ def _compare(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     ratio = statistics.median(by_rival[peer])
     met = ratio >= GOAL if _layer(config) == _layer(load_config(GOAL_CONFIG)) else None
     _print_comparison([ours, *rivals], tried, by_rival, differences, arguments.steps)
-    if arguments.profile:
-        whole = sum(milliseconds for _, milliseconds in ours.profile)
-        for name, milliseconds in ours.profile[:15]:
-            print(f"  {milliseconds:8.2f} ms {milliseconds / whole:5.1%}  {name}")
+    options.print_profile(ours)
     judged = {None: "", True: f" (goal {GOAL}: met)", False: f" (goal {GOAL}: missed)"}[met]
     print(f"ratio: {ratio:.3f}{judged} to {peer}, rounds {min(by_rival[peer]):.2f} to {max(by_rival[peer]):.2f}")
     return {

@@ -97,10 +97,7 @@ def _report(config: Config, arguments: argparse.Namespace, ours: Contestant, the
     print(f"losses differ by {first:.1e} in the first step and by {last:.1e} in the last one")
     phases = _phases(ours)
     print("where kmem's time goes: " + ", ".join(f"{name} {share:.0%}" for name, share in phases.items()))
-    if arguments.profile:
-        whole = sum(milliseconds for _, milliseconds in ours.profile)
-        for name, milliseconds in ours.profile[:15]:
-            print(f"  {milliseconds:8.1f} ms {milliseconds / whole:5.1%}  {name}")
+    options.print_profile(ours)
     by_round = ratios(ours, theirs)
     record = {
         "workload": _workload(config, arguments.threads),
