@@ -5,17 +5,13 @@ import statistics
 import sys
 from dataclasses import asdict
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kmem.bench import options
 from kmem.bench.contest import Contestant, ratios, run_in_turn
 from kmem.bench.machine import processor, torch_threads
 from kmem.config import Config, ConfigError, UserError, load_config
 from kmem.wording import counted, print_table
-
-if TYPE_CHECKING:
-    from kmem.bench.expert_backends import BackendTime
-    from kmem.bench.expert_features import Cost
 
 GOAL = 1.5
 """Speed as a multiple of Transformers' fastest implementation, at the shape of bench/train."""
@@ -153,35 +149,6 @@ def _features(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
 
     with torch_threads(arguments.threads):
         costs = feature_costs(config, features(config), arguments.rounds, _say)
-    _print_costs(costs, arguments.rounds)
-    return {"rounds": arguments.rounds, "costs": [asdict(cost) for cost in costs]}
-
-
-def _backends(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    from kmem.bench.expert_backends import backend_times
-    from kmem.model.expert_backends import NAMES, available, problem
-
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no CUDA device here")
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    names = available(device, dtype)
-    problems = {name: problem(name, device, dtype) for name in NAMES if name not in names}
-    with torch_threads(arguments.threads):
-        times = backend_times(config, names, device, arguments.rounds, on_size=_say)
-    _print_times(times, arguments.rounds)
-    for name, reason in problems.items():
-        print(f"{name} was not measured: {reason}")
-    return {"rounds": arguments.rounds, "backends": [asdict(time) for time in times], "not_measured": problems}
-
-
-def _say(what: str) -> None:
-    print(f"  {what}", file=sys.stderr, flush=True)
-
-
-def _print_costs(costs: "list[Cost]", rounds: int) -> None:
     rows: list[tuple[str, ...]] = []
     for subject, group in groupby(costs, key=lambda cost: cost.subject):
         for place, cost in enumerate(group):
@@ -199,19 +166,40 @@ def _print_costs(costs: "list[Cost]", rounds: int) -> None:
                 )
             )
         rows.append(())
-    title = f"norm, experts and residual connection, forward and backward; medians of {rounds} rounds in turn"
+    title = f"norm, experts and residual connection, forward and backward; medians of {arguments.rounds} rounds in turn"
     columns = ("", "feature", "ms", "x plain", "quartiles", "expert calls", "parameters", "active", "saved MiB")
     print_table(title, columns, rows, 140, words=(0, 1))
     print("expert calls and active parameters are per token; saved: memory held from forward for backward")
+    return {"rounds": arguments.rounds, "costs": [asdict(cost) for cost in costs]}
 
 
-def _print_times(times: "list[BackendTime]", rounds: int) -> None:
+def _backends(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from kmem.bench.expert_backends import backend_times
+    from kmem.model.expert_backends import NAMES, available, problem
+
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no CUDA device here")
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    names = available(device, dtype)
+    problems = {name: problem(name, device, dtype) for name in NAMES if name not in names}
+    with torch_threads(arguments.threads):
+        times = backend_times(config, names, device, arguments.rounds, on_size=_say)
     rows: list[tuple[str, ...]] = []
     for time in times:
         if time.backend == times[0].backend:
             rows.append(())
         figures = (f"{time.ms:.3f}", f"{time.gflops:.0f}", f"{time.times:.2f}")
         rows.append((str(time.rows), time.groups, time.backend, *figures))
-    title = f"experts alone, forward and backward; medians of {rounds} rounds in turn"
+    title = f"experts alone, forward and backward; medians of {arguments.rounds} rounds in turn"
     columns = ("rows per expert", "groups", "backend", "ms", "GFLOP/s", f"x {times[0].backend}")
     print_table(title, columns, rows, 100, words=(1, 2))
+    for name, reason in problems.items():
+        print(f"{name} was not measured: {reason}")
+    return {"rounds": arguments.rounds, "backends": [asdict(time) for time in times], "not_measured": problems}
+
+
+def _say(what: str) -> None:
+    print(f"  {what}", file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ from kmem.config import ConfigError, UserError
 from kmem.wording import counted, print_table
 
 if TYPE_CHECKING:
-    from kmem.bench.fetch import FetchTimes, Placement, TimedBank
+    from kmem.bench.fetch import Placement, TimedBank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,16 +108,6 @@ def _measure(arguments: argparse.Namespace, bank: "TimedBank") -> None:
     )
     times = [measure(bank, placement, arguments.contexts, arguments.seed, like) for placement in chosen]
     routing = route_ms(bank, arguments.contexts, arguments.seed)
-    _print(times, shape)
-    if routing is not None:
-        print(f"embedding a context of {CONTEXT_TOKENS} tokens and descending the tree: {routing:.2f} ms")
-    machine = f"torch {torch.__version__}, {processor()}"
-    print(f"pages of levels on disk are dropped before every fetch (posix_fadvise); {machine}")
-    measured = [asdict(placement_times) for placement_times in times]
-    options.write_record(arguments, {"shape": shape, "machine": machine, "route_ms": routing, "measured": measured})
-
-
-def _print(times: "Sequence[FetchTimes]", shape: str) -> None:
     levels = [f"level {level.level}: ms" for level in times[0].levels]
     columns = ("levels", *levels, "new topic: ms", "MB", "same level 1: ms", "MB", "faster by")
     rows = [
@@ -134,3 +124,9 @@ def _print(times: "Sequence[FetchTimes]", shape: str) -> None:
     ]
     print_table(shape, columns, rows, 150)
     print("new topic: all rows are read; same level 1: the row of level 1 is kept and only deeper rows are read")
+    if routing is not None:
+        print(f"embedding a context of {CONTEXT_TOKENS} tokens and descending the tree: {routing:.2f} ms")
+    machine = f"torch {torch.__version__}, {processor()}"
+    print(f"pages of levels on disk are dropped before every fetch (posix_fadvise); {machine}")
+    measured = [asdict(placement_times) for placement_times in times]
+    options.write_record(arguments, {"shape": shape, "machine": machine, "route_ms": routing, "measured": measured})

@@ -104,7 +104,27 @@ def _report(
         contestant.name: figures(tables(parse_config(trees[contestant.name])), contestant, small, arguments.steps)
         for contestant in contestants
     }
-    _print(measured)
+    columns = (
+        "rows and state", "rows", "ms per step", "slower", "goal", "stall ms", "fetch ms", "update ms",
+        "rows per step", "moved",
+    )  # fmt: skip
+    rows = [
+        (
+            name,
+            f"{figures['rows']:,}",
+            f"{figures['step_ms']:.1f}",
+            f"{figures['median_slower']:+.1%}" if "slower" in figures else "",
+            f"{figures['goal']:.0%} {'met' if figures['met'] else 'missed'}" if "slower" in figures else "",
+            f"{figures['stall_ms']:.2f} (max {figures['longest_stall_ms']:.1f})",
+            f"{figures['fetch_ms']:.1f}",
+            f"{figures['owner_ms']:.1f}",
+            f"{figures['unique_rows']:,.0f}",
+            f"{figures['moved_bytes'] / 2**20:.1f} MiB",
+        )
+        for name, figures in measured.items()
+    ]
+    print_table("medians; over rounds for the step and its ratio, over steps for the rest", columns, rows, 140)
+    print("moved: rows out of the tables and gradients back; fetch and update run beside the step, a stall delays it")
     record = {"workload": _workload(config, arguments), "steps_per_round": arguments.steps, "measured": measured}
     options.write_record(arguments, record)
 
@@ -129,27 +149,3 @@ def figures(tables: "list[TableBytes]", contestant: Contestant, small: Contestan
         figures |= {"slower": slower, "median_slower": statistics.median(slower), "goal": GOALS[store]}
         figures["met"] = figures["median_slower"] <= GOALS[store]
     return figures
-
-
-def _print(measured: dict[str, dict[str, Any]]) -> None:
-    columns = (
-        "rows and state", "rows", "ms per step", "slower", "goal", "stall ms", "fetch ms", "update ms",
-        "rows per step", "moved",
-    )  # fmt: skip
-    rows = [
-        (
-            name,
-            f"{figures['rows']:,}",
-            f"{figures['step_ms']:.1f}",
-            f"{figures['median_slower']:+.1%}" if "slower" in figures else "",
-            f"{figures['goal']:.0%} {'met' if figures['met'] else 'missed'}" if "slower" in figures else "",
-            f"{figures['stall_ms']:.2f} (max {figures['longest_stall_ms']:.1f})",
-            f"{figures['fetch_ms']:.1f}",
-            f"{figures['owner_ms']:.1f}",
-            f"{figures['unique_rows']:,.0f}",
-            f"{figures['moved_bytes'] / 2**20:.1f} MiB",
-        )
-        for name, figures in measured.items()
-    ]
-    print_table("medians; over rounds for the step and its ratio, over steps for the rest", columns, rows, 140)
-    print("moved: rows out of the tables and gradients back; fetch and update run beside the step, a stall delays it")

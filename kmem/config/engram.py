@@ -11,41 +11,36 @@ if TYPE_CHECKING:
     from kmem.config.model import ModelConfig
     from kmem.config.run import Config
 
+# The demo of arXiv 2601.07372. Its 27B and 40B models have 2,262,400 and 7,239,680 rows per head of 80 values.
+_DEEPSEEK: Mapping[str, Any] = {
+    "orders": (2, 3),
+    "heads": 8,
+    "rows_per_head": 646_400,
+    "row_dim": 64,
+    "compression": True,
+    "boundary": "none",
+    "hash": "pcg64",
+    "seed": 0,
+    "row_multiple": 1,
+    "bias": True,
+    "zero_centered_norm": False,
+    "conv_kernel": 4,
+}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # The demo of arXiv 2601.07372. Its 27B and 40B models have 2,262,400 and 7,239,680 rows per head of 80 values.
-    "deepseek": {
-        "orders": (2, 3),
-        "heads": 8,
-        "rows_per_head": 646_400,
-        "row_dim": 64,
-        "compression": True,
-        "boundary": "none",
-        "hash": "pcg64",
-        "seed": 0,
-        "row_multiple": 1,
-        "bias": True,
-        "zero_centered_norm": False,
-        "conv_kernel": 4,
-    },
+    "deepseek": _DEEPSEEK,
     # arXiv 2609.19969, sections 2.4.2 and 4.2
     "deepseek-v4.1": {
+        **_DEEPSEEK,
         "orders": (2, 3, 4),
-        "heads": 8,
         "rows_per_head": 16_000_000,
         "row_dim": 256,
-        "compression": True,
         "boundary": "document",
-        "hash": "pcg64",
-        "seed": 0,
-        "row_multiple": 1,
         "bias": False,
-        "zero_centered_norm": False,
         "conv_kernel": 0,
     },
     # Qwen3.8-Flash-Next (Transformers: qwen4_exp)
     "qwen": {
-        "orders": (2, 3),
-        "heads": 8,
+        **_DEEPSEEK,
         "rows_per_head": 20_000_000,
         "row_dim": 160,
         "compression": False,
@@ -55,7 +50,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "row_multiple": 128,
         "bias": False,
         "zero_centered_norm": True,
-        "conv_kernel": 4,
     },
 }
 """Settings of the published models."""
