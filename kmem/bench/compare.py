@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from kmem.config import Config, ConfigError, load_config
 from kmem.config.load import config_folders
@@ -86,8 +86,7 @@ class Comparison(Section):
     horizons: tuple[PositiveInt, ...] = ()
     """Steps at which the held-out loss during training is also reported; multiples of `evaluation.every`."""
 
-    @model_validator(mode="after")
-    def _known(self) -> "Comparison":
+    def check(self) -> None:
         if self.baseline not in self.contestants:
             raise ValueError(f"baseline={self.baseline} is not one of the contestants {', '.join(self.contestants)}")
         for one, other in self.pairs.items():
@@ -99,7 +98,6 @@ class Comparison(Section):
             raise ValueError(f"seeds={list(self.seeds)} names a seed twice")
         if self.questions and len(self.data.corpora) > 1:
             raise ValueError("questions=true needs text of a single corpus that has questions")
-        return self
 
     @property
     def questions_file(self) -> Path | None:

@@ -3,7 +3,7 @@
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from kmem.config.memory import MemorySection, check_layers
 from kmem.config.section import Section
@@ -55,8 +55,7 @@ class BankConfig(MemorySection):
     generic: GenericBlocks = GenericBlocks()
     """Blocks outside the tree, as a control."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> "BankConfig":
+    def check(self) -> None:
         if not any(self.levels):
             raise ValueError(f"levels={list(self.levels)} leaves every level without blocks; give one a rank above 0")
         if self.children ** len(self.levels) > LARGEST_ADDRESS:
@@ -75,7 +74,6 @@ class BankConfig(MemorySection):
             raise ValueError(f"placed_layers={shown} with placement={self.placement}: {remedy}")
         if isinstance(placed, tuple) and list(placed) != sorted(set(placed)):
             raise ValueError(f"placed_layers={shown} must ascend")
-        return self
 
     def check_run(self, config: "Config") -> None:
         if config.data.addresses is None:

@@ -114,8 +114,7 @@ class EngramConfig(MemorySection):
         given = {name: value for name, value in values.items() if value is not None or name not in known}
         return {**known, **given}
 
-    @model_validator(mode="after")
-    def _consistent(self) -> "EngramConfig":
+    def check(self) -> None:
         assert self.orders is not None
         if list(self.orders) != sorted(set(self.orders)):
             raise ValueError(f"orders={list(self.orders)} must ascend")
@@ -130,7 +129,6 @@ class EngramConfig(MemorySection):
         assert self.heads is not None
         if max(base or 1 for base in bases) > (2**63 - 1) // (2 * len(self.orders) * self.heads):
             raise ValueError(f"rows_per_head={self.rows_per_head}: the ids of all heads must fit in 64 bits")
-        return self
 
     def check_model(self, model: "ModelConfig") -> None:
         check_layers("engram.layers", self.layers, model)

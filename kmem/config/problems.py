@@ -22,16 +22,12 @@ def explain(problems: Sequence[ErrorDetails], top: type[Section]) -> list[str]:
     Args:
         top: the section that was checked.
     """
-    places = [_place(problem["loc"], top) for problem in problems]
+    found = [(_place(problem["loc"], top), problem) for problem in problems]
     # For a field that takes a number or a list, pydantic reports both alternatives, and only one was meant.
-    lists = {
-        place.of_field
-        for place, problem in zip(places, problems, strict=True)
-        if place.list_meant and problem["type"] != "tuple_type"
-    }
+    lists = {place.of_field for place, problem in found if place.list_meant and problem["type"] != "tuple_type"}
     meant = [
         (place, problem)
-        for place, problem in zip(places, problems, strict=True)
+        for place, problem in found
         if place.alternative is None or place.list_meant == (place.of_field in lists)
     ]
     # A list that lost a bad element is also too short; the first problem says all.

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from kmem.config.memory import MemorySection, check_layers
 from kmem.config.tables import TableConfig
@@ -31,13 +31,11 @@ class ProductKeyMemoryConfig(MemorySection):
     qk_norm: bool = False
     """RMSNorm of the halves of queries and of keys."""
 
-    @model_validator(mode="after")
-    def _fits(self) -> "ProductKeyMemoryConfig":
+    def check(self) -> None:
         if self.key_dim % 2:
             raise ValueError(f"key_dim={self.key_dim} must be even: queries are cut into halves")
         if self.top_k > self.num_keys:
             raise ValueError(f"top_k={self.top_k} exceeds num_keys={self.num_keys}, the choices of half a query")
-        return self
 
     def check_model(self, model: "ModelConfig") -> None:
         check_layers("product_key_memory.layers", self.layers, model)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from kmem.config.section import Section
 
@@ -70,20 +70,14 @@ class TrainConfig(Section):
     init_seed: NonNegativeInt = 0
     """Seed of the initial weights; each tensor is drawn from (seed, its name), so it does not depend on the mesh."""
 
-    @model_validator(mode="after")
-    def _lengths(self) -> "TrainConfig":
+    def check(self) -> None:
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} is not divisible by "
                 f"micro_batch_size={self.micro_batch_size}"
             )
-        if self.schedule.warmup_steps > self.steps:
-            raise ValueError(f"schedule.warmup_steps={self.schedule.warmup_steps} exceeds steps={self.steps}")
-        if (
-            self.schedule.decay_steps is not None
-            and self.schedule.decay_steps + self.schedule.warmup_steps > self.steps
-        ):
-            raise ValueError(
-                f"schedule.decay_steps={self.schedule.decay_steps} and the warm-up exceed steps={self.steps}"
-            )
-        return self
+        warmup, decay = self.schedule.warmup_steps, self.schedule.decay_steps
+        if warmup > self.steps:
+            raise ValueError(f"schedule.warmup_steps={warmup} exceeds steps={self.steps}")
+        if decay is not None and decay + warmup > self.steps:
+            raise ValueError(f"schedule.decay_steps={decay} and the warm-up exceed steps={self.steps}")

@@ -36,21 +36,18 @@ class EvaluatedModel:
         kinds = kinds_of(shape)
         with torch.device("meta"):
             self.decoder = Decoder(shape)
-        by_kind = {"bank": EvaluatedBank}
-        self.memories = {
-            kind.name: by_kind.get(kind.name, EvaluatedMemory)(reader, kind, self.decoder, choices) for kind in kinds
-        }
+        self.memories: dict[str, EvaluatedMemory] = {}
+        self.bank: EvaluatedBank | None = None
+        """The bank, whose rows depend on more than the tokens: on the data's addresses or the prompts."""
+        for kind in kinds:
+            if kind.name == "bank":
+                self.memories[kind.name] = self.bank = EvaluatedBank(reader, kind, self.decoder, choices)
+            else:
+                self.memories[kind.name] = EvaluatedMemory(reader, kind, self.decoder, choices)
         tables = {name for kind in kinds for name in kind.tables(shape)}
         weights = {name: reader.read(name) for name in reader.tensors if name not in tables}
         self.decoder.load_state_dict(weights, assign=True)
         self.decoder.to(local_device()).eval()
-
-    @property
-    def bank(self) -> EvaluatedBank | None:
-        """The bank, whose rows depend on more than the tokens: on the data's addresses or the prompts."""
-        bank = self.memories.get("bank")
-        assert bank is None or isinstance(bank, EvaluatedBank)
-        return bank
 
     def loss(self, batch: SequenceBatch) -> Tensor:
         """Summed cross entropy of sequences of data."""
