@@ -15,11 +15,11 @@ from torch import Tensor
 from kmem.config import UserError
 from kmem.data.safetensors_file import SafetensorsWriter
 from kmem.model.bank_export import TREE_FOLDER, ExportedBank
-from kmem.model.bank_inference import Fetch, InferenceBank
+from kmem.model.bank_inference import Fetch, InferenceBank, LevelFetch
 from kmem.model.bank_kind import BankKind
 from kmem.model.bank_layout import BankLayout, Part, bank_table_name
 from kmem.model.bank_router import ContextRouter
-from kmem.model.export_tables import WEIGHTS_FILE, RowSource, map_tables
+from kmem.model.export_tables import WEIGHTS_FILE, map_tables
 from kmem.model.exported_memory import exported_memory
 from kmem.model.mapped_rows import MappedRows
 from kmem.model.shape import Shape
@@ -37,8 +37,8 @@ class LevelTime:
 
     level: int
     place: Place
-    bytes: int
     ms: float
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def measure(bank: TimedBank, placement: Placement, contexts: int, seed: int, lik
     held = InferenceBank(layout, dict(bank.rows))
     for level, place in placement.items():
         if place == "ram":
-            held.sources[level] = _in_memory(bank.rows[level])
+            held.sources[level] = bank.rows[level](torch.arange(len(bank.rows[level]))).__getitem__
     below = layout.children ** (len(layout.ranks) - 1)  # leaves of a level-1 cluster
 
     def fetch(leaf: int) -> Fetch:
@@ -156,15 +156,11 @@ def measure(bank: TimedBank, placement: Placement, contexts: int, seed: int, lik
     return FetchTimes(
         ",".join(f"{level}={place}" for level, place in placement.items()),
         tuple(
-            LevelTime(
-                level, place, fresh[0].levels[level].bytes, 1e3 * _median(read.levels[level].seconds for read in fresh)
-            )
+            LevelTime(level, place, *_medians(read.levels[level] for read in fresh))
             for level, place in placement.items()
         ),
-        1e3 * _median(read.seconds for read in fresh),
-        int(_median(read.bytes for read in fresh)),
-        1e3 * _median(read.seconds for read in deep),
-        int(_median(read.bytes for read in deep)),
+        *_medians(fresh),
+        *_medians(deep),
     )
 
 
@@ -188,14 +184,7 @@ def bytes_needed(bank: TimedBank, placement: Placement) -> int:
     return sum(len(rows) * rows.dim * rows.dtype.itemsize for rows in held)
 
 
-def _in_memory(rows: MappedRows) -> RowSource:
-    """A copy of a table in host memory."""
-    table = torch.empty(len(rows), rows.dim, dtype=rows.dtype)
-    for row in range(len(rows)):
-        table[row] = rows(torch.tensor([row]))[0]
-    return table.__getitem__
-
-
-def _median(values: Iterable[float]) -> float:
-    listed = list(values)
-    return statistics.median(listed) if listed else 0.0
+def _medians(reads: Iterable[Fetch | LevelFetch]) -> tuple[float, int]:
+    """(milliseconds, bytes), 0 if nothing was read."""
+    ms, sizes = zip(*[(1e3 * read.seconds, read.bytes) for read in reads] or [(0.0, 0)], strict=True)
+    return statistics.median(ms), int(statistics.median(sizes))

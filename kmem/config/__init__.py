@@ -1,3 +1,4 @@
+# ruff: noqa: F401 - the names below are the interface of the package
 """Typed configuration: YAML files, dotted overrides, errors that name the field."""
 
 from kmem.config.data import DataConfig, Source
@@ -14,29 +15,3 @@ from kmem.config.model import (
 from kmem.config.run import CheckpointConfig, Config, EvaluationConfig
 from kmem.config.tables import ROW_OPTIMIZER_TRAITS, BlockOptimizerConfig, RowOptimizerConfig, TableConfig
 from kmem.config.train import OptimizerConfig, TrainConfig
-
-__all__ = [
-    "ROW_OPTIMIZER_TRAITS",
-    "BlockOptimizerConfig",
-    "ChainOfExperts",
-    "CheckpointConfig",
-    "Config",
-    "ConfigError",
-    "DataConfig",
-    "EvaluationConfig",
-    "GroupedQueryAttention",
-    "LatentAttention",
-    "MixtureOfExperts",
-    "ModelConfig",
-    "OptimizerConfig",
-    "RopeScaling",
-    "RowOptimizerConfig",
-    "Source",
-    "TableConfig",
-    "TrainConfig",
-    "UserError",
-    "dump_config",
-    "load_config",
-    "packaged_configs",
-    "parse_config",
-]

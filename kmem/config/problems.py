@@ -67,7 +67,7 @@ def _place(location: tuple[int | str, ...], top: type[Section]) -> _Place:
             path = (*path, str(part))
             continue
         fields = [section.model_fields[part] for section in sections if part in section.model_fields]
-        tagged = [section for section in sections if _has_tag(section, part)]
+        tagged = [section for section in sections if part in kinds_of(section)]
         if not sections:
             alternative = part  # below a field without keys
         elif tagged and not fields:
@@ -121,9 +121,10 @@ def _list_expected(field: FieldInfo | None, given: Any) -> str:
     return "a list is expected" + (f", as in [{json.dumps(given)}]" if example else "")
 
 
-def _has_tag(section: type[Section], tag: str) -> bool:
+def kinds_of(section: type[Section]) -> tuple[str, ...]:
+    """The values of `kind` that select a section; none for a section without this field."""
     kind = section.model_fields.get("kind")
-    return kind is not None and tag in get_args(kind.annotation)
+    return () if kind is None else get_args(kind.annotation)
 
 
 def sections_in(annotation: Any) -> list[type[Section]]:
