@@ -9,7 +9,7 @@ from typing import Any
 
 from kmem.bench import options
 from kmem.bench.contest import Contestant, ratios, run_in_turn
-from kmem.bench.machine import processor, torch_threads
+from kmem.bench.machine import processor, torch_threads, versions
 from kmem.config import Config, ConfigError, UserError, load_config
 from kmem.wording import counted, print_table
 
@@ -58,7 +58,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _workload(config: Config, arguments: argparse.Namespace) -> str:
     import torch
-    import transformers
 
     model, moe = config.model, config.model.moe
     assert moe is not None
@@ -66,7 +65,7 @@ def _workload(config: Config, arguments: argparse.Namespace) -> str:
         f"layer of experts, forward and backward: hidden {model.hidden_size}, {moe.num_experts} experts of width "
         f"{moe.intermediate_size}, top-{moe.top_k}, batch {config.train.micro_batch_size} x "
         f"{config.data.sequence_length}, {config.train.precision}\n"
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {counted(arguments.threads, 'thread')}, "
+        f"{versions('torch', 'transformers')}, {counted(arguments.threads, 'thread')}, "
         + (torch.cuda.get_device_name() if arguments.device == "cuda" else processor())
     )
 
@@ -93,7 +92,25 @@ def _compare(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     peer = min(by_rival, key=lambda name: statistics.median(by_rival[name]))
     ratio = statistics.median(by_rival[peer])
     met = ratio >= GOAL if _layer(config) == _layer(load_config(GOAL_CONFIG)) else None
-    _print_comparison([ours, *rivals], tried, by_rival, differences, arguments.steps)
+    rows = []
+    slow = [contestant for contestant in tried if contestant.name not in by_rival]
+    for contestant in (ours, *rivals, *slow):
+        steps = 1 if contestant in slow else arguments.steps
+        milliseconds = [1e3 * seconds / steps for seconds in contestant.seconds()]
+        name = contestant.name
+        rows.append(
+            (
+                name,
+                f"{statistics.median(milliseconds):.2f}",
+                f"{min(milliseconds):.2f} to {max(milliseconds):.2f}",
+                f"{statistics.median(by_rival[name]):.2f}" if name in by_rival else "",
+                f"{differences[name]:.1e}" if name in differences else "",
+            )
+        )
+    columns = ("layer", "ms", "rounds", "x kmem", "largest difference")
+    print_table("medians of rounds taken in turn", columns, rows, 120)
+    if slow:
+        print(f"without a ratio: took over {FINALISTS} times as long as the fastest in the first rounds")
     options.print_profile(ours)
     judged = {None: "", True: f" (goal {GOAL}: met)", False: f" (goal {GOAL}: missed)"}[met]
     print(f"ratio: {ratio:.3f}{judged} to {peer}, rounds {min(by_rival[peer]):.2f} to {max(by_rival[peer]):.2f}")
@@ -112,36 +129,6 @@ def _compare(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _layer(config: Config) -> tuple[Any, ...]:
     return (config.model.hidden_size, config.model.moe, config.train.micro_batch_size, config.data.sequence_length)
-
-
-def _print_comparison(
-    measured: list[Contestant],
-    tried: list[Contestant],
-    found: dict[str, list[float]],
-    differences: dict[str, float],
-    steps: int,
-) -> None:
-    rows = []
-    names = {contestant.name for contestant in measured}
-    for contestant, each in [
-        *((contestant, steps) for contestant in measured),
-        *((contestant, 1) for contestant in tried if contestant.name not in names),
-    ]:
-        milliseconds = [1e3 * seconds / each for seconds in contestant.seconds()]
-        ratio, difference = found.get(contestant.name), differences.get(contestant.name)
-        rows.append(
-            (
-                contestant.name,
-                f"{statistics.median(milliseconds):.2f}",
-                f"{min(milliseconds):.2f} to {max(milliseconds):.2f}",
-                f"{statistics.median(ratio):.2f}" if ratio else "",
-                "" if difference is None else f"{difference:.1e}",
-            )
-        )
-    columns = ("layer", "ms", "rounds", "x kmem", "largest difference")
-    print_table("medians of rounds taken in turn", columns, rows, 120)
-    if len(measured) <= len(tried):
-        print(f"without a ratio: took over {FINALISTS} times as long as the fastest in the first rounds")
 
 
 def _features(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kmem.bench import options
 from kmem.bench.contest import Contestant, ratios
-from kmem.bench.machine import processor
+from kmem.bench.machine import processor, versions
 from kmem.config import Config, ConfigError, UserError, load_config, parse_config
 from kmem.wording import counted, print_table
 
@@ -79,8 +79,6 @@ def _trees(config: Config, arguments: argparse.Namespace, scratch: str) -> dict[
 
 
 def _workload(config: Config, arguments: argparse.Namespace) -> str:
-    import torch
-
     model, train, kept, engram = config.model, config.train, config.engram, config.model.engram
     assert engram is not None
     assert engram.orders is not None
@@ -89,8 +87,7 @@ def _workload(config: Config, arguments: argparse.Namespace) -> str:
         f"{list(engram.layers)}, {len(engram.orders)} orders x {engram.heads} heads of {engram.row_dim} values, "
         f"batch {train.global_batch_size} x {config.data.sequence_length}, {arguments.tokens} tokens, "
         f"{train.precision}, {kept.dtype} rows, {kept.optimizer.name}, {kept.prefetch_depth} prefetched\n"
-        f"torch {torch.__version__}, {counted(arguments.threads, 'thread')} and {kept.threads} for rows, "
-        f"{processor()}"
+        f"{versions('torch')}, {counted(arguments.threads, 'thread')} and {kept.threads} for rows, {processor()}"
     )
 
 

@@ -78,8 +78,14 @@ def read_encoder(folder: Path) -> EncoderFolder:
             f"{folder / _PROMPTS}: default_prompt_name is {json.dumps(spoken['default_prompt_name'])}, but kmem puts "
             "no prompt before a text; set it to null to embed texts without a prompt"
         )
+    if not (inside / WEIGHTS).is_file():
+        refuse_pickled(inside, "BertModel")
+        raise UserError(f"{inside / WEIGHTS}: missing; kmem reads the encoder's weights from this one file")
+    tokenizer = [name for name in (TOKENIZER, VOCABULARY, *_BESIDE_TOKENIZER) if (inside / name).is_file()]
+    if not {TOKENIZER, VOCABULARY} & set(tokenizer):
+        raise UserError(f"{inside / TOKENIZER}: missing, and so is {VOCABULARY}; fetch either")
     return EncoderFolder(
-        {CONFIG: inside / CONFIG, WEIGHTS: _weights(inside), **_tokenizer_files(inside)},
+        {name: inside / name for name in (CONFIG, WEIGHTS, *tokenizer)},
         {
             path.name: path
             for path in sorted(folder.iterdir())
@@ -166,20 +172,6 @@ def _pooling(path: Path) -> str:
     if not isinstance(chosen, list) or len(chosen) != 1 or chosen[0] not in POOLINGS:
         raise UserError(f"{path}: the pooling is {json.dumps(chosen)}, but kmem supports {' and '.join(POOLINGS)}")
     return str(chosen[0])
-
-
-def _weights(folder: Path) -> Path:
-    if (folder / WEIGHTS).is_file():
-        return folder / WEIGHTS
-    refuse_pickled(folder, "BertModel")
-    raise UserError(f"{folder / WEIGHTS}: missing; kmem reads the encoder's weights from this one file")
-
-
-def _tokenizer_files(folder: Path) -> dict[str, Path]:
-    files = {name: folder / name for name in (TOKENIZER, VOCABULARY, *_BESIDE_TOKENIZER) if (folder / name).is_file()}
-    if not {TOKENIZER, VOCABULARY} & files.keys():
-        raise UserError(f"{folder / TOKENIZER}: missing, and so is {VOCABULARY}; fetch either")
-    return files
 
 
 def _write_tokenizer(source: Path, path: Path) -> None:
