@@ -14,8 +14,7 @@ from kmem.data.batch import SequenceBatch
 from kmem.data.progress import Progress
 from kmem.data.reader import PreparedData, SequenceReader, open_data
 from kmem.data.tokenizer import load_tokenizer
-from kmem.eval.bank import EvaluatedBank
-from kmem.eval.memory_kinds import EvaluatedMemory
+from kmem.eval.memory_kinds import EvaluatedBank, EvaluatedMemory
 from kmem.eval.questions import Answers, Question, answer, read_questions, sample
 from kmem.model.decoder import Decoder
 from kmem.model.mask import document_mask
