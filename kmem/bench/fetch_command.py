@@ -46,23 +46,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.model is not None:
         _measure(arguments, open_bank(arguments.model))
         return 0
-    ranks = parse_ranks(arguments.levels)
+    ranks = arguments.levels.split(",")
+    if not all(rank.strip().isdecimal() for rank in ranks) or not any(map(int, ranks)):
+        raise ConfigError(f"--levels {arguments.levels}: write ranks joined by commas, such as 256,64,16")
+    shape = (arguments.layers, arguments.width, tuple(map(int, ranks)), arguments.children)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-fetch-", dir=arguments.folder) as scratch:
-        _measure(arguments, synthetic_bank(Path(scratch), arguments.layers, arguments.width, ranks, arguments.children))
+        _measure(arguments, synthetic_bank(Path(scratch), *shape))
     return 0
-
-
-def parse_ranks(text: str) -> tuple[int, ...]:
-    """Ranks of `--levels`.
-
-    Raises:
-        ConfigError: the text is not numbers joined by commas, or no level has blocks.
-    """
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts) or not any(int(part) for part in parts):
-        raise ConfigError(f"--levels {text}: write ranks joined by commas, such as 256,64,16")
-    return tuple(int(part) for part in parts)
 
 
 def placements(text: str | None, levels: Sequence[int]) -> "list[Placement]":

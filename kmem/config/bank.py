@@ -102,24 +102,20 @@ class BankConfig(MemorySection):
                     f"bank.kind=lora_ffn updates a dense feed-forward, and layer {routed[0]} has experts; use "
                     f"kind=ffn, or place the bank below moe.first_dense_layers={moe.first_dense_layers}"
                 )
-        for name, size in self._widths(model).items():
-            if size % 8:
-                raise ValueError(
-                    f"{name}={size} must be a multiple of 8 for a bank of kind={self.kind}: grouped products need "
-                    "aligned rows"
-                )
-
-    def _widths(self, model: "ModelConfig") -> dict[str, int]:
-        """Field -> width of the vectors that blocks are multiplied with."""
+        # The vectors that blocks are multiplied with.
         widths = {"hidden_size": model.hidden_size}
         if self.kind == "lora_ffn" and model.intermediate_size is not None:
             widths["intermediate_size"] = model.intermediate_size
         if self.kind in ("lora_qk", "lora_ov", "kv"):
-            attention = model.attention
             if attention.kind == "gqa":
                 widths["attention.head_dim"] = attention.head_dim or model.hidden_size // attention.num_heads
             else:
                 query = attention.qk_nope_head_dim + attention.qk_rope_head_dim
                 widths["attention.qk_nope_head_dim + qk_rope_head_dim"] = query
                 widths["attention.v_head_dim"] = attention.v_head_dim
-        return widths
+        for name, size in widths.items():
+            if size % 8:
+                raise ValueError(
+                    f"{name}={size} must be a multiple of 8 for a bank of kind={self.kind}: grouped products need "
+                    "aligned rows"
+                )
