@@ -282,11 +282,9 @@ def check_folders(runs: Sequence[Run]) -> None:
 
 def _first_difference(there: Any, here: Any, field: str) -> str | None:
     if isinstance(there, dict) and isinstance(here, dict):
-        for name in [*there, *(name for name in here if name not in there)]:
-            difference = _first_difference(there.get(name), here.get(name), f"{field}.{name}" if field else name)
-            if difference is not None:
-                return difference
-        return None
+        names = {name: f"{field}.{name}" if field else name for name in (*there, *here)}
+        found = (_first_difference(there.get(name), here.get(name), path) for name, path in names.items())
+        return next(filter(None, found), None)
     return None if there == here else f"{field}={there} instead of {here}"
 
 

@@ -164,10 +164,8 @@ def _comparison(draw: random.Random) -> Problem:
     if draw.random() < 0.5:
         problem.calculate(problem.calculate(have, "+", more), "+", less)
         problem.question = f"How many {things} do they have together?"
-    elif less >= have:
-        problem.calculate(less, "-", have)
-        problem.question = f"How many more {things} does {third} have than {first}?"
     else:
-        problem.calculate(have, "-", less)
-        problem.question = f"How many more {things} does {first} have than {third}?"
+        (small, poor), (large, rich) = sorted([(have, first), (less, third)], key=lambda amount: amount[0])
+        problem.calculate(large, "-", small)
+        problem.question = f"How many more {things} does {rich} have than {poor}?"
     return problem
