@@ -1,4 +1,6 @@
-"""Numbers formatted for people."""
+"""Numbers and tables formatted for people."""
+
+from collections.abc import Collection, Sequence
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
@@ -18,3 +20,26 @@ def magnitude(number: int) -> str:
             break
         size, unit = size / 1000, larger
     return f"{size:.4g}{unit}"
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], width: int = 110, words: Collection[int] = (0,)
+) -> None:
+    """Print a table; its columns are right-aligned, except those at the places `words`. An empty row begins a section.
+
+    Args:
+        width: of the table in characters, if the terminal is narrower.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns, title=title)
+    for place, column in enumerate(table.columns):
+        column.justify = "left" if place in words else "right"
+    for row in rows:
+        if row:
+            table.add_row(*map(Text, row))
+        else:
+            table.add_section()
+    Console(width=max(Console().width, width)).print(table)

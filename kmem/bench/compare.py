@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from kmem.config import Config, ConfigError, load_config
 from kmem.config.load import config_folders
@@ -67,7 +67,7 @@ class Comparison(Section):
     """The question that the comparison answers."""
     data: PreparedText
     """Text of all contestants."""
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
     """A seed decides the initial weights and the order of the text; every contestant runs with every seed."""
     contestants: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], str], Field(min_length=2)]
     """Label -> configuration file, beside this one."""
@@ -86,8 +86,7 @@ class Comparison(Section):
     horizons: tuple[PositiveInt, ...] = ()
     """Steps at which the held-out loss during training is also reported; multiples of `evaluation.every`."""
 
-    @model_validator(mode="after")
-    def _known(self) -> "Comparison":
+    def check(self) -> None:
         if self.baseline not in self.contestants:
             raise ValueError(f"baseline={self.baseline} is not one of the contestants {', '.join(self.contestants)}")
         for one, other in self.pairs.items():
@@ -99,7 +98,6 @@ class Comparison(Section):
             raise ValueError(f"seeds={list(self.seeds)} names a seed twice")
         if self.questions and len(self.data.corpora) > 1:
             raise ValueError("questions=true needs text of a single corpus that has questions")
-        return self
 
     @property
     def questions_file(self) -> Path | None:
@@ -231,18 +229,14 @@ def measure(config: Config) -> Size:
             for layer in range(model.num_layers)
         )
         calls = layers * (passes * moe.top_k + shared_passes * moe.num_shared_experts)
-    read = 0
-    for kind in kinds_of(model.shape):
-        in_layers = sum(kind.row_values(model.shape, layer) for layer in kind.layers(model.shape))
-        read += kind.fetched_values(model.shape) or in_layers
+    counted_parameters = ("total", "active", "non_embedding", "active_non_embedding", "embedding", "tables")
     return Size(
-        total=counts.total,
-        active=counts.active,
-        non_embedding=counts.non_embedding,
-        active_non_embedding=counts.active_non_embedding,
-        embedding=counts.embedding,
-        tables=counts.tables,
-        table_read=read,
+        **{name: getattr(counts, name) for name in counted_parameters},
+        table_read=sum(
+            kind.fetched_values(model.shape)
+            or sum(kind.row_values(model.shape, layer) for layer in kind.layers(model.shape))
+            for kind in kinds_of(model.shape)
+        ),
         expert_calls=calls,
         tokens=config.train.steps * config.train.global_batch_size * config.data.sequence_length,
     )
@@ -288,11 +282,9 @@ def check_folders(runs: Sequence[Run]) -> None:
 
 def _first_difference(there: Any, here: Any, field: str) -> str | None:
     if isinstance(there, dict) and isinstance(here, dict):
-        for name in [*there, *(name for name in here if name not in there)]:
-            difference = _first_difference(there.get(name), here.get(name), f"{field}.{name}" if field else name)
-            if difference is not None:
-                return difference
-        return None
+        names = {name: f"{field}.{name}" if field else name for name in (*there, *here)}
+        found = (_first_difference(there.get(name), here.get(name), path) for name, path in names.items())
+        return next(filter(None, found), None)
     return None if there == here else f"{field}={there} instead of {here}"
 
 

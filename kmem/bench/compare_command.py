@@ -5,6 +5,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kmem.bench import options
 from kmem.config import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -30,8 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from kmem.bench.compare import find_comparisons
 
-    if arguments.seeds is not None and arguments.seeds < 1:
-        raise ConfigError("--seeds: at least 1")
+    options.check_positive(arguments, "seeds")
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("matplotlib is not installed, but the report has a plot; install kmem[report]")
     folders = find_comparisons(arguments.comparison)

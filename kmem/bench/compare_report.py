@@ -13,9 +13,8 @@ from rich.console import Console
 import kmem
 from kmem.bench.compare import Comparison, Run, Size
 from kmem.bench.compare_runs import curve, evaluate
-from kmem.checkpoint.printing import print_table
 from kmem.data.manifest import read_manifest
-from kmem.wording import counted
+from kmem.wording import counted, print_table
 
 BATCH = 16
 """Sequences per forward pass of the evaluation."""
@@ -253,14 +252,13 @@ def plot(comparison: Comparison, results: dict[str, Any], path: Path) -> None:
 
 def _source_table(results: dict[str, Any]) -> Table:
     """Held-out figures of each source, if there are several."""
-    by_source: dict[str, dict[str, list[float]]] = {}
+    rows, names = [], []
     for label, contestant in results["contestants"].items():
-        for run in contestant["runs"].values():
-            for source, figures in run["states"]["trained"].get("sources", {}).items():
-                by_source.setdefault(label, {}).setdefault(source, []).append(figures["bits_per_byte"])
-    rows = [(label, *(_pm(_spread(own)) for own in sources.values())) for label, sources in by_source.items()]
-    sources = next(map(list, by_source.values()), [])
-    return Table("Held-out bits per byte by source", ("contestant", *sources), rows)
+        by_run = [run["states"]["trained"].get("sources", {}) for run in contestant["runs"].values()]
+        names = list(by_run[0])
+        spreads = [_spread([sources[name]["bits_per_byte"] for sources in by_run]) for name in names]
+        rows.append((label, *map(_pm, spreads)))
+    return Table("Held-out bits per byte by source", ("contestant", *names), rows if names else [])
 
 
 def _horizon_table(comparison: Comparison, results: dict[str, Any]) -> Table:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kmem.bench.contest import in_turn
-from kmem.bench.experts import forward_backward, settle_allocator
+from kmem.bench.experts import forward_backward, largest_differences, settle_allocator
 from kmem.config import Config, UserError
 from kmem.model.expert_backends import find_backend
 from kmem.model.experts import Experts
@@ -103,8 +103,7 @@ def _check_equal(names: Sequence[str], steps: Sequence[Callable[[], Tensor]], le
         values = [step(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
         expected = expected or values
         largest = 2e-2 if values[0].dtype == torch.bfloat16 else 1e-5
-        for value, right in zip(values, expected, strict=True):
-            share = float((value - right).abs().max() / right.abs().max())
+        for share in largest_differences(values, expected):
             if not share <= largest:  # also true for NaN
                 raise UserError(f"{name} differs from {names[0]} by {share:.1e} of the largest value")
 

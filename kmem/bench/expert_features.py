@@ -162,13 +162,13 @@ def feature_costs(
 ) -> list[Cost]:
     """The cost of each feature; `chosen[0]` is the plain layer that the others are compared with."""
     settle_allocator()
-    plain_step, _ = _prepared(config, chosen[0])
+    plain_step, _, _ = _prepared(with_feature(config, chosen[0]), chosen[0])
     costs = []
     for feature in chosen:
         own = with_feature(config, feature)
         size = measure(own)
-        step, module = _prepared(config, feature)
-        saved = saved_bytes(module, _hidden(own, feature))
+        step, module, hidden = _prepared(own, feature)
+        saved = saved_bytes(module, hidden)
         seconds = in_turn([plain_step, step], rounds)
         times = [theirs / plain for plain, theirs in zip(*seconds, strict=True)]
         quartiles = statistics.quantiles(times, n=4) if rounds > 1 else times * 3
@@ -208,14 +208,10 @@ def saved_bytes(module: nn.Module, hidden: Tensor) -> int:
     return sum(held.values())
 
 
-def _prepared(config: Config, feature: Feature) -> tuple[Callable[[], Tensor], ExpertHalf]:
-    own = with_feature(config, feature)
-    module = ExpertHalf(own, feature)
-    hidden = _hidden(own, feature)
+def _prepared(config: Config, feature: Feature) -> tuple[Callable[[], Tensor], ExpertHalf, Tensor]:
+    """(a step that can be timed, its module, the module's input) for the configuration `with_feature`."""
+    module = ExpertHalf(config, feature)
+    hidden = expand_branches(layer_input(config)[0].detach(), feature.branches).requires_grad_()
     gradient = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
     leaves = (hidden, *module.parameters())
-    return lambda: forward_backward(module, leaves, gradient), module
-
-
-def _hidden(config: Config, feature: Feature) -> Tensor:
-    return expand_branches(layer_input(config)[0].detach(), feature.branches).requires_grad_()
+    return lambda: forward_backward(module, leaves, gradient), module, hidden

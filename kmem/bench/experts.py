@@ -109,16 +109,19 @@ def check_equal(config: Config, peers: dict[str, Layer]) -> dict[str, float]:
     expected = _values(our_layer(config), config)
     largest = {}
     for peer, layer in peers.items():
-        differences = {
-            name: float((value - right).abs().max() / right.abs().max())
-            for name, value, right in zip(names, _values(layer, config), expected, strict=True)
-        }
+        differences = dict(zip(names, largest_differences(_values(layer, config), expected), strict=True))
         # `not <=`, so that NaN does not count as agreement
         wrong = [f"{name} {share:.1e}" for name, share in differences.items() if not share <= LARGEST_DIFFERENCE]
         if wrong:
             raise UserError(f"{peer} differs from kmem by more than {LARGEST_DIFFERENCE:g}: {', '.join(wrong)}")
         largest[peer] = max(differences.values())
     return largest
+
+
+def largest_differences(values: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    """The largest difference of each tensor from the expected one, as a share of that one's largest value."""
+    pairs = zip(values, expected, strict=True)
+    return [float((value - right).abs().max() / right.abs().max()) for value, right in pairs]
 
 
 def layer_runner(tree: dict[str, Any], implementation: str | None) -> Runner:

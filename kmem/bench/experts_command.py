@@ -5,18 +5,13 @@ import statistics
 import sys
 from dataclasses import asdict
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kmem.bench import options
 from kmem.bench.contest import Contestant, ratios, run_in_turn
-from kmem.bench.machine import processor, torch_threads
-from kmem.checkpoint.printing import print_table
+from kmem.bench.machine import processor, torch_threads, versions
 from kmem.config import Config, ConfigError, UserError, load_config
-from kmem.wording import counted
-
-if TYPE_CHECKING:
-    from kmem.bench.expert_backends import BackendTime
-    from kmem.bench.expert_features import Cost
+from kmem.wording import counted, print_table
 
 GOAL = 1.5
 """Speed as a multiple of Transformers' fastest implementation, at the shape of bench/train."""
@@ -63,7 +58,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _workload(config: Config, arguments: argparse.Namespace) -> str:
     import torch
-    import transformers
 
     model, moe = config.model, config.model.moe
     assert moe is not None
@@ -71,7 +65,7 @@ def _workload(config: Config, arguments: argparse.Namespace) -> str:
         f"layer of experts, forward and backward: hidden {model.hidden_size}, {moe.num_experts} experts of width "
         f"{moe.intermediate_size}, top-{moe.top_k}, batch {config.train.micro_batch_size} x "
         f"{config.data.sequence_length}, {config.train.precision}\n"
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {counted(arguments.threads, 'thread')}, "
+        f"{versions('torch', 'transformers')}, {counted(arguments.threads, 'thread')}, "
         + (torch.cuda.get_device_name() if arguments.device == "cuda" else processor())
     )
 
@@ -98,11 +92,26 @@ def _compare(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     peer = min(by_rival, key=lambda name: statistics.median(by_rival[name]))
     ratio = statistics.median(by_rival[peer])
     met = ratio >= GOAL if _layer(config) == _layer(load_config(GOAL_CONFIG)) else None
-    _print_comparison([ours, *rivals], tried, by_rival, differences, arguments.steps)
-    if arguments.profile:
-        whole = sum(milliseconds for _, milliseconds in ours.profile)
-        for name, milliseconds in ours.profile[:15]:
-            print(f"  {milliseconds:8.2f} ms {milliseconds / whole:5.1%}  {name}")
+    rows = []
+    slow = [contestant for contestant in tried if contestant.name not in by_rival]
+    for contestant in (ours, *rivals, *slow):
+        steps = 1 if contestant in slow else arguments.steps
+        milliseconds = [1e3 * seconds / steps for seconds in contestant.seconds()]
+        name = contestant.name
+        rows.append(
+            (
+                name,
+                f"{statistics.median(milliseconds):.2f}",
+                f"{min(milliseconds):.2f} to {max(milliseconds):.2f}",
+                f"{statistics.median(by_rival[name]):.2f}" if name in by_rival else "",
+                f"{differences[name]:.1e}" if name in differences else "",
+            )
+        )
+    columns = ("layer", "ms", "rounds", "x kmem", "largest difference")
+    print_table("medians of rounds taken in turn", columns, rows, 120)
+    if slow:
+        print(f"without a ratio: took over {FINALISTS} times as long as the fastest in the first rounds")
+    options.print_profile(ours)
     judged = {None: "", True: f" (goal {GOAL}: met)", False: f" (goal {GOAL}: missed)"}[met]
     print(f"ratio: {ratio:.3f}{judged} to {peer}, rounds {min(by_rival[peer]):.2f} to {max(by_rival[peer]):.2f}")
     return {
@@ -122,70 +131,11 @@ def _layer(config: Config) -> tuple[Any, ...]:
     return (config.model.hidden_size, config.model.moe, config.train.micro_batch_size, config.data.sequence_length)
 
 
-def _print_comparison(
-    measured: list[Contestant],
-    tried: list[Contestant],
-    found: dict[str, list[float]],
-    differences: dict[str, float],
-    steps: int,
-) -> None:
-    rows = []
-    names = {contestant.name for contestant in measured}
-    for contestant, each in [
-        *((contestant, steps) for contestant in measured),
-        *((contestant, 1) for contestant in tried if contestant.name not in names),
-    ]:
-        milliseconds = [1e3 * seconds / each for seconds in contestant.seconds()]
-        ratio, difference = found.get(contestant.name), differences.get(contestant.name)
-        rows.append(
-            (
-                contestant.name,
-                f"{statistics.median(milliseconds):.2f}",
-                f"{min(milliseconds):.2f} to {max(milliseconds):.2f}",
-                f"{statistics.median(ratio):.2f}" if ratio else "",
-                "" if difference is None else f"{difference:.1e}",
-            )
-        )
-    columns = ("layer", "ms", "rounds", "x kmem", "largest difference")
-    print_table("medians of rounds taken in turn", columns, rows, 120)
-    if len(measured) <= len(tried):
-        print(f"without a ratio: took over {FINALISTS} times as long as the fastest in the first rounds")
-
-
 def _features(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     from kmem.bench.expert_features import feature_costs, features
 
     with torch_threads(arguments.threads):
         costs = feature_costs(config, features(config), arguments.rounds, _say)
-    _print_costs(costs, arguments.rounds)
-    return {"rounds": arguments.rounds, "costs": [asdict(cost) for cost in costs]}
-
-
-def _backends(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    from kmem.bench.expert_backends import backend_times
-    from kmem.model.expert_backends import NAMES, available, problem
-
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no CUDA device here")
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    names = available(device, dtype)
-    problems = {name: problem(name, device, dtype) for name in NAMES if name not in names}
-    with torch_threads(arguments.threads):
-        times = backend_times(config, names, device, arguments.rounds, on_size=_say)
-    _print_times(times, arguments.rounds)
-    for name, reason in problems.items():
-        print(f"{name} was not measured: {reason}")
-    return {"rounds": arguments.rounds, "backends": [asdict(time) for time in times], "not_measured": problems}
-
-
-def _say(what: str) -> None:
-    print(f"  {what}", file=sys.stderr, flush=True)
-
-
-def _print_costs(costs: "list[Cost]", rounds: int) -> None:
     rows: list[tuple[str, ...]] = []
     for subject, group in groupby(costs, key=lambda cost: cost.subject):
         for place, cost in enumerate(group):
@@ -203,19 +153,40 @@ def _print_costs(costs: "list[Cost]", rounds: int) -> None:
                 )
             )
         rows.append(())
-    title = f"norm, experts and residual connection, forward and backward; medians of {rounds} rounds in turn"
+    title = f"norm, experts and residual connection, forward and backward; medians of {arguments.rounds} rounds in turn"
     columns = ("", "feature", "ms", "x plain", "quartiles", "expert calls", "parameters", "active", "saved MiB")
     print_table(title, columns, rows, 140, words=(0, 1))
     print("expert calls and active parameters are per token; saved: memory held from forward for backward")
+    return {"rounds": arguments.rounds, "costs": [asdict(cost) for cost in costs]}
 
 
-def _print_times(times: "list[BackendTime]", rounds: int) -> None:
+def _backends(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from kmem.bench.expert_backends import backend_times
+    from kmem.model.expert_backends import NAMES, available, problem
+
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no CUDA device here")
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    names = available(device, dtype)
+    problems = {name: problem(name, device, dtype) for name in NAMES if name not in names}
+    with torch_threads(arguments.threads):
+        times = backend_times(config, names, device, arguments.rounds, on_size=_say)
     rows: list[tuple[str, ...]] = []
     for time in times:
         if time.backend == times[0].backend:
             rows.append(())
         figures = (f"{time.ms:.3f}", f"{time.gflops:.0f}", f"{time.times:.2f}")
         rows.append((str(time.rows), time.groups, time.backend, *figures))
-    title = f"experts alone, forward and backward; medians of {rounds} rounds in turn"
+    title = f"experts alone, forward and backward; medians of {arguments.rounds} rounds in turn"
     columns = ("rows per expert", "groups", "backend", "ms", "GFLOP/s", f"x {times[0].backend}")
     print_table(title, columns, rows, 100, words=(1, 2))
+    for name, reason in problems.items():
+        print(f"{name} was not measured: {reason}")
+    return {"rounds": arguments.rounds, "backends": [asdict(time) for time in times], "not_measured": problems}
+
+
+def _say(what: str) -> None:
+    print(f"  {what}", file=sys.stderr, flush=True)

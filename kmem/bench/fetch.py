@@ -15,11 +15,11 @@ from torch import Tensor
 from kmem.config import UserError
 from kmem.data.safetensors_file import SafetensorsWriter
 from kmem.model.bank_export import TREE_FOLDER, ExportedBank
-from kmem.model.bank_inference import InferenceBank
+from kmem.model.bank_inference import Fetch, InferenceBank, LevelFetch
 from kmem.model.bank_kind import BankKind
-from kmem.model.bank_layout import BankLayout, Part, bank_table_name, bank_table_part_name
+from kmem.model.bank_layout import BankLayout, Part, bank_table_name
 from kmem.model.bank_router import ContextRouter
-from kmem.model.export_tables import WEIGHTS_FILE, ExportedTable, RowSource, map_tables
+from kmem.model.export_tables import WEIGHTS_FILE, map_tables
 from kmem.model.exported_memory import exported_memory
 from kmem.model.mapped_rows import MappedRows
 from kmem.model.shape import Shape
@@ -37,8 +37,8 @@ class LevelTime:
 
     level: int
     place: Place
-    bytes: int
     ms: float
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,8 @@ def synthetic_bank(folder: Path, layers: int, width: int, ranks: tuple[int, ...]
     """
     parts = tuple(Part(name, width, "normal") for name in ("gate", "up", "down"))
     layout = BankLayout("ffn", children, ranks, tuple(range(layers)), parts, 2.0, False, 0.02)
-    tensors = {
-        bank_table_part_name(level, 0): ((layout.rows(level), layout.row_values(level)), torch.bfloat16)
-        for level in layout.levels
-    }
+    shapes = {level: (layout.rows(level), layout.row_values(level)) for level in layout.levels}
+    tensors = {bank_table_name(level): (shape, torch.bfloat16) for level, shape in shapes.items()}
     values = torch.randn(SLICE_VALUES).bfloat16()
     with SafetensorsWriter(folder / WEIGHTS_FILE, tensors) as writer:
         for name, ((rows, size), _) in tensors.items():
@@ -117,13 +115,10 @@ def synthetic_bank(folder: Path, layers: int, width: int, ranks: tuple[int, ...]
             while left:
                 writer.write_values(name, values[:left])
                 left -= min(left, len(values))
-    tables = {
-        level: ExportedTable(
-            bank_table_name(level), layout.row_values(level), {bank_table_part_name(level, 0): layout.rows(level)}
-        )
-        for level in layout.levels
+    mapped = {
+        level: MappedRows.open(bank_table_name(level), size, [(folder / WEIGHTS_FILE, bank_table_name(level), rows)])
+        for level, (rows, size) in shapes.items()
     }
-    mapped = map_tables(tables, lambda file: str(folder / file) if file == WEIGHTS_FILE else None)
     return TimedBank(layout, mapped)
 
 
@@ -139,36 +134,33 @@ def measure(bank: TimedBank, placement: Placement, contexts: int, seed: int, lik
     held = InferenceBank(layout, dict(bank.rows))
     for level, place in placement.items():
         if place == "ram":
-            held.sources[level] = _in_memory(bank.rows[level])
-    leaves = layout.children ** len(layout.ranks)
-    below = leaves // layout.children
+            held.sources[level] = bank.rows[level](torch.arange(len(bank.rows[level]))).__getitem__
+    below = layout.children ** (len(layout.ranks) - 1)  # leaves of a level-1 cluster
+
+    def fetch(leaf: int) -> Fetch:
+        for level, place in placement.items():
+            for file in bank.rows[level].files if place == "disk" else ():
+                file.drop_pages()
+        return held.fetch(None, torch.tensor([leaf]), None, (), like)
+
     fresh, deep = [], []
     for _ in range(contexts):
         held.forget()
-        _drop(bank, placement)
-        fresh.append(held.fetch(None, torch.tensor([draw.randrange(leaves)]), None, (), like))
-    subtree = draw.randrange(layout.children)
-    before = subtree * below
+        fresh.append(fetch(draw.randrange(layout.children * below)))
+    first = leaf = below * draw.randrange(layout.children)
     held.forget()
-    held.fetch(None, torch.tensor([before]), None, (), like)
+    fetch(leaf)
     for _ in range(contexts if below > 1 else 0):
-        leaf = draw.randrange(subtree * below, (subtree + 1) * below)
-        if leaf == before:
-            leaf = subtree * below + (leaf + 1) % below
-        _drop(bank, placement)
-        deep.append(held.fetch(None, torch.tensor([leaf]), None, (), like))
-        before = leaf
-    levels = []
-    for level, place in placement.items():
-        ms = 1e3 * _median(fetch.levels[level].seconds for fetch in fresh)
-        levels.append(LevelTime(level, place, fresh[0].levels[level].bytes, ms))
+        leaf = first + (leaf - first + draw.randrange(1, below)) % below  # another one of the cluster
+        deep.append(fetch(leaf))
     return FetchTimes(
         ",".join(f"{level}={place}" for level, place in placement.items()),
-        tuple(levels),
-        1e3 * _median(fetch.seconds for fetch in fresh),
-        int(_median(fetch.bytes for fetch in fresh)),
-        1e3 * _median(fetch.seconds for fetch in deep),
-        int(_median(fetch.bytes for fetch in deep)),
+        tuple(
+            LevelTime(level, place, *_medians(read.levels[level] for read in fresh))
+            for level, place in placement.items()
+        ),
+        *_medians(fresh),
+        *_medians(deep),
     )
 
 
@@ -192,21 +184,7 @@ def bytes_needed(bank: TimedBank, placement: Placement) -> int:
     return sum(len(rows) * rows.dim * rows.dtype.itemsize for rows in held)
 
 
-def _in_memory(rows: MappedRows) -> RowSource:
-    """A copy of a table in host memory."""
-    table = torch.empty(len(rows), rows.dim, dtype=rows.dtype)
-    for row in range(len(rows)):
-        table[row] = rows(torch.tensor([row]))[0]
-    return table.__getitem__
-
-
-def _drop(bank: TimedBank, placement: Placement) -> None:
-    for level, place in placement.items():
-        if place == "disk":
-            for file in bank.rows[level].files:
-                file.drop_pages()
-
-
-def _median(values: Iterable[float]) -> float:
-    listed = list(values)
-    return statistics.median(listed) if listed else 0.0
+def _medians(reads: Iterable[Fetch | LevelFetch]) -> tuple[float, int]:
+    """(milliseconds, bytes), 0 if nothing was read."""
+    ms, sizes = zip(*[(1e3 * read.seconds, read.bytes) for read in reads] or [(0.0, 0)], strict=True)
+    return statistics.median(ms), int(statistics.median(sizes))

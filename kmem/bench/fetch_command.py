@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 from kmem.bench import options
 from kmem.bench.machine import processor
-from kmem.checkpoint.printing import print_table
 from kmem.config import ConfigError, UserError
-from kmem.wording import counted
+from kmem.wording import counted, print_table
 
 if TYPE_CHECKING:
-    from kmem.bench.fetch import FetchTimes, Placement, TimedBank
+    from kmem.bench.fetch import Placement, TimedBank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,23 +46,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.model is not None:
         _measure(arguments, open_bank(arguments.model))
         return 0
-    ranks = parse_ranks(arguments.levels)
+    ranks = arguments.levels.split(",")
+    if not all(rank.strip().isdecimal() for rank in ranks) or not any(map(int, ranks)):
+        raise ConfigError(f"--levels {arguments.levels}: write ranks joined by commas, such as 256,64,16")
+    shape = (arguments.layers, arguments.width, tuple(map(int, ranks)), arguments.children)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-fetch-", dir=arguments.folder) as scratch:
-        _measure(arguments, synthetic_bank(Path(scratch), arguments.layers, arguments.width, ranks, arguments.children))
+        _measure(arguments, synthetic_bank(Path(scratch), *shape))
     return 0
-
-
-def parse_ranks(text: str) -> tuple[int, ...]:
-    """Ranks of `--levels`.
-
-    Raises:
-        ConfigError: the text is not numbers joined by commas, or no level has blocks.
-    """
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts) or not any(int(part) for part in parts):
-        raise ConfigError(f"--levels {text}: write ranks joined by commas, such as 256,64,16")
-    return tuple(int(part) for part in parts)
 
 
 def placements(text: str | None, levels: Sequence[int]) -> "list[Placement]":
@@ -109,16 +99,6 @@ def _measure(arguments: argparse.Namespace, bank: "TimedBank") -> None:
     )
     times = [measure(bank, placement, arguments.contexts, arguments.seed, like) for placement in chosen]
     routing = route_ms(bank, arguments.contexts, arguments.seed)
-    _print(times, shape)
-    if routing is not None:
-        print(f"embedding a context of {CONTEXT_TOKENS} tokens and descending the tree: {routing:.2f} ms")
-    machine = f"torch {torch.__version__}, {processor()}"
-    print(f"pages of levels on disk are dropped before every fetch (posix_fadvise); {machine}")
-    measured = [asdict(placement_times) for placement_times in times]
-    options.write_record(arguments, {"shape": shape, "machine": machine, "route_ms": routing, "measured": measured})
-
-
-def _print(times: "Sequence[FetchTimes]", shape: str) -> None:
     levels = [f"level {level.level}: ms" for level in times[0].levels]
     columns = ("levels", *levels, "new topic: ms", "MB", "same level 1: ms", "MB", "faster by")
     rows = [
@@ -135,3 +115,9 @@ def _print(times: "Sequence[FetchTimes]", shape: str) -> None:
     ]
     print_table(shape, columns, rows, 150)
     print("new topic: all rows are read; same level 1: the row of level 1 is kept and only deeper rows are read")
+    if routing is not None:
+        print(f"embedding a context of {CONTEXT_TOKENS} tokens and descending the tree: {routing:.2f} ms")
+    machine = f"torch {torch.__version__}, {processor()}"
+    print(f"pages of levels on disk are dropped before every fetch (posix_fadvise); {machine}")
+    measured = [asdict(placement_times) for placement_times in times]
+    options.write_record(arguments, {"shape": shape, "machine": machine, "route_ms": routing, "measured": measured})

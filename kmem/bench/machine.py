@@ -3,6 +3,12 @@
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
+
+
+def versions(*packages: str) -> str:
+    """These packages with their versions."""
+    return ", ".join(f"{package} {version(package)}" for package in packages)
 
 
 def processor() -> str:

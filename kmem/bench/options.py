@@ -22,9 +22,10 @@ def add_contest_arguments(parser: argparse.ArgumentParser, config: str, rounds: 
 
 
 def check_positive(arguments: argparse.Namespace, *names: str) -> None:
-    """Refuse values below 1 with a ConfigError that names the option."""
+    """Refuse given values below 1 with a ConfigError that names the option."""
     for name in names:
-        if getattr(arguments, name) < 1:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
             raise ConfigError(f"--{name}: at least 1")
 
 
@@ -39,6 +40,13 @@ def measure_in_turn(contestants: Sequence[Contestant], arguments: argparse.Names
         profile="profile" in arguments and arguments.profile,
         on_round=lambda number: print(f"  round {number} of {arguments.rounds}", file=sys.stderr, flush=True),
     )
+
+
+def print_profile(contestant: Contestant) -> None:
+    """Print the most expensive operators of a contestant, if it was profiled."""
+    whole = sum(milliseconds for _, milliseconds in contestant.profile)
+    for name, milliseconds in contestant.profile[:15]:
+        print(f"  {milliseconds:8.2f} ms {milliseconds / whole:5.1%}  {name}")
 
 
 def write_record(arguments: argparse.Namespace, record: dict[str, Any]) -> None:

@@ -3,13 +3,12 @@
 import itertools
 from collections.abc import Callable
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kmem.bench.contest import in_turn
-from kmem.bench.machine import processor, torch_threads
+from kmem.bench.machine import torch_threads
 from kmem.config import RowOptimizerConfig
 from kmem.tables.row_optimizers import RowUpdate, kernels, make_row_optimizer
 from kmem.tables.row_threads import RowThreads
@@ -69,11 +68,6 @@ def gather_rates(rows: int, touched: int, dim: int, threads: int, repeats: int) 
 
     with torch_threads(1):
         return _rates(touched, repeats, ours, lambda: torch.index_select(table, 0, ids, out=out))
-
-
-def versions() -> str:
-    """Versions and processor that the figures were measured with."""
-    return f"torch {torch.__version__}, numba {numba.__version__}, numpy {np.__version__}, {processor()}"
 
 
 def _updates(

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kmem.bench import options
-from kmem.checkpoint.printing import print_table
+from kmem.bench.machine import processor, versions
 from kmem.config import ROW_OPTIMIZER_TRAITS, RowOptimizerConfig
+from kmem.wording import print_table
 
 GOALS = {"adam_rate": 1.0, "adam_ratio": 8.0, "gather_share": 0.85}
 """For fp32 rows of 256 values: millions of rows per second and core; multiple of SparseAdam's speed; share of threads
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     options.check_positive(arguments, "rows", "touched", "dim", "threads", "repeats")
     import torch
 
-    from kmem.bench.rows import adam_rates, gather_rates, update_rate, versions
+    from kmem.bench.rows import adam_rates, gather_rates, update_rate
 
     size = (arguments.rows, arguments.touched, arguments.dim)
     judged = arguments.dim == GOAL_DIM and arguments.rows * arguments.dim * 4 >= GOAL_BYTES
@@ -79,8 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
         f"best of {arguments.repeats}"
     )
     _print(measured, shape)
-    print(versions())
-    record = {"shape": shape, "versions": versions(), "goals": GOALS, "measured": [asdict(row) for row in measured]}
+    used = f"{versions('torch', 'numba', 'numpy')}, {processor()}"
+    print(used)
+    record = {"shape": shape, "versions": used, "goals": GOALS, "measured": [asdict(row) for row in measured]}
     options.write_record(arguments, record)
     return 0
 

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from kmem.bench import options
 from kmem.bench.contest import Contestant, ratios
-from kmem.bench.machine import processor
-from kmem.checkpoint.printing import print_table
+from kmem.bench.machine import processor, versions
 from kmem.config import Config, ConfigError, UserError, load_config, parse_config
-from kmem.wording import counted
+from kmem.wording import counted, print_table
 
 if TYPE_CHECKING:
     from kmem.train.dry_run import TableBytes
@@ -80,8 +79,6 @@ def _trees(config: Config, arguments: argparse.Namespace, scratch: str) -> dict[
 
 
 def _workload(config: Config, arguments: argparse.Namespace) -> str:
-    import torch
-
     model, train, kept, engram = config.model, config.train, config.engram, config.model.engram
     assert engram is not None
     assert engram.orders is not None
@@ -90,8 +87,7 @@ def _workload(config: Config, arguments: argparse.Namespace) -> str:
         f"{list(engram.layers)}, {len(engram.orders)} orders x {engram.heads} heads of {engram.row_dim} values, "
         f"batch {train.global_batch_size} x {config.data.sequence_length}, {arguments.tokens} tokens, "
         f"{train.precision}, {kept.dtype} rows, {kept.optimizer.name}, {kept.prefetch_depth} prefetched\n"
-        f"torch {torch.__version__}, {counted(arguments.threads, 'thread')} and {kept.threads} for rows, "
-        f"{processor()}"
+        f"{versions('torch')}, {counted(arguments.threads, 'thread')} and {kept.threads} for rows, {processor()}"
     )
 
 
@@ -105,7 +101,27 @@ def _report(
         contestant.name: figures(tables(parse_config(trees[contestant.name])), contestant, small, arguments.steps)
         for contestant in contestants
     }
-    _print(measured)
+    columns = (
+        "rows and state", "rows", "ms per step", "slower", "goal", "stall ms", "fetch ms", "update ms",
+        "rows per step", "moved",
+    )  # fmt: skip
+    rows = [
+        (
+            name,
+            f"{figures['rows']:,}",
+            f"{figures['step_ms']:.1f}",
+            f"{figures['median_slower']:+.1%}" if "slower" in figures else "",
+            f"{figures['goal']:.0%} {'met' if figures['met'] else 'missed'}" if "slower" in figures else "",
+            f"{figures['stall_ms']:.2f} (max {figures['longest_stall_ms']:.1f})",
+            f"{figures['fetch_ms']:.1f}",
+            f"{figures['owner_ms']:.1f}",
+            f"{figures['unique_rows']:,.0f}",
+            f"{figures['moved_bytes'] / 2**20:.1f} MiB",
+        )
+        for name, figures in measured.items()
+    ]
+    print_table("medians; over rounds for the step and its ratio, over steps for the rest", columns, rows, 140)
+    print("moved: rows out of the tables and gradients back; fetch and update run beside the step, a stall delays it")
     record = {"workload": _workload(config, arguments), "steps_per_round": arguments.steps, "measured": measured}
     options.write_record(arguments, record)
 
@@ -130,27 +146,3 @@ def figures(tables: "list[TableBytes]", contestant: Contestant, small: Contestan
         figures |= {"slower": slower, "median_slower": statistics.median(slower), "goal": GOALS[store]}
         figures["met"] = figures["median_slower"] <= GOALS[store]
     return figures
-
-
-def _print(measured: dict[str, dict[str, Any]]) -> None:
-    columns = (
-        "rows and state", "rows", "ms per step", "slower", "goal", "stall ms", "fetch ms", "update ms",
-        "rows per step", "moved",
-    )  # fmt: skip
-    rows = [
-        (
-            name,
-            f"{figures['rows']:,}",
-            f"{figures['step_ms']:.1f}",
-            f"{figures['median_slower']:+.1%}" if "slower" in figures else "",
-            f"{figures['goal']:.0%} {'met' if figures['met'] else 'missed'}" if "slower" in figures else "",
-            f"{figures['stall_ms']:.2f} (max {figures['longest_stall_ms']:.1f})",
-            f"{figures['fetch_ms']:.1f}",
-            f"{figures['owner_ms']:.1f}",
-            f"{figures['unique_rows']:,.0f}",
-            f"{figures['moved_bytes'] / 2**20:.1f} MiB",
-        )
-        for name, figures in measured.items()
-    ]
-    print_table("medians; over rounds for the step and its ratio, over steps for the rest", columns, rows, 140)
-    print("moved: rows out of the tables and gradients back; fetch and update run beside the step, a stall delays it")

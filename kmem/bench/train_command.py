@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kmem.bench import options
 from kmem.bench.contest import Contestant, ratios, run_in_turn
-from kmem.bench.machine import processor
+from kmem.bench.machine import processor, versions
 from kmem.config import Config, ConfigError, load_config
 from kmem.wording import counted
 
@@ -65,9 +65,6 @@ def _peer(config: Config, arguments: argparse.Namespace, scratch: Path) -> tuple
 
 
 def _workload(config: Config, threads: int) -> str:
-    import torch
-    import transformers
-
     model, train = config.model, config.train
     moe = model.moe
     experts = f", {moe.num_experts} experts of width {moe.intermediate_size}, top-{moe.top_k}" if moe else ""
@@ -77,8 +74,7 @@ def _workload(config: Config, threads: int) -> str:
         f"{attention.num_heads} heads{experts}, vocabulary {model.vocab_size}, "
         f"batch {train.global_batch_size} x {config.data.sequence_length}, "
         f"{train.precision}, AdamW, clip {train.optimizer.clip_norm}\n"
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {counted(threads, 'thread')}, "
-        f"{processor()}"
+        f"{versions('torch', 'transformers')}, {counted(threads, 'thread')}, {processor()}"
     )
 
 
@@ -97,10 +93,7 @@ def _report(config: Config, arguments: argparse.Namespace, ours: Contestant, the
     print(f"losses differ by {first:.1e} in the first step and by {last:.1e} in the last one")
     phases = _phases(ours)
     print("where kmem's time goes: " + ", ".join(f"{name} {share:.0%}" for name, share in phases.items()))
-    if arguments.profile:
-        whole = sum(milliseconds for _, milliseconds in ours.profile)
-        for name, milliseconds in ours.profile[:15]:
-            print(f"  {milliseconds:8.1f} ms {milliseconds / whole:5.1%}  {name}")
+    options.print_profile(ours)
     by_round = ratios(ours, theirs)
     record = {
         "workload": _workload(config, arguments.threads),

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from kmem.clustering.checks import check_device, check_unaddressed
 from kmem.clustering.corpus import SPLITS, Corpus, open_corpora
 from kmem.clustering.embedders import KINDS
 from kmem.clustering.jobs import AddressJob, Leaves, address
 from kmem.clustering.workspace import Pool, Workspace, clear_finished
 from kmem.config import UserError
-from kmem.data.bank_addresses import read_addresses, write_addresses
+from kmem.data.bank_addresses import RECORD_FILE, read_addresses, stored_tree, write_addresses
 from kmem.data.indexed import IndexedTokens
 from kmem.data.progress import Progress
 from kmem.data.units import Unit
@@ -96,6 +96,35 @@ def apply_tree(
             write_addresses(corpus.folder, corpus.manifest, tree.record, leaves[corpus.folder])
             workspace.remove()
     return Addressed(tree, leaves, tuple(unchanged))
+
+
+def check_device(embedder: str, device: str) -> None:
+    """
+    Raises:
+        UserError: the embedder does not use this device, or it is not available.
+    """
+    if device == "cpu":
+        return
+    if not KINDS[embedder].reads_text:
+        raise UserError(f"--device {device}: the embedder {embedder} computes on the CPU; leave it out")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: not usable here ({str(error).splitlines()[0]}); leave it out") from None
+
+
+def check_unaddressed(corpora: list[Corpus], tree: str | None, force: bool) -> None:
+    """
+    Raises:
+        UserError: a folder has addresses of a tree with another fingerprint, and they may not be replaced.
+    """
+    for corpus in corpora:
+        stored = stored_tree(corpus.folder)
+        if stored is not None and stored != tree and not force:
+            raise UserError(
+                f"{corpus.folder / RECORD_FILE}: the folder has addresses of another tree ({stored[:12]}); replace "
+                "them with --force, or use a copy of the folder"
+            )
 
 
 def _stored_leaves(corpus: Corpus, tree_folder: Path) -> dict[str, Leaves] | None:

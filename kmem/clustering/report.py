@@ -4,14 +4,13 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Column, Table
 
 from kmem.clustering.applying import Addressed
 from kmem.clustering.corpus import Corpus
 from kmem.data.held_out import source_of_documents
 from kmem.data.leaf_order import LeafOrder
 from kmem.data.units import Unit
+from kmem.wording import print_table
 
 SEQUENCE_LENGTHS = (256, 512, 1024, 2048)
 _MOST_SOURCES, _MOST_COLUMNS = 24, 16
@@ -19,31 +18,32 @@ _MOST_SOURCES, _MOST_COLUMNS = 24, 16
 
 def print_tree(done: Addressed) -> None:
     """Print tables of the levels, the clusters of level 1, the clusters of each source's text, and the addresses."""
-    console = Console(width=max(Console().width, 110))
-    for table in (_levels(done), _clusters(done), _sources(done), _data(done)):
-        if table is not None:
-            console.print(table)
+    _print_levels(done)
+    _print_clusters(done)
+    _print_sources(done)
+    _print_data(done)
 
 
-def _levels(done: Addressed) -> Table:
-    columns = _right("level", "clusters", "smallest", "median", "largest", "largest / even share", "Gini")
-    table = Table(*columns, title="training units per cluster when the tree was made")
+def _print_levels(done: Addressed) -> None:
+    rows = []
     for level, sizes in enumerate(done.tree.record["sizes"], 1):
         share = sizes["largest"] * sizes["clusters"] / done.tree.record["units"]
         numbers = [f"{sizes[name]:,.0f}" for name in ("clusters", "smallest", "median", "largest")]
-        table.add_row(str(level), *numbers, f"{share:.2f}", f"{sizes['gini']:.2f}")
-    return table
+        rows.append((str(level), *numbers, f"{share:.2f}", f"{sizes['gini']:.2f}"))
+    columns = ("level", "clusters", "smallest", "median", "largest", "largest / even share", "Gini")
+    print_table("training units per cluster when the tree was made", columns, rows, words=())
 
 
-def _clusters(done: Addressed) -> Table:
+def _print_clusters(done: Addressed) -> None:
     below = done.tree.children ** (done.tree.levels - 1)
     first = np.concatenate([splits["train"] for splits in done.leaves.values()]) // below
     counts = np.bincount(first, minlength=done.tree.children)
-    words = "typical words in the data that the tree was made from"
-    table = Table(*_right("cluster", "units", "share"), words, title="clusters of level 1, in this data")
-    for cluster, (count, words) in enumerate(zip(counts, done.tree.record["words"], strict=True)):
-        table.add_row(str(cluster), f"{count:,}", f"{count / counts.sum():.1%}", " ".join(words))
-    return table
+    rows = [
+        (str(cluster), f"{count:,}", f"{count / counts.sum():.1%}", " ".join(words))
+        for cluster, (count, words) in enumerate(zip(counts, done.tree.record["words"], strict=True))
+    ]
+    columns = ("cluster", "units", "share", "typical words in the data that the tree was made from")
+    print_table("clusters of level 1, in this data", columns, rows, words=(3,))
 
 
 def source_counts(done: Addressed) -> dict[str, NDArray[np.int64]]:
@@ -68,52 +68,39 @@ def source_counts(done: Addressed) -> dict[str, NDArray[np.int64]]:
     return files if len(files) <= _MOST_SOURCES else folders
 
 
-def _sources(done: Addressed) -> Table | None:
-    """The table of sources and clusters; None if there is only one source."""
+def _print_sources(done: Addressed) -> None:
+    """The table of sources and clusters, if there are several sources."""
     counts = source_counts(done)
     if len(counts) < 2:
-        return None
-    best = np.stack([clusters / max(clusters.sum(), 1) for clusters in counts.values()]).max(axis=0).sum()
+        return
     wide = done.tree.children <= _MOST_COLUMNS
-    table = Table(
-        Column("source", no_wrap=True, min_width=min(max(map(len, counts)), 24)),
-        *_right("units", *(map(str, range(done.tree.children)) if wide else ("largest",))),
-        title="sources of the training units, and their share in each cluster of level 1, in %",
-        caption=f"if all sources had the same size, the cluster would predict a unit's source in "
-        f"{best / len(counts):.0%} of cases; {1 / len(counts):.0%} if clusters were independent of sources",
-        min_width=100,
-    )
+    rows = []
     for name, clusters in counts.items():
         shares = [f"{100 * share:.0f}" if share else "" for share in clusters / max(clusters.sum(), 1)]
         if not wide:
             largest = [int(cluster) for cluster in np.argsort(-clusters, kind="stable")[:8] if clusters[cluster]]
             shares = ["  ".join(f"{cluster}: {shares[cluster]}" for cluster in largest)]
-        table.add_row(name, f"{clusters.sum():,}", *shares)
-    return table
-
-
-def _data(done: Addressed) -> Table:
-    unit = Unit.parse(done.tree.record["unit"])
-    padded = [f"T={length:,}" for length in SEQUENCE_LENGTHS]
-    table = Table(
-        "data",
-        *_right("training units", "held out", "leaves in use", *padded),
-        title="addresses, and the padding of an epoch if a sequence of T tokens holds one leaf only",
+        rows.append((name, f"{clusters.sum():,}", *shares))
+    columns = ("source", "units", *(map(str, range(done.tree.children)) if wide else ("largest",)))
+    title = "sources of the training units, and their share in each cluster of level 1, in %"
+    print_table(title, columns, rows, width=140)
+    best = np.stack([clusters / max(clusters.sum(), 1) for clusters in counts.values()]).max(axis=0).sum()
+    print(
+        f"if all sources had the same size, the cluster would predict a unit's source in {best / len(counts):.0%} of "
+        f"cases; {1 / len(counts):.0%} if clusters were independent of sources"
     )
+
+
+def _print_data(done: Addressed) -> None:
+    unit = Unit.parse(done.tree.record["unit"])
+    rows = []
     for folder, splits in done.leaves.items():
         lengths = Corpus.open(folder).units("train", unit).lengths
         orders = [(LeafOrder(lengths, splits["train"], length, 0, None), length) for length in SEQUENCE_LENGTHS]
         padding = [order.padding / (order.spans_per_epoch * length) for order, length in orders]
-        table.add_row(
-            folder.name,
-            f"{len(splits['train']):,}",
-            f"{len(splits['validation']):,}",
-            f"{len(np.unique(splits['train'])):,} of {done.tree.leaves:,}",
-            *(f"{share:.1%}" for share in padding),
-        )
-    return table
-
-
-def _right(*names: str) -> list[Column]:
-    """Columns of numbers."""
-    return [Column(name, justify="right") for name in names]
+        numbers = (f"{len(splits['train']):,}", f"{len(splits['validation']):,}")
+        in_use = f"{len(np.unique(splits['train'])):,} of {done.tree.leaves:,}"
+        rows.append((folder.name, *numbers, in_use, *(f"{share:.1%}" for share in padding)))
+    padded = [f"T={length:,}" for length in SEQUENCE_LENGTHS]
+    columns = ("data", "training units", "held out", "leaves in use", *padded)
+    print_table("addresses, and the padding of an epoch if a sequence of T tokens holds one leaf only", columns, rows)

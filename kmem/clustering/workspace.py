@@ -138,7 +138,9 @@ class Workspace:
         path = self.folder / f"{stage}.array"
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         if not path.is_file() or path.stat().st_size != size:
-            self._forget(stage)
+            # Recorded before the file is made anew, so that zeros are never taken for results.
+            if self._done.pop(stage, 0):
+                self._replace(_DONE, self._done)
             try:
                 with open(path, "wb") as file:
                     os.posix_fallocate(file.fileno(), 0, size)  # a full disk is noticed now, not as a bus error
@@ -250,12 +252,6 @@ class Workspace:
     def _mark(self, stage: str, done: int) -> None:
         self._done[stage] = done
         self._replace(_DONE, self._done)
-
-    def _forget(self, stage: str) -> None:
-        """Forget what is done of a stage. This is recorded on disk before the stage's file is made anew, so that zeros
-        are never taken for results."""
-        if self._done.pop(stage, 0):
-            self._replace(_DONE, self._done)
 
     def _replace(self, name: str, content: dict[str, Any]) -> None:
         atomic_write(self.folder / name, json.dumps(content, indent=2) + "\n")

@@ -1,10 +1,11 @@
 """Memory banks: blocks of weights, one per cluster of documents, that are fetched for a context and added to layers."""
 
+from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from kmem.config.memory import MemorySection
+from kmem.config.memory import MemorySection, check_layers
 from kmem.config.section import Section
 from kmem.model.shape import Shape  # plain Python: where a bank has blocks is decided once, for runs and exports
 from kmem.wording import counted
@@ -12,9 +13,6 @@ from kmem.wording import counted
 if TYPE_CHECKING:
     from kmem.config.model import ModelConfig
     from kmem.config.run import Config
-
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Probability = Annotated[float, Field(ge=0, le=1)]
 
 LARGEST_ADDRESS = 2**31 - 1
 """Addresses of a dataset are stored as 32-bit integers."""
@@ -24,7 +22,7 @@ class GenericBlocks(Section):
     """A block of the fetched size that belongs to no cluster and is trained beside the bank: the control for 'more
     parameters and more tokens'."""
 
-    probability: Probability = 0.0
+    probability: Annotated[float, Field(ge=0, le=1)] = 0.0
     """How often it replaces the fetched blocks in training (the paper: 1/17). 0: there is no generic block; 1: only the
     generic block is trained."""
     per: Literal["sequence", "batch"] = "sequence"
@@ -57,8 +55,7 @@ class BankConfig(MemorySection):
     generic: GenericBlocks = GenericBlocks()
     """Blocks outside the tree, as a control."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> "BankConfig":
+    def check(self) -> None:
         if not any(self.levels):
             raise ValueError(f"levels={list(self.levels)} leaves every level without blocks; give one a rank above 0")
         if self.children ** len(self.levels) > LARGEST_ADDRESS:
@@ -67,24 +64,16 @@ class BankConfig(MemorySection):
                 f"children={self.children} has more than {LARGEST_ADDRESS:,} leaves; use fewer levels or children"
             )
         placed = self.placed_layers
-        if self.placement == "uniform":
-            if placed is not None:
-                raise ValueError(
-                    f"placed_layers={_shown(placed)} with placement=uniform, which takes all layers; choose first, "
-                    "middle, last or listed, or leave placed_layers out"
-                )
-        elif self.placement == "listed":
-            if not isinstance(placed, tuple):
-                raise ValueError(
-                    f"placed_layers={_shown(placed)} with placement=listed; list the layers, as in [1, 14]"
-                )
-            if list(placed) != sorted(set(placed)):
-                raise ValueError(f"placed_layers={_shown(placed)} must ascend")
-        elif not isinstance(placed, int):
-            raise ValueError(
-                f"placed_layers={_shown(placed)} with placement={self.placement}; give the number of layers"
-            )
-        return self
+        shown = "null" if placed is None else list(placed) if isinstance(placed, tuple) else placed
+        remedies: dict[str, tuple[type, str]] = {
+            "uniform": (NoneType, "all layers are taken; choose first, middle, last or listed, or leave it out"),
+            "listed": (tuple, "list the layers, as in [1, 14]"),
+        }
+        wanted, remedy = remedies.get(self.placement, (int, "give the number of layers"))
+        if not isinstance(placed, wanted):
+            raise ValueError(f"placed_layers={shown} with placement={self.placement}: {remedy}")
+        if isinstance(placed, tuple) and list(placed) != sorted(set(placed)):
+            raise ValueError(f"placed_layers={shown} must ascend")
 
     def check_run(self, config: "Config") -> None:
         if config.data.addresses is None:
@@ -94,13 +83,11 @@ class BankConfig(MemorySection):
             )
 
     def check_model(self, model: "ModelConfig") -> None:
-        placed, layers = self.placed_layers, model.num_layers
-        if isinstance(placed, tuple) and max(placed) >= layers:
-            raise ValueError(
-                f"bank.placed_layers={_shown(placed)} is out of range for num_layers={layers}; layers count from 0"
-            )
-        if isinstance(placed, int) and placed > layers:
-            raise ValueError(f"bank.placed_layers={placed} exceeds num_layers={layers}")
+        placed = self.placed_layers
+        if isinstance(placed, tuple):
+            check_layers("bank.placed_layers", placed, model)
+        elif placed is not None and placed > model.num_layers:
+            raise ValueError(f"bank.placed_layers={placed} exceeds num_layers={model.num_layers}")
         attention, moe = model.attention, model.moe
         if attention.kind == "mla" and self.kind in ("lora_qk", "lora_ov"):
             raise ValueError(
@@ -115,28 +102,20 @@ class BankConfig(MemorySection):
                     f"bank.kind=lora_ffn updates a dense feed-forward, and layer {routed[0]} has experts; use "
                     f"kind=ffn, or place the bank below moe.first_dense_layers={moe.first_dense_layers}"
                 )
-        for name, size in self._widths(model).items():
-            if size % 8:
-                raise ValueError(
-                    f"{name}={size} must be a multiple of 8 for a bank of kind={self.kind}: grouped products need "
-                    "aligned rows"
-                )
-
-    def _widths(self, model: "ModelConfig") -> dict[str, int]:
-        """Field -> width of the vectors that blocks are multiplied with."""
+        # The vectors that blocks are multiplied with.
         widths = {"hidden_size": model.hidden_size}
         if self.kind == "lora_ffn" and model.intermediate_size is not None:
             widths["intermediate_size"] = model.intermediate_size
         if self.kind in ("lora_qk", "lora_ov", "kv"):
-            attention = model.attention
             if attention.kind == "gqa":
                 widths["attention.head_dim"] = attention.head_dim or model.hidden_size // attention.num_heads
             else:
                 query = attention.qk_nope_head_dim + attention.qk_rope_head_dim
                 widths["attention.qk_nope_head_dim + qk_rope_head_dim"] = query
                 widths["attention.v_head_dim"] = attention.v_head_dim
-        return widths
-
-
-def _shown(placed: int | tuple[int, ...] | None) -> str:
-    return "null" if placed is None else str(list(placed) if isinstance(placed, tuple) else placed)
+        for name, size in widths.items():
+            if size % 8:
+                raise ValueError(
+                    f"{name}={size} must be a multiple of 8 for a bank of kind={self.kind}: grouped products need "
+                    "aligned rows"
+                )

@@ -4,7 +4,7 @@ import re
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from kmem.config.section import Section
 
@@ -56,14 +56,12 @@ class AddressesConfig(Section):
                 raise ValueError(f"{one} and {other} overlap; leave out {other}, whose text belongs to {one}, too")
         return None if value is None else tuple(ordered)
 
-    @model_validator(mode="after")
-    def _by_leaf(self) -> "AddressesConfig":
+    def check(self) -> None:
         if self.subtrees is not None and self.batching != "leaf":
             raise ValueError(
                 f"subtrees={list(self.subtrees)} needs batching=leaf: packed sequences hold text of all clusters; set "
                 "batching to leaf, or leave subtrees out"
             )
-        return self
 
 
 def _numbers(path: str) -> tuple[int, ...]:
@@ -79,14 +77,12 @@ class DataConfig(Section):
     """Tokens per sequence. Documents are packed one after another; a sequence may start inside a document."""
     document_attention: bool = True
     """Attend only within a document and restart position ids at each; predictions across a boundary are not trained."""
-    seed: Annotated[int, Field(ge=0)] = 1234
+    seed: NonNegativeInt = 1234
     """Seed of the order of sequences."""
     addresses: AddressesConfig | None = None
     """Addresses of the text, which select the blocks of a bank; null reads none."""
 
-    @model_validator(mode="after")
-    def _distinct(self) -> "DataConfig":
+    def check(self) -> None:
         paths = [source.path for source in self.sources]
         if len(set(paths)) != len(paths):
             raise ValueError("sources names the same path twice; give one entry the summed weight")
-        return self

@@ -3,53 +3,44 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from kmem.config.memory import MemorySection
+from kmem.config.memory import MemorySection, check_layers
 
 if TYPE_CHECKING:
     from kmem.config.model import ModelConfig
     from kmem.config.run import Config
 
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Order = Annotated[int, Field(ge=2)]
-
+# The demo of arXiv 2601.07372. Its 27B and 40B models have 2,262,400 and 7,239,680 rows per head of 80 values.
+_DEEPSEEK: Mapping[str, Any] = {
+    "orders": (2, 3),
+    "heads": 8,
+    "rows_per_head": 646_400,
+    "row_dim": 64,
+    "compression": True,
+    "boundary": "none",
+    "hash": "pcg64",
+    "seed": 0,
+    "row_multiple": 1,
+    "bias": True,
+    "zero_centered_norm": False,
+    "conv_kernel": 4,
+}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # The demo of arXiv 2601.07372. Its 27B and 40B models have 2,262,400 and 7,239,680 rows per head of 80 values.
-    "deepseek": {
-        "orders": (2, 3),
-        "heads": 8,
-        "rows_per_head": 646_400,
-        "row_dim": 64,
-        "compression": True,
-        "boundary": "none",
-        "hash": "pcg64",
-        "seed": 0,
-        "row_multiple": 1,
-        "bias": True,
-        "zero_centered_norm": False,
-        "conv_kernel": 4,
-    },
+    "deepseek": _DEEPSEEK,
     # arXiv 2609.19969, sections 2.4.2 and 4.2
     "deepseek-v4.1": {
+        **_DEEPSEEK,
         "orders": (2, 3, 4),
-        "heads": 8,
         "rows_per_head": 16_000_000,
         "row_dim": 256,
-        "compression": True,
         "boundary": "document",
-        "hash": "pcg64",
-        "seed": 0,
-        "row_multiple": 1,
         "bias": False,
-        "zero_centered_norm": False,
         "conv_kernel": 0,
     },
     # Qwen3.8-Flash-Next (Transformers: qwen4_exp)
     "qwen": {
-        "orders": (2, 3),
-        "heads": 8,
+        **_DEEPSEEK,
         "rows_per_head": 20_000_000,
         "row_dim": 160,
         "compression": False,
@@ -59,7 +50,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "row_multiple": 128,
         "bias": False,
         "zero_centered_norm": True,
-        "conv_kernel": 4,
     },
 }
 """Settings of the published models."""
@@ -76,7 +66,7 @@ class EngramConfig(MemorySection):
     """Source of the fields that are left out: the paper's demo, DeepSeek-V4.1-Flash or Qwen3.8-Flash-Next."""
     layers: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
     """Decoder layers that have an engram, counted from 0 (the paper's 2 and 15 are 1 and 14)."""
-    orders: Annotated[tuple[Order, ...], Field(min_length=1)] | None = None
+    orders: Annotated[tuple[Annotated[int, Field(ge=2)], ...], Field(min_length=1)] | None = None
     """Lengths of the n-grams, ascending."""
     heads: PositiveInt | None = None
     """Hash heads per order; each has its own rows."""
@@ -124,13 +114,10 @@ class EngramConfig(MemorySection):
         given = {name: value for name, value in values.items() if value is not None or name not in known}
         return {**known, **given}
 
-    @model_validator(mode="after")
-    def _consistent(self) -> "EngramConfig":
+    def check(self) -> None:
         assert self.orders is not None
         if list(self.orders) != sorted(set(self.orders)):
             raise ValueError(f"orders={list(self.orders)} must ascend")
-        if len(set(self.layers)) < len(self.layers):
-            raise ValueError(f"layers={list(self.layers)} names a layer twice")
         for name, entries, wanted in (
             ("seeding_ids", self.seeding_ids, len(self.layers)),
             ("rows_per_head", self.rows_per_head, len(self.orders)),
@@ -142,14 +129,9 @@ class EngramConfig(MemorySection):
         assert self.heads is not None
         if max(base or 1 for base in bases) > (2**63 - 1) // (2 * len(self.orders) * self.heads):
             raise ValueError(f"rows_per_head={self.rows_per_head}: the ids of all heads must fit in 64 bits")
-        return self
 
     def check_model(self, model: "ModelConfig") -> None:
-        if max(self.layers) >= model.num_layers:
-            raise ValueError(
-                f"engram.layers={list(self.layers)} is out of range for num_layers={model.num_layers}; "
-                "layers count from 0"
-            )
+        check_layers("engram.layers", self.layers, model)
         if (self.pad_token_id or 0) >= model.vocab_size:
             raise ValueError(f"engram.pad_token_id={self.pad_token_id} is no id of vocab_size={model.vocab_size}")
 

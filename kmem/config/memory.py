@@ -1,5 +1,6 @@
 """What the sections of memories have in common."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kmem.config.section import Section
@@ -29,3 +30,17 @@ class MemorySection(Section):
         Raises:
             ValueError: names the field and the remedy.
         """
+
+
+def check_layers(field: str, layers: Sequence[int], model: "ModelConfig") -> None:
+    """Refuse layers that the model does not have, and a layer that is named twice.
+
+    Raises:
+        ValueError: names the field.
+    """
+    if max(layers) >= model.num_layers:
+        raise ValueError(
+            f"{field}={list(layers)} is out of range for num_layers={model.num_layers}; layers count from 0"
+        )
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"{field}={list(layers)} names a layer twice")

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from kmem.config.bank import BankConfig
 from kmem.config.engram import EngramConfig
@@ -13,9 +13,6 @@ from kmem.config.product_key_memory import ProductKeyMemoryConfig
 from kmem.config.section import Section
 from kmem.model.shape import Shape  # plain Python
 from kmem.wording import counted
-
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
 
 
 class GroupedQueryAttention(Section):
@@ -38,15 +35,13 @@ class GroupedQueryAttention(Section):
     rotary_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of each head that is rotated (GLM-4: 0.5)."""
 
-    @model_validator(mode="after")
-    def _heads(self) -> "GroupedQueryAttention":
+    def check(self) -> None:
         if self.num_heads % (self.num_kv_heads or self.num_heads):
             raise ValueError(f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}")
         if self.head_dim and (self.head_dim % 2 or round(self.head_dim * self.rotary_fraction) % 2):
             raise ValueError(f"head_dim={self.head_dim} and its rotated part must be even")
         if self.qk_norm_span != "head" and not self.qk_norm:
             raise ValueError(f"qk_norm_span={self.qk_norm_span} needs qk_norm=true")
-        return self
 
 
 class LatentAttention(Section):
@@ -67,11 +62,9 @@ class LatentAttention(Section):
     v_head_dim: PositiveInt
     """Width of one value head."""
 
-    @model_validator(mode="after")
-    def _even(self) -> "LatentAttention":
+    def check(self) -> None:
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even")
-        return self
 
 
 class ChainOfExperts(Section):
@@ -105,15 +98,14 @@ class ChainOfExperts(Section):
     """Scale the output of every iteration but the first by a vector that starts at zero, and add it to the output of
     the earlier iterations. A chain that takes over the weights of a trained MoE then starts as exactly this MoE."""
 
-    @model_validator(mode="after")
-    def _exact(self) -> "ChainOfExperts":
+    def check(self) -> None:
         if self.residual == "inner_outer" and self.stream == "prenorm":
             raise ValueError(
                 "residual=inner_outer with stream=prenorm would add the residual stream twice; use stream=normed, or "
                 "residual=inner"
             )
         if not self.retrofit_scale:
-            return self
+            return
         if self.iterations == 1:
             raise ValueError("retrofit_scale=true scales the iterations after the first; iterations=1 has none")
         if self.residual != "outer" and (self.residual, self.stream) != ("inner", "prenorm"):
@@ -121,7 +113,6 @@ class ChainOfExperts(Section):
                 f"retrofit_scale=true with residual={self.residual} and stream={self.stream} would not start as the "
                 "MoE layer it came from; use residual=inner with stream=prenorm, or residual=outer"
             )
-        return self
 
 
 class MixtureOfExperts(Section):
@@ -167,8 +158,7 @@ class MixtureOfExperts(Section):
     chain: ChainOfExperts | None = None
     """Several passes through the experts of a layer; null makes one. Balance losses are summed over the passes."""
 
-    @model_validator(mode="after")
-    def _choice(self) -> "MixtureOfExperts":
+    def check(self) -> None:
         if self.num_experts % self.num_groups:
             raise ValueError(f"num_groups={self.num_groups} does not divide num_experts={self.num_experts}")
         if self.top_groups > self.num_groups:
@@ -180,7 +170,6 @@ class MixtureOfExperts(Section):
             raise ValueError(f"group_score_top_k={self.group_score_top_k} exceeds the experts of a group")
         if self.chain is not None and self.chain.shared_experts == "once" and not self.num_shared_experts:
             raise ValueError("chain.shared_experts=once needs num_shared_experts of at least 1")
-        return self
 
 
 class HyperConnectionsConfig(Section):
@@ -213,13 +202,11 @@ class RopeScaling(Section):
     original_max_position_embeddings: PositiveInt = 8192
     """Sequence length of pretraining."""
 
-    @model_validator(mode="after")
-    def _ordered(self) -> "RopeScaling":
+    def check(self) -> None:
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"high_freq_factor={self.high_freq_factor} must exceed low_freq_factor={self.low_freq_factor}"
             )
-        return self
 
 
 class ModelConfig(Section):
@@ -273,8 +260,7 @@ class ModelConfig(Section):
     def _default_kind(cls, value: Any) -> Any:
         return {"kind": "gqa", **value} if isinstance(value, dict) else value
 
-    @model_validator(mode="after")
-    def _fits(self) -> "ModelConfig":
+    def check(self) -> None:
         attention = self.attention
         if isinstance(attention, GroupedQueryAttention) and attention.head_dim is None:
             if self.hidden_size % attention.num_heads:
@@ -316,7 +302,6 @@ class ModelConfig(Section):
                     f"bank.kind={self.bank.kind} adds to the feed-forward of layer {layer}, which {replaced[layer]} "
                     "replaces; choose other layers, or another kind"
                 )
-        return self
 
     @property
     def memories(self) -> dict[str, MemorySection]:

@@ -2,14 +2,12 @@
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from kmem.config.memory import MemorySection
 
 if TYPE_CHECKING:
     from kmem.config.model import ModelConfig
-
-NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 class OverEncodingConfig(MemorySection):

@@ -2,15 +2,12 @@
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from kmem.config.memory import MemorySection
+from kmem.config.memory import MemorySection, check_layers
 
 if TYPE_CHECKING:
     from kmem.config.model import ModelConfig
-
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 class PerLayerEmbeddingsConfig(MemorySection):
@@ -32,13 +29,7 @@ class PerLayerEmbeddingsConfig(MemorySection):
 
     def check_model(self, model: "ModelConfig") -> None:
         if self.layers is not None:
-            if max(self.layers) >= model.num_layers:
-                raise ValueError(
-                    f"per_layer_embeddings.layers={list(self.layers)} is out of range for "
-                    f"num_layers={model.num_layers}; layers count from 0"
-                )
-            if len(set(self.layers)) < len(self.layers):
-                raise ValueError(f"per_layer_embeddings.layers={list(self.layers)} names a layer twice")
+            check_layers("per_layer_embeddings.layers", self.layers, model)
         if self.form == "stem" and model.intermediate_size is None:
             raise ValueError("per_layer_embeddings.form=stem needs intermediate_size, the width of its vectors")
 

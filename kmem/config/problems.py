@@ -22,16 +22,12 @@ def explain(problems: Sequence[ErrorDetails], top: type[Section]) -> list[str]:
     Args:
         top: the section that was checked.
     """
-    places = [_place(problem["loc"], top) for problem in problems]
+    found = [(_place(problem["loc"], top), problem) for problem in problems]
     # For a field that takes a number or a list, pydantic reports both alternatives, and only one was meant.
-    lists = {
-        place.of_field
-        for place, problem in zip(places, problems, strict=True)
-        if place.list_meant and problem["type"] != "tuple_type"
-    }
+    lists = {place.of_field for place, problem in found if place.list_meant and problem["type"] != "tuple_type"}
     meant = [
         (place, problem)
-        for place, problem in zip(places, problems, strict=True)
+        for place, problem in found
         if place.alternative is None or place.list_meant == (place.of_field in lists)
     ]
     # A list that lost a bad element is also too short; the first problem says all.
@@ -71,7 +67,7 @@ def _place(location: tuple[int | str, ...], top: type[Section]) -> _Place:
             path = (*path, str(part))
             continue
         fields = [section.model_fields[part] for section in sections if part in section.model_fields]
-        tagged = [section for section in sections if _has_tag(section, part)]
+        tagged = [section for section in sections if part in kinds_of(section)]
         if not sections:
             alternative = part  # below a field without keys
         elif tagged and not fields:
@@ -125,9 +121,10 @@ def _list_expected(field: FieldInfo | None, given: Any) -> str:
     return "a list is expected" + (f", as in [{json.dumps(given)}]" if example else "")
 
 
-def _has_tag(section: type[Section], tag: str) -> bool:
+def kinds_of(section: type[Section]) -> tuple[str, ...]:
+    """The values of `kind` that select a section; none for a section without this field."""
     kind = section.model_fields.get("kind")
-    return kind is not None and tag in get_args(kind.annotation)
+    return () if kind is None else get_args(kind.annotation)
 
 
 def sections_in(annotation: Any) -> list[type[Section]]:

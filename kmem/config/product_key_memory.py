@@ -2,15 +2,13 @@
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from kmem.config.memory import MemorySection
+from kmem.config.memory import MemorySection, check_layers
 from kmem.config.tables import TableConfig
 
 if TYPE_CHECKING:
     from kmem.config.model import ModelConfig
-
-NonNegativeInt = Annotated[int, Field(ge=0)]
 
 
 class ProductKeyMemoryConfig(MemorySection):
@@ -33,22 +31,14 @@ class ProductKeyMemoryConfig(MemorySection):
     qk_norm: bool = False
     """RMSNorm of the halves of queries and of keys."""
 
-    @model_validator(mode="after")
-    def _fits(self) -> "ProductKeyMemoryConfig":
+    def check(self) -> None:
         if self.key_dim % 2:
             raise ValueError(f"key_dim={self.key_dim} must be even: queries are cut into halves")
         if self.top_k > self.num_keys:
             raise ValueError(f"top_k={self.top_k} exceeds num_keys={self.num_keys}, the choices of half a query")
-        if len(set(self.layers)) < len(self.layers):
-            raise ValueError(f"layers={list(self.layers)} names a layer twice")
-        return self
 
     def check_model(self, model: "ModelConfig") -> None:
-        if max(self.layers) >= model.num_layers:
-            raise ValueError(
-                f"product_key_memory.layers={list(self.layers)} is out of range for num_layers={model.num_layers}; "
-                "layers count from 0"
-            )
+        check_layers("product_key_memory.layers", self.layers, model)
 
     def replaced_layers(self, model: "ModelConfig") -> tuple[int, ...]:
         return self.layers

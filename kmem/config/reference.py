@@ -5,9 +5,9 @@ python -m kmem.config.reference > docs/configuration.md
 
 import json
 from collections.abc import Iterator
-from typing import Any, get_args, get_origin
+from typing import Any, get_origin
 
-from kmem.config.problems import sections_in
+from kmem.config.problems import kinds_of, sections_in
 from kmem.config.run import Config
 from kmem.config.section import Section
 
@@ -50,8 +50,7 @@ def _section(path: str, heading: str, section: type[Section]) -> Iterator[str]:
         yield f"| `{name}` | {_type(schema)} | {_default(schema)} | {meaning} |\n"
         for nested in sections_in(annotation):
             where = (f"{path}.{name}" if path else name) + ("[]" if get_origin(annotation) is tuple else "")
-            tag = nested.model_fields.get("kind")
-            kinds = () if tag is None else get_args(tag.annotation)
+            kinds = kinds_of(nested)
             inner.append((where, f"{where} (kind: {kinds[0]})" if len(kinds) == 1 else where, nested))
     for where, label, nested in inner:
         yield from _section(where, label, nested)

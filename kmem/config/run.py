@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator
 
 from kmem.config.data import DataConfig
 from kmem.config.errors import ConfigError
@@ -116,8 +116,7 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     """Metrics."""
 
-    @model_validator(mode="after")
-    def _fits(self) -> "Config":
+    def check(self) -> None:
         experts = self.model.moe.num_experts if self.model.moe else 1
         if experts % self.parallel.expert:
             raise ValueError(
@@ -164,7 +163,6 @@ class Config(Section):
                 f"data.sequence_length={self.data.sequence_length} exceeds "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}"
             )
-        return self
 
     @property
     def tables(self) -> dict[str, TableConfig]:

@@ -1,7 +1,7 @@
 """The base of every configuration section."""
 
 import types
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -27,6 +27,18 @@ class Section(BaseModel):
                 expected = " or ".join(sorted(_WORDS[kind] for kind in allowed))
                 raise ValueError(f"{name}: Input should be {expected} (got {value!r})")
         return values
+
+    def check(self) -> None:
+        """Refuse values that do not go together; each field is valid already.
+
+        Raises:
+            ValueError: begins with the path of a field, and names the remedy.
+        """
+
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        self.check()
+        return self
 
 
 def _scalars(annotation: Any) -> set[type]:

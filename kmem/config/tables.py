@@ -4,12 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from kmem.config.section import Section
 
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 RowOptimizerName = Literal["lazy_adam", "adam_catchup", "rowwise_adagrad", "sinkhorn_momentum"]
@@ -73,20 +71,14 @@ class RowOptimizerConfig(Section):
     threshold: NonNegativeFloat = 1e-3
     """sinkhorn_momentum: rows whose norm is at most this share of the mean row norm do not move."""
 
-    @model_validator(mode="after")
-    def _meaning(self) -> "RowOptimizerConfig":
+    def check(self) -> None:
         if self.weight_decay and not self.traits.counts_missed_steps:
             raise ValueError(
                 f"weight_decay={self.weight_decay} with {self.name}: rows outside a step would miss their decay; "
                 f"set it to 0 or use {_names(lambda traits: traits.counts_missed_steps)}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _passes(self) -> "RowOptimizerConfig":
         if self.traits.balances and self.passes % 2 == 0:
             raise ValueError(f"passes={self.passes}: passes start and end with rows, so the number must be odd")
-        return self
 
     @property
     def traits(self) -> RowOptimizerTraits:
@@ -123,8 +115,7 @@ class TableConfig(Section):
     optimizer: RowOptimizerConfig = RowOptimizerConfig()
     """The optimizer of the rows."""
 
-    @model_validator(mode="after")
-    def _fits(self) -> "TableConfig":
+    def check(self) -> None:
         if self.staleness > self.prefetch_depth:
             raise ValueError(f"staleness={self.staleness} exceeds prefetch_depth={self.prefetch_depth}")
         if self.optimizer.is_dense and self.store == "mmap":
@@ -134,7 +125,6 @@ class TableConfig(Section):
             )
         if self.optimizer.stochastic_rounding and self.dtype != "bf16":
             raise ValueError("optimizer.stochastic_rounding=true needs dtype=bf16")
-        return self
 
 
 class BlockOptimizerConfig(RowOptimizerConfig):
@@ -145,8 +135,7 @@ class BlockOptimizerConfig(RowOptimizerConfig):
     lr_multiplier: PositiveFloat = 1.0
     """Factor on the learning rate of the step."""
 
-    @model_validator(mode="after")
-    def _meaning(self) -> "BlockOptimizerConfig":
+    def check(self) -> None:
         if not self.traits.by_value:
             raise ValueError(
                 f"name={self.name} keeps numbers that all values of a row share, and a row holds a cluster's blocks "
@@ -158,7 +147,6 @@ class BlockOptimizerConfig(RowOptimizerConfig):
                 "stochastic_rounding=true draws by a value's place in its row, and a row holds a cluster's blocks for "
                 "the layers of one pipeline stage: results would depend on parallel.pipeline; set it to false"
             )
-        return self
 
     @property
     def counts_updates(self) -> bool:

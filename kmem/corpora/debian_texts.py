@@ -39,8 +39,10 @@ def kernel_manuals(root: Path) -> Iterator[tuple[str, str]]:
     """linux-doc: one document per reStructuredText source, without translations."""
     top = root / "usr" / "share" / "doc"
     manuals = next(folder for folder in top.iterdir() if folder.name.startswith("linux-doc"))
-    for path, file in _walk(manuals / "html" / "_sources", ""):
-        if path.endswith(".rst.txt") and not path.startswith("translations/"):
+    sources = (manuals / "html" / "_sources").resolve(strict=True)  # a missing folder is an error
+    for file in sorted(sources.rglob("*.rst.txt")):
+        path = file.relative_to(sources).as_posix()
+        if not path.startswith("translations/"):
             text = file.read_bytes().decode("utf-8", errors="replace")
             text = re.sub(r"^\.\. (?:SPDX-License-Identifier|_[^:]+):.*\n", "", text, flags=re.MULTILINE)
             yield text, path.removesuffix(".txt")
@@ -127,11 +129,3 @@ class _Text(HTMLParser):
 def _joined(wrapped: list[str]) -> str:
     paragraphs = (" ".join(paragraph.split()) for paragraph in wrapped)
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
-
-
-def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir():
-            yield from _walk(entry, f"{prefix}{entry.name}/")
-        else:
-            yield prefix + entry.name, entry

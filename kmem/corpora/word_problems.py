@@ -83,9 +83,8 @@ def _collection(draw: random.Random) -> Problem:
             problem.story.append(f"Then {owner} {event}s {change} more.")
             have = problem.calculate(have, "+", change)
         else:
-            problem.story.append(
-                f"Then {owner} gives {change} to {friend}." if event == "give" else f"Then {owner} loses {change}."
-            )
+            done = f"gives {change} to {friend}" if event == "give" else f"loses {change}"
+            problem.story.append(f"Then {owner} {done}.")
             have = problem.calculate(have, "-", change)
     problem.question = f"How many {things} does {owner} have now?"
     return problem
@@ -116,11 +115,8 @@ def _journey(draw: random.Random) -> Problem:
     way = 0
     for leg in range(draw.randint(2, 3)):
         speed, hours = 5 * draw.randint(4, 24), draw.randint(2, 6)
-        problem.story.append(
-            f"A {ride} goes {speed} miles per hour for {hours} hours."
-            if leg == 0
-            else f"Then it goes {speed} miles per hour for {hours} hours."
-        )
+        who = "Then it" if leg else f"A {ride}"
+        problem.story.append(f"{who} goes {speed} miles per hour for {hours} hours.")
         part = problem.calculate(speed, "*", hours)
         way = part if not way else problem.calculate(way, "+", part)
     if draw.random() < 0.5:
@@ -168,10 +164,8 @@ def _comparison(draw: random.Random) -> Problem:
     if draw.random() < 0.5:
         problem.calculate(problem.calculate(have, "+", more), "+", less)
         problem.question = f"How many {things} do they have together?"
-    elif less >= have:
-        problem.calculate(less, "-", have)
-        problem.question = f"How many more {things} does {third} have than {first}?"
     else:
-        problem.calculate(have, "-", less)
-        problem.question = f"How many more {things} does {first} have than {third}?"
+        (small, poor), (large, rich) = sorted([(have, first), (less, third)], key=lambda amount: amount[0])
+        problem.calculate(large, "-", small)
+        problem.question = f"How many more {things} does {rich} have than {poor}?"
     return problem

@@ -10,13 +10,11 @@ from torch import Tensor
 from kmem.checkpoint.controls import Choices
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import ConfigError, DataConfig, Source
-from kmem.data.bank_addresses import Addressing
 from kmem.data.batch import SequenceBatch
 from kmem.data.progress import Progress
 from kmem.data.reader import PreparedData, SequenceReader, open_data
 from kmem.data.tokenizer import load_tokenizer
-from kmem.eval.bank import EvaluatedBank
-from kmem.eval.memory_kinds import EvaluatedMemory
+from kmem.eval.memory_kinds import EvaluatedBank, EvaluatedMemory
 from kmem.eval.questions import Answers, Question, answer, read_questions, sample
 from kmem.model.decoder import Decoder
 from kmem.model.mask import document_mask
@@ -36,21 +34,18 @@ class EvaluatedModel:
         kinds = kinds_of(shape)
         with torch.device("meta"):
             self.decoder = Decoder(shape)
-        by_kind = {"bank": EvaluatedBank}
-        self.memories = {
-            kind.name: by_kind.get(kind.name, EvaluatedMemory)(reader, kind, self.decoder, choices) for kind in kinds
-        }
+        self.memories: dict[str, EvaluatedMemory] = {}
+        self.bank: EvaluatedBank | None = None
+        """The bank, whose rows depend on more than the tokens: on the data's addresses or the prompts."""
+        for kind in kinds:
+            if kind.name == "bank":
+                self.memories[kind.name] = self.bank = EvaluatedBank(reader, kind, self.decoder, choices)
+            else:
+                self.memories[kind.name] = EvaluatedMemory(reader, kind, self.decoder, choices)
         tables = {name for kind in kinds for name in kind.tables(shape)}
         weights = {name: reader.read(name) for name in reader.tensors if name not in tables}
         self.decoder.load_state_dict(weights, assign=True)
         self.decoder.to(local_device()).eval()
-
-    @property
-    def bank(self) -> EvaluatedBank | None:
-        """The bank, whose rows depend on more than the tokens: on the data's addresses or the prompts."""
-        bank = self.memories.get("bank")
-        assert bank is None or isinstance(bank, EvaluatedBank)
-        return bank
 
     def loss(self, batch: SequenceBatch) -> Tensor:
         """Summed cross entropy of sequences of data."""
@@ -130,13 +125,11 @@ def held_out_figures(
 
 
 def _open(trained_on: DataConfig, folder: str, reader: CheckpointReader, bank: EvaluatedBank | None) -> PreparedData:
-    config = trained_on.model_copy(update={"sources": (Source(path=folder),)})
-    addressing: Addressing | None = None
-    if bank is not None:  # the bank's control may need no addresses
-        config, addressing = config.model_copy(update={"addresses": None}), bank.addressing
-    elif config.addresses is not None:  # all held-out text, whatever the run has read
-        config = config.model_copy(update={"addresses": config.addresses.model_copy(update={"subtrees": None})})
-    data = open_data(config, reader.config.model.vocab_size, addressing)
+    addresses = trained_on.addresses if bank is None else None  # the bank's control may need none
+    if addresses is not None:  # all held-out text, whatever the run has read
+        addresses = addresses.model_copy(update={"subtrees": None})
+    config = trained_on.model_copy(update={"sources": (Source(path=folder),), "addresses": addresses})
+    data = open_data(config, reader.config.model.vocab_size, None if bank is None else bank.addressing)
     stored = reader.commit.progress.data.get("tokenizer", data.tokenizer_fingerprint)
     if stored != data.tokenizer_fingerprint:
         raise ConfigError(

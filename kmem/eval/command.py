@@ -67,14 +67,16 @@ def run(arguments: argparse.Namespace) -> int:
     if bank != type(bank)() and reader.config.model.bank is None:
         raise ConfigError("--bank-levels, --blocked and --tree: the model has no bank (model.bank)")
     choices = Choices(controls, bank)
+    given = choices.given(shape)
+    described = {"checkpoint": str(reader.folder), "step": reader.step, "memories": given, **bank.chosen()}
     if arguments.questions is not None:
         if arguments.data or arguments.sequences:
             raise ConfigError(
                 "--questions: cannot be combined with --data or --sequences, which are for the held-out loss"
             )
-        return _ask(reader, arguments, choices)
+        _ask(reader, arguments, choices, described)
+        return 0
     folders = arguments.data or [source.path for source in trained_on.sources]
-    given = choices.given(shape)
 
     def figures_of(chosen: Mapping[str, str]) -> Figures:
         return held_out_figures(reader, folders, Choices(chosen, bank), arguments.sequences, arguments.batch)
@@ -84,25 +86,35 @@ def run(arguments: argparse.Namespace) -> int:
         control_name(control): figures_of(control) for control in (all_controls(shape) if arguments.controls else ())
     }
     if arguments.json:
-        described = {"checkpoint": str(reader.folder), "step": reader.step, "memories": given, **bank.chosen()}
         print(json.dumps(described | {"held_out": held_out} | ({"controls": controlled} if arguments.controls else {})))
     else:
-        _print_figures(reader, held_out, given | bank.chosen())
+        rows = [
+            (
+                folder,
+                f"{row['bits_per_byte']:.4f}",
+                f"{row['loss']:.4f}",
+                f"{row['perplexity']:.2f}",
+                f"{row['tokens']:,}",
+            )
+            for folder, row in held_out.items()
+        ]
+        columns = ("data", "bits per byte", "loss", "perplexity", "tokens")
+        _print(f"held-out loss of {reader.folder}", given | bank.chosen(), columns, rows)
         if arguments.controls:
             _print_controls(held_out, controlled)
     return 0
 
 
-def _ask(reader: "CheckpointReader", arguments: argparse.Namespace, choices: Choices) -> int:
+def _ask(
+    reader: "CheckpointReader", arguments: argparse.Namespace, choices: Choices, described: Mapping[str, Any]
+) -> None:
     """Print how the model answers a file of questions."""
     from kmem.eval.checkpoint import answered
 
     answers = answered(reader, arguments.questions, choices, arguments.batch, arguments.questions_limit)
-    given, bank = choices.given(reader.config.model.shape), choices.bank.chosen()
     if arguments.json:
-        tree = {"checkpoint": str(reader.folder), "step": reader.step, "memories": given, **bank}
-        print(json.dumps({**tree, "questions": [asdict(group) for group in answers]}))
-        return 0
+        print(json.dumps({**described, "questions": [asdict(group) for group in answers]}))
+        return
     sampled = answers[-1].questions < answers[-1].of
     rows = [
         (
@@ -115,28 +127,12 @@ def _ask(reader: "CheckpointReader", arguments: argparse.Namespace, choices: Cho
     ]
     _print(
         f"{arguments.questions.name}, answered by {reader.folder}",
-        given | bank,
+        described["memories"] | choices.bank.chosen(),
         ("exposures", "questions", "right", "bits per answer"),
         rows,
     )
     if sampled:
         print("a sample of the questions, the same each time; in `all`, groups have the weights of the whole file")
-    return 0
-
-
-def _print_figures(reader: "CheckpointReader", figures: Figures, given: Mapping[str, Any]) -> None:
-    rows = [
-        (
-            folder,
-            f"{row['bits_per_byte']:.4f}",
-            f"{row['loss']:.4f}",
-            f"{row['perplexity']:.2f}",
-            f"{row['tokens']:,}",
-        )
-        for folder, row in figures.items()
-    ]
-    columns = ("data", "bits per byte", "loss", "perplexity", "tokens")
-    _print(f"held-out loss of {reader.folder}", given, columns, rows)
 
 
 def _print_controls(trained: Figures, controlled: Mapping[str, Figures]) -> None:

@@ -6,7 +6,6 @@ the training text tell the answer. `kmem data prepare` puts the file into the fo
 
 import math
 import random
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ from kmem.config import UserError
 from kmem.data.progress import Progress
 from kmem.wording import counted
 
-BOUNDS = (1, 2, 4, 16, 64)
-"""Smallest exposures of each group."""
+GROUPS = {"unknown": -1, "0": 0, "1": 1, "2-3": 2, "4-15": 4, "16-63": 16, "64+": 64}
+"""Group of exposures -> the fewest in it; -1 stands for exposures that are not given."""
 SAMPLE_SEED = 0
 
 
@@ -153,9 +152,9 @@ def answer(
                 bits = -float(said.gather(1, wanted[:, None]).sum()) / math.log(2)
                 scores.setdefault(_group(question.exposures), []).append((right, bits))
             progress.advance(len(asked))
-    groups = sorted(scores, key=lambda group: int(group.split("-")[0].rstrip("+")) if group != "unknown" else -1)
     by_group = [
-        Answers(group, len(scores[group]), sizes[group], *np.mean(scores[group], axis=0).tolist()) for group in groups
+        Answers(group, len(scores[group]), sizes[group], *np.mean(scores[group], axis=0).tolist())
+        for group in sorted(scores, key=GROUPS.__getitem__)
     ]
     whole = sum(group.of for group in by_group)
     right, bits = (sum(group.of * getattr(group, name) for group in by_group) / whole for name in ("right", "bits"))
@@ -163,12 +162,5 @@ def answer(
 
 
 def _group(exposures: int | None) -> str:
-    if exposures is None:
-        return "unknown"
-    if exposures < BOUNDS[0]:
-        return str(exposures)
-    place = bisect_right(BOUNDS, exposures)
-    if place == len(BOUNDS):
-        return f"{BOUNDS[-1]}+"
-    first, last = BOUNDS[place - 1], BOUNDS[place] - 1
-    return str(last) if last == first else f"{first}-{last}"
+    given = -1 if exposures is None else exposures
+    return max((group for group, fewest in GROUPS.items() if fewest <= given), key=GROUPS.__getitem__)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from kmem import cli
 from kmem.clustering import building
-from kmem.clustering.encoder_folder import read_encoder
+from kmem.clustering.encoder_folder import encoder_digest, read_encoder
 from kmem.config import UserError
 from kmem.data.tokenizer import load_tokenizer
 from kmem.model.bank_embedder import load_embedder
@@ -140,7 +140,7 @@ def test_a_fingerprint_is_that_of_weights_tokenizer_and_pooling(data, tmp_path):
         return ClusterTree.load(clustered(data, folder)).record["embedder"]["fingerprint"]
 
     encoder = write_sentence_bert(tmp_path / "0" / "bert")
-    first, digest = fingerprint(encoder), read_encoder(encoder).digest()
+    first, digest = fingerprint(encoder), encoder_digest(encoder)
     assert fingerprint(copied(encoder, tmp_path / "1" / "bert")) == first
     other = [copied(encoder, tmp_path / f"{number}" / "bert") for number in range(2, 5)]
     weights = load_file(other[0] / "model.safetensors")
@@ -149,7 +149,7 @@ def test_a_fingerprint_is_that_of_weights_tokenizer_and_pooling(data, tmp_path):
     write_json(other[1] / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "do_lower_case": False})
     write_json(other[2] / "1_Pooling" / "config.json", {"pooling_mode": "cls"})
     assert len({first, *map(fingerprint, other)}) == 4
-    assert len({digest, *(read_encoder(folder).digest() for folder in other)}) == 4
+    assert len({digest, *map(encoder_digest, other)}) == 4
 
 
 def test_interrupted_work_goes_on_with_the_same_encoder_alone(data, tmp_path, capsys, monkeypatch):

@@ -18,7 +18,7 @@ from kmem.data.indexed import IndexedTokens
 from kmem.data.prepare import Preparation, prepare
 from kmem.data.reader import open_data
 from kmem.data.tokenizer import load_tokenizer
-from kmem.eval import bank as evaluated_bank
+from kmem.eval import memory_kinds
 from kmem.eval.checkpoint import EvaluatedModel
 from kmem.model.bank_fetched import without_blocks
 from kmem.model.bank_router import descend_elsewhere
@@ -132,9 +132,9 @@ def test_only_units_that_are_read_and_may_not_stay_are_embedded(prepared, run, b
     config = reader.config.data.model_copy(update={"sources": (source,)})
     held_out = open_data(config, reader.config.model.vocab_size, Addressing(tree(), batching)).validation
     embedded = []
-    real = evaluated_bank.leaves_around
+    real = memory_kinds.leaves_around
     monkeypatch.setattr(
-        evaluated_bank, "leaves_around", lambda *some: (embedded.append(some[2].tolist()), real(*some))[1]
+        memory_kinds, "leaves_around", lambda *some: (embedded.append(some[2].tolist()), real(*some))[1]
     )
     samples = held_out.spread(3)
     read, stored = held_out.units(samples), held_out.leaves

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kmem.checkpoint.actions import add_action, open_verified
-from kmem.checkpoint.printing import print_table
 from kmem.config import UserError
-from kmem.wording import counted
+from kmem.wording import counted, print_table
 
 if TYPE_CHECKING:
     from kmem.checkpoint.bank.editing import Edited
