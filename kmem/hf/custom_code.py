@@ -12,7 +12,9 @@ from kmem.model import bank_embedder
 ENTRY = "modeling_kmem"
 AUTO_MAP = {
     "AutoConfig": "configuration_kmem.KmemConfig",
+    "AutoModel": "modeling_kmem.KmemModel",
     "AutoModelForCausalLM": "modeling_kmem.KmemForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_kmem.KmemForSequenceClassification",
 }
 REGISTERED = "registered_embedder"
 """Module of an export that holds the class of a registered embedder, one that is not kmem's own."""
@@ -72,13 +74,16 @@ def write_embedder(folder: Path, embedder: str) -> None:
 
 def register() -> None:
     """Let Transformers' Auto classes load kmem folders with the installed kmem instead of the folder's copy."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
+    from kmem.model import modeling_kmem
     from kmem.model.configuration_kmem import KmemConfig
-    from kmem.model.modeling_kmem import KmemForCausalLM
 
-    AutoConfig.register(KmemConfig.model_type, KmemConfig, exist_ok=True)
-    AutoModelForCausalLM.register(KmemConfig, KmemForCausalLM, exist_ok=True)
+    transformers.AutoConfig.register(KmemConfig.model_type, KmemConfig, exist_ok=True)
+    for auto, path in AUTO_MAP.items():
+        if auto != "AutoConfig":
+            model = getattr(modeling_kmem, path.rpartition(".")[2])
+            getattr(transformers, auto).register(KmemConfig, model, exist_ok=True)
 
 
 def _packages(node: ast.AST) -> list[str]:

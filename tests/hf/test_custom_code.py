@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from kmem.hf.custom_code import code_files, register
 from kmem.model.configuration_kmem import KmemConfig
@@ -113,6 +113,85 @@ def test_wrong_calls_are_refused():
     fields = KmemConfig(model=CONFIG.model_dump(mode="json")).to_dict()
     with pytest.raises(ValueError, match=r"config\.json: hidden_size=64\b.*\b32\b"):
         KmemConfig(**{**fields, "hidden_size": 64})
+
+
+def test_what_is_not_computed_is_refused():
+    own, ids = build(), torch.tensor([[1, 2]])
+    for name in ("output_attentions", "output_router_logits"):
+        with pytest.raises(ValueError, match=rf"^{name}\b"):
+            own(ids, **{name: True})
+    own.config.output_router_logits = True
+    with pytest.raises(ValueError, match="output_router_logits"):
+        own(ids)
+    own.config.output_router_logits = False
+    assert own(ids, output_attentions=False).attentions is None
+    with pytest.raises(ValueError, match="use_reentrant"):
+        own.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def gradients(own, ids, **options):
+    own.zero_grad()
+    own(ids, labels=ids, **options).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in own.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["softmax and shared experts", "chain of experts", "four branches"])
+def test_recomputed_layers_have_the_same_gradients(name):
+    own, ids = build(OWN[name]).train(), torch.tensor([[1, 2, 3, 4, 5, 6]])
+    kept = gradients(own, ids)
+    calls = []
+    for layer in own.layers:
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    own.gradient_checkpointing_enable()
+    recomputed = gradients(own, ids)
+    assert len(calls) == 2 * len(own.layers)
+    assert kept.keys() == recomputed.keys()
+    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+    own.gradient_checkpointing_disable()
+    gradients(own, ids)
+    assert len(calls) == 3 * len(own.layers)
+
+
+@torch.no_grad()
+def test_documents_in_one_sequence_are_computed_alone():
+    """Positions that start again, as Transformers' packing collators give them."""
+    own = build(OWN["four branches"])
+    first, second = torch.randint(VOCABULARY, (2, 5)).split(1)
+    packed, positions = torch.cat((first, second[:, :3]), 1), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
+    output = own(packed, position_ids=positions)
+    alone = torch.cat((own(first).logits, own(second[:, :3]).logits), 1)
+    torch.testing.assert_close(output.logits, alone, atol=1e-5, rtol=1e-5)
+    assert output.past_key_values is None
+    assert own(packed, position_ids=torch.arange(8)[None]).past_key_values is not None
+    assert not torch.allclose(own(packed).logits, alone, atol=1e-3)
+    with pytest.raises(ValueError, match="position_ids"):
+        own(packed, position_ids=positions, use_cache=True)
+
+
+def test_the_decoder_alone_and_as_a_classifier(tmp_path):
+    own, ids = build(), torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    own.save_pretrained(tmp_path)
+    register()
+    decoder, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    hidden = decoder(ids, attention_mask=mask).last_hidden_state
+    assert torch.equal(own.head(hidden), own(ids, attention_mask=mask).logits)
+    assert torch.equal(decoder.get_input_embeddings().weight, own.embedding.weight)
+
+    sorting, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3, output_loading_info=True)
+    assert info["missing_keys"] == {"score.weight"}
+    output = sorting(ids, attention_mask=mask, labels=torch.tensor([0, 2]))
+    last = torch.stack((hidden[0, 3], hidden[1, 1]))
+    assert torch.equal(output.logits, sorting.score(last))
+    expected = torch.nn.functional.cross_entropy(output.logits, torch.tensor([0, 2]))
+    torch.testing.assert_close(output.loss, expected)
+    output.loss.backward()
+    assert sorting.layers[1].feed_forward.experts.down_proj.grad.abs().sum() > 0
+    sorting.save_pretrained(tmp_path / "sorting")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "sorting")
+    assert again.config.num_labels == 3
+    assert torch.equal(again(ids, attention_mask=mask).logits, output.logits)
 
 
 @pytest.mark.parametrize("config", [CONFIG, OWN["four branches"]], ids=["one stream", "branches"])
