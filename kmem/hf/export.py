@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kmem.checkpoint.trained_model import TrainedModel
+from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import Config, UserError
 from kmem.data.progress import Progress
 from kmem.data.safetensors_file import SafetensorsWriter
@@ -31,7 +31,7 @@ TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 
 
 def export(
-    trained: TrainedModel,
+    trained: CheckpointReader,
     out: Path,
     *,
     custom_code: bool = False,
@@ -180,7 +180,7 @@ def plan_shards(pieces: Sequence[Piece], dtype: torch.dtype, max_bytes: int) -> 
 
 
 def _write_weights(
-    trained: TrainedModel,
+    trained: CheckpointReader,
     memories: Mapping[str, FolderParts],
     shards: list[list[Piece]],
     dtype: torch.dtype,
@@ -208,7 +208,7 @@ def _write_weights(
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _values(trained: TrainedModel, piece: Piece) -> Iterator[torch.Tensor]:
+def _values(trained: CheckpointReader, piece: Piece) -> Iterator[torch.Tensor]:
     """The values of a piece whose rows are those of tensors, in row-major order, a slice at a time.
 
     A row of several tensors that is longer than a slice comes tensor by tensor.
@@ -227,7 +227,7 @@ def _values(trained: TrainedModel, piece: Piece) -> Iterator[torch.Tensor]:
 
 
 def _write_descriptions(
-    trained: TrainedModel,
+    trained: CheckpointReader,
     choice: Choice,
     config: Any,
     tokens: Mapping[str, int],

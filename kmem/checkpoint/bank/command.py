@@ -57,12 +57,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from kmem.checkpoint.bank.editing import the_layout
+    from kmem.checkpoint.bank.layout import bank_layout
     from kmem.checkpoint.bank.rows import figures
     from kmem.checkpoint.reader import CheckpointReader
 
     reader = CheckpointReader(arguments.checkpoint)
-    layout = the_layout(reader)
+    layout = bank_layout(reader)
     levels, clusters = figures(reader, layout, arguments.paths)
     if arguments.json:
         tree = {"checkpoint": str(reader.folder), "step": reader.step, "kind": layout.kind, "levels": levels}

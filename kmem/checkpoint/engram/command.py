@@ -35,11 +35,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from kmem.checkpoint.engram.rows import table_figures, the_addresses
+    from kmem.checkpoint.engram.rows import checkpoint_addresses, table_figures
     from kmem.checkpoint.reader import CheckpointReader
 
     reader = CheckpointReader(arguments.checkpoint)
-    addressing = the_addresses(reader).addressing
+    addressing = checkpoint_addresses(reader).addressing
     figures = dict(zip(addressing.layers, table_figures(reader, addressing.layers), strict=True))
     orders, heads = addressing.orders, addressing.heads
     if arguments.json:
@@ -71,11 +71,11 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from kmem.checkpoint.engram.rows import Phrase, text_ngrams, the_addresses
+    from kmem.checkpoint.engram.rows import Phrase, checkpoint_addresses, text_ngrams
     from kmem.checkpoint.reader import CheckpointReader
 
     reader = CheckpointReader(arguments.checkpoint)
-    layers = the_addresses(reader).layers
+    layers = checkpoint_addresses(reader).layers
     if arguments.layer is not None:
         if arguments.layer not in layers:
             known = ", ".join(map(str, layers))

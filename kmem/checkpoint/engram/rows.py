@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kmem.checkpoint.engram.reading import checkpoint_addresses
+from kmem.checkpoint.manifest import check_addressing
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import WEIGHT, CheckpointReader
 from kmem.checkpoint.rewriting import rewrite_run
 from kmem.checkpoint.storage import TORCH_DTYPES
 from kmem.config import UserError
+from kmem.data.engram_addresses import model_addresses
 from kmem.data.progress import Progress
 from kmem.data.tokenizer import load_tokenizer
 from kmem.model.engram_reader import EngramAddresses, table_name
@@ -68,15 +69,22 @@ class Phrase:
     source: str = "--text"
 
 
-def the_addresses(reader: CheckpointReader) -> EngramAddresses:
-    """The addressing of a checkpoint: which n-gram reads which rows.
+def checkpoint_addresses(reader: CheckpointReader) -> EngramAddresses:
+    """The addresses that a checkpoint's tables were trained with: which n-gram reads which rows.
 
     Raises:
-        CheckpointError: it has no engram, or its tokenizer is another one.
+        CheckpointError: it has no engram or holds no addressing, or its tokenizer is missing or gives another one.
     """
-    addresses = checkpoint_addresses(reader)
-    if addresses is None:
+    if reader.config.model.engram is None:
         raise CheckpointError(f"{reader.folder}: has no engram (model.engram)")
+    if reader.addressing is None:
+        raise CheckpointError(f"{reader.folder}: has no addressing of model.engram, so its rows cannot be found")
+    if not reader.tokenizer_path.is_dir():
+        raise CheckpointError(
+            f"{reader.tokenizer_path}: no tokenizer here, and rows are addressed by its ids; copy the data's"
+        )
+    addresses = model_addresses(reader.config.model, reader.tokenizer_path)
+    check_addressing(reader.folder, reader.addressing, addresses)
     return addresses
 
 
@@ -108,7 +116,7 @@ def text_ngrams(reader: CheckpointReader, phrase: Phrase, layers: Sequence[int])
     Raises:
         UserError: the text has no token.
     """
-    addresses, tokenizer = the_addresses(reader), load_tokenizer(reader.tokenizer_path)
+    addresses, tokenizer = checkpoint_addresses(reader), load_tokenizer(reader.tokenizer_path)
     ids, orders = _tokens(tokenizer, phrase), addresses.addressing.orders
     for layer in layers:
         table, kinds = reader.map_rows(table_name(layer)), [key.partition("/")[0] for key in _moments(reader, layer)]
@@ -144,7 +152,7 @@ def erase(reader: CheckpointReader, out: Path, phrases: Sequence[Phrase]) -> tup
     Raises:
         UserError: a text that is shorter than the shortest n-grams, or a folder that cannot be written.
     """
-    addresses, tokenizer = the_addresses(reader), load_tokenizer(reader.tokenizer_path)
+    addresses, tokenizer = checkpoint_addresses(reader), load_tokenizer(reader.tokenizer_path)
     reader.check_whole()
     orders, heads = addresses.addressing.orders, addresses.addressing.heads
     chosen = {
