@@ -15,7 +15,7 @@ from kmem.checkpoint.storage import entry_name, write_entries
 from kmem.checkpoint.writer import FILE_BYTES
 from kmem.config import Config, dump_config, parse_config
 from kmem.data.progress import Progress as ProgressBar
-from kmem.data.safetensors_file import TORCH_DTYPES
+from kmem.data.safetensors_file import TORCH_DTYPES, in_files
 from kmem.files import atomic_folder
 from kmem.model.bank_export import TREE_FOLDER
 
@@ -86,18 +86,16 @@ def _write(source: CheckpointReader, root: Path, progress: Progress, config: Con
 
 def _completed(commit: Commit) -> Commit:
     """The commit with entries added, in new files, for everything that a partial checkpoint does not hold."""
-    tensors, size, number = dict(commit.tensors), 0, 0
+    holes = []
     for key, tensor in commit.tensors.items():
-        if tensor.whole:
-            continue
-        chunks, place = list(tensor.chunks), 0
+        place = 0
         for start, length, _ in [*sorted(tensor.chunks), (tensor.size, 0, "")]:
-            for first in range(place, start, CHUNK_ELEMENTS):
-                added = min(CHUNK_ELEMENTS, start - first)
-                size += added * TORCH_DTYPES[tensor.dtype].itemsize
-                if size > FILE_BYTES:
-                    size, number = 0, number + 1
-                chunks.append((first, added, f"added-{number:05d}.safetensors"))
+            holes += [(key, first, min(CHUNK_ELEMENTS, start - first)) for first in range(place, start, CHUNK_ELEMENTS)]
             place = start + length
-        tensors[key] = replace(tensor, chunks=sorted(chunks))
+    chunks = {key: list(tensor.chunks) for key, tensor in commit.tensors.items()}
+    files = in_files(holes, lambda hole: hole[2] * TORCH_DTYPES[commit.tensors[hole[0]].dtype].itemsize, FILE_BYTES)
+    for number, added in enumerate(files):
+        for key, first, length in added:
+            chunks[key].append((first, length, f"added-{number:05d}.safetensors"))
+    tensors = {key: replace(tensor, chunks=sorted(chunks[key])) for key, tensor in commit.tensors.items()}
     return replace(commit, tensors=tensors)
