@@ -10,7 +10,6 @@ from torch import Tensor
 from kmem.checkpoint.controls import Choices
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import ConfigError, DataConfig, Source
-from kmem.data.bank_addresses import Addressing
 from kmem.data.batch import SequenceBatch
 from kmem.data.progress import Progress
 from kmem.data.reader import PreparedData, SequenceReader, open_data
@@ -131,12 +130,11 @@ def held_out_figures(
 
 def _open(trained_on: DataConfig, folder: str, reader: CheckpointReader, bank: EvaluatedBank | None) -> PreparedData:
     config = trained_on.model_copy(update={"sources": (Source(path=folder),)})
-    addressing: Addressing | None = None
     if bank is not None:  # the bank's control may need no addresses
-        config, addressing = config.model_copy(update={"addresses": None}), bank.addressing
+        config = config.model_copy(update={"addresses": bank.addresses})
     elif config.addresses is not None:  # all held-out text, whatever the run has read
         config = config.model_copy(update={"addresses": config.addresses.model_copy(update={"subtrees": None})})
-    data = open_data(config, reader.config.model.vocab_size, addressing)
+    data = open_data(config, reader.config.model.vocab_size)
     stored = reader.commit.progress.data.get("tokenizer", data.tokenizer_fingerprint)
     if stored != data.tokenizer_fingerprint:
         raise ConfigError(
