@@ -54,8 +54,9 @@ def rewrite_run(
     config = source.config if config is None else config
     config = parse_config({**config.model_dump(mode="json"), "name": out.name, "folder": str(out.parent)})
     with atomic_folder(out) as partial:
-        (partial / "checkpoints").mkdir(parents=True)
-        folder = _write(source, partial / "checkpoints", stands, config, edit)
+        folder = step_folder(partial / "checkpoints", stands.step)
+        folder.mkdir(parents=True)
+        _write(source, folder, stands, config, edit)
         (partial / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         for name in ("tokenizer", TREE_FOLDER):
             if (source.run_folder / name).is_dir():
@@ -63,9 +64,8 @@ def rewrite_run(
     return out / folder.relative_to(partial)
 
 
-def _write(source: CheckpointReader, root: Path, progress: Progress, config: Config, edit: Edit) -> Path:
-    commit, folder = _completed(source.commit), step_folder(root, progress.step)
-    folder.mkdir()
+def _write(source: CheckpointReader, folder: Path, progress: Progress, config: Config, edit: Edit) -> None:
+    commit = _completed(source.commit)
     entries: dict[str, tuple[str, int, int]] = {}  # name -> stored tensor, first element, length
     by_file: dict[str, dict[str, tuple[int, torch.dtype]]] = {file: {} for file in commit.files}
     for key, tensor in commit.tensors.items():
@@ -81,7 +81,6 @@ def _write(source: CheckpointReader, root: Path, progress: Progress, config: Con
 
         files = {file: write_entries(folder / file, sizes, edited) for file, sizes in by_file.items()}
     replace(commit, progress=progress, config=config.model_dump(mode="json"), files=files).write(folder)
-    return folder
 
 
 def _completed(commit: Commit) -> Commit:

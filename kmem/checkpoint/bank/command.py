@@ -139,14 +139,15 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 
 def _report(edited: "Edited", done: str) -> None:
-    for changed in edited.levels:
+    checkpoint, levels = edited
+    for changed in levels:
         print(
             f"level {changed.level}: blocks of {counted(changed.clusters, 'cluster')} {done}, {changed.values:,} "
             f"values, {changed.bytes / 1e6:,.3f} MB; norm of what they wrote before: {changed.norm:.4g}"
         )
-    if not edited.levels:
+    if not levels:
         print("no block has changed")
-    print(f"wrote {edited.checkpoint}")
+    print(f"wrote {checkpoint}")
 
 
 def _norm(cluster: dict[str, Any]) -> str:

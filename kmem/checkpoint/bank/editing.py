@@ -17,15 +17,13 @@ from kmem.checkpoint.bank.hits import FIRST, KEPT, edited_usage, stored_hits
 from kmem.checkpoint.bank.layout import bank_layout
 from kmem.checkpoint.bank.rows import Selection, cluster_path, held_mask, select, trained_rows, written_norms
 from kmem.checkpoint.commit import Progress
-from kmem.checkpoint.pieces import CheckpointError
+from kmem.checkpoint.pieces import CHUNK_ELEMENTS, CheckpointError
 from kmem.checkpoint.reader import WEIGHT, CheckpointReader
 from kmem.checkpoint.rewriting import rewrite_run
 from kmem.config import Config, parse_config
 from kmem.model.bank_layout import BankLayout, layer_bank_name
 from kmem.wording import counted
 
-COMPARED = 1 << 24
-"""Elements compared at a time."""
 LISTED = 5
 
 
@@ -42,12 +40,8 @@ class Changed:
     """2-norm of what these blocks wrote before the edit."""
 
 
-@dataclass(frozen=True)
-class Edited:
-    """The result of an edit."""
-
-    checkpoint: Path
-    levels: tuple[Changed, ...]
+Edited = tuple[Path, list[Changed]]
+"""Folder of the new checkpoint, and what changed on each level."""
 
 
 @dataclass(frozen=True)
@@ -302,7 +296,7 @@ def _written(
                 target.zero_()
         return values
 
-    return Edited(rewrite_run(base, out, note, edit, progress, config), tuple(figures))
+    return rewrite_run(base, out, note, edit, progress, config), figures
 
 
 def _runs(owners: list[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -361,7 +355,7 @@ def _check_same_anchor(one: CheckpointReader, other: CheckpointReader) -> None:
 
 def _same_values(one: CheckpointReader, other: CheckpointReader, name: str) -> bool:
     size = one.tensors[name].numel()
-    slices = ((WEIGHT + name, start, min(start + COMPARED, size)) for start in range(0, size, COMPARED))
+    slices = ((WEIGHT + name, start, min(start + CHUNK_ELEMENTS, size)) for start in range(0, size, CHUNK_ELEMENTS))
     return one.tensors[name].shape == other.tensors[name].shape and all(
         torch.equal(one.read_stored(*part), other.read_stored(*part)) for part in slices
     )
