@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kmem.checkpoint.bank.layout import checkpoint_router, checkpoint_tree
+from kmem.checkpoint.bank.layout import check_tokenizer_of_tree, checkpoint_router, checkpoint_tree
 from kmem.checkpoint.engram.rows import checkpoint_addresses
 from kmem.checkpoint.manifest import check_addressing
 from kmem.checkpoint.reader import CheckpointReader
@@ -19,7 +19,7 @@ from kmem.clustering.tree_folder import copy_tree
 from kmem.config import ModelConfig, UserError
 from kmem.data.bank_addresses import tree_record
 from kmem.data.engram_addresses import model_addresses
-from kmem.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from kmem.data.tokenizer import load_tokenizer
 from kmem.hf.custom_code import embedder_class, write_embedder
 from kmem.model.bank_embedder import read_embedder_record
 from kmem.model.bank_export import TREE_FOLDER, ExportedBank
@@ -149,15 +149,8 @@ class BankFolder(MemoryFolder):
             copy_tree(folder, run / TREE_FOLDER)
         except ValueError as error:
             raise UserError(str(error)) from error
-        record = tree_record(folder)
-        if record.get("tokenizer") is not None and tokenizer.is_dir():
-            fingerprint = tokenizer_fingerprint(tokenizer)
-            if fingerprint != record["tokenizer"]:
-                raise UserError(
-                    f"{source}: its tokenizer ({fingerprint[:12]}) is not the one whose ids the tree's embedder counts "
-                    f"({record['tokenizer'][:12]}); fetch or export the folder again"
-                )
-        return record
+        check_tokenizer_of_tree(folder, tokenizer, "fetch or export the folder again")
+        return tree_record(folder)
 
 
 _FOLDERS: dict[str, type[MemoryFolder]] = {"engram": EngramFolder, "bank": BankFolder}

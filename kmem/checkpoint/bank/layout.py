@@ -43,14 +43,24 @@ def checkpoint_tree(reader: CheckpointReader, given: Path | None = None) -> Path
             f"{folder}: not the tree that {reader.folder} was trained with ({record['fingerprint'][:12]} instead of "
             f"{reader.tree[:12]}): its leaves or its embedder differ; name the tree of the training data with --tree"
         )
-    if record.get("tokenizer") is not None and reader.tokenizer_path.is_dir():
-        fingerprint = tokenizer_fingerprint(reader.tokenizer_path)
-        if fingerprint != record["tokenizer"]:
-            raise CheckpointError(
-                f"{folder}: its embedder counts token ids of another tokenizer ({record['tokenizer'][:12]}) than "
-                f"{reader.tokenizer_path} ({fingerprint[:12]}); name the tree of the training data with --tree"
-            )
+    check_tokenizer_of_tree(folder, reader.tokenizer_path, "name the tree of the training data with --tree")
     return folder
+
+
+def check_tokenizer_of_tree(tree: Path, tokenizer: Path, remedy: str) -> None:
+    """Refuse a tree whose embedder counts ids of another tokenizer, if it counts any and the tokenizer exists.
+
+    Raises:
+        CheckpointError: names both.
+    """
+    counted = tree_record(tree).get("tokenizer")
+    if counted is not None and tokenizer.is_dir():
+        fingerprint = tokenizer_fingerprint(tokenizer)
+        if fingerprint != counted:
+            raise CheckpointError(
+                f"{tree}: its embedder counts token ids of another tokenizer ({counted[:12]}) than {tokenizer} "
+                f"({fingerprint[:12]}); {remedy}"
+            )
 
 
 def _known_tree(reader: CheckpointReader) -> Path:
