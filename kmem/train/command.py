@@ -54,10 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.nproc is not None and arguments.nproc > 1:
         from kmem.parallel.local_launch import launch_local
 
-        words = ["train", "--config", arguments.config]
-        return launch_local(
-            [*words, *(word for pair in arguments.overrides for word in ("--set", pair))], arguments.nproc
-        )
+        overrides = ["--set", *arguments.overrides] if arguments.overrides else []
+        return launch_local(["train", "--config", arguments.config, *overrides], arguments.nproc)
     rank = int(os.environ.get("RANK", "0"))
     try:
         config.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
@@ -92,19 +90,12 @@ def _train(config: Config, opened: "PreparedData | None") -> int:
     from kmem.data.reader import open_data
     from kmem.parallel.mesh import join_mesh, leave_mesh, run_on_all_ranks
     from kmem.train.reporting import MetricsFile, ProgressReport
-    from kmem.train.run_folder import RunFolder
     from kmem.train.tracking import WandbTracking
     from kmem.train.trainer import Trainer
 
     mesh = join_mesh(config)
     data = run_on_all_ranks(lambda: open_data(config.data, config.model.vocab_size)) if opened is None else opened
-    folder = RunFolder(config)
-    trainer = Trainer(
-        config,
-        mesh,
-        data,
-        [MetricsFile(folder), WandbTracking(config, folder.path), ProgressReport(config.tracking.log_every)],
-    )
-    trainer.fit()
+    callbacks = [MetricsFile(), WandbTracking(), ProgressReport(config.tracking.log_every)]
+    Trainer(config, mesh, data, callbacks).fit()
     leave_mesh()
     return 0

@@ -114,8 +114,8 @@ def rank_bytes(config: Config, mesh: Mesh) -> list[RankBytes]:
     return stages
 
 
-def _layer_sizes(config: Config) -> list[tuple[int, int]]:
-    """(replicated, expert) elements of each pipeline layer."""
+def _layer_sizes(config: Config) -> list[list[int]]:
+    """[replicated, expert] elements of each pipeline layer."""
     tied = config.model.tie_embeddings
     sizes = [[0, 0] for _ in range(config.model.num_layers + 2 + tied)]
     model = config.model.shape
@@ -129,7 +129,7 @@ def _layer_sizes(config: Config) -> list[tuple[int, int]]:
         sizes[layer][".experts." in name] += prod(shape)
     if tied and config.parallel.pipeline > 1:
         sizes[-1][0] += sizes[0][0]  # the last stage holds a copy of the embedding
-    return [(dense, experts) for dense, experts in sizes]
+    return sizes
 
 
 def _activation_bytes(config: Config, layer: int) -> int:
