@@ -61,9 +61,8 @@ def main() -> None:
     config = parse_config(small_run(place, small_corpus(place), steps=8))
     mesh = join_mesh(config)
     data = open_data(config.data, config.model.vocab_size)
-    folder = RunFolder(config)
-    worst = WorstSteps(folder)
-    Trainer(config, mesh, data, [MetricsFile(folder), ProgressReport(1), worst]).fit()
+    worst = WorstSteps(RunFolder(config))
+    Trainer(config, mesh, data, [MetricsFile(), ProgressReport(1), worst]).fit()
     print(f"{worst.path}:\n{worst.path.read_text()}", end="")
     leave_mesh()
 

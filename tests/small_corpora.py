@@ -2,11 +2,12 @@
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from kmem.config import AddressesConfig, DataConfig
 from kmem.data.prepare import Preparation, prepare
 
 BYTES_AND_EOS = 257  # a tokenizer without merges: one token per byte
@@ -17,6 +18,14 @@ def make_texts(count: int, seed: int, longest: int = 40) -> list[str]:
     """Different texts of 1 to `longest` words."""
     draw = random.Random(seed)
     return [f"{number} " + " ".join(draw.choices(WORDS, k=draw.randint(1, longest))) for number in range(count)]
+
+
+def with_addresses(
+    config: DataConfig, tree: Path, batching: str = "packed", subtrees: Sequence[str] = ()
+) -> DataConfig:
+    """The same text with the addresses of a tree."""
+    addresses = AddressesConfig(tree=str(tree), batching=batching, subtrees=subtrees or None)
+    return config.model_copy(update={"addresses": addresses})
 
 
 def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:

@@ -14,7 +14,12 @@ REASONS = {
     "tokenizers library, that the run was trained with",
     "sizes": "The number of rows per head sets the prime of every hash, so a table of another size keeps no address: "
     "a table cannot grow",
+    "tokenizer": "Its embedder counts token ids of another tokenizer",
+    "files": "Its centroids differ, so a leaf holds other documents",
+    "embedder": "Its embedder differs, so a leaf holds other documents",
+    "unit": "Its addresses belong to another unit of text",
 }
+"""Field of an addressing or of a tree.json -> why it matters."""
 ANOTHER_RUN = "start a run under another name"
 """The remedy that always works for a checkpoint in the run's own folder."""
 
@@ -29,24 +34,11 @@ def check_addressing(folder: Path, stored: Mapping[str, Any], used: EngramAddres
         CheckpointError: names every field that differs, and why it matters.
     """
     here = used.addressing.to_manifest()
-    fields = differences(stored, here)
-    if fields:
-        shown = [f"{name} is {_short(here.get(name))} here and {_short(stored.get(name))} there" for name in fields]
-        reasons = [reason for name, reason in REASONS.items() if name in fields] or ["Correct model.engram"]
+    if differences(stored, here):
         raise CheckpointError(
-            f"model.engram: addresses differ from {folder}: {'; '.join(shown)}. {'. '.join(reasons)}; or {hint}"
+            f"model.engram: addresses differ from {folder}: {_explained(stored, here)}. Correct model.engram or the "
+            f"tokenizer; or {hint}"
         )
-
-
-_SHOWN = 60
-"""A message shows two values if they have at most this many characters together. Longer ones are lists and digests,
-which help nobody."""
-TREE_REASONS = {
-    "tokenizer": "Its embedder counts token ids of another tokenizer",
-    "files": "Its centroids differ, so a leaf holds other documents",
-    "embedder": "Its embedder differs, so a leaf holds other documents",
-    "unit": "Its addresses belong to another unit of text",
-}
 
 
 def check_tree(
@@ -65,20 +57,17 @@ def check_tree(
     """
     if stored is None or used is None or stored["fingerprint"] == used["fingerprint"]:
         return
-    named = [name for name in sorted(stored.keys() | used.keys()) if stored.get(name) != used.get(name)]
-    named.remove("fingerprint")
-    values = {name: [str(tree.get(name)) for tree in (used, stored)] for name in named}
-    shown = [
-        f"{name} is {here} here and {there} there" if len(here) + len(there) <= _SHOWN else f"{name} differs"
-        for name, (here, there) in values.items()
-    ]
-    reasons = [reason for name, reason in TREE_REASONS.items() if name in named]
     raise CheckpointError(
-        f"data.addresses.tree: not the tree that {folder} was trained with ({used['fingerprint'][:12]} here, "
-        f"{stored['fingerprint'][:12]} there): {'; '.join(shown)}. "
-        + "".join(f"{reason}. " for reason in reasons)
-        + f"Name the tree of the checkpoint ({folder.parent.parent / 'tree'} is a copy of it), or {hint}"
+        f"data.addresses.tree: not the tree that {folder} was trained with: {_explained(stored, used)}. Name the tree "
+        f"of the checkpoint ({folder.parent.parent / 'tree'} is a copy of it), or {hint}"
     )
+
+
+def _explained(stored: Mapping[str, Any], used: Mapping[str, Any]) -> str:
+    """Every field that differs, and why it matters."""
+    fields = differences(stored, used)
+    shown = [f"{name} is {_short(used.get(name))} here and {_short(stored.get(name))} there" for name in fields]
+    return ". ".join(["; ".join(shown), *(reason for name, reason in REASONS.items() if name in fields)])
 
 
 def _short(value: Any) -> str:

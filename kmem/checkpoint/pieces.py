@@ -127,12 +127,10 @@ class Pieces:
 
     def to_host(self) -> "Pieces":
         """A copy in host memory that later training steps do not change."""
-        copies: list[tuple[int, Tensor | ScatteredRows]] = []
-        for start, part in self.parts:
-            if isinstance(part, ScatteredRows):
-                copies.append((start, part.copy().cpu()))
-            else:
-                copies.append((start, part.detach().to("cpu", copy=True)))
+        copies: list[tuple[int, Tensor | ScatteredRows]] = [
+            (start, part.copy().cpu() if isinstance(part, ScatteredRows) else part.detach().to("cpu", copy=True))
+            for start, part in self.parts
+        ]
         return Pieces(self.length, copies)
 
     def find(self, index: MetadataIndex) -> Tensor | ScatteredRows:
@@ -154,16 +152,14 @@ class Pieces:
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
                     chunk=ChunkStorageMetadata(torch.Size([start]), part.shape),
-                    properties=_properties(part),
+                    properties=TensorProperties.create_from_tensor(
+                        part.rows if isinstance(part, ScatteredRows) else part
+                    ),
                     size=self.size(),
                 ),
             )
             for start, part in self.parts
         ]
-
-
-def _properties(part: Tensor | ScatteredRows) -> TensorProperties:
-    return TensorProperties.create_from_tensor(part.rows if isinstance(part, ScatteredRows) else part)
 
 
 class PiecesSavePlanner(DefaultSavePlanner):

@@ -1,6 +1,7 @@
 """Reading a checkpoint in one process without a process group, tensor by tensor, from mapped files."""
 
 import logging
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,10 @@ class CheckpointReader:
         self.folder = find_checkpoint(Path(path))
         self.run_folder = self.folder.parent.parent
         self.commit = Commit.read(self.folder)
-        self._opened: dict[str, Any] = {}  # files stay mapped: a model has many more tensors than files
-        self._mapped: dict[str, SafetensorsFile] = {}
+        folder = self.folder
+        # Files stay open: a model has many more tensors than files.
+        self._opened = cache(lambda file: safe_open(folder / file, framework="pt"))
+        self._mapped = cache(lambda file: SafetensorsFile(folder / file))
         self.config: Config = parse_config(self.commit.config)
         self.step = self.commit.progress.step
         self.facts = {
@@ -103,11 +106,8 @@ class CheckpointReader:
         for first, length, file in stored.chunks:
             low, high = max(first, start), min(first + length, stop)
             if low < high:
-                if file not in self._opened:
-                    self._opened[file] = safe_open(self.folder / file, framework="pt")
-                out[low - start : high - start] = self._opened[file].get_slice(entry_name(key, first))[
-                    low - first : high - first
-                ]
+                entry = self._opened(file).get_slice(entry_name(key, first))
+                out[low - start : high - start] = entry[low - first : high - first]
                 held += high - low
         if held < stop - start and absent is None:
             raise self._in_part(key)
@@ -151,17 +151,12 @@ class CheckpointReader:
             raise self._in_part(key)
         try:
             segments = [
-                Segment(self._mapped_file(file), entry_name(key, start))
+                Segment(self._mapped(file), entry_name(key, start))
                 for start, _, file in sorted(self.commit.tensors[key].chunks)
             ]
             return MappedRows(name, dim, segments)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-
-    def _mapped_file(self, file: str) -> SafetensorsFile:
-        if file not in self._mapped:
-            self._mapped[file] = SafetensorsFile(self.folder / file)
-        return self._mapped[file]
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -15,7 +15,7 @@ from kmem.checkpoint.storage import entry_name, write_entries
 from kmem.checkpoint.writer import FILE_BYTES
 from kmem.config import Config, dump_config, parse_config
 from kmem.data.progress import Progress as ProgressBar
-from kmem.data.safetensors_file import TORCH_DTYPES
+from kmem.data.safetensors_file import TORCH_DTYPES, in_files
 from kmem.files import atomic_folder
 from kmem.model.bank_export import TREE_FOLDER
 
@@ -54,8 +54,9 @@ def rewrite_run(
     config = source.config if config is None else config
     config = parse_config({**config.model_dump(mode="json"), "name": out.name, "folder": str(out.parent)})
     with atomic_folder(out) as partial:
-        (partial / "checkpoints").mkdir(parents=True)
-        folder = _write(source, partial / "checkpoints", stands, config, edit)
+        folder = step_folder(partial / "checkpoints", stands.step)
+        folder.mkdir(parents=True)
+        _write(source, folder, stands, config, edit)
         (partial / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         for name in ("tokenizer", TREE_FOLDER):
             if (source.run_folder / name).is_dir():
@@ -63,9 +64,8 @@ def rewrite_run(
     return out / folder.relative_to(partial)
 
 
-def _write(source: CheckpointReader, root: Path, progress: Progress, config: Config, edit: Edit) -> Path:
-    commit, folder = _completed(source.commit), step_folder(root, progress.step)
-    folder.mkdir()
+def _write(source: CheckpointReader, folder: Path, progress: Progress, config: Config, edit: Edit) -> None:
+    commit = _completed(source.commit)
     entries: dict[str, tuple[str, int, int]] = {}  # name -> stored tensor, first element, length
     by_file: dict[str, dict[str, tuple[int, torch.dtype]]] = {file: {} for file in commit.files}
     for key, tensor in commit.tensors.items():
@@ -81,23 +81,20 @@ def _write(source: CheckpointReader, root: Path, progress: Progress, config: Con
 
         files = {file: write_entries(folder / file, sizes, edited) for file, sizes in by_file.items()}
     replace(commit, progress=progress, config=config.model_dump(mode="json"), files=files).write(folder)
-    return folder
 
 
 def _completed(commit: Commit) -> Commit:
     """The commit with entries added, in new files, for everything that a partial checkpoint does not hold."""
-    tensors, size, number = dict(commit.tensors), 0, 0
+    holes = []
     for key, tensor in commit.tensors.items():
-        if tensor.whole:
-            continue
-        chunks, place = list(tensor.chunks), 0
+        place = 0
         for start, length, _ in [*sorted(tensor.chunks), (tensor.size, 0, "")]:
-            for first in range(place, start, CHUNK_ELEMENTS):
-                added = min(CHUNK_ELEMENTS, start - first)
-                size += added * TORCH_DTYPES[tensor.dtype].itemsize
-                if size > FILE_BYTES:
-                    size, number = 0, number + 1
-                chunks.append((first, added, f"added-{number:05d}.safetensors"))
+            holes += [(key, first, min(CHUNK_ELEMENTS, start - first)) for first in range(place, start, CHUNK_ELEMENTS)]
             place = start + length
-        tensors[key] = replace(tensor, chunks=sorted(chunks))
+    chunks = {key: list(tensor.chunks) for key, tensor in commit.tensors.items()}
+    files = in_files(holes, lambda hole: hole[2] * TORCH_DTYPES[commit.tensors[hole[0]].dtype].itemsize, FILE_BYTES)
+    for number, added in enumerate(files):
+        for key, first, length in added:
+            chunks[key].append((first, length, f"added-{number:05d}.safetensors"))
+    tensors = {key: replace(tensor, chunks=sorted(chunks[key])) for key, tensor in commit.tensors.items()}
     return replace(commit, tensors=tensors)

@@ -17,7 +17,7 @@ from kmem.checkpoint.pieces import CHUNK_ELEMENTS
 from kmem.checkpoint.reader import WEIGHT
 from kmem.checkpoint.storage import entry_name
 from kmem.config import Config
-from kmem.data.safetensors_file import DTYPE_NAMES, SafetensorsWriter
+from kmem.data.safetensors_file import DTYPE_NAMES, SafetensorsWriter, in_files
 from kmem.files import atomic_folder
 
 FILE_BYTES = 4 << 30  # ranks divide the files of a checkpoint among them to verify it
@@ -49,7 +49,8 @@ def write_weights(
     with atomic_folder(final) as partial:
         tensors: dict[str, StoredTensor] = {}
         files: dict[str, StoredFile] = {}
-        for number, names in enumerate(_files(shapes)):
+        groups = in_files(shapes, lambda name: prod(shapes[name]) * torch.float32.itemsize, FILE_BYTES)
+        for number, names in enumerate(groups):
             file = f"part-{number:05d}.safetensors"
             for name in names:
                 size = prod(shapes[name])
@@ -85,17 +86,3 @@ def _append(writer: SafetensorsWriter, tensor: str, size: int, parts: Iterable[T
             flat, done = flat[len(values) :], done + len(values)
     if more or done != size:
         raise ValueError(f"{tensor} has {size} elements, its parts have {'more' if more else done}")
-
-
-def _files(shapes: Mapping[str, Sequence[int]]) -> list[list[str]]:
-    """Tensor names of each file. A file has at most FILE_BYTES, unless a single tensor is larger."""
-    files: list[list[str]] = [[]]
-    size = 0
-    for name, shape in shapes.items():
-        more = prod(shape) * torch.float32.itemsize
-        if files[-1] and size + more > FILE_BYTES:
-            files.append([])
-            size = 0
-        files[-1].append(name)
-        size += more
-    return files

@@ -1,7 +1,7 @@
 # ruff: noqa: F401 - the names below are the interface of the package
 """Typed configuration: YAML files, dotted overrides, errors that name the field."""
 
-from kmem.config.data import DataConfig, Source
+from kmem.config.data import AddressesConfig, DataConfig, Source
 from kmem.config.errors import ConfigError, UserError
 from kmem.config.load import dump_config, load_config, packaged_configs, parse_config
 from kmem.config.model import (

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,26 +22,8 @@ from kmem.model.bank_tree import cluster_of, parse_path, read_tree_record
 from kmem.model.file_digest import file_digest
 from kmem.wording import counted
 
-RECORD_FILE = "addresses.json"
+RECORD_FILE, LEAVES_SUFFIX = "addresses.json", ".addresses.npy"
 FORMAT, VERSION = "kmem-addresses", 1
-
-Batching = Literal["packed", "leaf"]
-
-
-@dataclass(frozen=True)
-class Addressing:
-    """Which addresses sequences carry, and how sequences are composed."""
-
-    tree: Path
-    """Folder of the tree; the prepared folders must have addresses from it."""
-    batching: Batching = "packed"
-    """packed: the same sequences as without addresses; each position has the address of its document or window. leaf: a
-    sequence holds units of one leaf only (kmem.data.leaf_order)."""
-    subtrees: tuple[str, ...] = ()
-    """With leaf: paths of clusters; only sequences of leaves below them are read. Empty: all sequences."""
-
-    def __post_init__(self) -> None:
-        assert self.batching == "leaf" or not self.subtrees, "packed sequences hold text of all clusters"
 
 
 @dataclass(frozen=True)
@@ -51,15 +33,10 @@ class SplitAddresses:
     leaves: NDArray[np.int32]
     """[units] memory-mapped."""
     units: UnitMap
-    continued: NDArray[np.bool_] | None
-    """[units] whether a unit's document continues after it; None where units are documents."""
+    continued: NDArray[np.bool_]
+    """[units] whether a unit's document continues after it."""
     digest: str
     """Identity of the addresses."""
-
-
-def addresses_file(split: str) -> str:
-    """Name of the file that holds a split's leaves."""
-    return f"{split}.addresses.npy"
 
 
 def data_fingerprint(manifest: Manifest) -> str:
@@ -94,7 +71,7 @@ def write_addresses(
     (folder / RECORD_FILE).unlink(missing_ok=True)
     splits = {}
     for split, values in leaves.items():
-        path = folder / addresses_file(split)
+        path = folder / f"{split}{LEAVES_SUFFIX}"
         assert values.dtype == np.int32
         with AtomicFile(path) as file:
             np.save(file.stream, values, allow_pickle=False)
@@ -152,53 +129,37 @@ def read_addresses(
         )
     if of_data != data_fingerprint(manifest):
         raise UserError(f"{path}: the addresses belong to other data than the folder holds; {remedy} --force")
-    unit = Unit.parse(record["unit"])
-    units = UnitMap(starts, lengths, unit)
-    file = folder / addresses_file(split)
+    units = UnitMap(starts, lengths, Unit.parse(record["unit"]))
+    file = folder / f"{split}{LEAVES_SUFFIX}"
     try:
         leaves = np.load(file, mmap_mode="r", allow_pickle=False)
         fits = leaves.dtype == np.int32 and leaves.shape == (len(units),) == (expected,)
         fits = fits and file_digest(file) == digest
     except (OSError, ValueError, EOFError):
         fits = False
-    if not fits or (len(leaves) and not 0 <= int(leaves.min()) <= int(leaves.max()) < leaf_count(record)):
+    if not fits or (
+        len(leaves) and not 0 <= int(leaves.min()) <= int(leaves.max()) < record["children"] ** record["levels"]
+    ):
         raise UserError(
             f"{file}: missing, damaged, or not the leaves of {counted(len(units), 'unit')} that were written; "
             f"{remedy} --force"
         )
-    continued = None if unit.window is None else units.continued()
-    return SplitAddresses(leaves, units, continued, f"{record['fingerprint']}/{digest}")
-
-
-def leaf_count(tree: Mapping[str, Any]) -> int:
-    """Number of leaves, k^p."""
-    return int(tree["children"] ** tree["levels"])
-
-
-def leaves_below(tree: Mapping[str, Any], paths: Sequence[str]) -> dict[str, range]:
-    """Path of a cluster -> its leaves.
-
-    Raises:
-        UserError: the tree has no such cluster.
-    """
-    children, levels, leaves = tree["children"], tree["levels"], {}
-    for path in paths:
-        try:
-            level, number = cluster_of(parse_path(path), children, levels)
-        except ValueError as error:
-            raise UserError(f"data.addresses.subtrees: {error}") from None
-        below = children ** (levels - level)
-        leaves[path] = range(number * below, (number + 1) * below)
-    return leaves
+    return SplitAddresses(leaves, units, units.continued(), f"{record['fingerprint']}/{digest}")
 
 
 def chosen_leaves(tree: Mapping[str, Any], paths: Sequence[str]) -> NDArray[np.bool_]:
     """[leaves] whether a leaf lies below one of the clusters.
 
     Raises:
-        UserError: as `leaves_below`.
+        UserError: the tree has no such cluster.
     """
-    chosen = np.zeros(leaf_count(tree), np.bool_)
-    for leaves in leaves_below(tree, paths).values():
-        chosen[leaves.start : leaves.stop] = True
+    children, levels = tree["children"], tree["levels"]
+    chosen = np.zeros(children**levels, np.bool_)
+    for path in paths:
+        try:
+            level, number = cluster_of(parse_path(path), children, levels)
+        except ValueError as error:
+            raise UserError(f"data.addresses.subtrees: {error}") from None
+        below = children ** (levels - level)
+        chosen[number * below : (number + 1) * below] = True
     return chosen

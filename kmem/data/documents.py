@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 from kmem.config import UserError
 from kmem.files import PARTIAL, REPLACED
@@ -17,6 +17,10 @@ PROVENANCE_NAME = "provenance.json"
 
 _TEXT, _LINES, _PARQUET = (".txt", ".text", ".md"), (".jsonl", ".json", ".ndjson"), (".parquet",)
 _COMPRESSED = (".gz", ".zst")
+_Fault = tuple[str, str]
+"""`kind` and `detail` of a Problem."""
+_Record = tuple[int, str | _Fault]
+"""A line or row, and its document or its fault."""
 SUPPORTED = "text (.txt, .md), JSON lines (.jsonl, .ndjson, .json), each plain, .gz or .zst, and .parquet"
 
 
@@ -87,13 +91,13 @@ def read_documents(path: Path, reading: Reading) -> Iterator[str | Problem]:
     Raises:
         UserError: the file cannot be opened.
     """
-    form = _form(path)
-    records = {"text": _text, "lines": _json_lines, "parquet": _parquet}[form or "text"]
+    forms = {"text": _text, "lines": _json_lines, "parquet": _parquet}
     empty = True
     try:
-        for record in records(path, reading):
+        for number, record in forms[_form(path) or "text"](path, reading):
             empty = False
-            yield _usable(path, record) if isinstance(record, tuple) else record
+            usable = _usable(record) if isinstance(record, str) else record
+            yield usable if isinstance(usable, str) else Problem(str(path), number, *usable)
     except PermissionError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     if empty:
@@ -108,16 +112,13 @@ def _is_input(file: Path, folder: Path) -> bool:
     return _form(file) is not None and file.name != PROVENANCE_NAME and not hidden and not prepared
 
 
-def _usable(path: Path, record: tuple[int, str]) -> str | Problem:
-    line, text = record
+def _usable(text: str) -> str | _Fault:
     if not text or text.isspace():
-        return Problem(str(path), line, "empty", "an empty document")
+        return "empty", "an empty document"
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        return Problem(
-            str(path), line, "undecodable", r"a lone surrogate (\ud800-\udfff), which no UTF-8 text can hold"
-        )
+        return "undecodable", r"a lone surrogate (\ud800-\udfff), which no UTF-8 text can hold"
     return text
 
 
@@ -143,8 +144,8 @@ def _open(path: Path) -> IO[bytes]:
     return open(path, "rb")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes] | Problem]:
-    """Numbered raw lines with their line ends; a Problem where a compressed stream is damaged."""
+def _lines(path: Path) -> Iterator[tuple[int, bytes | _Fault]]:
+    """Numbered raw lines with their line ends; a fault where a compressed stream is damaged, and then nothing."""
     number = 0
     with _open(path) as stream:
         try:
@@ -154,102 +155,85 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes] | Problem]:
         except (OSError, zlib.error, EOFError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the disk's error; gzip and pyarrow report damage without a number
-            yield Problem(
-                str(path), number + 1, "corrupt file", f"the compressed file is damaged from here on ({error})"
-            )
+            yield number + 1, ("corrupt file", f"the compressed file is damaged from here on ({error})")
 
 
-def _decode(path: Path, number: int, raw: bytes) -> str | Problem:
+def _decode(number: int, raw: bytes) -> _Record:
     try:
-        return raw.decode("utf-8")
+        return number, raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = number + raw.count(b"\n", 0, error.start)
-        detail = f"not UTF-8 (byte 0x{raw[error.start]:02x}); convert the file to UTF-8"
-        return Problem(str(path), line, "undecodable", detail)
+        return line, ("undecodable", f"not UTF-8 (byte 0x{raw[error.start]:02x}); convert the file to UTF-8")
 
 
-def _text(path: Path, reading: Reading) -> Iterator[tuple[int, str] | Problem]:
+def _text(path: Path, reading: Reading) -> Iterator[_Record]:
     """Documents of a plain text file. The text is not changed; only separators and a byte order mark are removed."""
     marker = reading.documents.removeprefix("marker:").encode()
     separator = {"file": None, "line": None, "blank-line": b""}.get(reading.documents, marker)
     begin = 1
     parts: list[bytes] = []
-    for line in _lines(path):
-        if isinstance(line, Problem):
+    for number, raw in _lines(path):
+        if isinstance(raw, tuple):
             # Documents before the damage are complete only if each is a line; those have been yielded.
-            yield line
+            yield number, raw
             return
-        number, raw = line
         if reading.documents == "line":
-            yield from _joined(path, number, [raw])
+            yield from _joined(number, [raw])
         elif raw.strip() == separator:
-            yield from _joined(path, begin, parts)
+            yield from _joined(begin, parts)
             begin, parts = number + 1, []
         else:
             parts.append(raw)
-    yield from _joined(path, begin, parts, verbatim=reading.documents == "file")
+    yield from _joined(begin, parts, verbatim=reading.documents == "file")
 
 
-def _joined(path: Path, begin: int, parts: list[bytes], verbatim: bool = False) -> Iterator[tuple[int, str] | Problem]:
+def _joined(begin: int, parts: list[bytes], verbatim: bool = False) -> Iterator[_Record]:
     raw = b"".join(parts)
     if not verbatim:
         raw = raw.rstrip(b"\r\n")
     if raw.strip():  # an empty space between two separators is neither a document nor an error
-        text = _decode(path, begin, raw)
-        yield text if isinstance(text, Problem) else (begin, text)
+        yield _decode(begin, raw)
 
 
-def _json_lines(path: Path, reading: Reading) -> Iterator[tuple[int, str] | Problem]:
-    for line in _lines(path):
-        if isinstance(line, Problem):
-            yield line
-            return
-        number, raw = line
-        if not raw.strip():
-            continue
-        decoded = _decode(path, number, raw)
-        if isinstance(decoded, Problem):
-            yield decoded
-            continue
-        try:
-            record = json.loads(decoded)
-        except (ValueError, RecursionError) as error:
-            detail = f"not JSON ({error}); expected one object per line"
-            yield Problem(str(path), number, "corrupt line", detail)
-            continue
-        yield _field(path, number, record, reading.field)
+def _json_lines(path: Path, reading: Reading) -> Iterator[_Record]:
+    for number, raw in _lines(path):
+        if isinstance(raw, tuple):
+            yield number, raw
+        elif raw.strip():
+            _, text = _decode(number, raw)
+            yield number, _field(text, reading.field) if isinstance(text, str) else text
 
 
-def _field(path: Path, number: int, record: Any, field: str) -> tuple[int, str] | Problem:
+def _field(line: str, field: str) -> str | _Fault:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return "corrupt line", f"not JSON ({error}); expected one object per line"
     if not isinstance(record, dict):
-        detail = f"a JSON {type(record).__name__}; expected one object per line"
-        return Problem(str(path), number, "corrupt line", detail)
+        return "corrupt line", f"a JSON {type(record).__name__}; expected one object per line"
     if field not in record:
-        detail = f"no field {field!r}; choose one with --field (there are: {', '.join(map(str, record)) or 'none'})"
-        return Problem(str(path), number, "missing field", detail)
+        names = ", ".join(record) or "none"
+        return "missing field", f"no field {field!r}; choose one with --field (there are: {names})"
     if not isinstance(record[field], str):
         kind = "null" if record[field] is None else type(record[field]).__name__
-        return Problem(str(path), number, "missing field", f"field {field!r} holds {kind}, expected a string")
-    return number, record[field]
+        return "missing field", f"field {field!r} holds {kind}, expected a string"
+    return record[field]
 
 
-def _parquet(path: Path, reading: Reading) -> Iterator[tuple[int, str] | Problem]:
+def _parquet(path: Path, reading: Reading) -> Iterator[_Record]:
     import pyarrow
     import pyarrow.parquet
 
-    row = 0
+    row, column = 0, f"column {reading.field!r}"
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if reading.field not in names:
-                detail = f"no column {reading.field!r}; choose one with --field (there are: {', '.join(names)})"
-                yield Problem(str(path), 1, "missing field", detail)
+                yield 1, ("missing field", f"no {column}; choose one with --field (there are: {', '.join(names)})")
                 return
             kind = file.schema_arrow.field(reading.field).type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                yield Problem(
-                    str(path), 1, "missing field", f"column {reading.field!r} holds {kind}, expected a string"
-                )
+                yield 1, ("missing field", f"{column} holds {kind}, expected a string")
                 return
             for batch in file.iter_batches(batch_size=1024, columns=[reading.field]):
                 for value in batch.column(0):
@@ -257,13 +241,10 @@ def _parquet(path: Path, reading: Reading) -> Iterator[tuple[int, str] | Problem
                     try:
                         text = value.as_py()
                     except UnicodeDecodeError:
-                        yield Problem(str(path), row, "undecodable", "not UTF-8")
-                        continue
-                    if text is None:
-                        yield Problem(str(path), row, "missing field", f"column {reading.field!r} is null")
+                        yield row, ("undecodable", "not UTF-8")
                     else:
-                        yield row, text
+                        yield row, ("missing field", f"{column} is null") if text is None else text
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, PermissionError):
             raise
-        yield Problem(str(path), row + 1, "corrupt file", f"broken Parquet ({str(error).splitlines()[0]})")
+        yield row + 1, ("corrupt file", f"broken Parquet ({str(error).splitlines()[0]})")

@@ -7,8 +7,8 @@ from kmem.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from kmem.model.engram_reader import EngramAddresses
 
 
-def model_addresses(model: ModelConfig, tokenizer: Path) -> EngramAddresses | None:
-    """The addresses of a model's engram; None for a model without one.
+def model_addresses(model: ModelConfig, tokenizer: Path) -> EngramAddresses:
+    """The addresses of a model's engram.
 
     Args:
         tokenizer: a tokenizer folder, such as the one in prepared data or in a run.
@@ -16,8 +16,7 @@ def model_addresses(model: ModelConfig, tokenizer: Path) -> EngramAddresses | No
     Raises:
         ConfigError: the model's settings do not fit the tokenizer; names the field.
     """
-    if model.engram is None:
-        return None
+    assert model.engram is not None
     loaded = load_tokenizer(tokenizer)
     if loaded.eos_token_id is None:
         raise ConfigError(f"model.engram: the tokenizer {tokenizer} names no end of text, but n-grams are padded by it")

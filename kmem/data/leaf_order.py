@@ -44,7 +44,7 @@ class LeafOrder:
         self.all_spans = int(self._spans_F.sum())
         """Sequences per epoch of all leaves, chosen or not."""
         read_F = np.ones(len(self._tokens_F), np.bool_) if chosen is None else chosen[: len(self._tokens_F)]
-        self._read = None if chosen is None else np.repeat(read_F, self._spans_F)
+        self._read = np.repeat(read_F, self._spans_F)
         self.spans_per_epoch = int(self._spans_F[read_F].sum())
         self.padding = self.spans_per_epoch * sequence_length - int(self._tokens_F[read_F].sum())
         """Positions per epoch that hold no token."""
@@ -61,8 +61,7 @@ class LeafOrder:
             shuffled = permutation(self._seed, self._digest, number, "units", len(self._lengths))
             units = shuffled[np.argsort(self._leaves[shuffled], kind="stable")]
             spans = permutation(self._seed, self._digest, number, "sequences", self.all_spans)
-        if self._read is not None:
-            spans = spans[self._read[spans]]
+        spans = spans[self._read[spans]]
         # The units of a leaf follow one another; the next leaf begins with a new sequence.
         joined = offsets_of(self._lengths[units])
         leaf_start = offsets_of(self._tokens_F)[:-1]

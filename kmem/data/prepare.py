@@ -90,7 +90,9 @@ def prepare(options: Preparation) -> Manifest:
         held_out = choose_held_out(documents, options.validation_share, options.seed)
         tokenizer = _tokenizer(folder / "tokenizer", surveys, held_out, options)
         dtype, splits = _tokenize(folder, surveys, held_out, tokenizer, options, workers)
-        _copy_questions(folder, surveys, held_out)
+        for survey, held_out_here in _by_file(surveys, held_out):
+            if survey.source.provenance is not None:
+                count_exposures(survey.path, held_out_here, folder)
         manifest = _manifest(folder, surveys, tokenizer, dtype, splits, options)
         manifest.write(folder)
     return manifest
@@ -179,18 +181,21 @@ def _training_sample(
 ) -> Iterator[str]:
     """Documents that the tokenizer is trained on: none is held out, and each file gives its share of the sample."""
     share = min(1.0, options.tokenizer_sample / sum(survey.text_bytes for survey in surveys))
-    first = 0
-    for survey in surveys:
-        taken, number = 0, first
-        for text in _documents(survey.path, options.reading):
+    for survey, held_out_here in _by_file(surveys, held_out):
+        taken = 0
+        for text, out in zip(_documents(survey.path, options.reading), held_out_here, strict=False):
             if taken > share * survey.text_bytes:
                 break
-            if number < len(held_out) and not held_out[number]:
+            if not out:
                 yield text
                 taken += len(text.encode("utf-8"))
                 progress.advance(len(text.encode("utf-8")))
-            number += 1
-        first += survey.source.documents
+
+
+def _by_file(surveys: Sequence[Survey], held_out: NDArray[np.bool_]) -> Iterator[tuple[Survey, NDArray[np.bool_]]]:
+    """Each file with `held_out` of its own documents."""
+    ends = np.cumsum([survey.source.documents for survey in surveys])
+    return zip(surveys, np.split(held_out, ends[:-1]), strict=True)
 
 
 def _documents(path: Path, reading: Reading) -> Iterator[str]:
@@ -198,27 +203,15 @@ def _documents(path: Path, reading: Reading) -> Iterator[str]:
     return (item for item in read_documents(path, reading) if isinstance(item, str))
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    ids: NDArray[Any]
-    """Token ids of the documents, one after another."""
-    lengths: list[int]
-    text_bytes: list[int]
-
-
-def encode_batch(texts: list[str], tokenizer: Path, eos_token_id: int, dtype: str) -> _Encoded:
-    """Tokenize a batch of documents; runs in a worker."""
+def encode_batch(
+    texts: list[str], tokenizer: Path, eos_token_id: int, dtype: str
+) -> list[tuple[NDArray[np.integer], int]]:
+    """(token ids, UTF-8 bytes) of each document of a batch; runs in a worker."""
     encoded = _encoder(tokenizer, eos_token_id).encode(texts)
-    return _Encoded(
-        ids=np.concatenate([np.array(ids, dtype=dtype) for ids in encoded]),
-        lengths=[len(ids) for ids in encoded],
-        text_bytes=[len(text.encode("utf-8")) for text in texts],
-    )
+    return [(np.array(ids, dtype=dtype), len(text.encode("utf-8"))) for ids, text in zip(encoded, texts, strict=True)]
 
 
-@lru_cache(maxsize=1)
-def _encoder(tokenizer: Path, eos_token_id: int) -> Encoder:
-    return Encoder(tokenizer, eos_token_id)
+_encoder = lru_cache(maxsize=1)(Encoder)  # one for each worker
 
 
 def _tokenize(
@@ -244,17 +237,15 @@ def _tokenize(
     number = 0
     with Progress("tokenizing", sum(survey.text_bytes for survey in surveys)) as progress:
         for encoded in workers.in_order(encode, _batches(surveys, options)):
-            begin = 0
-            for length, text_bytes in zip(encoded.lengths, encoded.text_bytes, strict=True):
+            for ids, text_bytes in encoded:
                 if number == len(held_out):
                     raise _changed(surveys)
                 split = "validation" if held_out[number] else "train"
-                builders[split].add_document(encoded.ids[begin : begin + length], [length])
-                for place, amount in enumerate((1, length, text_bytes)):
+                builders[split].add_document(ids, [len(ids)])
+                for place, amount in enumerate((1, len(ids), text_bytes)):
                     counts[split][place] += amount
-                begin += length
                 number += 1
-            progress.advance(sum(encoded.text_bytes))
+            progress.advance(sum(text_bytes for _, text_bytes in encoded))
     if number != len(held_out):
         raise _changed(surveys)
     for split, builder in builders.items():
@@ -287,14 +278,6 @@ def _changed(surveys: Sequence[Survey]) -> UserError:
     return UserError(f"{', '.join(str(survey.path) for survey in surveys)}: the input changed while it was read; retry")
 
 
-def _copy_questions(folder: Path, surveys: Sequence[Survey], held_out: NDArray[np.bool_]) -> None:
-    first = 0
-    for survey in surveys:
-        if survey.source.provenance is not None:
-            count_exposures(survey.path, held_out[first : first + survey.source.documents], folder)
-        first += survey.source.documents
-
-
 def _manifest(
     folder: Path,
     surveys: Sequence[Survey],
@@ -303,9 +286,7 @@ def _manifest(
     splits: dict[str, SplitRecord],
     options: Preparation,
 ) -> Manifest:
-    reasons: Counter[str] = Counter()
-    for survey in surveys:
-        reasons.update(survey.skipped.reasons)
+    reasons = sum((Counter(survey.skipped.reasons) for survey in surveys), Counter())
     examples = [example for survey in surveys for example in survey.skipped.examples]
     return Manifest(
         kmem_version=kmem.__version__,

@@ -2,7 +2,10 @@
 
 import sys
 import time
-from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.progress import TimeElapsedColumn
 
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -14,41 +17,30 @@ class Progress:
         self._title = title
         self._total = max(total, 1)
         self._done = 0
-        self._bar: Any = None  # rich, imported only on a terminal
+        self._on_terminal = sys.stderr.isatty()
+        columns = (*Bar.get_default_columns(), TimeElapsedColumn())
+        self._bar = Bar(*columns, console=Console(stderr=True), disable=not self._on_terminal)
+        self._task = self._bar.add_task(title, total=self._total)
         self._started = self._last_line = time.monotonic()
 
     def __enter__(self) -> "Progress":
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            self._bar = Bar(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TaskProgressColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self._bar.start()
-            self._bar.add_task(self._title, total=self._total)
+        self._bar.start()
         return self
 
     def advance(self, amount: int) -> None:
         """Report that `amount` more work is done."""
         self._done += amount
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self._done)
+        if self._on_terminal:
+            self._bar.update(self._task, completed=self._done)
         elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             share = min(self._done / self._total, 1.0)
             print(f"{self._title}: {share:.0%}", file=sys.stderr, flush=True)
 
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
-        if self._bar is not None:
-            if kind is None:
-                self._bar.update(self._bar.task_ids[0], completed=self._total)
+        if kind is None:
+            self._bar.update(self._task, completed=self._total)
+        if self._on_terminal:
             self._bar.stop()
         elif kind is None:
             print(f"{self._title}: done in {time.monotonic() - self._started:.1f} s", file=sys.stderr, flush=True)

@@ -12,12 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kmem.config import DataConfig, UserError
+from kmem.config import AddressesConfig, DataConfig, UserError
 from kmem.data.bank_addresses import (
-    Addressing,
     SplitAddresses,
     chosen_leaves,
-    leaves_below,
     read_addresses,
     tree_record,
 )
@@ -60,19 +58,13 @@ class PreparedData:
         return loss / math.log(2) / self.bytes_per_token_validation
 
 
-def open_data(config: DataConfig, model_vocab_size: int, addressing: Addressing | None = None) -> PreparedData:
-    """Open the prepared corpora of a run.
-
-    Args:
-        addressing: in place of `data.addresses`; with either, sequences carry bank addresses.
+def open_data(config: DataConfig, model_vocab_size: int) -> PreparedData:
+    """Open the prepared corpora of a run. With `data.addresses`, sequences carry bank addresses.
 
     Raises:
         UserError: a corpus is missing, unfinished, damaged or shorter than a sequence; the corpora do not share one
             tokenizer; the tokenizer has more tokens than the model; a corpus has no addresses from the tree.
     """
-    if addressing is None and config.addresses is not None:
-        chosen = config.addresses
-        addressing = Addressing(_folder(chosen.tree), chosen.batching, chosen.subtrees or ())
     manifests = [read_manifest(_folder(source.path)) for source in config.sources]
     for source, manifest in zip(config.sources, manifests, strict=True):
         check_tokenizer(_folder(source.path), manifest)
@@ -84,19 +76,19 @@ def open_data(config: DataConfig, model_vocab_size: int, addressing: Addressing 
             f"{config.sources[0].path}/tokenizer; set it to at least {tokenizer.size}"
         )
     held_out = [manifest.splits["validation"] for manifest in manifests]
-    training = SequenceReader(config, "train", addressing)
+    addresses, training = config.addresses, SequenceReader(config, "train")
     return PreparedData(
         training=training,
-        validation=SequenceReader(config, "validation", addressing),
+        validation=SequenceReader(config, "validation"),
         tokenizer_path=_folder(config.sources[0].path) / "tokenizer",
         tokenizer_fingerprint=tokenizer.fingerprint,
         eos_token_id=tokenizer.eos_token_id,
         bytes_per_token_validation=sum(split.bytes for split in held_out) / sum(split.tokens for split in held_out),
-        fingerprint=_fingerprint(config, manifests, addressing, training.address_digests),
+        fingerprint=_fingerprint(config, manifests, addresses, training.address_digests),
         sequences_fingerprint=_fingerprint(
-            config, manifests, addressing if _by_leaf(addressing) else None, training.address_digests
+            config, manifests, addresses if _by_leaf(config) else None, training.address_digests
         ),
-        selection="" if addressing is None else ",".join(addressing.subtrees),
+        selection="" if addresses is None else ",".join(addresses.subtrees or ()),
     )
 
 
@@ -109,14 +101,14 @@ class SequenceReader:
     Split `validation`: samples 0..len-1 in the order in which the documents are stored, source after source. The last
     sequence of a source is padded with EOS tokens that have no labels.
 
-    With `addressing.batching` leaf, a sequence holds documents or windows of one leaf, and the last sequence of each
-    leaf is padded (kmem.data.leaf_order); the validation split reads leaf after leaf. With `addressing.subtrees` both
+    With `addresses.batching` leaf, a sequence holds documents or windows of one leaf, and the last sequence of each
+    leaf is padded (kmem.data.leaf_order); the validation split reads leaf after leaf. With `addresses.subtrees` both
     splits leave out the sequences of other leaves and are otherwise the same. A source's weight is then multiplied by
     the share of its sequences that remains, so each source keeps the share of a cluster's text that it has in the whole
     text.
     """
 
-    def __init__(self, config: DataConfig, split: str, addressing: Addressing | None = None):
+    def __init__(self, config: DataConfig, split: str):
         """
         Raises:
             UserError: a corpus is missing, unfinished or damaged, its training split is shorter than a sequence, or it
@@ -125,16 +117,17 @@ class SequenceReader:
         assert split in ("train", "validation")
         self._config = config
         self._sources = []
-        self._addressed = addressing is not None
         for source in config.sources:
             folder = _folder(source.path)
             manifest = read_manifest(folder)
-            self._sources.append(_Source(folder, manifest, split, config, addressing))
+            self._sources.append(_Source(folder, manifest, split, config))
         self._drawn = np.arange(len(self._sources))
-        if addressing is not None and addressing.subtrees:
+        if config.addresses is not None and config.addresses.subtrees:
+            tree = tree_record(_folder(config.addresses.tree))
             self._drawn = np.flatnonzero([source.spans for source in self._sources])
-            for path, leaves in leaves_below(tree_record(addressing.tree), addressing.subtrees).items():
-                if split == "train" and not any(source.holds(leaves) for source in self._sources):
+            for path in config.addresses.subtrees:
+                below = chosen_leaves(tree, [path])
+                if split == "train" and not any(below[source.leaves].any() for source in self._sources):
                     raise UserError(
                         f"data.addresses.subtrees: there is no training text below cluster {path}; leave it out"
                     )
@@ -208,14 +201,11 @@ class SequenceReader:
             source_n = self._drawn[place_n]
         if len(numbers) and numbers.min() < 0:
             raise IndexError(f"sample {numbers.min()} is negative")
-        length = self._config.sequence_length
-        rows = _Rows(
-            tokens=np.empty((len(numbers), length + 1), dtype=np.int64),
-            documents=np.empty((len(numbers), length + 1), dtype=np.int64),
-            positions=np.empty((len(numbers), length + 1), dtype=np.int64),
-            real=np.empty(len(numbers), dtype=np.int64),
-            addresses=np.empty((len(numbers), length + 1), dtype=np.int64) if self._addressed else None,
+        tokens, documents, positions, addresses = np.empty(
+            (4, len(numbers), self._config.sequence_length + 1), dtype=np.int64
         )
+        real = np.empty(len(numbers), dtype=np.int64)
+        rows = _Rows(tokens, documents, positions, real, addresses if self._config.addresses is not None else None)
         for index in np.unique(source_n):
             source = self._sources[index]
             here = np.flatnonzero(source_n == index)
@@ -264,7 +254,7 @@ class _Rows:
 class _Source:
     """One corpus of the blend."""
 
-    def __init__(self, folder: Path, manifest: Manifest, split: str, config: DataConfig, addressing: Addressing | None):
+    def __init__(self, folder: Path, manifest: Manifest, split: str, config: DataConfig):
         self.indexed = IndexedTokens(folder / split)
         record = manifest.splits["train" if split == "train" else "validation"]
         lengths = self.indexed.lengths
@@ -278,18 +268,20 @@ class _Source:
         # The pieces that are joined into a stream: documents, or units of one leaf.
         self._starts, self._lengths = self.indexed.starts, lengths
         self.addresses: SplitAddresses | None = None
-        if addressing is not None:
-            self.addresses = read_addresses(folder, manifest, split, self._starts, lengths, addressing.tree)
+        if config.addresses is not None:
+            tree = _folder(config.addresses.tree)
+            self.addresses = read_addresses(folder, manifest, split, self._starts, lengths, tree)
         self.leaves: NDArray[np.integer] = np.empty(0, np.int32) if self.addresses is None else self.addresses.leaves
-        self._by_leaf = _by_leaf(addressing)
+        self._by_leaf = _by_leaf(config)
         self._epoch: Callable[[int], Epoch]
         self.padding, self.share = 0, 1.0
         if self._by_leaf:
             assert self.addresses is not None
-            assert addressing is not None
+            assert config.addresses is not None
             self._starts, self._lengths = self.addresses.units.starts, self.addresses.units.lengths
             digest = f"{_content_digest(manifest)}/{self.addresses.digest}" if split == "train" else None
-            chosen = chosen_leaves(tree_record(addressing.tree), addressing.subtrees) if addressing.subtrees else None
+            subtrees = config.addresses.subtrees
+            chosen = chosen_leaves(tree_record(tree), subtrees) if subtrees else None
             order = LeafOrder(self._lengths, self.addresses.leaves, self._length, config.seed, digest, chosen)
             self.padding, self.spans, self._epoch = order.padding, order.spans_per_epoch, order.epoch
             self.share = order.spans_per_epoch / max(order.all_spans, 1)
@@ -312,12 +304,6 @@ class _Source:
         other = copy.copy(self)
         other.leaves = leaves
         return other
-
-    def holds(self, leaves: range) -> bool:
-        """Whether any unit has one of these leaves."""
-        assert self.addresses is not None
-        own = self.addresses.leaves
-        return bool(((own >= leaves.start) & (own < leaves.stop)).any())
 
     def fill(self, rows: _Rows, here: NDArray[np.int64], number: int, positions: NDArray[np.int64]) -> None:
         """Write the spans at `positions` of epoch `number` into the rows `here`."""
@@ -359,7 +345,7 @@ class _Source:
         addresses[row, column] = self.leaves[unit]
         last = addresses[np.arange(len(here)), real_n - 1]
         rows.addresses[here] = np.where(np.arange(width) < real_n[:, None], addresses, last[:, None])
-        if self._by_leaf and self.addresses.continued is not None:
+        if self._by_leaf:
             at = begin_p + length_p - 1 - start_n[row_p]  # column of the piece's last token
             reached = (begin_p + length_p == end_p) & (at < self._length) & self.addresses.continued[part_p]
             following = self.indexed.take(stored_p[reached] + length_p[reached])
@@ -372,8 +358,8 @@ def _within(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
 
 
-def _by_leaf(addressing: Addressing | None) -> bool:
-    return addressing is not None and addressing.batching == "leaf"
+def _by_leaf(config: DataConfig) -> bool:
+    return config.addresses is not None and config.addresses.batching == "leaf"
 
 
 def _folder(path: str) -> Path:
@@ -386,7 +372,7 @@ def _content_digest(manifest: Manifest) -> str:
 
 
 def _fingerprint(
-    config: DataConfig, manifests: Sequence[Manifest], addressing: Addressing | None, digests: Sequence[str]
+    config: DataConfig, manifests: Sequence[Manifest], addresses: AddressesConfig | None, digests: Sequence[str]
 ) -> str:
     # Paths are left out: a moved corpus is still the same data.
     tree = {
@@ -400,6 +386,6 @@ def _fingerprint(
         "document_attention": config.document_attention,
         "seed": config.seed,
     }
-    if addressing is not None:  # left out otherwise, so data without addresses keeps its fingerprint
-        tree["addresses"] = [addressing.batching, *digests]
+    if addresses is not None:  # left out otherwise, so data without addresses keeps its fingerprint
+        tree["addresses"] = [addresses.batching, *digests]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

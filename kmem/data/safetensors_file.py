@@ -9,14 +9,17 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from kmem.config import UserError
 from kmem.files import FULL_DISK, AtomicFile
+
+Item = TypeVar("Item")
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -35,7 +38,7 @@ DTYPE_NAMES = {
 """torch dtype -> its name in a safetensors header."""
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
-SLICE_BYTES = 64 << 20  # a tensor that must be moved or made contiguous is copied in slices of this size
+SLICE_BYTES = 64 << 20  # a tensor is moved to the host and hashed in slices of this size
 
 
 class SafetensorsWriter(AtomicFile):
@@ -86,19 +89,6 @@ class SafetensorsWriter(AtomicFile):
             )
         self.write_values(name, tensor)
 
-    def write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
-        """Append rows [start, start + len(rows)) of the next declared tensor along its first dimension.
-
-        Rows are written in order; the tensor is complete after its last row.
-        """
-        shape, dtype = self._expect(name)
-        if not shape or tuple(rows.shape[1:]) != shape[1:] or start * prod(shape[1:]) != self._values:
-            raise ValueError(
-                f"{name}: declared {list(shape)} {dtype} with {self._values} values written, got rows "
-                f"{list(rows.shape)} from {start}"
-            )
-        self.write_values(name, rows)
-
     def write_values(self, name: str, values: torch.Tensor) -> None:
         """Append values of any shape to the next declared tensor, in row-major order, such as parts of rows that are
         too long to hold. The tensor is complete after its last value."""
@@ -109,7 +99,8 @@ class SafetensorsWriter(AtomicFile):
                 f"{name}: {self._values} of {size} values of {dtype} are written, got {values.numel()} more of "
                 f"{values.dtype}"
             )
-        self._append_tensor(values)
+        for part in values.detach().reshape(-1).split(SLICE_BYTES // dtype.itemsize):
+            self._append(part.cpu().view(torch.uint8).numpy().data)
         self._values += values.numel()
         if self._values == size:
             del self._missing[name]
@@ -139,29 +130,14 @@ class SafetensorsWriter(AtomicFile):
             raise ValueError(f"{self.path}: the next declared tensor is {due}, got {name}")
         return self._missing[name]
 
-    def _append_tensor(self, tensor: torch.Tensor) -> None:
-        tensor = tensor.detach()
-        if tensor.numel() == 0:
-            return
-        if tensor.device.type == "cpu" and tensor.is_contiguous():
-            self._append(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        elif tensor.dim() and len(tensor) > 1 and tensor.numel() * tensor.itemsize > SLICE_BYTES:
-            rows = max(1, SLICE_BYTES // (tensor[0].numel() * tensor.itemsize))
-            for start in range(0, len(tensor), rows):
-                self._append_tensor(tensor[start : start + rows])
-        else:
-            self._append_tensor(tensor.cpu().contiguous())
-
     def _append(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
+        rest = memoryview(data)
+        self._hash.update(rest)
         try:
-            for start in range(0, len(view), SLICE_BYTES):
-                part = view[start : start + SLICE_BYTES]
-                self._hash.update(part)
-                while part:  # an unbuffered write may write less than it is given
-                    count = self.stream.write(part)
-                    self._written += count
-                    part = part[count:]
+            while rest:  # an unbuffered write may write less than it is given
+                count = self.stream.write(rest)
+                self._written += count
+                rest = rest[count:]
         except OSError as error:
             self.discard()
             raise self._explain(error) from error
@@ -173,6 +149,19 @@ class SafetensorsWriter(AtomicFile):
                 "free space or choose another folder"
             )
         return UserError(f"{self.path}: cannot be written: {error.strerror}")
+
+
+def in_files(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> list[list[Item]]:
+    """Divide items, in their order, among files of at most `limit` bytes; a file is larger only if a single item is."""
+    files: list[list[Item]] = [[]]
+    filled = 0
+    for item in items:
+        if files[-1] and filled + size(item) > limit:
+            files.append([])
+            filled = 0
+        files[-1].append(item)
+        filled += size(item)
+    return files
 
 
 def refuse_pickled(folder: Path, model_class: str) -> None:

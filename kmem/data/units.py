@@ -10,6 +10,9 @@ from kmem.data.order import offsets_of
 
 Indices = NDArray[np.int64]
 
+LONGER_THAN_ANY = 1 << 40
+"""Tokens of the window that stands for a whole document."""
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -46,23 +49,17 @@ class UnitMap:
 
     def __init__(self, starts: Indices, lengths: Indices, unit: Unit):
         """starts, lengths: [documents] where each document begins in the stream, and its tokens, with its EOS."""
-        self._unit = unit
+        self._window = unit.window or LONGER_THAN_ANY
         self._document_starts = starts
-        if unit.window is None:
-            counts = np.ones(len(lengths), dtype=np.int64)
-        else:
-            counts = np.maximum((lengths + unit.window // 2) // unit.window, 1)
+        counts = np.maximum((lengths + self._window // 2) // self._window, 1)
         self.first: Indices = offsets_of(counts)
         """[documents + 1] the first unit of each document."""
-        if unit.window is None:
-            self.documents, self.starts, self.lengths = np.arange(len(lengths)), starts, lengths
-            return
         self.documents = np.repeat(np.arange(len(lengths)), counts)
         nth = np.arange(len(self.documents)) - self.first[self.documents]
-        self.starts = starts[self.documents] + nth * unit.window
+        self.starts = starts[self.documents] + nth * self._window
         """[units] where each unit begins in the stream, in tokens."""
         ends = np.where(
-            nth + 1 == counts[self.documents], (starts + lengths)[self.documents], self.starts + unit.window
+            nth + 1 == counts[self.documents], (starts + lengths)[self.documents], self.starts + self._window
         )
         self.lengths = ends - self.starts
         """[units] tokens of each unit."""
@@ -72,9 +69,7 @@ class UnitMap:
 
     def of(self, documents: Indices, places: Indices) -> Indices:
         """The unit of each place in the stream, given its document."""
-        if self._unit.window is None:
-            return documents
-        nth = (places - self._document_starts[documents]) // self._unit.window
+        nth = (places - self._document_starts[documents]) // self._window
         return np.minimum(self.first[documents] + nth, self.first[documents + 1] - 1)
 
     def continued(self) -> NDArray[np.bool_]:

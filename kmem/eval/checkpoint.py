@@ -125,11 +125,12 @@ def held_out_figures(
 
 
 def _open(trained_on: DataConfig, folder: str, reader: CheckpointReader, bank: EvaluatedBank | None) -> PreparedData:
-    addresses = trained_on.addresses if bank is None else None  # the bank's control may need none
-    if addresses is not None:  # all held-out text, whatever the run has read
-        addresses = addresses.model_copy(update={"subtrees": None})
-    config = trained_on.model_copy(update={"sources": (Source(path=folder),), "addresses": addresses})
-    data = open_data(config, reader.config.model.vocab_size, None if bank is None else bank.addressing)
+    config = trained_on.model_copy(update={"sources": (Source(path=folder),)})
+    if bank is not None:  # the bank's control may need no addresses
+        config = config.model_copy(update={"addresses": bank.addresses})
+    elif config.addresses is not None:  # all held-out text, whatever the run has read
+        config = config.model_copy(update={"addresses": config.addresses.model_copy(update={"subtrees": None})})
+    data = open_data(config, reader.config.model.vocab_size)
     stored = reader.commit.progress.data.get("tokenizer", data.tokenizer_fingerprint)
     if stored != data.tokenizer_fingerprint:
         raise ConfigError(

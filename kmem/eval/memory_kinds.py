@@ -13,8 +13,7 @@ from kmem.checkpoint.bank.options import set_controls
 from kmem.checkpoint.controls import Choices
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.clustering.applying import leaves_around
-from kmem.config import ConfigError
-from kmem.data.bank_addresses import Addressing
+from kmem.config import AddressesConfig, ConfigError
 from kmem.data.batch import SequenceBatch
 from kmem.data.reader import SequenceReader
 from kmem.data.workers import available_cores
@@ -91,21 +90,21 @@ class EvaluatedBank(EvaluatedMemory):
             raise ConfigError(f"--blocked: {error}") from None
 
     @property
-    def addressing(self) -> Addressing | None:
-        """The addressing that evaluated data must have, with the same batching as the run; None if neither the control
+    def addresses(self) -> AddressesConfig | None:
+        """The addresses that evaluated data must have, with the same batching as the run; None if neither the control
         nor the sequences need addresses."""
         trained_on = self._reader.config.data.addresses
         batching = "packed" if trained_on is None else trained_on.batching
         if self._memory.control != "fetched" and batching == "packed":
             return None
-        return Addressing(self._tree_folder, batching)
+        return AddressesConfig(tree=str(self._tree_folder), batching=batching)
 
     def around(self, held_out: SequenceReader, folder: Path, samples: Sequence[int]) -> SequenceReader:
         """Held-out sequences whose addresses avoid blocked clusters. A document or window whose leaf is blocked gets
         the leaf to which its own embedding then descends; all others keep the stored leaf.
 
         Args:
-            held_out: sequences of this prepared folder alone, opened with `addressing`.
+            held_out: sequences of this prepared folder alone, opened with `addresses`.
             samples: sequences that will be read; units of other sequences are not embedded.
 
         Raises:

@@ -1,15 +1,13 @@
-"""kmem's own model class in Transformers: the files that ship with an export, and its registration inside kmem."""
+"""kmem's own model class in Transformers: its registration inside kmem, and registered embedders beside it."""
 
 import ast
 import inspect
 import shutil
 from pathlib import Path
 
-import kmem.model
 from kmem.config import UserError
 from kmem.model import bank_embedder
 
-ENTRY = "modeling_kmem"
 AUTO_MAP = {
     "AutoConfig": "configuration_kmem.KmemConfig",
     "AutoModel": "modeling_kmem.KmemModel",
@@ -18,17 +16,6 @@ AUTO_MAP = {
 }
 REGISTERED = "registered_embedder"
 """Module of an export that holds the class of a registered embedder, one that is not kmem's own."""
-
-
-def code_files() -> list[Path]:
-    """The files of kmem/model that a custom-code export needs: the model class and everything it imports relatively.
-
-    Transformers copies the same closure: both follow one form of import (`from .name import ...`).
-    """
-    from transformers.dynamic_module_utils import get_relative_import_files
-
-    entry = Path(kmem.model.__file__).parent / f"{ENTRY}.py"
-    return sorted({entry, *map(Path, get_relative_import_files(entry))})
 
 
 def embedder_class(name: str) -> type | None:
@@ -49,12 +36,6 @@ def embedder_class(name: str) -> type | None:
             "torch and Transformers"
         )
     return reader
-
-
-def write_code(folder: Path) -> None:
-    """Copy the model class into an export."""
-    for file in code_files():
-        shutil.copyfile(file, folder / file.name)
 
 
 def write_embedder(folder: Path, embedder: str) -> None:

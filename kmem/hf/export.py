@@ -9,15 +9,24 @@ from typing import Any
 
 import torch
 
-from kmem.checkpoint.trained_model import TrainedModel
+from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import Config, UserError
 from kmem.data.progress import Progress
-from kmem.data.safetensors_file import SafetensorsWriter
+from kmem.data.safetensors_file import SafetensorsWriter, in_files
 from kmem.data.tokenizer import load_tokenizer
 from kmem.files import atomic_folder, check_replaceable
 from kmem.hf.architectures import KMEM, Choice, choose, to_fields
-from kmem.hf.custom_code import AUTO_MAP, register, write_code
-from kmem.hf.key_map import Piece, TableParts, check_tensor_sets, folder_pieces, parameters, row_slices, table_parts
+from kmem.hf.custom_code import AUTO_MAP, register
+from kmem.hf.key_map import (
+    Piece,
+    TableParts,
+    check_own_tensors,
+    check_tensor_sets,
+    folder_pieces,
+    parameters,
+    row_slices,
+    table_parts,
+)
 from kmem.hf.memory_folders import FolderParts, folder_of
 from kmem.hf.model_card import model_card
 from kmem.hf.native import Architecture
@@ -31,7 +40,7 @@ TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 
 
 def export(
-    trained: TrainedModel,
+    trained: CheckpointReader,
     out: Path,
     *,
     custom_code: bool = False,
@@ -66,36 +75,30 @@ def export(
     choice = choose(model, custom_code)
     say(f"architecture: {choice.architecture.name} ({choice.architecture.class_name}): {choice.reason}")
 
-    tensors = tensor_shapes(model.shape)
-    check_tensor_sets(
-        "checkpoint",
-        expected=tensors,
-        found={name: tuple(info.shape) for name, info in trained.tensors.items()},
-        remedy="it was not saved by a run of its own model section",
-    )
+    check_own_tensors(trained)
     tokens = _token_ids(trained.tokenizer_path, model.vocab_size)
     folders = {kind.name: folder_of(kind) for kind in kinds_of(model.shape)}
     if tree is not None and not any(folder.takes_tree for folder in folders.values()):
         raise UserError(f"--tree {tree}: the model has no bank (model.bank)")
     memories = {name: folder.exported(trained, tree) for name, folder in folders.items()}
     parts = table_parts(model, DTYPES[dtype].itemsize, max_shard_bytes)
-    pieces = folder_pieces(model, choice.architecture, parts)
+    pieces = folder_pieces(model, choice.architecture, parts, DTYPES[dtype])
     config = transformers_config(trained.config, choice.architecture, tokens, DTYPES[dtype], memories, parts)
     check_tensor_sets(
         f"{choice.architecture.class_name} of this version of Transformers",
         expected=target_parameters(config, choice.architecture),
-        found=parameters(pieces, tensors),
+        found=parameters(pieces, tensor_shapes(model.shape)),
         remedy="export with --custom-code",
     )
 
-    shards = plan_shards(pieces, DTYPES[dtype], max_shard_bytes)
-    total = sum(_bytes(piece, DTYPES[dtype]) for piece in pieces)
+    shards = in_files(pieces, lambda piece: piece.bytes, max_shard_bytes)
+    total = sum(piece.bytes for piece in pieces)
     with atomic_folder(out, replace=force) as partial:
         free = shutil.disk_usage(partial).free
         if free < total:
             raise UserError(f"--out {out}: the weights need {total} bytes but {free} are free; choose another folder")
         with Progress(f"exporting {total / 1e6:,.1f} MB", total) as progress:
-            _write_weights(trained, memories, shards, DTYPES[dtype], partial, progress)
+            _write_weights(trained, memories, shards, partial, progress)
         _write_descriptions(trained, choice, config, tokens, dtype, list(memories.values()), partial)
         for memory in memories.values():
             if memory.write is not None:
@@ -112,8 +115,8 @@ def transformers_config(
     architecture: Architecture,
     tokens: Mapping[str, int],
     dtype: torch.dtype,
-    memories: Mapping[str, FolderParts] | None = None,
-    parts: TableParts | None = None,
+    memories: Mapping[str, FolderParts],
+    parts: TableParts,
 ) -> Any:
     """The Transformers configuration object of an export.
 
@@ -128,9 +131,9 @@ def transformers_config(
     import transformers
 
     fields = to_fields(config.model, architecture)
-    for kind, memory in (memories or {}).items():
+    for kind, memory in memories.items():
         fields |= {f"{kind}_{name}": value for name, value in memory.fields.items()}
-    for kind, tables in (parts or {}).items():
+    for kind, tables in parts.items():
         fields[f"{kind}_parts"] = {str(key): list(rows) for key, rows in tables.items()}
     ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **tokens}
     try:
@@ -165,25 +168,10 @@ def target_parameters(config: Any, architecture: Architecture) -> dict[str, tupl
     return {name: tuple(tensor.shape) for name, tensor in target.state_dict().items() if name not in tied}
 
 
-def plan_shards(pieces: Sequence[Piece], dtype: torch.dtype, max_bytes: int) -> list[list[Piece]]:
-    """Split consecutive pieces into files of at most `max_bytes`; within a file the wider dtype comes first."""
-    shards: list[list[Piece]] = [[]]
-    size = 0
-    for piece in pieces:
-        more = _bytes(piece, dtype)
-        if shards[-1] and size + more > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(piece)
-        size += more
-    return [sorted(shard, key=lambda piece: -_dtype(piece, dtype).itemsize) for shard in shards]
-
-
 def _write_weights(
-    trained: TrainedModel,
+    trained: CheckpointReader,
     memories: Mapping[str, FolderParts],
     shards: list[list[Piece]],
-    dtype: torch.dtype,
     folder: Path,
     progress: Progress,
 ) -> None:
@@ -191,24 +179,24 @@ def _write_weights(
     beside = {name: tensor for memory in memories.values() for name, tensor in memory.tensors.items()}
     for number, shard in enumerate(shards, start=1):
         name = WEIGHTS_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-        declared = {piece.name: (piece.shape, _dtype(piece, dtype)) for piece in shard}
+        shard = sorted(shard, key=lambda piece: -piece.dtype.itemsize)  # so every tensor is aligned
+        declared = {piece.name: (piece.shape, piece.dtype) for piece in shard}
         with SafetensorsWriter(folder / name, declared, {"format": "pt"}) as writer:
             for piece in shard:
-                _, held = declared[piece.name]
                 if not piece.tensors:
-                    writer.write(piece.name, beside.get(piece.name, torch.empty(piece.shape, dtype=held)))
+                    writer.write(piece.name, beside.get(piece.name, torch.empty(piece.shape, dtype=piece.dtype)))
                     continue
                 for values in _values(trained, piece):
-                    writer.write_values(piece.name, values.to(held))
-                    progress.advance(values.numel() * held.itemsize)
+                    writer.write_values(piece.name, values.to(piece.dtype))
+                    progress.advance(values.numel() * piece.dtype.itemsize)
                     del values  # before the next part is read
         places.update(dict.fromkeys(declared, name))
-    total = sum(_bytes(piece, dtype) for shard in shards for piece in shard)
+    total = sum(piece.bytes for shard in shards for piece in shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _values(trained: TrainedModel, piece: Piece) -> Iterator[torch.Tensor]:
+def _values(trained: CheckpointReader, piece: Piece) -> Iterator[torch.Tensor]:
     """The values of a piece whose rows are those of tensors, in row-major order, a slice at a time.
 
     A row of several tensors that is longer than a slice comes tensor by tensor.
@@ -227,7 +215,7 @@ def _values(trained: TrainedModel, piece: Piece) -> Iterator[torch.Tensor]:
 
 
 def _write_descriptions(
-    trained: TrainedModel,
+    trained: CheckpointReader,
     choice: Choice,
     config: Any,
     tokens: Mapping[str, int],
@@ -236,6 +224,9 @@ def _write_descriptions(
     folder: Path,
 ) -> None:
     from transformers import GenerationConfig
+    from transformers.dynamic_module_utils import custom_object_save
+
+    from kmem.model.modeling_kmem import KmemForCausalLM
 
     config.save_pretrained(folder)
     padding = {"pad_token_id": tokens["eos_token_id"]} if "eos_token_id" in tokens else {}
@@ -245,7 +236,7 @@ def _write_descriptions(
             shutil.copyfile(file, folder / file.name)
     _pad_left(folder / "tokenizer_config.json")
     if choice.architecture is KMEM:
-        write_code(folder)
+        custom_object_save(KmemForCausalLM, str(folder))  # with all files that it imports relatively
     card = model_card(trained.config, trained.facts, choice, dtype, memories)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -275,11 +266,3 @@ def _token_ids(tokenizer: Path, vocab_size: int) -> dict[str, int]:
         )
     named = {f"{kind}_token_id": getattr(loaded, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     return {name: number for name, number in named.items() if number is not None}
-
-
-def _dtype(piece: Piece, dtype: torch.dtype) -> torch.dtype:
-    return piece.dtype or dtype
-
-
-def _bytes(piece: Piece, dtype: torch.dtype) -> int:
-    return prod(piece.shape) * _dtype(piece, dtype).itemsize

@@ -1,12 +1,12 @@
 """`kmem export`: write a checkpoint as a Hugging Face folder."""
 
 import argparse
-import re
 from pathlib import Path
 
-from kmem.config import UserError
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+from kmem.checkpoint.actions import open_verified
+from kmem.config import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,12 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     size = parse_size(arguments.max_shard_size)
-    from kmem.checkpoint.reader import CheckpointReader
     from kmem.hf.export import export
 
-    reader = CheckpointReader(arguments.checkpoint)
+    reader = open_verified(arguments.checkpoint)
     reader.check_whole()
-    reader.verify()
     print(f"checkpoint: {reader.folder}, step {reader.step}")
     export(
         reader,
@@ -56,8 +54,10 @@ def parse_size(text: str) -> int:
     Raises:
         UserError: not a positive size.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or float(match[1]) * unit < 1:
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        size = 0
+    if size < 1:
         raise UserError(f"--max-shard-size {text}: expected a size such as 500MB or 2GiB")
-    return int(float(match[1]) * unit)
+    return size

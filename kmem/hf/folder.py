@@ -40,17 +40,9 @@ class ModelFolder:
         self.tensors: Mapping[str, FolderTensor] = self._find_tensors()
         """Every tensor in the weight files."""
 
-    def read(self, name: str) -> torch.Tensor:
-        """A whole tensor."""
-        return self._files[self.tensors[name].file].get_tensor(name)
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) along the first dimension."""
-        return self._files[self.tensors[name].file].get_slice(name)[start:stop]
-
-    def read_columns(self, name: str, start: int, stop: int, left: int, right: int) -> torch.Tensor:
-        """Columns [left, right) of rows [start, stop) of a two-dimensional tensor."""
-        return self._files[self.tensors[name].file].get_slice(name)[start:stop, left:right]
+    def read(self, name: str, *slices: slice) -> torch.Tensor:
+        """A tensor, or a part of it: rows, or columns of rows."""
+        return self._files[self.tensors[name].file].get_slice(name)[slices]
 
     def _find_tensors(self) -> dict[str, FolderTensor]:
         index, single = self.path / INDEX_FILE, self.path / WEIGHTS_FILE

@@ -3,7 +3,6 @@ state."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -18,12 +17,12 @@ from kmem.data.progress import Progress
 from kmem.data.tokenizer import adopt_tokenizer
 from kmem.files import atomic_folder
 from kmem.hf.architectures import KMEM
-from kmem.hf.folder import FolderTensor, ModelFolder
+from kmem.hf.folder import ModelFolder
 from kmem.hf.foreign_config import MTP_FIELD, ignored_fields, read_architecture, read_config, read_model
 from kmem.hf.key_map import Piece, check_tensor_sets, folder_pieces, half_split_rows, row_slices
 from kmem.hf.memory_folders import folder_of
 from kmem.hf.native import DEEPSEEK_V3, Architecture
-from kmem.hf.retrofit import ChainedParts, chained
+from kmem.hf.retrofit import chained, chained_parts
 from kmem.model.bank_export import TREE_FOLDER
 from kmem.model.exported_memory import exported_memory
 from kmem.model.memory_kinds import kinds_of
@@ -34,16 +33,6 @@ RECOMPUTED = ".rotary_emb.inv_freq"  # in folders of older Transformers; every m
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-@dataclass(frozen=True)
-class Imported:
-    """The result of an import."""
-
-    checkpoint: Path
-    """Folder of the checkpoint at step 0."""
-    model: ModelConfig
-    architecture: Architecture
-
-
 def import_folder(
     source: Path,
     out: Path,
@@ -52,7 +41,7 @@ def import_folder(
     chain_iterations: int | None = None,
     chain_choices: Sequence[str] = (),
     say: Callable[[str], None] = print,
-) -> Imported:
+) -> Path:
     """Make the run folder `out`: a checkpoint, the tokenizer, `config.yaml` to edit, `model.yaml` to include.
 
     Args:
@@ -63,6 +52,9 @@ def import_folder(
             the layers.
         chain_choices: further fields of these chains, such as `residual=outer`.
         say: receives what was found and what was left out.
+
+    Returns:
+        The folder of the checkpoint at step 0.
 
     Raises:
         UserError: names the field of config.json that kmem cannot express, or the tensors that do not fit.
@@ -102,7 +94,9 @@ def import_folder(
         remedy="the weights do not match its config.json",
     )
     beside = {name for kind in kinds for name in kind.exported_tensors(model.shape)}
-    _check_dtypes({name: tensor for name, tensor in kept.items() if name not in beside})
+    for name, tensor in kept.items():
+        if name not in beside and tensor.dtype not in TRAINABLE:
+            raise UserError(f"{tensor.file}: {name} is {tensor.dtype}; kmem imports fp32, bf16 and fp16 weights")
 
     interleaved = architecture is DEEPSEEK_V3 and bool(config.rope_interleave)
     shapes = tensor_shapes(target.shape)
@@ -116,13 +110,13 @@ def import_folder(
             if manifest is not None:
                 manifests[kind.name] = manifest
         with Progress(f"importing {elements * 4 / 1e6:,.1f} MB", elements) as bar:
-            parts = _Parts(folder, model, pieces, interleaved, bar)
+            parts = _parts(folder, model, pieces, interleaved, bar)
             checkpoint = write_weights(
                 root=partial / "checkpoints",
                 progress=RunProgress(0, consumed_samples=0, tokens=0, optimizer_steps=0, data=tokenizer, facts=facts),
                 config=run,
                 shapes=shapes,
-                parts=parts if chain_iterations is None else ChainedParts(parts, target),
+                parts=parts if chain_iterations is None else chained_parts(parts, target),
                 manifests=manifests,
             )
         (partial / "config.yaml").write_text(dump_config(run), encoding="utf-8")
@@ -130,7 +124,7 @@ def import_folder(
         (partial / "model.yaml").write_text(section, encoding="utf-8")
     checkpoint = out / checkpoint.relative_to(partial)
     say(f"imported to {checkpoint}")
-    return Imported(checkpoint, target, architecture)
+    return checkpoint
 
 
 def starting_config(out: Path, model: ModelConfig) -> Config:
@@ -162,44 +156,43 @@ def starting_config(out: Path, model: ModelConfig) -> Config:
     )
 
 
-class _Parts:
-    """The parts of one kmem tensor, read from the folder on demand."""
+def _parts(
+    folder: ModelFolder, model: ModelConfig, pieces: list[Piece], interleaved: bool, bar: Progress
+) -> Callable[[str], Iterator[torch.Tensor]]:
+    """Name of a kmem tensor -> its parts, read from the folder on demand."""
+    holding: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        for tensor in piece.tensors:
+            holding.setdefault(tensor, []).append(piece)
 
-    def __init__(
-        self, folder: ModelFolder, model: ModelConfig, pieces: list[Piece], interleaved: bool, bar: Progress
-    ) -> None:
-        self._folder, self._model, self._interleaved, self._bar = folder, model, interleaved, bar
-        self._pieces: dict[str, list[Piece]] = {}
-        for piece in pieces:
-            for tensor in piece.tensors:
-                self._pieces.setdefault(tensor, []).append(piece)
-
-    def __call__(self, tensor: str) -> Iterator[torch.Tensor]:
+    def parts(tensor: str) -> Iterator[torch.Tensor]:
         order = None
-        if self._interleaved:
-            assert isinstance(self._model.attention, LatentAttention)
-            order = half_split_rows(self._model.attention, tensor)
-        for piece in self._pieces[tensor]:  # a stack's pieces come expert by expert, gate before up
-            for part in self._rows(piece, tensor) if order is None else [self._folder.read(piece.name)[order]]:
+        if interleaved:
+            assert isinstance(model.attention, LatentAttention)
+            order = half_split_rows(model.attention, tensor)
+        for piece in holding[tensor]:  # a stack's pieces come expert by expert, gate before up
+            for part in _rows(folder, piece, tensor) if order is None else [folder.read(piece.name)[order]]:
                 yield part.float()
-                self._bar.advance(part.numel())
+                bar.advance(part.numel())
 
-    def _rows(self, piece: Piece, tensor: str) -> Iterator[torch.Tensor]:
-        """The rows of a piece; of a piece that holds several tensors side by side, this tensor's columns."""
-        width = prod(piece.shape[1:]) // len(piece.tensors)
-        left = piece.tensors.index(tensor) * width
-        for first, last in row_slices(0, piece.shape[0], width):
-            if len(piece.tensors) == 1:
-                yield self._folder.read_rows(piece.name, first, last)
-            else:
-                yield self._folder.read_columns(piece.name, first, last, left, left + width)
+    return parts
+
+
+def _rows(folder: ModelFolder, piece: Piece, tensor: str) -> Iterator[torch.Tensor]:
+    """The rows of a piece; of a piece that holds several tensors side by side, this tensor's columns."""
+    width = prod(piece.shape[1:]) // len(piece.tensors)
+    left = piece.tensors.index(tensor) * width
+    columns = [slice(left, left + width)] if len(piece.tensors) > 1 else []
+    for first, last in row_slices(0, piece.shape[0], width):
+        yield folder.read(piece.name, slice(first, last), *columns)
 
 
 def _left_out(folder: ModelFolder, model: ModelConfig, architecture: Architecture, drop_mtp: bool) -> list[str]:
     """Tensors of a native folder that kmem does not import."""
     if architecture is KMEM:
         return []
-    extra = [name for name in folder.tensors if _layer(name) >= model.num_layers]
+    layers = ((name, re.match(r"model\.layers\.(\d+)\.", name)) for name in folder.tensors)
+    extra = [name for name, layer in layers if layer and int(layer[1]) >= model.num_layers]
     if extra and not drop_mtp and folder.config.get(MTP_FIELD):
         raise UserError(
             f"{folder.path / 'config.json'}: {MTP_FIELD}={folder.config[MTP_FIELD]}: kmem has no layers for "
@@ -214,17 +207,6 @@ def _left_out(folder: ModelFolder, model: ModelConfig, architecture: Architectur
             )
         left_out.append(head)
     return left_out
-
-
-def _layer(name: str) -> int:
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    return int(match[1]) if match else -1
-
-
-def _check_dtypes(tensors: dict[str, FolderTensor]) -> None:
-    for name, tensor in tensors.items():
-        if tensor.dtype not in TRAINABLE:
-            raise UserError(f"{tensor.file}: {name} is {tensor.dtype}; kmem imports fp32, bf16 and fp16 weights")
 
 
 def _bring_tokenizer(source: Path, target: Path, say: Callable[[str], None]) -> dict[str, str]:

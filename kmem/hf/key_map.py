@@ -11,6 +11,7 @@ from math import prod
 
 import torch
 
+from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import LatentAttention, ModelConfig, UserError
 from kmem.hf.architectures import KMEM
 from kmem.hf.native import DEEPSEEK_V3, Architecture
@@ -56,6 +57,7 @@ class Piece:
     """The piece's shape."""
     parameter: str
     """The parameter of the Transformers model that the piece becomes, alone or as a part."""
+    dtype: torch.dtype
     tensors: tuple[str, ...] = ()
     """kmem's tensor; several tensors if their rows stand side by side in the piece's rows: the blocks of a bank's
     layers. None for a piece that is no weight (the compression of the vocabulary, or a tensor without elements that the
@@ -63,13 +65,15 @@ class Piece:
     start: int = 0
     expert: int | None = None
     """Index into the stack's first dimension; None for a tensor that is not a stack."""
-    dtype: torch.dtype | None = None
-    """The piece's dtype; None: the folder's."""
 
     @property
     def stop(self) -> int:
         """The first row after the piece's rows."""
         return self.start + self.shape[0]
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
 
 
 TableParts = Mapping[str, Mapping[int, Sequence[int]]]
@@ -77,27 +81,36 @@ TableParts = Mapping[str, Mapping[int, Sequence[int]]]
 part of the table."""
 
 
-def folder_pieces(model: ModelConfig, architecture: Architecture, parts: TableParts | None = None) -> list[Piece]:
+def folder_pieces(
+    model: ModelConfig,
+    architecture: Architecture,
+    parts: TableParts | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> list[Piece]:
     """The tensors of a folder of this architecture, in kmem's order; together they hold every row once.
 
     Args:
         parts: how tables are split into tensors; a table that is not named is one tensor.
+        dtype: the folder's dtype.
     """
     shape, tensors = model.shape, tensor_shapes(model.shape)
     kinds = kinds_of(shape)
     tables = {name for kind in kinds for name in kind.tables(shape)}
     pieces: list[Piece] = []
     for tensor, size in tensors.items():
-        if tensor not in tables:
-            pieces += (_own if architecture is KMEM else _native)(tensor, tuple(size))
+        held = torch.float32 if tensor.endswith(WIDE) else dtype
+        if architecture is not KMEM:  # these have no tables
+            pieces += _native(tensor, tuple(size), held)
+        elif tensor not in tables:
+            pieces.append(Piece(tensor, tuple(size), tensor, held, (tensor,)))
     for kind in kinds:
         for key, table in kind.exported_rows(shape).items():
-            pieces += _table(table, (parts or {}).get(kind.name, {}).get(key, [table.rows]))
+            pieces += _table(table, (parts or {}).get(kind.name, {}).get(key, [table.rows]), dtype)
     for kind in kinds:
         for name, length in kind.exported_tensors(shape).items():
-            pieces.append(Piece(name, (length,), name, dtype=torch.int64))
+            pieces.append(Piece(name, (length,), name, torch.int64))
     if architecture is DEEPSEEK_V3:
-        pieces += _empty_shared_experts(model)
+        pieces += _empty_shared_experts(model, dtype)
     assert len({piece.name for piece in pieces}) == len(pieces)
     kept = sum(prod(piece.shape) for piece in pieces if piece.tensors)
     assert kept == sum(map(prod, tensors.values()))
@@ -160,6 +173,16 @@ def check_tensor_sets(what: str, expected: Shapes, found: Shapes, remedy: str) -
         raise UserError("\n  ".join([f"{what}: {counted(len(problems), 'tensor')} do not match; {remedy}", *listed]))
 
 
+def check_own_tensors(reader: CheckpointReader) -> None:
+    """`check_tensor_sets` of a checkpoint against its own model section."""
+    check_tensor_sets(
+        str(reader.folder),
+        expected=tensor_shapes(reader.config.model.shape),
+        found={name: tuple(tensor.shape) for name, tensor in reader.tensors.items()},
+        remedy="it was not saved by a run of its own model section",
+    )
+
+
 def half_split_rows(attention: LatentAttention, tensor: str) -> torch.Tensor | None:
     """Row order that turns a DeepSeek-V3 tensor with `rope_interleave` into kmem's half-split layout; int64 [rows].
 
@@ -177,30 +200,22 @@ def half_split_rows(attention: LatentAttention, tensor: str) -> torch.Tensor | N
     return None
 
 
-def _own(tensor: str, shape: tuple[int, ...]) -> list[Piece]:
-    return [Piece(tensor, shape, tensor, (tensor,), dtype=_dtype(tensor))]
-
-
-def _table(table: ExportedRows, parts: Sequence[int]) -> list[Piece]:
+def _table(table: ExportedRows, parts: Sequence[int], dtype: torch.dtype) -> list[Piece]:
     pieces, start = [], 0
     for number, rows in enumerate(parts):
         name = table.part(number)
-        pieces.append(Piece(name, (rows, table.width), name, table.columns, start))
+        pieces.append(Piece(name, (rows, table.width), name, dtype, table.columns, start))
         start += rows
     return pieces
 
 
-def _dtype(tensor: str) -> torch.dtype | None:
-    return torch.float32 if tensor.endswith(WIDE) else None
-
-
-def _native(tensor: str, shape: tuple[int, ...]) -> list[Piece]:
+def _native(tensor: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Piece]:
     name = ".".join(NATIVE_NAMES.get(part, part) for part in tensor.split("."))
     if not name.startswith("lm_head."):
         name = f"model.{name}"
     layer, experts, stack = name.partition(".experts.")
     if not experts:
-        return [Piece(name, shape, name, (tensor,), dtype=_dtype(tensor))]
+        return [Piece(name, shape, name, dtype, (tensor,))]
     projections = STACKED[stack]
     rows = shape[1] // len(projections)
     return [
@@ -208,6 +223,7 @@ def _native(tensor: str, shape: tuple[int, ...]) -> list[Piece]:
             name=f"{layer}.experts.{expert}.{projection}.weight",
             shape=(rows, *shape[2:]),
             parameter=name,
+            dtype=dtype,
             tensors=(tensor,),
             start=part * rows,
             expert=expert,
@@ -217,19 +233,15 @@ def _native(tensor: str, shape: tuple[int, ...]) -> list[Piece]:
     ]
 
 
-def _empty_shared_experts(model: ModelConfig) -> list[Piece]:
+def _empty_shared_experts(model: ModelConfig, dtype: torch.dtype) -> list[Piece]:
     """Transformers' DeepSeek-V3 always has shared experts; for a model without any they are matrices of width 0."""
     assert model.moe
     if model.moe.num_shared_experts:
         return []
-    projections = {
-        "gate_proj": (0, model.hidden_size),
-        "up_proj": (0, model.hidden_size),
-        "down_proj": (model.hidden_size, 0),
-    }
+    into, out_of = (0, model.hidden_size), (model.hidden_size, 0)
     return [
-        Piece(name, shape, name)
+        Piece(name, shape, name, dtype)
         for layer in range(model.moe.first_dense_layers, model.num_layers)
-        for projection, shape in projections.items()
+        for projection, shape in (("gate_proj", into), ("up_proj", into), ("down_proj", out_of))
         for name in [f"model.layers.{layer}.mlp.shared_experts.{projection}.weight"]
     ]

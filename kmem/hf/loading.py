@@ -14,12 +14,11 @@ from kmem.data.tokenizer import load_tokenizer
 from kmem.hf.architectures import KMEM
 from kmem.hf.custom_code import register
 from kmem.hf.folder import ModelFolder
-from kmem.hf.key_map import check_tensor_sets
+from kmem.hf.key_map import check_own_tensors
 from kmem.hf.memory_folders import folder_of
 from kmem.model.bank_embedder import without_progress_bars
 from kmem.model.bank_tree import format_path
 from kmem.model.memory_kinds import kinds_of
-from kmem.model.parameter_counts import tensor_shapes
 from kmem.model.shape import Shape
 
 
@@ -89,19 +88,14 @@ def _load_checkpoint(reader: CheckpointReader, tree: Path | None) -> Any:
     from kmem.model.modeling_kmem import KmemForCausalLM
 
     shape = reader.config.model.shape
-    check_tensor_sets(
-        str(reader.folder),
-        expected=tensor_shapes(shape),
-        found={name: tuple(info.shape) for name, info in reader.tensors.items()},
-        remedy="it was not saved by a run of its own model section",
-    )
+    check_own_tensors(reader)
     kinds = kinds_of(shape)
-    described = {kind.name: folder_of(kind).described(reader) for kind in kinds}
     fields: dict[str, Any] = {"model": reader.config.model.model_dump(mode="json")}
     tables = {name for kind in kinds for name in kind.tables(shape)}
     weights = {name: reader.read(name) for name in reader.tensors if name not in tables}
-    for name, parts in described.items():
-        fields |= {f"{name}_{field}": value for field, value in parts.fields.items()}
+    for kind in kinds:
+        parts = folder_of(kind).described(reader)
+        fields |= {f"{kind.name}_{field}": value for field, value in parts.fields.items()}
         weights |= parts.tensors
     with torch.device("meta"):
         model = KmemForCausalLM(KmemConfig(**fields), tables="mmap")

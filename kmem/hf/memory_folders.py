@@ -10,17 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kmem.checkpoint.bank.layout import checkpoint_router, checkpoint_tree
-from kmem.checkpoint.engram.reading import checkpoint_addresses
+from kmem.checkpoint.bank.layout import check_tokenizer_of_tree, checkpoint_router, checkpoint_tree
+from kmem.checkpoint.engram.rows import checkpoint_addresses
 from kmem.checkpoint.manifest import check_addressing
 from kmem.checkpoint.reader import CheckpointReader
-from kmem.checkpoint.trained_model import TrainedModel
 from kmem.clustering.encoder_folder import LICENCES
 from kmem.clustering.tree_folder import copy_tree
 from kmem.config import ModelConfig, UserError
 from kmem.data.bank_addresses import tree_record
 from kmem.data.engram_addresses import model_addresses
-from kmem.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from kmem.data.tokenizer import load_tokenizer
 from kmem.hf.custom_code import embedder_class, write_embedder
 from kmem.model.bank_embedder import read_embedder_record
 from kmem.model.bank_export import TREE_FOLDER, ExportedBank
@@ -59,7 +58,7 @@ class MemoryFolder:
     def __init__(self, kind: ModelKind) -> None:
         self.kind = kind
 
-    def described(self, reader: TrainedModel) -> FolderParts:
+    def described(self, reader: CheckpointReader) -> FolderParts:
         """Fields and tensors of a checkpoint's memory.
 
         Raises:
@@ -67,7 +66,7 @@ class MemoryFolder:
         """
         return FolderParts()
 
-    def exported(self, reader: TrainedModel, tree: Path | None) -> FolderParts:
+    def exported(self, reader: CheckpointReader, tree: Path | None) -> FolderParts:
         """As `described`, with everything else that an export needs."""
         return replace(self.described(reader), card=partial(table_card, self.kind))
 
@@ -91,9 +90,8 @@ class MemoryFolder:
 class EngramFolder(MemoryFolder):
     """Rows are addressed by n-grams of the tokenizer's ids."""
 
-    def described(self, reader: TrainedModel) -> FolderParts:
+    def described(self, reader: CheckpointReader) -> FolderParts:
         addresses = checkpoint_addresses(reader)
-        assert addresses is not None
         compression = addresses.compression
         return FolderParts(
             {"addressing": addresses.addressing.to_manifest()},
@@ -105,9 +103,7 @@ class EngramFolder(MemoryFolder):
         tokenizer, manifest = run / "tokenizer", memory.addressing.to_manifest()
         if not tokenizer.is_dir():
             raise UserError(f"{source}: has no tokenizer, but its engram's rows are addressed by one; add its files")
-        addresses = model_addresses(model, tokenizer)
-        assert addresses is not None
-        check_addressing(source, manifest, addresses)
+        check_addressing(source, manifest, model_addresses(model, tokenizer))
         return manifest
 
 
@@ -116,7 +112,7 @@ class BankFolder(MemoryFolder):
 
     takes_tree = True
 
-    def exported(self, reader: TrainedModel, tree: Path | None) -> FolderParts:
+    def exported(self, reader: CheckpointReader, tree: Path | None) -> FolderParts:
         checkpoint_router(reader, tree)  # a damaged embedder is noticed here
         folder = checkpoint_tree(reader, tree)
         embedder = read_embedder_record(folder / EMBEDDER_FOLDER)
@@ -153,15 +149,8 @@ class BankFolder(MemoryFolder):
             copy_tree(folder, run / TREE_FOLDER)
         except ValueError as error:
             raise UserError(str(error)) from error
-        record = tree_record(folder)
-        if record.get("tokenizer") is not None and tokenizer.is_dir():
-            fingerprint = tokenizer_fingerprint(tokenizer)
-            if fingerprint != record["tokenizer"]:
-                raise UserError(
-                    f"{source}: its tokenizer ({fingerprint[:12]}) is not the one whose ids the tree's embedder counts "
-                    f"({record['tokenizer'][:12]}); fetch or export the folder again"
-                )
-        return record
+        check_tokenizer_of_tree(folder, tokenizer, "fetch or export the folder again")
+        return tree_record(folder)
 
 
 _FOLDERS: dict[str, type[MemoryFolder]] = {"engram": EngramFolder, "bank": BankFolder}

@@ -77,18 +77,14 @@ def _gqa(model: ModelConfig) -> GroupedQueryAttention:
 def _group_obstacles(model: ModelConfig) -> list[str]:
     """Group-limited routing in DeepSeek-V3 and GLM-4-MoE: the score of a group is the sum of its two best scores."""
     assert model.moe
-    obstacles = []
-    per_group = model.moe.num_experts // model.moe.num_groups
-    if per_group < 2:
-        obstacles.append(
-            f"its router takes two scores of each group, and model.moe.num_groups={model.moe.num_groups} leaves "
-            f"{counted(per_group, 'expert')} per group"
-        )
-    elif model.moe.num_groups > 1 and model.moe.group_score_top_k != 2:
-        obstacles.append(
-            f"its router takes two scores of each group, not model.moe.group_score_top_k={model.moe.group_score_top_k}"
-        )
-    return obstacles
+    groups, taken = model.moe.num_groups, model.moe.group_score_top_k
+    per_group = model.moe.num_experts // groups
+    if per_group >= 2 and (groups == 1 or taken == 2):
+        return []
+    return [
+        f"its router takes two scores of each group, and model.moe.num_groups={groups} leaves "
+        f"{counted(per_group, 'expert')} per group, of which model.moe.group_score_top_k takes {taken}"
+    ]
 
 
 def rope_parameters(model: ModelConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Retrofit a mixture of experts: turn its layers into chains of experts that at first compute exactly the same."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Any
 
@@ -50,20 +50,20 @@ def chained(model: ModelConfig, iterations: int, choices: Sequence[str] = ()) ->
     return model.model_copy(update={"moe": model.moe.model_copy(update={"chain": chain})})
 
 
-class ChainedParts:
+def chained_parts(
+    parts: Callable[[str], Iterable[torch.Tensor]], model: ModelConfig
+) -> Callable[[str], Iterable[torch.Tensor]]:
     """The parts of a tensor of the chained model: each router and norm is a copy of the layer's, scales are zero.
 
     Args:
         parts: tensor name -> its parts in the original model.
         model: the chained model.
     """
+    shapes = tensor_shapes(model.shape)
 
-    def __init__(self, parts: Callable[[str], Iterable[torch.Tensor]], model: ModelConfig) -> None:
-        self._parts = parts
-        self._shapes = tensor_shapes(model.shape)
-
-    def __call__(self, tensor: str) -> Iterator[torch.Tensor]:
+    def parts_of(tensor: str) -> Iterable[torch.Tensor]:
         if ".retrofit_scale." in tensor:
-            yield torch.zeros(prod(self._shapes[tensor]))
-        else:
-            yield from self._parts(_NORM.sub(r"\1feed_forward_norm.", _ROUTER.sub(r"\1router.", tensor)))
+            return [torch.zeros(prod(shapes[tensor]))]
+        return parts(_NORM.sub(r"\1feed_forward_norm.", _ROUTER.sub(r"\1router.", tensor)))
+
+    return parts_of

@@ -54,10 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.nproc is not None and arguments.nproc > 1:
         from kmem.parallel.local_launch import launch_local
 
-        words = ["train", "--config", arguments.config]
-        return launch_local(
-            [*words, *(word for pair in arguments.overrides for word in ("--set", pair))], arguments.nproc
-        )
+        overrides = ["--set", *arguments.overrides] if arguments.overrides else []
+        return launch_local(["train", "--config", arguments.config, *overrides], arguments.nproc)
     from kmem.parallel.joining import open_files_problem
     from kmem.parallel.launch_environment import environment_rank
 
@@ -98,15 +96,13 @@ def _train(config: Config, opened: "PreparedData | None") -> int:
     from kmem.parallel.joining import join_mesh, leave_mesh
     from kmem.parallel.mesh import lost_peer, run_on_all_ranks
     from kmem.train.reporting import MetricsFile, ProgressReport
-    from kmem.train.run_folder import RunFolder
     from kmem.train.tracking import WandbTracking
     from kmem.train.trainer import Trainer
 
     try:
         mesh = join_mesh(config)
         data = run_on_all_ranks(lambda: open_data(config.data, config.model.vocab_size)) if opened is None else opened
-        folder = RunFolder(config)
-        callbacks = [MetricsFile(folder), WandbTracking(config, folder.path), ProgressReport(config.tracking.log_every)]
+        callbacks = [MetricsFile(), WandbTracking(), ProgressReport(config.tracking.log_every)]
         trainer = Trainer(config, mesh, data, callbacks)
     except Exception as error:
         if lost_peer(error):

@@ -4,22 +4,17 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import TYPE_CHECKING
 
 from kmem.config import Config, dump_config
 from kmem.model.memory_kinds import carries_embedding, replaces_feed_forward
 from kmem.model.parameter_counts import ParameterCounts, count_parameters, tensor_shapes
 from kmem.parallel.launch_environment import environment_rank
-from kmem.parallel.memory_kind import MemoryKind
 from kmem.parallel.memory_kinds import kinds_of
 from kmem.parallel.mesh import Mesh
 from kmem.parallel.optimizers import BACKBONE_OPTIMIZERS
 from kmem.parallel.stages import stage_bounds
 from kmem.parallel.table_bytes import TableBytes
-from kmem.wording import counted, magnitude
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from kmem.wording import counted, magnitude, print_table
 
 
 @dataclass(frozen=True)
@@ -119,8 +114,8 @@ def rank_bytes(config: Config, mesh: Mesh) -> list[RankBytes]:
     return stages
 
 
-def _layer_sizes(config: Config) -> list[tuple[int, int]]:
-    """(replicated, expert) elements of each pipeline layer."""
+def _layer_sizes(config: Config) -> list[list[int]]:
+    """[replicated, expert] elements of each pipeline layer."""
     tied = config.model.tie_embeddings
     sizes = [[0, 0] for _ in range(config.model.num_layers + 2 + tied)]
     model = config.model.shape
@@ -134,7 +129,7 @@ def _layer_sizes(config: Config) -> list[tuple[int, int]]:
         sizes[layer][".experts." in name] += prod(shape)
     if tied and config.parallel.pipeline > 1:
         sizes[-1][0] += sizes[0][0]  # the last stage holds a copy of the embedding
-    return [(dense, experts) for dense, experts in sizes]
+    return sizes
 
 
 def _activation_bytes(config: Config, layer: int) -> int:
@@ -168,11 +163,7 @@ def _activation_bytes(config: Config, layer: int) -> int:
 
 
 def _print_tables(config: Config, mesh: Mesh, counts: ParameterCounts, ranks: list[RankBytes]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     print(dump_config(config).rstrip())
-    parameters = Table("parameters", "count", title=f"{config.name}: {magnitude(counts.total)} parameters")
     components = {name: count for name, count in counts.components.items() if count}
     rows = {
         "total": counts.total,
@@ -182,51 +173,36 @@ def _print_tables(config: Config, mesh: Mesh, counts: ParameterCounts, ranks: li
     }
     if counts.tables not in (0, *components.values()):  # the sum of several components
         rows["tables"] = counts.tables
+    shown: list[list[str]] = []
     for section in (rows, components, _fetched_components(counts)):
-        for name, count in section.items():
-            parameters.add_row(name, f"{count:,}")
-        parameters.add_section()
-    per_rank = Table(
-        "stage", "parameters", "weights", "gradients", "optimizer", "activations (estimate)", "total",
-        title=f"memory per rank at {mesh} = {counted(mesh.world, 'rank')}",
-    )  # fmt: skip
-    if any(stage.tables for stage in ranks):
-        per_rank.columns[-1].header = "total with rows in use"
+        shown += [*([name, f"{count:,}"] for name, count in section.items()), []]
+    print_table(f"{config.name}: {magnitude(counts.total)} parameters", ("parameters", "count"), shown, 120)
+    total = "total with rows in use" if any(stage.tables for stage in ranks) else "total"
+    columns = ["stage", "parameters", "weights", "gradients", "optimizer", "activations (estimate)", total]
+    shown = []
     for stage in ranks:
         parts = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.total)
-        per_rank.add_row(str(stage.stage), f"{stage.parameters:,}", *map(_bytes, parts))
-    shown = [parameters, per_rank]
-    shown += [_tables_for_people(kind, config, ranks) for kind in kinds_of(config.model.shape)]
-    console = Console(width=max(Console().width, 120))
-    for table in shown:
-        for column in table.columns[1:]:
-            column.justify = "right"
-        console.print(table)
-
-
-def _tables_for_people(kind: MemoryKind, config: Config, ranks: list[RankBytes]) -> "Table":
-    """The tables of one kind of memory."""
-    from rich.table import Table
-
-    settings = kind.settings(config)
-    where = {"device": "device memory", "host": "host memory", "mmap": "a mapped file"}[settings.store]
-    tables = Table(
-        "stage", "table", "rows", "bytes of a row + state", f"in {where}", "in use (at most)", "host buffers (at most)",
-        title=f"{kind.name} tables per rank: {settings.dtype} rows, {settings.optimizer.name}",
-    )  # fmt: skip
-    for stage in ranks:
-        for table in stage.tables:
-            if table.kind == kind.name:
-                tables.add_row(
-                    str(stage.stage),
-                    f"{table.place} {table.number}",
-                    f"{table.rows:,}",
-                    f"{table.row_bytes:,} + {table.state_bytes + table.busy_bytes:,}",
-                    _bytes(table.bytes),
-                    _bytes(table.working_set),
-                    _bytes(table.host_buffers),
-                )
-    return tables
+        shown.append([str(stage.stage), f"{stage.parameters:,}", *map(_bytes, parts)])
+    print_table(f"memory per rank at {mesh} = {counted(mesh.world, 'rank')}", columns, shown, 120)
+    for kind in kinds_of(config.model.shape):
+        settings = kind.settings(config)
+        where = {"device": "device memory", "host": "host memory", "mmap": "a mapped file"}[settings.store]
+        columns = ["stage", "table", "rows", "bytes of a row + state", f"in {where}"]
+        columns += ["in use (at most)", "host buffers (at most)"]
+        shown = [
+            [
+                str(stage.stage),
+                f"{table.place} {table.number}",
+                f"{table.rows:,}",
+                f"{table.row_bytes:,} + {table.state_bytes + table.busy_bytes:,}",
+                *map(_bytes, (table.bytes, table.working_set, table.host_buffers)),
+            ]
+            for stage in ranks
+            for table in stage.tables
+            if table.kind == kind.name
+        ]
+        title = f"{kind.name} tables per rank: {settings.dtype} rows, {settings.optimizer.name}"
+        print_table(title, columns, shown, 120)
 
 
 def _bytes(count: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kmem.eval.held_out import EvaluationRecord
+from kmem.files import atomic_write
 from kmem.train.callback import Callback
 from kmem.train.metrics import StepRecord
-from kmem.train.run_folder import RunFolder
 from kmem.wording import counted
 
 if TYPE_CHECKING:
@@ -22,17 +23,25 @@ if TYPE_CHECKING:
 class MetricsFile(Callback):
     """Appends every step and evaluation to metrics.jsonl."""
 
-    def __init__(self, folder: RunFolder):
-        self.folder = folder
-
     def on_start(self, trainer: Trainer) -> None:
-        self.folder.forget_after(trainer.step)
+        """Drop the steps that a run resumed after `trainer.step` will repeat; a fresh start repeats all steps."""
+        self.path = trainer.folder.metrics
+        if self.path.exists():
+            lines, step = self.path.read_text().splitlines(True), trainer.step
+            atomic_write(self.path, "".join(line for line in lines if step and _step_of(line) <= step))
 
-    def on_step(self, record: StepRecord) -> None:
-        self.folder.append_metrics(record.to_json())
+    def on_step(self, record: StepRecord | EvaluationRecord) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record.to_json()) + "\n")
 
-    def on_evaluation(self, record: EvaluationRecord) -> None:
-        self.folder.append_metrics(record.to_json())
+    on_evaluation = on_step
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line).get("step", 0)
+    except ValueError:  # the last line of a run that was killed while writing
+        return float("inf")
 
 
 class ProgressReport(Callback):
@@ -40,25 +49,24 @@ class ProgressReport(Callback):
 
     def __init__(self, log_every: int):
         self.log_every = log_every
-        self._bar: Progress | None = None
+        self._bar = Progress(
+            TextColumn("[bold]train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[speed]} tokens/s"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            disable=not sys.stdout.isatty(),
+        )
         self._speed = 0.0
 
     def on_start(self, trainer: Trainer) -> None:
         self._total, self._first, self._began = trainer.config.train.steps, trainer.step, 0.0
         self._bank_alone = trainer.config.model.frozen_anchor
         self._say(trainer.summary())
-        if sys.stdout.isatty():
-            self._bar = Progress(
-                TextColumn("[bold]train"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]}"),
-                TextColumn("{task.fields[speed]} tokens/s"),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-            )
-            self._bar.start()
-            self._task = self._bar.add_task("train", total=self._total, completed=trainer.step, loss="-", speed="-")
+        self._bar.start()
+        self._task = self._bar.add_task("train", total=self._total, completed=trainer.step, loss="-", speed="-")
 
     def on_step(self, record: StepRecord) -> None:
         if not self._began:  # the clock of the estimate starts after the first step, which is slow
@@ -67,7 +75,7 @@ class ProgressReport(Callback):
         self._speed = (
             record.tokens_per_second if not self._speed else 0.9 * self._speed + 0.1 * record.tokens_per_second
         )
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.update(self._task, completed=record.step, loss=f"{record.loss:.4f}", speed=f"{self._speed:,.0f}")
         elif record.step % self.log_every == 0 or record.step == self._total:
             done = record.step - self._first
@@ -95,7 +103,7 @@ class ProgressReport(Callback):
             self._say(f"  {control}: {figures['bits_per_byte']:.4f} bits per byte ({worse:+.4f})")
 
     def on_checkpoint(self, folder: Path, complete: bool) -> None:
-        if self._bar is None:
+        if self._bar.disable:
             self._say(f"saved {folder}" if complete else f"saving {folder} in the background")
 
     def on_end(self, reason: str) -> None:
@@ -106,12 +114,10 @@ class ProgressReport(Callback):
             self._say("interrupted: the state is saved; run the same command again to continue")
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self._bar.stop()
 
     def _say(self, text: str) -> None:
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.console.print(text, highlight=False)
         else:
             print(text, flush=True)

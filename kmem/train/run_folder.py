@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 import socket
@@ -10,10 +9,10 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from kmem.config import Config, UserError, dump_config
-from kmem.files import atomic_folder, atomic_write
+from kmem.files import atomic_folder
 
 METRICS, LOCK = "metrics.jsonl", "lock"
 SECONDS_TO_LEAVE = 20.0
@@ -94,21 +93,3 @@ class RunFolder:
         except (OSError, UserError) as error:
             return f"folder: {self.path} cannot be written: {error}"
         return None
-
-    def forget_after(self, step: int) -> None:
-        """Drop the metrics of steps that a run resumed after `step` will repeat; a fresh start repeats all steps."""
-        if self.metrics.exists():
-            kept = [line for line in self.metrics.read_text().splitlines(True) if step and _step_of(line) <= step]
-            atomic_write(self.metrics, "".join(kept))
-
-    def append_metrics(self, record: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl."""
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line).get("step", 0)
-    except ValueError:  # the last line of a run that was killed while writing
-        return float("inf")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import netrc
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -24,15 +23,14 @@ class WandbTracking(Callback):
     A resumed run continues under the id that its checkpoint stores.
     """
 
-    def __init__(self, config: Config, folder: Path):
-        self.config = config
-        self.folder = folder
+    def __init__(self) -> None:
         self.run_id: str | None = None
         self._run: Any = None
         self._ended = False
 
     def on_start(self, trainer: Trainer) -> None:
-        mode = wandb_mode(self.config)
+        config = trainer.config
+        mode = wandb_mode(config)
         if mode == "disabled":
             return
         import wandb
@@ -40,13 +38,13 @@ class WandbTracking(Callback):
         self.run_id = trainer.tracking.get("wandb_run_id")
         os.environ.setdefault("WANDB_SILENT", "true")
         self._run = wandb.init(
-            project=self.config.tracking.project,
-            name=self.config.name,
+            project=config.tracking.project,
+            name=config.name,
             id=self.run_id,
             resume="allow" if self.run_id else None,
-            dir=str(self.folder),
+            dir=str(trainer.folder.path),
             mode=mode,  # type: ignore[arg-type]  # one of its four words
-            config=self.config.model_dump(mode="json"),
+            config=config.model_dump(mode="json"),
         )
         self.run_id = self._run.id
         print(f"Weights & Biases: {mode}, run {self.run_id}", file=sys.stderr)

@@ -9,7 +9,7 @@ import torch
 
 from kmem.checkpoint import pieces, writer
 from kmem.checkpoint.engram import rows as engram_rows
-from kmem.checkpoint.engram.reading import checkpoint_addresses
+from kmem.checkpoint.engram.rows import checkpoint_addresses
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.cli import main
 from kmem.config import dump_config, parse_config

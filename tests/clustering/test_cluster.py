@@ -21,7 +21,6 @@ from kmem.clustering.report import print_tree, source_counts
 from kmem.clustering.tree_folder import copy_tree
 from kmem.config import DataConfig, UserError
 from kmem.corpora import packages
-from kmem.data.bank_addresses import Addressing
 from kmem.data.manifest import read_manifest
 from kmem.data.prepare import Preparation, prepare
 from kmem.data.reader import open_data
@@ -30,7 +29,7 @@ from kmem.model.bank_embedder import EMBEDDERS, load_embedder
 from kmem.model.bank_tree import ClusterTree, level_ids
 from tests.clustering.cluster_case import REPOSITORY, code, problems, prose
 from tests.hf.letters import Letters
-from tests.small_corpora import write_jsonl
+from tests.small_corpora import with_addresses, write_jsonl
 
 SUBJECTS = (problems(80), prose(80), code(80))
 TEXTS = [text for subject in SUBJECTS for text in subject]
@@ -98,7 +97,7 @@ def test_addresses_are_what_the_stored_tree_and_embedder_say(corpus, unit):
         "gini": 0,
     }
     config = DataConfig(sources=[{"path": str(corpus)}], sequence_length=64)
-    batch = open_data(config, VOCABULARY, Addressing(folder, "leaf")).training.read(range(8))
+    batch = open_data(with_addresses(config, folder, "leaf"), VOCABULARY).training.read(range(8))
     assert batch.addresses.shape == (8, 64)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from kmem.config import DataConfig, UserError
 from kmem.config.data import AddressesConfig
-from kmem.data.bank_addresses import Addressing, write_addresses
+from kmem.data.bank_addresses import write_addresses
 from kmem.data.batch import IGNORED_LABEL
 from kmem.data.indexed import IndexedTokens
 from kmem.data.leaf_order import LeafOrder
@@ -18,7 +18,7 @@ from kmem.data.manifest import read_manifest
 from kmem.data.reader import SequenceReader, open_data
 from kmem.model.bank_tree import read_tree_record
 from tests.clustering.cluster_case import give_addresses, units_of, write_tree
-from tests.small_corpora import BYTES_AND_EOS, make_texts
+from tests.small_corpora import BYTES_AND_EOS, make_texts, with_addresses
 
 TEXTS = make_texts(60, seed=1)
 EOS = 0
@@ -58,7 +58,7 @@ def stored(folder: Path, split: str, unit: str):
 def test_packed_sequences_are_those_of_a_run_without_addresses(addressed, unit, document_attention, split):
     folder, tree = addressed(unit)
     config = config_of(folder, document_attention=document_attention)
-    plain, reader = SequenceReader(config, split), SequenceReader(config, split, Addressing(tree))
+    plain, reader = SequenceReader(config, split), SequenceReader(with_addresses(config, tree), split)
     samples = range(len(plain) * (2 if split == "train" else 1))
     before, after = plain.read(samples), reader.read(samples)
     assert before.addresses is None
@@ -76,7 +76,7 @@ def test_packed_sequences_are_those_of_a_run_without_addresses(addressed, unit, 
 def test_packed_addresses_are_those_of_the_documents(addressed):
     folder, tree = addressed()
     config = config_of(folder, sequence_length=256)
-    reader = SequenceReader(config, "train", Addressing(tree))
+    reader = SequenceReader(with_addresses(config, tree), "train")
     by_text = {tuple(tokens): leaf for tokens, leaf, _ in stored(folder, "train", "document")}
     batch, found = reader.read(range(len(reader))), 0
     for row in range(len(batch.input_ids)):
@@ -96,7 +96,7 @@ def test_packed_addresses_are_those_of_the_documents(addressed):
 @pytest.mark.parametrize("sequence_length", [8, 32, 500])
 def test_sequences_of_a_leaf_hold_each_of_its_units_once(addressed, unit, split, sequence_length):
     folder, tree = addressed(unit)
-    reader = SequenceReader(config_of(folder, sequence_length=sequence_length), split, Addressing(tree, "leaf"))
+    reader = SequenceReader(with_addresses(config_of(folder, sequence_length=sequence_length), tree, "leaf"), split)
     units = list(stored(folder, split, unit))
     expected = Counter()  # (leaf, token, label) of every token
     for tokens, leaf, following in units:
@@ -131,7 +131,7 @@ def test_sequences_of_a_leaf_hold_each_of_its_units_once(addressed, unit, split,
 @pytest.mark.parametrize("unit", ["document", "window:20"])
 def test_units_of_a_leaf_are_packed_whole(addressed, unit):
     folder, tree = addressed(unit)
-    reader = SequenceReader(config_of(folder, sequence_length=256), "train", Addressing(tree, "leaf"))
+    reader = SequenceReader(with_addresses(config_of(folder, sequence_length=256), tree, "leaf"), "train")
     units = {tuple(tokens) for tokens, _, _ in stored(folder, "train", unit)}
     batch = reader.read(range(len(reader)))
     whole = 0
@@ -146,16 +146,16 @@ def test_units_of_a_leaf_are_packed_whole(addressed, unit):
 
 def test_the_order_of_leaves_is_a_function_of_seed_and_epoch(addressed):
     folder, tree = addressed()
-    leaf = Addressing(tree, "leaf")
-    reader = SequenceReader(config_of(folder), "train", leaf)
+    config = with_addresses(config_of(folder), tree, "leaf")
+    reader = SequenceReader(config, "train")
     together = reader.read(range(100))
-    again = SequenceReader(config_of(folder), "train", leaf)
+    again = SequenceReader(config, "train")
     for sample in (99, 0, 57):
         alone = again.read([sample])
         for name in (*FIELDS, "addresses"):
             assert torch.equal(getattr(alone, name)[0], getattr(together, name)[sample])
-    assert not torch.equal(SequenceReader(config_of(folder, seed=6), "train", leaf).read(range(100)).input_ids,
-                           together.input_ids)  # fmt: skip
+    other = SequenceReader(with_addresses(config_of(folder, seed=6), tree, "leaf"), "train")
+    assert not torch.equal(other.read(range(100)).input_ids, together.input_ids)
     # Leaves alternate: the sequences of all of them are shuffled together.
     leaves = together.addresses[: len(reader), 0]
     assert int((leaves.diff() != 0).sum()) > len(reader) // 3
@@ -177,7 +177,7 @@ def test_blended_sources_have_addresses_of_one_tree(addressed):
     second, _ = addressed(texts=make_texts(40, seed=3), name="second")
     config = config_of(first, second)
     for batching in ("packed", "leaf"):
-        data = open_data(config, BYTES_AND_EOS, Addressing(tree, batching))
+        data = open_data(with_addresses(config, tree, batching), BYTES_AND_EOS)
         batch = data.training.read(range(60))
         assert batch.addresses.shape == batch.input_ids.shape
         assert set(batch.addresses.unique().tolist()) == {0, 1, 2, 3}
@@ -188,13 +188,13 @@ def test_fingerprints_tell_addresses_and_batching_apart(addressed):
     folder, tree = addressed()
     config = config_of(folder)
     found = [
-        open_data(config, BYTES_AND_EOS, addressing).fingerprint
-        for addressing in (None, Addressing(tree), Addressing(tree, "leaf"))
+        open_data(with_or_without, BYTES_AND_EOS).fingerprint
+        for with_or_without in (config, with_addresses(config, tree), with_addresses(config, tree, "leaf"))
     ]
     assert len(set(found)) == 3
     other = write_tree(tree.with_name("other"), 2, 1)
     give_addresses(folder, other)
-    assert open_data(config, BYTES_AND_EOS, Addressing(other)).fingerprint not in found
+    assert open_data(with_addresses(config, other), BYTES_AND_EOS).fingerprint not in found
     assert open_data(config, BYTES_AND_EOS).fingerprint == found[0]
 
 
@@ -202,10 +202,10 @@ def test_one_other_address_is_other_data(addressed):
     """As a tree applied anew may give: sequences of leaves then differ, and a run on them does not go on."""
     folder, tree = addressed()
     leaves = {split: np.load(folder / f"{split}.addresses.npy") for split in ("train", "validation")}
-    before = [open_data(config_of(folder), BYTES_AND_EOS, Addressing(tree, way)) for way in ("packed", "leaf")]
+    before = [open_data(with_addresses(config_of(folder), tree, way), BYTES_AND_EOS) for way in ("packed", "leaf")]
     leaves["train"][5] = (leaves["train"][5] + 1) % 4
     write_addresses(folder, read_manifest(folder), read_tree_record(tree), leaves)
-    after = [open_data(config_of(folder), BYTES_AND_EOS, Addressing(tree, way)) for way in ("packed", "leaf")]
+    after = [open_data(with_addresses(config_of(folder), tree, way), BYTES_AND_EOS) for way in ("packed", "leaf")]
     assert all(old.fingerprint != new.fingerprint for old, new in zip(before, after, strict=True))
     assert [old.sequences_fingerprint == new.sequences_fingerprint for old, new in zip(before, after, strict=True)] == [
         True,  # packed sequences are the same ones
@@ -252,14 +252,14 @@ def test_addresses_that_do_not_fit_are_an_error_with_a_remedy(addressed, damage,
     folder, tree = addressed()
     damage(folder)
     with pytest.raises(UserError, match=message) as error:
-        SequenceReader(config_of(folder), "train", Addressing(tree))
+        SequenceReader(with_addresses(config_of(folder), tree), "train")
     assert f"--tree {tree}" in str(error.value)
 
 
 def test_a_missing_tree_is_an_error(addressed, tmp_path):
     folder, _ = addressed()
     with pytest.raises(UserError, match=r"nothing/tree\.json: missing.*kmem data cluster"):
-        SequenceReader(config_of(folder), "train", Addressing(tmp_path / "nothing"))
+        SequenceReader(with_addresses(config_of(folder), tmp_path / "nothing"), "train")
 
 
 def rows_of(batch):
@@ -274,9 +274,9 @@ def test_sequences_of_subtrees_are_those_of_all_text_without_the_others(addresse
     parts = [("0",), ("1.0",), ("1.1",)]
     leaves = [{0, 1}, {2}, {3}]
     for split, epochs in (("train", 3), ("validation", 1)):
-        whole = SequenceReader(config_of(folder), split, Addressing(tree, "leaf"))
+        whole = SequenceReader(with_addresses(config_of(folder), tree, "leaf"), split)
         ordered = [rows_of(whole.read(range(n * len(whole), (n + 1) * len(whole)))) for n in range(epochs)]
-        readers = [SequenceReader(config_of(folder), split, Addressing(tree, "leaf", part)) for part in parts]
+        readers = [SequenceReader(with_addresses(config_of(folder), tree, "leaf", part), split) for part in parts]
         assert sum(map(len, readers)) == len(whole)
         assert sum(reader.padding for reader in readers) == whole.padding
         for reader, wanted in zip(readers, leaves, strict=True):
@@ -297,13 +297,14 @@ def test_sources_keep_their_shares_of_a_subtree(addressed):
         sequence_length=32,
         seed=5,
     )
-    within, alone = Addressing(tree, "leaf", ("0",)), [config_of(folder) for folder in (one, other)]
-    reader = SequenceReader(config, "train", within)
-    counts = [len(SequenceReader(part, "train", within)) for part in alone]
-    totals = [len(SequenceReader(part, "train", Addressing(tree, "leaf"))) for part in alone]
+    alone = [config_of(folder) for folder in (one, other)]
+    within, *parts = (with_addresses(part, tree, "leaf", ("0",)) for part in (config, *alone))
+    reader = SequenceReader(within, "train")
+    counts = [len(SequenceReader(part, "train")) for part in parts]
+    totals = [len(SequenceReader(with_addresses(part, tree, "leaf"), "train")) for part in alone]
     assert len(reader) == sum(counts)
-    assert len(SequenceReader(config, "validation", within)) > 0
-    own = [set(rows_of(SequenceReader(part, "train", within).read(range(400)))) for part in alone]
+    assert len(SequenceReader(within, "validation")) > 0
+    own = [set(rows_of(SequenceReader(part, "train").read(range(400)))) for part in parts]
     drawn = [sum(row in rows for row in rows_of(reader.read(range(400)))) for rows in own]
     assert sum(drawn) == 400
     expected = [weight * count / total for weight, count, total in zip((1, 3), counts, totals, strict=True)]
@@ -314,7 +315,7 @@ def test_subtrees_that_are_not_there_or_empty_are_refused(addressed):
     folder, tree = addressed()
     for path, reason in [("2", r"\b0 to 1\b.*\b2$"), ("0.3", r"\b0 to 1\b.*\b3$"), ("0.0.0", r"\b1 to 2 parts")]:
         with pytest.raises(UserError, match=rf"data\.addresses\.subtrees: cluster {path}: .*{reason}"):
-            SequenceReader(config_of(folder), "train", Addressing(tree, "leaf", (path,)))
+            SequenceReader(with_addresses(config_of(folder), tree, "leaf", (path,)), "train")
     record, manifest = json.loads((tree / "tree.json").read_text()), read_manifest(folder)
     units = {split: len(units_of(folder, split, "document")) for split in ("train", "validation")}
     write_addresses(
@@ -322,9 +323,9 @@ def test_subtrees_that_are_not_there_or_empty_are_refused(addressed):
     )
     for chosen in (("1",), ("0", "1.0")):
         with pytest.raises(UserError, match=rf"data\.addresses\.subtrees: .*training text.*\bcluster {chosen[-1]};"):
-            open_data(config_of(folder), BYTES_AND_EOS, Addressing(tree, "leaf", chosen))
+            open_data(with_addresses(config_of(folder), tree, "leaf", chosen), BYTES_AND_EOS)
     whole, part = (
-        open_data(config_of(folder), BYTES_AND_EOS, Addressing(tree, "leaf", chosen)) for chosen in ((), ("0",))
+        open_data(with_addresses(config_of(folder), tree, "leaf", chosen), BYTES_AND_EOS) for chosen in ((), ("0",))
     )
     assert part.fingerprint == whole.fingerprint
     assert (whole.selection, part.selection) == ("", "0")

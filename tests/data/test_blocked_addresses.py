@@ -10,7 +10,6 @@ import torch
 from kmem.clustering import applying
 from kmem.clustering.applying import apply_tree, leaves_around
 from kmem.config import DataConfig, UserError
-from kmem.data.bank_addresses import Addressing
 from kmem.data.indexed import IndexedTokens
 from kmem.data.prepare import Preparation, prepare
 from kmem.data.reader import SequenceReader
@@ -20,7 +19,7 @@ from kmem.model.bank_tree import ClusterTree, read_tree_record
 from tests.clustering.cluster_case import units_of
 from tests.hf.banks import make_sentence_tree, make_tree
 from tests.hf.models import tokenizer
-from tests.small_corpora import make_texts, write_jsonl
+from tests.small_corpora import make_texts, with_addresses, write_jsonl
 
 BLOCKED = [(1,), (2, 0)]
 TEXTS = make_texts(60, seed=2, longest=20)
@@ -93,7 +92,7 @@ def test_several_chunks_are_one(addressed, monkeypatch):
 def test_sequences_stay_and_their_addresses_change(addressed, batching):
     folder, tree = addressed
     config = DataConfig(sources=[{"path": str(folder)}], sequence_length=12)
-    reader = SequenceReader(config, "validation", Addressing(tree, batching))
+    reader = SequenceReader(with_addresses(config, tree, batching), "validation")
     stored = np.load(folder / "validation.addresses.npy")
     assert reader.leaves.tolist() == stored.tolist()
     every = range(len(reader))
@@ -114,7 +113,7 @@ def test_several_sources_are_counted_one_after_the_other(addressed, tmp_path):
     folder, tree = addressed
     copy = shutil.copytree(folder, tmp_path / "copy")
     config = DataConfig(sources=[{"path": str(folder)}, {"path": str(copy)}], sequence_length=12)
-    reader = SequenceReader(config, "validation", Addressing(tree))
+    reader = SequenceReader(with_addresses(config, tree), "validation")
     count = len(reader.leaves) // 2
     assert reader.leaves[:count].tolist() == reader.leaves[count:].tolist()
     half = len(reader) // 2

@@ -52,7 +52,7 @@ def test_slices_and_strided_tensors_give_the_same_file(tmp_path, monkeypatch):
         writer.write("whole", tensor)
         writer.write("strided", tensor.t().contiguous().t())
         for start in range(0, 23, 5):
-            writer.write_rows("rows", start, tensor[start : start + 5])
+            writer.write_values("rows", tensor[start : start + 5])
     found, _ = read(tmp_path / "a")
     assert all(torch.equal(found[name], tensor) for name in names)
 
@@ -67,9 +67,8 @@ FAULTS = {
     "wrong order": lambda writer, tensor: writer.write("z", tensor),
     "wrong shape": lambda writer, tensor: writer.write("y", tensor[:3]),
     "wrong dtype": lambda writer, tensor: writer.write("y", tensor.bfloat16()),
-    "rows out of order": lambda writer, tensor: writer.write_rows("y", 2, tensor[2:]),
-    "too many rows": lambda writer, tensor: writer.write_rows("y", 0, torch.cat([tensor, tensor])),
-    "half a tensor": lambda writer, tensor: writer.write_rows("y", 0, tensor[:2]),
+    "too many values": lambda writer, tensor: writer.write_values("y", torch.cat([tensor, tensor])),
+    "half a tensor": lambda writer, tensor: writer.write_values("y", tensor[:2]),
 }
 
 

@@ -119,10 +119,10 @@ def test_blocks_that_count_their_own_steps_do_not_see_how_jobs_are_cut(ranks, ru
 
 def test_of_runs_of_other_lengths_each_gives_its_rows(runs, tmp_path):
     first, late = CheckpointReader(runs / "first"), CheckpointReader(runs / "late")
-    edited, _ = merge([Source(first), Source(late)], tmp_path / "out")
+    (checkpoint, _), _ = merge([Source(first), Source(late)], tmp_path / "out")
     merged = CheckpointReader(tmp_path / "out")
     assert merged.step == STEPS + 1
-    assert edited.checkpoint == merged.folder
+    assert checkpoint == merged.folder
     layout = BankLayout.of(merged.config.model.shape)
     for level in layout.levels:
         found, one, other = (written_norms(reader, layout, level) for reader in (merged, first, late))

@@ -12,7 +12,6 @@ import torch
 from kmem.checkpoint.bank.options import BankOptions
 from kmem.checkpoint.controls import Choices
 from kmem.cli import main
-from kmem.data.bank_addresses import Addressing
 from kmem.data.batch import IGNORED_LABEL
 from kmem.data.indexed import IndexedTokens
 from kmem.data.prepare import Preparation, prepare
@@ -29,7 +28,7 @@ from tests.clustering.cluster_case import give_addresses
 from tests.hf.banks import BANKS, bank, make_tree, random_bank, router, tree, write_bank_run
 from tests.hf.models import TEXT, model, tokenizer, write_run
 from tests.model.bank_parameters import FetchedBlocks
-from tests.small_corpora import write_jsonl
+from tests.small_corpora import with_addresses, write_jsonl
 from tests.train.test_trainer import metrics
 from tests.train.trainer_case import trainer_case
 
@@ -79,7 +78,7 @@ def expected_loss(decoder, reader, folder, change, generic=False, levels=None):
     `change` makes another leaf; None: without blocks."""
     source = reader.config.data.sources[0].model_copy(update={"path": str(folder)})
     config = reader.config.data.model_copy(update={"sources": (source,)})
-    data = open_data(config, reader.config.model.vocab_size, Addressing(tree())).validation
+    data = open_data(with_addresses(config, tree()), reader.config.model.vocab_size).validation
     batch = data.read(range(len(data)))
     blocks = without_blocks(decoder.layout)
     if change is not None:
@@ -130,7 +129,7 @@ def test_only_units_that_are_read_and_may_not_stay_are_embedded(prepared, run, b
     (_, folder), (_, reader) = prepared, run
     source = reader.config.data.sources[0].model_copy(update={"path": str(folder)})
     config = reader.config.data.model_copy(update={"sources": (source,)})
-    held_out = open_data(config, reader.config.model.vocab_size, Addressing(tree(), batching)).validation
+    held_out = open_data(with_addresses(config, tree(), batching), reader.config.model.vocab_size).validation
     embedded = []
     real = memory_kinds.leaves_around
     monkeypatch.setattr(
@@ -165,7 +164,7 @@ def test_generic_blocks_are_taken_whatever_addresses_the_sequences_have(prepared
     (_, folder), (decoder, reader) = prepared, run
     source = reader.config.data.sources[0].model_copy(update={"path": str(folder)})
     config = reader.config.data.model_copy(update={"sources": (source,)})
-    batch = open_data(config, reader.config.model.vocab_size, Addressing(tree(), "leaf")).validation.read(range(4))
+    batch = open_data(with_addresses(config, tree(), "leaf"), reader.config.model.vocab_size).validation.read(range(4))
     like = decoder.projection_weight
     generic, fetched = (
         EvaluatedModel(reader, Choices({"bank": way})).bank.of_batch(batch, like) for way in ("generic", "fetched")

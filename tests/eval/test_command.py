@@ -129,13 +129,12 @@ def tracked_case(tree):
     from kmem.config import parse_config
     from kmem.data.reader import open_data
     from kmem.parallel.joining import join_mesh
-    from kmem.train.run_folder import RunFolder
     from kmem.train.tracking import WandbTracking
     from kmem.train.trainer import Trainer
 
     os.environ.pop("WANDB_MODE", None)
     config = parse_config(tree)
     data = open_data(config.data, config.model.vocab_size)
-    trainer = Trainer(config, join_mesh(config), data, [WandbTracking(config, RunFolder(config).path)])
+    trainer = Trainer(config, join_mesh(config), data, [WandbTracking()])
     trainer.fit()
     return trainer.tracking

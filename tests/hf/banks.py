@@ -170,15 +170,14 @@ def write_bank_run(
     data = {"tokenizer": tokenizer_fingerprint(tokenizer())}
     start = starting_config(run, config)
     start = start.model_copy(update={"data": start.data.model_copy(update={"sequence_length": 24})})
-    addresses = model_addresses(config, tokenizer())
+    engram = {"engram": model_addresses(config, tokenizer()).addressing.to_manifest()} if config.engram else {}
     write_weights(
         run / "checkpoints",
         Progress(step=7, consumed_samples=56, tokens=896, optimizer_steps=7, data=data, facts={"loss": 2.5}),
         start,
         {name: tuple(tensor.shape) for name, tensor in weights.items()},
         lambda name: [weights[name]],
-        ({} if addresses is None else {"engram": addresses.addressing.to_manifest()})
-        | {"bank": read_tree_record(own or tree())},
+        {**engram, "bank": read_tree_record(own or tree())},
     )
     shutil.copytree(tokenizer(), run / "tokenizer")
     shutil.copytree(own or tree(), run / "tree")

@@ -180,14 +180,13 @@ def write_run(run: Path, config: ModelConfig, decoder: Remembering | None = None
     weights = (decoder or random_weights(config)).weights()
     progress = Progress(step=7, consumed_samples=56, tokens=896, optimizer_steps=7, facts={"loss": 2.5})
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    addresses = model_addresses(config, tokenizer())
     write_weights(
         run / "checkpoints",
         progress,
         starting_config(run, config),
         shapes,
         lambda name: [weights[name]],
-        {} if addresses is None else {"engram": addresses.addressing.to_manifest()},
+        {"engram": model_addresses(config, tokenizer()).addressing.to_manifest()} if config.engram else {},
     )
     shutil.copytree(tokenizer(), run / "tokenizer")
     return CheckpointReader(run)

@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from kmem.hf.custom_code import code_files, register
+from kmem.hf.custom_code import register
+from kmem.hf.export import export
 from kmem.model.configuration_kmem import KmemConfig
 from kmem.model.init import initialise_
 from kmem.model.modeling_kmem import KmemForCausalLM
-from tests.hf.models import GQA, NATIVE, OWN, VOCABULARY, model, random_weights
+from tests.hf.models import GQA, NATIVE, OWN, VOCABULARY, model, random_weights, write_run
 
 CONFIG = NATIVE["glm4_moe"]
 
@@ -23,11 +24,13 @@ def build(config=CONFIG):
     return own
 
 
-def test_code_files_are_a_closed_set_without_kmem():
-    names = {file.name for file in code_files()}
+def test_code_files_are_a_closed_set_without_kmem(tmp_path):
+    export(write_run(tmp_path / "run", CONFIG), tmp_path / "out", custom_code=True, say=str)
+    files = list((tmp_path / "out").glob("*.py"))
+    names = {file.name for file in files}
     assert {"modeling_kmem.py", "configuration_kmem.py", "decoder.py", "shape.py"} <= names
     assert "__init__.py" not in names
-    for file in code_files():
+    for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom):  # Transformers finds no other form of import
                 module = node.module or ""

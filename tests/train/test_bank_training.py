@@ -325,7 +325,7 @@ def test_blocks_keep_the_seed_that_they_were_drawn_with(ranks, bank_run, tmp_pat
         assert reader.commit.progress.memories["bank"]["seed"] == 3
         erased = f"{runs}/{name}-erased"
         assert main(["bank", "erase", "0", "1", "--subtree", "--checkpoint", f"{runs}/{name}", "--out", erased]) == 0
-        layout = bank_layout(reader.config)
+        layout = bank_layout(reader)
         found, fresh = CheckpointReader(erased), layout.by_layer(layout.initial_rows(3, 1, 0, 2), 1)
         for layer, rows in fresh.items():
             assert torch.equal(found.read(f"layers.{layer}.bank.level1")[:2], rows)

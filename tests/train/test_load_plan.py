@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kmem.checkpoint.commit import Commit, Progress, StoredTensor
-from kmem.checkpoint.manifest import REASONS, TREE_REASONS
+from kmem.checkpoint.manifest import REASONS
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.config import parse_config
 from kmem.model.memory_kinds import owner_of
@@ -232,7 +232,7 @@ def test_fields_that_only_shape_training_may_change():
 def test_another_tree_than_the_checkpoints_is_refused():
     other = {**TREE, "fingerprint": "b", "embedder": {"name": "minilm"}}
     config = run(**BANK)
-    message = rf"^data\.addresses\.tree: .*\bembedder .*'minilm'.*{TREE_REASONS['embedder']}"
+    message = rf"^data\.addresses\.tree: .*\bembedder .*'minilm'.*{REASONS['embedder']}"
     with pytest.raises(CheckpointError, match=message):
         plan(config, commit_of(config), tree=other)
     unknown = commit_of(config)

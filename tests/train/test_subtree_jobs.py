@@ -17,10 +17,10 @@ from kmem.checkpoint.bank.hits import last_step_name, stored_hits
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.cli import main
 from kmem.config import ConfigError, parse_config
-from kmem.data.bank_addresses import Addressing
 from kmem.data.reader import SequenceReader
 from tests.clustering.cluster_case import give_addresses, write_tree
 from tests.distributed.training_case import small_config
+from tests.small_corpora import with_addresses
 from tests.train.test_command import KMEM, run
 from tests.train.trainer_case import trainer_case
 
@@ -222,9 +222,8 @@ def test_a_run_says_which_text_it_reads(runs):
     said = runs.train("said", start="anchor", subtrees=["1.0", "0"], train__steps=1)["printed"]
     found = re.search(r"subtrees 0,1\.0: (\d+) sequences .* (\d+) held-out", said)
     assert found
-    addressing = Addressing(runs.root / "tree", "leaf", ("0", "1.0"))
-    config = parse_config(runs.config("said")).data
-    lengths = [len(SequenceReader(config, split, addressing)) for split in ("train", "validation")]
+    config = with_addresses(parse_config(runs.config("said")).data, runs.root / "tree", "leaf", ("0", "1.0"))
+    lengths = [len(SequenceReader(config, split)) for split in ("train", "validation")]
     assert [int(count) for count in found.groups()] == lengths
     held_out = np.load(runs.root / "prepared" / "validation.addresses.npy")
     other = runs.root / "without"
@@ -379,5 +378,5 @@ def test_eval_scores_all_held_out_text(runs, bank, capsys):
     assert main(["eval", "--checkpoint", str(runs.root / name), "--json"]) == 0
     (figures,) = json.loads(capsys.readouterr().out)["held_out"].values()
     config = parse_config(runs.config("any")).data
-    reader = SequenceReader(config, "validation", Addressing(runs.root / "tree", "leaf"))
+    reader = SequenceReader(with_addresses(config, runs.root / "tree", "leaf"), "validation")
     assert figures["tokens"] == int((reader.read(range(len(reader))).labels >= 0).sum())

@@ -13,7 +13,6 @@ def trainer_case(tree: dict[str, Any]) -> dict[str, Any]:
     from kmem.data.reader import open_data
     from kmem.parallel.joining import join_mesh
     from kmem.train.reporting import MetricsFile, ProgressReport
-    from kmem.train.run_folder import RunFolder
     from kmem.train.trainer import Trainer
 
     config = parse_config(tree)
@@ -24,7 +23,7 @@ def trainer_case(tree: dict[str, Any]) -> dict[str, Any]:
     try:
         with contextlib.redirect_stdout(printed):
             data = open_data(config.data, config.model.vocab_size)
-            trainer = Trainer(config, join_mesh(config), data, [MetricsFile(RunFolder(config)), ProgressReport(1)])
+            trainer = Trainer(config, join_mesh(config), data, [MetricsFile(), ProgressReport(1)])
             answer["started_at"] = trainer.step
             trainer.fit()
             answer["steps"] = trainer.step

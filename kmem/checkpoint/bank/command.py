@@ -56,12 +56,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from kmem.checkpoint.bank.editing import the_layout
+    from kmem.checkpoint.bank.layout import bank_layout
     from kmem.checkpoint.bank.rows import figures
     from kmem.checkpoint.reader import CheckpointReader
 
     reader = CheckpointReader(arguments.checkpoint)
-    layout = the_layout(reader)
+    layout = bank_layout(reader)
     levels, clusters = figures(reader, layout, arguments.paths)
     if arguments.json:
         tree = {"checkpoint": str(reader.folder), "step": reader.step, "kind": layout.kind, "levels": levels}
@@ -138,14 +138,15 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 
 def _report(edited: "Edited", done: str) -> None:
-    for changed in edited.levels:
+    checkpoint, levels = edited
+    for changed in levels:
         print(
             f"level {changed.level}: blocks of {counted(changed.clusters, 'cluster')} {done}, {changed.values:,} "
             f"values, {changed.bytes / 1e6:,.3f} MB; norm of what they wrote before: {changed.norm:.4g}"
         )
-    if not edited.levels:
+    if not levels:
         print("no block has changed")
-    print(f"wrote {edited.checkpoint}")
+    print(f"wrote {checkpoint}")
 
 
 def _norm(cluster: dict[str, Any]) -> str:

@@ -14,18 +14,16 @@ import torch
 from torch import Tensor
 
 from kmem.checkpoint.bank.hits import FIRST, KEPT, edited_usage, stored_hits
-from kmem.checkpoint.bank.layout import bank_layout, bank_tensors
+from kmem.checkpoint.bank.layout import bank_layout
 from kmem.checkpoint.bank.rows import Selection, cluster_path, held_mask, select, trained_rows, written_norms
 from kmem.checkpoint.commit import Progress
-from kmem.checkpoint.pieces import CheckpointError
+from kmem.checkpoint.pieces import CHUNK_ELEMENTS, CheckpointError
 from kmem.checkpoint.reader import WEIGHT, CheckpointReader
 from kmem.checkpoint.rewriting import rewrite_run
 from kmem.config import Config, parse_config
 from kmem.model.bank_layout import BankLayout, layer_bank_name
 from kmem.wording import counted
 
-COMPARED = 1 << 24
-"""Elements compared at a time."""
 LISTED = 5
 
 
@@ -42,12 +40,8 @@ class Changed:
     """2-norm of what these blocks wrote before the edit."""
 
 
-@dataclass(frozen=True)
-class Edited:
-    """The result of an edit."""
-
-    checkpoint: Path
-    levels: tuple[Changed, ...]
+Edited = tuple[Path, list[Changed]]
+"""Folder of the new checkpoint, and what changed on each level."""
 
 
 @dataclass(frozen=True)
@@ -86,18 +80,6 @@ def bank_origin(progress: Progress) -> dict[str, Any]:
     return {"seed": None, "start": None, **progress.memories.get("bank", {})}
 
 
-def the_layout(reader: CheckpointReader) -> BankLayout:
-    """The layout of a checkpoint's bank.
-
-    Raises:
-        CheckpointError: it has no bank.
-    """
-    layout = bank_layout(reader.config)
-    if layout is None:
-        raise CheckpointError(f"{reader.folder}: has no bank (model.bank)")
-    return layout
-
-
 def erase(reader: CheckpointReader, out: Path, paths: list[str], subtree: bool) -> Edited:
     """Reset clusters to their initial blocks, which change nothing, without optimizer state: as if no text had reached
     them.
@@ -105,7 +87,7 @@ def erase(reader: CheckpointReader, out: Path, paths: list[str], subtree: bool) 
     Raises:
         UserError: a path outside the tree, or a folder that cannot be written.
     """
-    layout = the_layout(reader)
+    layout = bank_layout(reader)
     reader.check_whole()
     chosen = select(layout, paths, subtree)
     owners = {level: torch.where(rows, FIRST, KEPT) for level, rows in chosen.items()}
@@ -120,7 +102,7 @@ def replace_blocks(
     Raises:
         UserError: a path outside the tree, a different bank, tree or anchor, or a folder that cannot be written.
     """
-    layout = the_layout(reader)
+    layout = bank_layout(reader)
     for checkpoint in (reader, other):
         checkpoint.check_whole()
     chosen = select(layout, paths, subtree)
@@ -146,7 +128,7 @@ def merge(sources: Sequence[Source], out: Path, start: CheckpointReader | None =
             that is not named, or a folder that cannot be written.
     """
     readers = [source.reader for source in sources]
-    layout = the_layout(readers[0])
+    layout = bank_layout(readers[0])
     for source in sources if start is None else ():
         reader = source.reader
         if _trained_elsewhere(reader, layout):
@@ -242,7 +224,7 @@ def _joined_subtrees(readers: Sequence[CheckpointReader]) -> tuple[str, ...] | N
         if addresses is None or addresses.subtrees is None:
             return None
         chosen |= set(addresses.subtrees)
-    every = {str(child) for child in range(the_layout(readers[0]).children)} <= chosen
+    every = {str(child) for child in range(bank_layout(readers[0]).children)} <= chosen
     outermost = {path for path in chosen if not any(path.startswith(f"{other}.") for other in chosen)}
     return None if every else tuple(outermost)
 
@@ -314,7 +296,7 @@ def _written(
                 target.zero_()
         return values
 
-    return Edited(rewrite_run(base, out, note, edit, progress, config), tuple(figures))
+    return rewrite_run(base, out, note, edit, progress, config), figures
 
 
 def _runs(owners: list[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -327,7 +309,7 @@ def _runs(owners: list[int], start: int, stop: int) -> Iterator[tuple[int, int, 
 
 def _check_same_bank(one: CheckpointReader, other: CheckpointReader) -> None:
     """Check that both have blocks of the same form, for clusters of the same tree."""
-    first, second = the_layout(one), the_layout(other)
+    first, second = bank_layout(one), bank_layout(other)
     if first != second:
         names = [name for name in vars(first) if getattr(first, name) != getattr(second, name)]
         raise CheckpointError(
@@ -358,7 +340,8 @@ def _has_row_state(reader: CheckpointReader) -> bool:
 
 def _check_same_anchor(one: CheckpointReader, other: CheckpointReader) -> None:
     """Check that everything but the bank is equal to the bit: blocks are trained for one anchor."""
-    bank = bank_tensors(the_layout(one))
+    layout = bank_layout(one)
+    bank = {layer_bank_name(layer, level) for layer in layout.layers for level in layout.levels}
     differing = sorted((one.tensors.keys() ^ other.tensors.keys()) - bank)
     if not differing:
         changed = (name for name in one.tensors if name not in bank and not _same_values(one, other, name))
@@ -372,7 +355,7 @@ def _check_same_anchor(one: CheckpointReader, other: CheckpointReader) -> None:
 
 def _same_values(one: CheckpointReader, other: CheckpointReader, name: str) -> bool:
     size = one.tensors[name].numel()
-    slices = ((WEIGHT + name, start, min(start + COMPARED, size)) for start in range(0, size, COMPARED))
+    slices = ((WEIGHT + name, start, min(start + CHUNK_ELEMENTS, size)) for start in range(0, size, CHUNK_ELEMENTS))
     return one.tensors[name].shape == other.tensors[name].shape and all(
         torch.equal(one.read_stored(*part), other.read_stored(*part)) for part in slices
     )

@@ -3,22 +3,26 @@
 from pathlib import Path
 
 from kmem.checkpoint.pieces import CheckpointError
-from kmem.checkpoint.trained_model import TrainedModel
-from kmem.config import Config
+from kmem.checkpoint.reader import CheckpointReader
 from kmem.data.bank_addresses import tree_record
 from kmem.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from kmem.model.bank_export import TREE_FOLDER
-from kmem.model.bank_layout import BankLayout, layer_bank_name
+from kmem.model.bank_layout import BankLayout
 from kmem.model.bank_router import ContextRouter
 
 
-def bank_layout(config: Config) -> BankLayout | None:
-    """The layout of a model's bank; None for a model without a bank."""
-    shape = config.model.shape
-    return None if shape.bank is None else BankLayout.of(shape)
+def bank_layout(reader: CheckpointReader) -> BankLayout:
+    """The layout of a checkpoint's bank.
+
+    Raises:
+        CheckpointError: it has no bank.
+    """
+    if reader.config.model.bank is None:
+        raise CheckpointError(f"{reader.folder}: has no bank (model.bank)")
+    return BankLayout.of(reader.config.model.shape)
 
 
-def checkpoint_tree(reader: TrainedModel, given: Path | None = None) -> Path:
+def checkpoint_tree(reader: CheckpointReader, given: Path | None = None) -> Path:
     """The folder of the tree that a checkpoint's bank was trained with.
 
     Args:
@@ -39,17 +43,27 @@ def checkpoint_tree(reader: TrainedModel, given: Path | None = None) -> Path:
             f"{folder}: not the tree that {reader.folder} was trained with ({record['fingerprint'][:12]} instead of "
             f"{reader.tree[:12]}): its leaves or its embedder differ; name the tree of the training data with --tree"
         )
-    if record.get("tokenizer") is not None and reader.tokenizer_path.is_dir():
-        fingerprint = tokenizer_fingerprint(reader.tokenizer_path)
-        if fingerprint != record["tokenizer"]:
-            raise CheckpointError(
-                f"{folder}: its embedder counts token ids of another tokenizer ({record['tokenizer'][:12]}) than "
-                f"{reader.tokenizer_path} ({fingerprint[:12]}); name the tree of the training data with --tree"
-            )
+    check_tokenizer_of_tree(folder, reader.tokenizer_path, "name the tree of the training data with --tree")
     return folder
 
 
-def _known_tree(reader: TrainedModel) -> Path:
+def check_tokenizer_of_tree(tree: Path, tokenizer: Path, remedy: str) -> None:
+    """Refuse a tree whose embedder counts ids of another tokenizer, if it counts any and the tokenizer exists.
+
+    Raises:
+        CheckpointError: names both.
+    """
+    counted = tree_record(tree).get("tokenizer")
+    if counted is not None and tokenizer.is_dir():
+        fingerprint = tokenizer_fingerprint(tokenizer)
+        if fingerprint != counted:
+            raise CheckpointError(
+                f"{tree}: its embedder counts token ids of another tokenizer ({counted[:12]}) than {tokenizer} "
+                f"({fingerprint[:12]}); {remedy}"
+            )
+
+
+def _known_tree(reader: CheckpointReader) -> Path:
     own, addresses = reader.run_folder / TREE_FOLDER, reader.config.data.addresses
     candidates = [own] if addresses is None else [own, Path(addresses.tree).expanduser()]
     for folder in candidates:
@@ -62,7 +76,7 @@ def _known_tree(reader: TrainedModel) -> Path:
     )
 
 
-def checkpoint_router(reader: TrainedModel, given: Path | None = None) -> ContextRouter:
+def checkpoint_router(reader: CheckpointReader, given: Path | None = None) -> ContextRouter:
     """The tree of a checkpoint's bank, with its embedder.
 
     Raises:
@@ -73,10 +87,3 @@ def checkpoint_router(reader: TrainedModel, given: Path | None = None) -> Contex
         return ContextRouter.load(folder, load_tokenizer(reader.tokenizer_path))
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-
-
-def bank_tensors(layout: BankLayout | None) -> set[str]:
-    """Names of the tensors of a checkpoint that hold the bank."""
-    if layout is None:
-        return set()
-    return {layer_bank_name(layer, level) for layer in layout.layers for level in layout.levels}

@@ -4,14 +4,10 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kmem.checkpoint.actions import add_action, open_verified
 from kmem.config import UserError
 from kmem.wording import counted, print_table
-
-if TYPE_CHECKING:
-    from kmem.checkpoint.engram.rows import Phrase
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,22 +30,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from kmem.checkpoint.engram.rows import table_figures, the_addresses
+    from kmem.checkpoint.engram.rows import checkpoint_addresses, table_figures
     from kmem.checkpoint.reader import CheckpointReader
 
     reader = CheckpointReader(arguments.checkpoint)
-    addressing = the_addresses(reader).addressing
-    figures = dict(zip(addressing.layers, table_figures(reader, addressing.layers), strict=True))
+    addressing = checkpoint_addresses(reader).addressing
+    figures = list(table_figures(reader, addressing.layers))
     orders, heads = addressing.orders, addressing.heads
     if arguments.json:
-        tables = [
-            {"layer": layer, "orders": orders, "heads": heads, **asdict(table)} for layer, table in figures.items()
-        ]
+        tables = [{"orders": orders, "heads": heads, **asdict(table)} for table in figures]
         print(json.dumps({"checkpoint": str(reader.folder), "step": reader.step, "tables": tables}))
         return 0
     rows = [
         (
-            str(layer),
+            str(table.layer),
             f"{table.rows:,}",
             str(table.dim),
             f"{table.bytes / 1e6:,.1f}",
@@ -57,7 +51,7 @@ def _list(arguments: argparse.Namespace) -> int:
             f"{table.mean_norm:.4g}",
             f"{table.largest_norm:.4g}",
         )
-        for layer, table in figures.items()
+        for table in figures
     ]
     columns = ("layer", "rows", "values each", "MB", "updated", "mean norm", "largest")
     print_table(
@@ -70,17 +64,17 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from kmem.checkpoint.engram.rows import Phrase, text_ngrams, the_addresses
+    from kmem.checkpoint.engram.rows import checkpoint_addresses, text_ngrams
     from kmem.checkpoint.reader import CheckpointReader
 
     reader = CheckpointReader(arguments.checkpoint)
-    layers = the_addresses(reader).layers
+    layers = checkpoint_addresses(reader).layers
     if arguments.layer is not None:
         if arguments.layer not in layers:
             known = ", ".join(map(str, layers))
             raise UserError(f"--layer {arguments.layer}: has no engram; layers with engram: {known}")
         layers = (arguments.layer,)
-    ngrams = list(text_ngrams(reader, Phrase(arguments.text), layers))
+    ngrams = list(text_ngrams(reader, arguments.text, layers))
     if arguments.json:
         described = {"checkpoint": str(reader.folder), "step": reader.step, "text": arguments.text}
         print(json.dumps({**described, "ngrams": [asdict(ngram) for ngram in ngrams]}))
@@ -109,9 +103,9 @@ def _erase(arguments: argparse.Namespace) -> int:
     from kmem.checkpoint.engram.rows import erase
     from kmem.model.engram_reader import table_name
 
-    phrases = _phrases(arguments)
+    texts = _texts(arguments)
     reader = open_verified(arguments.checkpoint)
-    checkpoint, erased = erase(reader, arguments.out, phrases)
+    checkpoint, erased = erase(reader, arguments.out, texts)
     for layer, count in erased.items():
         print(f"layer {layer}: {count:,} of {counted(reader.tensors[table_name(layer)].shape[0], 'row')} erased")
     print("other n-grams that hash to these rows have lost them, too")
@@ -119,18 +113,15 @@ def _erase(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _phrases(arguments: argparse.Namespace) -> "list[Phrase]":
-    from kmem.checkpoint.engram.rows import Phrase
-
+def _texts(arguments: argparse.Namespace) -> dict[str, str]:
+    """Text -> where the user gave it."""
     if arguments.file is None:
-        return [Phrase(text) for text in arguments.text]
+        return dict.fromkeys(arguments.text, "--text")
     try:
         lines = arguments.file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--file {arguments.file}: not readable as text: {error}") from None
-    phrases = [
-        Phrase(line, f"--file {arguments.file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
-    ]
-    if not phrases:
+    texts = {line: f"--file {arguments.file}, line {number}" for number, line in enumerate(lines, 1) if line.strip()}
+    if not texts:
         raise UserError(f"--file {arguments.file}: no text in it; write one on each line")
-    return phrases
+    return texts

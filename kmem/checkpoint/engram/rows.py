@@ -3,7 +3,7 @@
 Rows are addressed by hashes: a text leads to its rows, but a row leads to no text.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kmem.checkpoint.engram.reading import checkpoint_addresses
+from kmem.checkpoint.manifest import check_addressing
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import WEIGHT, CheckpointReader
 from kmem.checkpoint.rewriting import rewrite_run
 from kmem.checkpoint.storage import TORCH_DTYPES
 from kmem.config import UserError
+from kmem.data.engram_addresses import model_addresses
 from kmem.data.progress import Progress
 from kmem.data.tokenizer import load_tokenizer
 from kmem.model.engram_reader import EngramAddresses, table_name
@@ -31,6 +32,7 @@ SLICE_BYTES = 32 << 20
 class TableFigures:
     """Figures of a layer's rows, as they are stored."""
 
+    layer: int
     rows: int
     dim: int
     bytes: int
@@ -60,23 +62,22 @@ class Ngram:
     """Whether training has moved each row; None as in `TableFigures`."""
 
 
-@dataclass(frozen=True)
-class Phrase:
-    """A text, and where the user gave it."""
-
-    text: str
-    source: str = "--text"
-
-
-def the_addresses(reader: CheckpointReader) -> EngramAddresses:
-    """The addressing of a checkpoint: which n-gram reads which rows.
+def checkpoint_addresses(reader: CheckpointReader) -> EngramAddresses:
+    """The addresses that a checkpoint's tables were trained with: which n-gram reads which rows.
 
     Raises:
-        CheckpointError: it has no engram, or its tokenizer is another one.
+        CheckpointError: it has no engram or holds no addressing, or its tokenizer is missing or gives another one.
     """
-    addresses = checkpoint_addresses(reader)
-    if addresses is None:
+    if reader.config.model.engram is None:
         raise CheckpointError(f"{reader.folder}: has no engram (model.engram)")
+    if reader.addressing is None:
+        raise CheckpointError(f"{reader.folder}: has no addressing of model.engram, so its rows cannot be found")
+    if not reader.tokenizer_path.is_dir():
+        raise CheckpointError(
+            f"{reader.tokenizer_path}: no tokenizer here, and rows are addressed by its ids; copy the data's"
+        )
+    addresses = model_addresses(reader.config.model, reader.tokenizer_path)
+    check_addressing(reader.folder, reader.addressing, addresses)
     return addresses
 
 
@@ -85,7 +86,7 @@ def table_figures(reader: CheckpointReader, layers: Sequence[int]) -> Iterator[T
     stored = {layer: [WEIGHT + table_name(layer), *_moments(reader, layer)] for layer in layers}
     total = sum(reader.commit.tensors[key].size for keys in stored.values() for key in keys)
     with Progress("reading rows", total) as bar:
-        for weight, *moments in stored.values():
+        for layer, (weight, *moments) in stored.items():
             table = reader.tensors[weight.removeprefix(WEIGHT)]
             rows, dim = table.shape
             updated, norms, largest = 0, 0.0, 0.0
@@ -99,17 +100,17 @@ def table_figures(reader: CheckpointReader, layers: Sequence[int]) -> Iterator[T
                     moved |= (_rows(reader, key, start, stop) != 0).any(dim=1)
                 updated += int(moved.sum())
                 bar.advance(sum((stop - start) * (reader.row_width(key) or 0) for key in (weight, *moments)))
-            yield TableFigures(rows, dim, table.nbytes, updated if moments else None, norms / rows, largest)
+            yield TableFigures(layer, rows, dim, table.nbytes, updated if moments else None, norms / rows, largest)
 
 
-def text_ngrams(reader: CheckpointReader, phrase: Phrase, layers: Sequence[int]) -> Iterator[Ngram]:
+def text_ngrams(reader: CheckpointReader, text: str, layers: Sequence[int]) -> Iterator[Ngram]:
     """The n-grams that end at each token of a text. The text is read as the beginning of a document.
 
     Raises:
         UserError: the text has no token.
     """
-    addresses, tokenizer = the_addresses(reader), load_tokenizer(reader.tokenizer_path)
-    ids, orders = _tokens(tokenizer, phrase), addresses.addressing.orders
+    addresses, tokenizer = checkpoint_addresses(reader), load_tokenizer(reader.tokenizer_path)
+    ids, orders = _tokens(tokenizer, text, "--text"), addresses.addressing.orders
     for layer in layers:
         table, kinds = reader.map_rows(table_name(layer)), [key.partition("/")[0] for key in _moments(reader, layer)]
         moments = [reader.map_rows(table_name(layer), f"{kind}/") for kind in kinds]
@@ -134,9 +135,12 @@ def text_ngrams(reader: CheckpointReader, phrase: Phrase, layers: Sequence[int])
                 )
 
 
-def erase(reader: CheckpointReader, out: Path, phrases: Sequence[Phrase]) -> tuple[Path, dict[int, int]]:
+def erase(reader: CheckpointReader, out: Path, texts: Mapping[str, str]) -> tuple[Path, dict[int, int]]:
     """Write a checkpoint in which some rows are zeros, without optimizer state: the rows that are read by n-grams which
     lie wholly inside the texts. Everything else is equal to the bit.
+
+    Args:
+        texts: text -> where the user gave it, for errors.
 
     Returns:
         The folder of the new checkpoint, and layer -> number of rows that are zeros now.
@@ -144,17 +148,17 @@ def erase(reader: CheckpointReader, out: Path, phrases: Sequence[Phrase]) -> tup
     Raises:
         UserError: a text that is shorter than the shortest n-grams, or a folder that cannot be written.
     """
-    addresses, tokenizer = the_addresses(reader), load_tokenizer(reader.tokenizer_path)
+    addresses, tokenizer = checkpoint_addresses(reader), load_tokenizer(reader.tokenizer_path)
     reader.check_whole()
     orders, heads = addresses.addressing.orders, addresses.addressing.heads
     chosen = {
         layer: torch.zeros(reader.tensors[table_name(layer)].shape[0], dtype=torch.bool) for layer in addresses.layers
     }
-    for phrase in phrases:
-        ids = _tokens(tokenizer, phrase)
+    for text, source in texts.items():
+        ids = _tokens(tokenizer, text, source)
         if len(ids) < orders[0]:
             raise UserError(
-                f"{phrase.source}: {phrase.text!r} is {counted(len(ids), 'token')}, and the shortest n-grams of this "
+                f"{source}: {text!r} is {counted(len(ids), 'token')}, and the shortest n-grams of this "
                 f"model have {orders[0]}; give a longer text"
             )
         for layer, mask in chosen.items():
@@ -172,7 +176,7 @@ def erase(reader: CheckpointReader, out: Path, phrases: Sequence[Phrase]) -> tup
         begun = start - first * width
         return values.masked_fill(mask[first:last].repeat_interleave(width)[begun : begun + len(values)], 0)
 
-    note = f"erased the n-gram rows of {counted(len(phrases), 'text')}"
+    note = f"erased the n-gram rows of {counted(len(texts), 'text')}"
     return rewrite_run(reader, out, note, edit), {layer: int(mask.sum()) for layer, mask in chosen.items()}
 
 
@@ -194,9 +198,9 @@ def _rows(reader: CheckpointReader, key: str, start: int, stop: int) -> Tensor:
     return reader.read_stored(key, start * width, stop * width).view(stop - start, width)
 
 
-def _tokens(tokenizer: Any, phrase: Phrase) -> list[int]:
-    """Token ids of a phrase, as text of a document: the spelling of a special token is ordinary characters."""
-    ids: list[int] = tokenizer.encode(phrase.text, add_special_tokens=False, split_special_tokens=True)
+def _tokens(tokenizer: Any, text: str, source: str) -> list[int]:
+    """Token ids, as text of a document: the spelling of a special token is ordinary characters."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     if not ids:
-        raise UserError(f"{phrase.source}: {phrase.text!r} has no token; give a longer text")
+        raise UserError(f"{source}: {text!r} has no token; give a longer text")
     return ids
