@@ -45,6 +45,8 @@ def grouped_linear(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     The counts must cover every row: past the last group, grouped_mm returns uninitialised memory.
     """
     ends = counts.cumsum(0)
+    if torch.compiler.is_compiling() and rows.dtype == torch.float32:
+        return _compiled_grouped_linear(rows, weights, ends)
     assert rows.device.type != "cpu" or int(ends[-1]) == len(rows), f"{int(ends[-1])} rows counted, {len(rows)} given"
     if rounds_groups(rows, weights):
         return _OneDNNGroupedLinear.apply(rows, weights, ends)
@@ -57,6 +59,46 @@ def grouped_linear(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     sizes = [stop - start for start, stop in pairwise([0, *last, len(rows)])]
     cut = zip(rows.split(sizes), weights.split(MOST_GROUPS), counts.split(MOST_GROUPS), strict=True)
     return torch.cat([grouped_linear(*operands) for operands in cut])
+
+
+_LIBRARY = __name__.replace(".", "_")  # exported code is a module of its own, beside kmem's
+
+
+@torch.library.custom_op(f"{_LIBRARY}::grouped_linear", mutates_args=())
+def _compiled_grouped_linear(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_linear` in compiled code: torch's compiler refuses grouped_mm in fp32 (2.13)."""
+    return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends.to(torch.int32))
+
+
+@torch.library.custom_op(f"{_LIBRARY}::grouped_outer", mutates_args=())
+def _compiled_grouped_outer(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+    """grad [N, M], rows [N, K] -> each group's grad.T @ rows, [E, M, K]."""
+    return F.grouped_mm(grad.T, rows, offs=ends.to(torch.int32))
+
+
+@_compiled_grouped_linear.register_fake
+def _(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weights.shape[1])
+
+
+@_compiled_grouped_outer.register_fake
+def _(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(ends.shape[0], grad.shape[1], rows.shape[1])
+
+
+def _compiled_backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    rows, weights, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    return (
+        _compiled_grouped_linear(grad, weights.transpose(1, 2).contiguous(), ends),
+        _compiled_grouped_outer(grad, rows, ends),
+        None,
+    )
+
+
+_compiled_grouped_linear.register_autograd(
+    _compiled_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
 
 
 def rounds_groups(rows: Tensor, weights: Tensor) -> bool:

@@ -171,6 +171,13 @@ def test_documents_in_one_sequence_are_computed_alone():
         own(packed, position_ids=positions, use_cache=True)
 
 
+@pytest.mark.full
+@torch.no_grad()
+def test_compiled_it_computes_the_same():
+    own, ids = build(OWN["softmax and shared experts"]), torch.tensor([[1, 2, 3, 4, 5, 6]])
+    torch.testing.assert_close(torch.compile(own)(ids).logits, own(ids).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_the_decoder_alone_and_as_a_classifier(tmp_path):
     own, ids = build(), torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
