@@ -52,6 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _overview(program, target, word)
         program, (target, purpose) = f"{program} {word}", target[word]
     try:
+        return _run(target, program, purpose, words)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (
+                OSError
+            ):  # its reader is gone, which must not change the exit code when the interpreter flushes again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _run(target: str, program: str, purpose: str, words: list[str]) -> int:
+    try:
         implementation = importlib.import_module(target)
         parser = argparse.ArgumentParser(prog=program, description=purpose, allow_abbrev=False)
         implementation.add_arguments(parser)
@@ -60,7 +73,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

@@ -115,6 +115,12 @@ class WarmProcess:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
+    def wait(self, timeout: float = 150) -> int:
+        """Wait for the end, which must come in time; the exit code."""
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, "it is still running"
+        return self._process.exitcode
+
     def communicate(self, timeout: float = 150) -> tuple[str, str]:
         """Wait for the end; what is left of the output, and the errors.
 

@@ -13,7 +13,7 @@ from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import UserError
 from kmem.files import atomic_write
 from kmem.model.memory_kinds import kinds_of
-from kmem.parallel.local_launch import launch_local
+from kmem.parallel.local_launch import INTERRUPTED, launch_local
 
 HELD_OUT = "held_out.json"
 """File in a run's folder with the checkpoint's figures on the whole held-out split, by state of evaluation."""
@@ -35,7 +35,7 @@ def train(run: Run) -> bool:
     """
     words = ["train", "--config", str(run.source), *(word for pair in run.overrides for word in ("--set", pair))]
     code = launch_local(words, 1)
-    if code:
+    if code not in (0, INTERRUPTED):
         raise UserError(f"{run.folder}: kmem train ended with exit code {code}; the runs before it are kept")
     return is_finished(run)
 

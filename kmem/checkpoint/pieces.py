@@ -40,6 +40,10 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be written, found, trusted or used; the message names the file or tensor."""
 
 
+class NotFiniteError(CheckpointError):
+    """A state with values that are not finite, which is not saved."""
+
+
 @dataclass(frozen=True)
 class ScatteredRows:
     """An interval of live values whose rows are not contiguous: elements [start, stop) of `rows` [N, width] in

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from torch.distributed.checkpoint import StorageReader, StorageWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from kmem.checkpoint.commit import Commit, StoredFile, StoredTensor
-from kmem.checkpoint.pieces import index_key
+from kmem.checkpoint.pieces import NotFiniteError, index_key
 from kmem.data.safetensors_file import DTYPE_NAMES, TORCH_DTYPES, SafetensorsWriter
 
 
@@ -29,12 +30,31 @@ def entry_name(tensor: str, start: int) -> str:
 
 def write_entries(path: Path, sizes: Mapping[str, tuple[int, torch.dtype]], values: Callable[[str], Any]) -> StoredFile:
     """Write a file of 1-D entries, name -> (length, dtype). `values` gives the tensor of one entry at a time, which may
-    be a copy. The widest types come first, so that every entry is aligned."""
+    be a copy. The widest types come first, so that every entry is aligned.
+
+    Raises:
+        NotFiniteError: a value is NaN or infinite.
+    """
     order = sorted(sizes, key=lambda name: -sizes[name][1].itemsize)
     with SafetensorsWriter(path, {name: ((sizes[name][0],), sizes[name][1]) for name in order}) as writer:
         for name in order:
-            writer.write(name, values(name))
+            entry = values(name)
+            check_finite(name, entry)
+            writer.write(name, entry)
     return StoredFile(writer.size, writer.sha256)
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Refuse to store values that are NaN or infinite. One pass over the values, on their device.
+
+    Raises:
+        NotFiniteError: names the tensor.
+    """
+    if values.is_floating_point() and values.numel() and not all(map(torch.isfinite, values.aminmax())):
+        bad = values.numel() - int(torch.isfinite(values).sum())
+        raise NotFiniteError(
+            f"{name}: {bad:,} of {values.numel():,} values are not finite (NaN or infinite), so they are not stored"
+        )
 
 
 class _Stateless:

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from kmem.checkpoint.commit import COMMIT_FILE, Commit, Progress, committed_steps, step_folder, unfinished_folders
-from kmem.checkpoint.pieces import CheckpointError, Pieces, PiecesLoadPlanner, PiecesSavePlanner
+from kmem.checkpoint.pieces import CheckpointError, NotFiniteError, Pieces, PiecesLoadPlanner, PiecesSavePlanner
 from kmem.checkpoint.storage import SafetensorsStorageReader, SafetensorsStorageWriter
 from kmem.config import UserError
 from kmem.files import PARTIAL, sync_path
@@ -231,5 +231,6 @@ def _in_words(what: str, error: CheckpointException) -> BaseException:
     """The message of the first rank that raised a known error, instead of torch's dump of every rank's traceback."""
     for rank, (cause, _) in sorted(error.failures.items()):
         if isinstance(cause, UserError | OSError):
-            return CheckpointError(f"{what}: rank {rank}: {cause}")
+            kind = NotFiniteError if isinstance(cause, NotFiniteError) else CheckpointError
+            return kind(f"{what}: rank {rank}: {cause}")
     return error

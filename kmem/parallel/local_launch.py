@@ -12,6 +12,10 @@ import time
 from collections.abc import Sequence
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+INTERRUPTED = os.EX_TEMPFAIL
+"""Exit code (75) of a run that was asked to stop and has saved its state: the same command continues it."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that ask a run to stop. Slurm sends SIGUSR1 ahead of the end of a job, if asked to (`--signal`)."""
 _GRACE_SECONDS = 10.0
 """How long ranks may take to end after another rank failed."""
 
@@ -19,8 +23,8 @@ _GRACE_SECONDS = 10.0
 def launch_local(arguments: Sequence[str], ranks: int) -> int:
     """Run `python -m kmem.cli ARGUMENTS` once per rank and wait; returns the exit code for this process.
 
-    Every rank receives a signal once, finishes its step and saves. If a rank fails, the others are ended and its exit
-    code is returned.
+    Every rank receives a signal once, finishes its step and saves; the exit code is then INTERRUPTED. If a rank fails,
+    the others are ended and its exit code is returned.
     """
     port = free_port() if ranks > 1 else 0
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
@@ -31,7 +35,7 @@ def launch_local(arguments: Sequence[str], ranks: int) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    previous = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:
         for rank in range(ranks):
             processes.append(_start(arguments, rank, ranks, port, threads))
@@ -78,8 +82,10 @@ def _stop_with_parent() -> None:
 def _wait(processes: list[subprocess.Popen]) -> int:
     while True:
         codes = [process.poll() for process in processes]
-        failed = next((rank for rank, code in enumerate(codes) if code), None)
-        if failed is not None:
+        failures = [rank for rank, code in enumerate(codes) if code not in (None, 0, INTERRUPTED)]
+        if failures:
+            # A rank that was killed is the cause, and the errors of others its effect.
+            failed = min(failures, key=lambda rank: (codes[rank] or 0) > 0)
             _end(processes, _GRACE_SECONDS)
             code = codes[failed]
             assert code is not None
@@ -87,8 +93,8 @@ def _wait(processes: list[subprocess.Popen]) -> int:
                 print(f"rank {failed} was ended by {signal.Signals(-code).name}", file=sys.stderr)
                 return 128 - code
             return code
-        if all(code == 0 for code in codes):
-            return 0
+        if None not in codes:
+            return max(code or 0 for code in codes)
         time.sleep(0.1)
 
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # argparse would break names at their hyphens
     parser.epilog = textwrap.fill(
-        f"packaged configs: {', '.join(packaged_configs())}",
+        f"packaged configs: {', '.join(packaged_configs())}. Exit codes: 0 the run has all its steps, "
+        "2 an error, 75 interrupted and saved: the same command continues",
         width=shutil.get_terminal_size().columns - 2,
         break_on_hyphens=False,
         break_long_words=False,
@@ -94,7 +95,9 @@ def _train(config: Config, opened: "PreparedData | None") -> int:
     """
     from kmem.data.reader import open_data
     from kmem.parallel.joining import join_mesh, leave_mesh
+    from kmem.parallel.local_launch import INTERRUPTED
     from kmem.parallel.mesh import lost_peer, run_on_all_ranks
+    from kmem.train.interruption import Interruption
     from kmem.train.reporting import MetricsFile, ProgressReport
     from kmem.train.tracking import WandbTracking
     from kmem.train.trainer import Trainer
@@ -111,6 +114,10 @@ def _train(config: Config, opened: "PreparedData | None") -> int:
                 "checkpoints are as they were: run the same command again"
             ) from error
         raise
-    trainer.fit()
-    leave_mesh()
-    return 0
+    interruption = Interruption()
+    try:
+        end = trainer.fit(interruption)
+        leave_mesh()
+    finally:
+        interruption.close()
+    return INTERRUPTED if end == "interrupted" else 0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,6 +19,8 @@ from kmem.train.callback import Callback
 from kmem.train.metrics import StepRecord
 from kmem.wording import counted
 
+log = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from kmem.train.trainer import Trainer
 
@@ -27,20 +32,31 @@ class MetricsFile(Callback):
         """Drop the steps that a run resumed after `trainer.step` will repeat; a fresh start repeats all steps."""
         self.path = trainer.folder.metrics
         if self.path.exists():
-            lines, step = self.path.read_text().splitlines(True), trainer.step
-            atomic_write(self.path, "".join(line for line in lines if step and _step_of(line) <= step))
+            lines, step = self.path.read_bytes().splitlines(True), trainer.step
+            damaged = sum(_step_of(line) == float("inf") for line in lines[:-1])  # a kill may have cut the last one
+            if damaged:
+                log.warning("%s: %s not readable, and left out", self.path, counted(damaged, "line"))
+            atomic_write(self.path, b"".join(line for line in lines if step and _step_of(line) <= step))
 
     def on_step(self, record: StepRecord | EvaluationRecord) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record.to_json()) + "\n")
+        line = json.dumps(record.to_json()).encode() + b"\n"
+        with open(self.path, "ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            except OSError:
+                file.truncate(end)  # no half line
+                raise
 
     on_evaluation = on_step
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
+    """The step of a line; infinite for a damaged one, such as the last line of a run that was killed."""
     try:
-        return json.loads(line).get("step", 0)
-    except ValueError:  # the last line of a run that was killed while writing
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
         return float("inf")
 
 

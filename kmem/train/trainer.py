@@ -1,7 +1,9 @@
 """The training loop. Everything optional is a callback."""
 
+import contextlib
 import hashlib
 import json
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ import torch
 
 import kmem
 from kmem.checkpoint.commit import Progress
+from kmem.checkpoint.pieces import NotFiniteError
 from kmem.checkpoint.store import CheckpointStore
 from kmem.config import Config, ConfigError, UserError
 from kmem.data.reader import PreparedData
@@ -36,6 +39,10 @@ from kmem.train.run_folder import RunFolder
 from kmem.train.saving import load_training, save_training
 from kmem.train.schedule import learning_rate
 from kmem.wording import counted
+
+log = logging.getLogger(__name__)
+
+TAME_THE_RATE = "Lower train.optimizer.lr or lengthen train.schedule.warmup_steps"
 
 
 class TrainingError(UserError):
@@ -94,7 +101,8 @@ class Trainer:
         self._begun: deque[BegunStep] = deque()
         """Steps whose rows are being fetched, the next one first."""
         self._saved_at = -1
-        self._callback_problem: str | None = None
+        self._failed: set[int] = set()
+        """Places of the callbacks that have failed."""
         self.origins = self._origins(resume_point)
         try:
             if resume_point is not None and plan is not None:
@@ -103,8 +111,11 @@ class Trainer:
             self.pipeline.close(error)
             raise
 
-    def fit(self) -> str:
+    def fit(self, interruption: Interruption | None = None) -> str:
         """Train to the end of the run; returns `done` or `interrupted`.
+
+        Args:
+            interruption: begins to listen here, and is left listening; default: one of this call.
 
         Raises:
             TrainingError: a step was not finite, or another rank is gone.
@@ -112,7 +123,11 @@ class Trainer:
         """
         config, end = self.config, "done"
         finished = self.step >= config.train.steps  # nothing to do: the folder stays as it is
-        with Interruption() as interruption:
+        with contextlib.ExitStack() as stack:
+            if interruption is None:
+                interruption = Interruption()
+                stack.callback(interruption.close)
+            interruption.listen()
             try:
                 self._prepare_folder(finished)
                 self._notify("on_start", self)
@@ -131,6 +146,7 @@ class Trainer:
                         self._save()
                 self.store.wait()
                 self._asked_to_stop(interruption)
+                interruption.saved = True
                 self._notify("on_end", end)
                 self.pipeline.close()
             except BaseException as error:
@@ -142,8 +158,7 @@ class Trainer:
                     ) from error
                 raise
             finally:
-                for callback in self.callbacks:
-                    callback.close()
+                self._notify("close")
                 self.folder.release()
         return end
 
@@ -160,9 +175,9 @@ class Trainer:
         """Whether any rank was asked to stop; collective, so that all ranks stop after the same step.
 
         Raises:
-            TrainingError: a background save or a callback failed on any rank; on all ranks alike.
+            TrainingError: a background save failed on any rank; on all ranks alike.
         """
-        problem = self.store.failure() or self._callback_problem
+        problem = self.store.failure()
         asked, failed = any_rank([interruption.received is not None, problem is not None])
         if failed:
             raise_on_all_ranks(problem, TrainingError)
@@ -244,8 +259,8 @@ class Trainer:
     def _save(self) -> None:
         if self._saved_at == self.step:
             return
-        for callback in self.callbacks:
-            self.tracking |= callback.state()
+        for state in self._notify("state"):
+            self.tracking |= state
         progress = Progress(
             step=self.step,
             consumed_samples=self.consumed_samples,
@@ -263,7 +278,10 @@ class Trainer:
             positions=dict(self.positions),
             memories=self.origins,
         )
-        folder = save_training(self.store, self.pipeline, progress, self.config.checkpoint.asynchronous)
+        try:
+            folder = save_training(self.store, self.pipeline, progress, self.config.checkpoint.asynchronous)
+        except NotFiniteError as error:
+            raise TrainingError(f"{error}. {self._last_good()}. {TAME_THE_RATE}") from None
         self._saved_at = self.step
         self._notify("on_checkpoint", folder, not self.config.checkpoint.asynchronous)
 
@@ -310,11 +328,11 @@ class Trainer:
             self.store.continue_from(self.step)
 
     def _explain(self, error: NonFiniteStepError) -> str:
-        step, position = self.step + 1, self.positions[self.data.selection]
+        step, first = self.step + 1, self.positions[self.data.selection]
+        last = first + self.config.train.global_batch_size - 1
         return (
             f"step {step}: {error}; no rank changed a weight. {self._last_good()}. "
-            "Lower train.optimizer.lr, lengthen train.schedule.warmup_steps or check the data of samples "
-            f"{position} to {position + self.config.train.global_batch_size - 1}"
+            f"{TAME_THE_RATE}, or check the data of samples {first} to {last}"
         )
 
     def _last_good(self) -> str:
@@ -329,14 +347,24 @@ class Trainer:
             self.facts["held_out_at_start"] = figures
         self._notify("on_evaluation", record)
 
-    def _notify(self, event: str, *arguments: Any) -> None:
-        for callback in self.callbacks:
+    def _notify(self, event: str, *arguments: Any) -> list[Any]:
+        """Call the callbacks, and return their answers. One that fails, such as a console without a reader or a file
+        on a full disk, is reported once, and the run goes on; it is called again at the next event."""
+        answers = []
+        for place, callback in enumerate(self.callbacks):
             try:
-                getattr(callback, event)(*arguments)
-            except OSError as error:  # a full disk; the other ranks learn of it at the end of the step
+                answers.append(getattr(callback, event)(*arguments))
+            except Exception as error:
                 if callback.collective:
                     raise
-                self._callback_problem = f"{type(callback).__name__}: {error}"
+                if place not in self._failed:
+                    self._failed.add(place)
+                    log.warning(
+                        "%s failed at %s, and the run goes on without what it would have done: %s: %s",
+                        type(callback).__name__, event, type(error).__name__, error,
+                        exc_info=None if isinstance(error, OSError) else error,
+                    )  # fmt: skip
+        return answers
 
 
 def due(step: int, every: int | None) -> bool:

@@ -19,7 +19,7 @@ import yaml
 from kmem.checkpoint.commit import committed_steps
 from kmem.cli import COMMANDS, main
 from kmem.config import packaged_configs
-from kmem.parallel.local_launch import free_port, launch_local
+from kmem.parallel.local_launch import INTERRUPTED, free_port, launch_local
 from tests.warm_processes import start_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,8 +80,8 @@ def test_without_avx_512_bf16_trains_and_is_said_to_be_slow(run_config):
     assert re.search(r"^train\.precision: .*\bfp32$", out, re.M)
 
 
-@pytest.mark.parametrize(("nproc", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
-def test_a_signal_finishes_the_step_saves_and_exits_zero(run_config, start, finish, nproc, number):
+@pytest.mark.parametrize(("nproc", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT), (2, signal.SIGUSR1)])
+def test_a_signal_finishes_the_step_saves_and_tells_by_the_exit_code(run_config, start, finish, nproc, number):
     tree, path = run_config(train__steps=100000, checkpoint__every=None, evaluation__at_start=False)
     words = ["train", "--config", str(path), "--nproc", str(nproc)]
     process = start(words)
@@ -90,7 +90,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_zero(run_config, start, fini
             break
     process.send_signal(number)
     rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
+    assert process.returncode == INTERRUPTED == 75
     assert "interrupted: " in rest
     (stopped,) = committed_steps(checkpoints(tree))
     assert stopped >= 3
@@ -99,6 +99,22 @@ def test_a_signal_finishes_the_step_saves_and_exits_zero(run_config, start, fini
     again = finish(words)
     assert again.returncode == 0, again.stderr
     assert f"from step {stopped}" in again.stdout
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_dead_console_loses_nothing(run_config, start, nproc):
+    """As `kmem train | tee log` and Ctrl-C: tee ends first, and the next line of progress has no reader."""
+    tree, path = run_config(train__steps=100000, checkpoint__every=None, evaluation__at_start=False)
+    process = start(["train", "--config", str(path), "--nproc", str(nproc)])
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    process.stdout.close()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == INTERRUPTED
+    (stopped,) = committed_steps(checkpoints(tree))
+    assert stopped > 3
 
 
 def test_a_dead_rank_ends_the_others(run_config, start):

@@ -1,14 +1,19 @@
 """Whole runs: metrics, exact resume, errors before anything is lost."""
 
 import json
+import os
 import re
+import resource
 import shutil
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from kmem.checkpoint.commit import COMMIT_FILE, committed_steps, step_folder
+from kmem.train.interruption import Interruption
 from tests.train.trainer_case import trainer_case
 
 
@@ -109,6 +114,101 @@ def test_non_finite_step_stops_all_ranks_before_weights_change(ranks, run_config
     assert "not finite" in error
     failed = int(error.split(":")[0].removeprefix("step "))
     assert committed_steps(checkpoints(tree))[-1] == failed - 1, "the last good step is saved and valid"
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_state_that_is_not_finite_is_not_saved(ranks, run_config, asynchronous):
+    tree, _ = run_config(checkpoint={"every": 1, "asynchronous": asynchronous}, train__steps=2)
+    ranks.run(2, trainer_case, tree)
+    tree["train"] |= {"steps": 3, "optimizer": {"lr": 1e39, "clip_norm": None}}
+    errors = {answer["error"] for answer in ranks.run(2, trainer_case, tree)}
+    assert len(errors) == 1, errors
+    assert re.search(r"step-00000003 was not saved: rank \d: weight/\S+: .*\bnot finite\b", errors.pop())
+    assert committed_steps(checkpoints(tree)) == [1, 2]
+    tree["train"]["optimizer"] = {"lr": 1e-3}
+    assert {answer["started_at"] for answer in ranks.run(2, trainer_case, tree)} == {2}
+
+
+def failing_observers_case(tree):
+    """A console without a reader, a metrics file on a full disk, and a callback with a bug."""
+    from kmem.train.callback import Callback
+    from kmem.train.reporting import MetricsFile, ProgressReport
+
+    class Broken(Callback):
+        def on_step(self, record):
+            raise ZeroDivisionError
+
+        def state(self):
+            raise KeyError
+
+        on_end = close = on_step
+
+    def refuse(*_):
+        raise BrokenPipeError
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    ProgressReport._say, say = refuse, ProgressReport._say
+    MetricsFile.on_step, on_step = full, MetricsFile.on_step
+    try:
+        return trainer_case(tree, [Broken()])
+    finally:
+        ProgressReport._say, MetricsFile.on_step = say, on_step
+
+
+def test_observers_that_fail_are_reported_once_and_spoil_nothing(ranks, run_config):
+    tree, _ = run_config(name="observed")
+    for rank, answer in enumerate(ranks.run(2, failing_observers_case, tree)):
+        assert (answer["error"], answer["steps"]) == (None, 6)
+        for observer in ("ProgressReport", "MetricsFile", "Broken"):
+            assert answer["logged"].count(f"{observer} failed") == (rank == 0)
+    assert committed_steps(checkpoints(tree)) == [4, 6]
+
+
+def test_half_a_line_of_metrics_is_never_left(run_config, tmp_path, monkeypatch):
+    from kmem.train.reporting import MetricsFile
+
+    observer, record = MetricsFile(), SimpleNamespace(to_json=lambda: {"step": 1, "loss": 2.0})
+    observer.path = tmp_path / "metrics.jsonl"
+    observer.on_step(record)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, limits[1]))
+    try:
+        with pytest.raises(OSError, match="metrics"):
+            observer.on_step(record)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert observer.path.read_text() == '{"step": 1, "loss": 2.0}\n'
+
+
+def test_damaged_lines_of_metrics_do_not_keep_a_run_from_going_on(ranks, run_config):
+    tree, _ = run_config(train__steps=4)
+    ranks.run(1, trainer_case, tree)
+    path = Path(tree["folder"]) / tree["name"] / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(True)
+    path.write_bytes(lines[0].replace(b"loss", b"l\xffss", 1) + b"[3]\n" + b"".join(lines[1:]))
+    tree["train"]["steps"] = 5
+    (answer,) = ranks.run(1, trainer_case, tree)
+    assert (answer["error"], answer["steps"]) == (None, 5)
+    assert "metrics.jsonl: 2 lines not readable" in answer["logged"]
+    assert path.read_bytes().splitlines(True)[: len(lines) - 1] == lines[1:]
+
+
+def test_a_signal_after_the_save_changes_nothing():
+    interruption = Interruption()
+    interruption.listen()
+    try:
+        interruption.saved = True
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            interruption._since = -1e9
+    finally:
+        interruption.close()
+    assert interruption.received is None
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "half commit"])

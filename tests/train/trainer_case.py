@@ -3,12 +3,13 @@
 import contextlib
 import io
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from kmem.config import UserError, parse_config
 
 
-def trainer_case(tree: dict[str, Any]) -> dict[str, Any]:
+def trainer_case(tree: dict[str, Any], callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Train as `kmem train` does; what was printed, where it ended, or the user's error."""
     from kmem.data.reader import open_data
     from kmem.parallel.joining import join_mesh
@@ -23,7 +24,7 @@ def trainer_case(tree: dict[str, Any]) -> dict[str, Any]:
     try:
         with contextlib.redirect_stdout(printed):
             data = open_data(config.data, config.model.vocab_size)
-            trainer = Trainer(config, join_mesh(config), data, [MetricsFile(), ProgressReport(1)])
+            trainer = Trainer(config, join_mesh(config), data, [MetricsFile(), ProgressReport(1), *callbacks])
             answer["started_at"] = trainer.step
             trainer.fit()
             answer["steps"] = trainer.step
