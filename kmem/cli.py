@@ -1,6 +1,8 @@
 """The `kmem` command."""
 
 import argparse
+import contextlib
+import faulthandler
 import importlib
 import os
 import sys
@@ -35,7 +37,11 @@ COMMANDS: Table = {
     "import": ("kmem.hf.import_command", "make a checkpoint from a Hugging Face folder"),
     "bank": ("kmem.checkpoint.bank.command", "list, erase, replace and merge blocks of a memory bank"),
     "engram": ("kmem.checkpoint.engram.command", "list, inspect and erase rows of an engram (n-gram memory)"),
-    "bench": (_BENCH, "compare speed with other libraries"),
+    "verify": (
+        "kmem.hf.verify_command",
+        "compare the files of a checkpoint, data, an export or a tree with their digests",
+    ),
+    "bench": (_BENCH, "compare speed and models"),
 }
 """Command -> (a module with `add_arguments` and `run`, or a table of subcommands; what the command does). A module is
 imported when its command is used."""
@@ -51,6 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if word not in target:
             return _overview(program, target, word)
         program, (target, purpose) = f"{program} {word}", target[word]
+    if not faulthandler.is_enabled():
+        # A file that is mapped into memory and cut short, or whose disk is full, ends the process by SIGBUS.
+        with contextlib.suppress(OSError, ValueError):  # stderr may be no file
+            faulthandler.enable()
     try:
         return _run(target, program, purpose, words)
     finally:

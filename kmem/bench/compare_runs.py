@@ -22,7 +22,7 @@ HELD_OUT = "held_out.json"
 def is_finished(run: Run) -> bool:
     """Whether the run has the checkpoint of its last step."""
     try:
-        return CheckpointReader(run.folder).step == run.config.train.steps
+        return CheckpointReader(run.folder, verify=False).step == run.config.train.steps
     except CheckpointError:
         return False
 

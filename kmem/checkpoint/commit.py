@@ -7,14 +7,18 @@ that it lists.
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.config.renamed import saved_commit
+from kmem.data.safetensors_file import TORCH_DTYPES
 from kmem.files import PARTIAL, atomic_write
 from kmem.model.file_digest import file_digest
 
@@ -114,7 +118,7 @@ class Commit:
             raise CheckpointError(
                 f"{folder}: no {COMMIT_FILE}: not a checkpoint, or one whose save did not finish"
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not readable: {error}") from None
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise CheckpointError(f"{path}: not a {FORMAT} file")
@@ -123,7 +127,15 @@ class Commit:
         stated = body.pop("digest", None)
         if stated != _digest(body):
             raise CheckpointError(f"{path}: damaged: its content does not match its own digest")
-        commit = TypeAdapter(cls).validate_python(saved_commit(body))
+        try:
+            commit = TypeAdapter(cls).validate_python(saved_commit(body))
+            commit._check()
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise CheckpointError(f"{path}: not a commit that kmem wrote: {where}: {first['msg']}") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{path}: not a commit that kmem wrote: {error}") from None
         for name, file in commit.files.items():
             try:
                 size = (folder / name).stat().st_size
@@ -133,9 +145,38 @@ class Commit:
                 raise CheckpointError(f"{folder / name}: truncated: {size} bytes instead of {file.bytes}")
         return commit
 
-    def verify(self, folder: Path, share: int = 0, shares: int = 1) -> None:
+    def _check(self) -> None:
+        """Check what a digest does not tell: a file may have been written by hand.
+
+        Raises:
+            ValueError: names the entry.
+        """
+        for name in self.files:
+            if Path(name).name != name:
+                raise ValueError(f"files: {name!r} is not a name within the folder")
+        for name, tensor in self.tensors.items():
+            if tensor.dtype not in TORCH_DTYPES:
+                raise ValueError(f"tensors: {name} has dtype {tensor.dtype!r}")
+            intervals = sorted((start, start + length) for start, length, _ in tensor.chunks)
+            bounds = [(0, 0), *intervals, (tensor.size, tensor.size)]
+            if any(one[1] > other[0] or one[0] > one[1] for one, other in pairwise(bounds)):
+                raise ValueError(f"tensors: the intervals of {name} overlap or leave its {tensor.size} elements")
+            absent = {file for _, _, file in tensor.chunks} - self.files.keys()
+            if absent:
+                raise ValueError(f"tensors: {name} lies in {min(absent)!r}, which is not listed")
+        for name, shape in self.shapes.items():
+            stored = self.tensors.get(f"weight/{name}")
+            if stored is None or min(shape, default=0) < 0 or prod(shape) != stored.size:
+                raise ValueError(f"shapes: {name} has {shape}, and its tensor {stored and stored.size} elements")
+
+    def verify(
+        self, folder: Path, share: int = 0, shares: int = 1, advance: Callable[[int], object] = lambda size: None
+    ) -> None:
         """Compare file contents with their digests. Several callers can divide the files: each checks part `share` of
         `shares`.
+
+        Args:
+            advance: called with the size of every file that was read.
 
         Raises:
             CheckpointError: names the damaged file.
@@ -147,6 +188,7 @@ class Commit:
                 raise CheckpointError(f"{folder / name}: not readable: {error}") from None
             if digest != self.files[name].sha256:
                 raise CheckpointError(f"{folder / name}: damaged: its content does not match its digest")
+            advance(self.files[name].bytes)
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -154,12 +196,17 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
-def committed_steps(root: Path) -> list[int]:
-    """Steps under `root` that have a commit file, ascending; their content is not checked."""
+def saved_steps(root: Path) -> list[int]:
+    """Steps that have a folder under `root`, ascending, with or without a commit file."""
     if not root.is_dir():
         return []
-    matches = ((_STEP_FOLDER.fullmatch(entry.name), entry) for entry in root.iterdir())
-    return sorted(int(match[1]) for match, entry in matches if match and (entry / COMMIT_FILE).is_file())
+    matches = (_STEP_FOLDER.fullmatch(entry.name) for entry in root.iterdir() if entry.is_dir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def committed_steps(root: Path) -> list[int]:
+    """Steps under `root` that have a commit file, ascending; their content is not checked."""
+    return [step for step in saved_steps(root) if (step_folder(root, step) / COMMIT_FILE).is_file()]
 
 
 def unfinished_folders(root: Path) -> list[Path]:

@@ -1,23 +1,36 @@
 """Reading a checkpoint in one process without a process group, tensor by tensor, from mapped files."""
 
 import logging
-from functools import cache
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kmem.checkpoint.commit import COMMIT_FILE, Commit, committed_steps, step_folder
+from kmem.checkpoint.commit import COMMIT_FILE, Commit, saved_steps, step_folder
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.storage import entry_name
 from kmem.config import Config, parse_config
+from kmem.data.progress import Progress
 from kmem.data.safetensors_file import TORCH_DTYPES
+from kmem.data.tokenizer import tokenizer_fingerprint
+from kmem.model.file_digest import file_digest
 from kmem.model.mapped_rows import MappedRows, SafetensorsFile, Segment
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+_SHOWN_BYTES = 1 << 30
+"""Verifying more bytes than this takes long enough for a progress bar."""
+_VERIFIED: set[tuple[Path, str, tuple[tuple[int, int], ...]]] = set()
+"""(folder, digest of its commit file, sizes and times of change of its files) of the checkpoints that this process has
+verified."""
 
 WEIGHT = "weight/"
 """Prefix of model tensors; optimizer moments have prefixes of their own."""
@@ -26,21 +39,22 @@ WEIGHT = "weight/"
 class CheckpointReader:
     """The model tensors of a checkpoint under their canonical names, fp32 masters, unsharded.
 
+    All files are opened at once, so that a training run that deletes the checkpoint meanwhile disturbs no reader.
+
     Args:
-        path: a run folder (its newest complete checkpoint is taken) or the folder of one step.
+        path: a run folder (its newest complete and undamaged checkpoint is taken) or the folder of one step.
+        verify: compare all files with their digests, once in a process.
 
     Raises:
         CheckpointError: no checkpoint there, or a damaged one.
     """
 
-    def __init__(self, path: str | Path):
-        self.folder = find_checkpoint(Path(path))
+    def __init__(self, path: str | Path, verify: bool = True):
+        self.folder, (self.commit, self._opened, self._mapped) = first_sound(
+            Path(path), lambda folder: _opened_files(folder, verify)
+        )
         self.run_folder = self.folder.parent.parent
-        self.commit = Commit.read(self.folder)
-        folder = self.folder
-        # Files stay open: a model has many more tensors than files.
-        self._opened = cache(lambda file: safe_open(folder / file, framework="pt"))
-        self._mapped = cache(lambda file: SafetensorsFile(folder / file))
+        self._verified = verify
         self.config: Config = parse_config(self.commit.config)
         self.step = self.commit.progress.step
         self.facts = {
@@ -56,12 +70,23 @@ class CheckpointReader:
         """Canonical name -> the shape and dtype of each model tensor."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CheckpointReader, (self.folder.absolute(),)
+        return CheckpointReader, (self.folder.absolute(), False)
 
-    @property
+    @cached_property
     def tokenizer_path(self) -> Path:
-        """The tokenizer folder copied into the run folder when training began."""
-        return self.run_folder / "tokenizer"
+        """The tokenizer folder copied into the run folder when training began.
+
+        Raises:
+            CheckpointError: it is not the one that the checkpoint was trained with.
+        """
+        path = self.run_folder / "tokenizer"
+        trained = self.commit.progress.data.get("tokenizer")
+        if self._verified and trained is not None and path.is_dir() and tokenizer_fingerprint(path) != trained:
+            raise CheckpointError(
+                f"{path / 'tokenizer.json'}: not the tokenizer that {self.folder} was trained with; restore it, for "
+                "example from the folder of the prepared data"
+            )
+        return path
 
     @property
     def addressing(self) -> dict[str, Any] | None:
@@ -106,7 +131,7 @@ class CheckpointReader:
         for first, length, file in stored.chunks:
             low, high = max(first, start), min(first + length, stop)
             if low < high:
-                entry = self._opened(file).get_slice(entry_name(key, first))
+                entry = self._opened[file].get_slice(entry_name(key, first))
                 out[low - start : high - start] = entry[low - first : high - first]
                 held += high - low
         if held < stop - start and absent is None:
@@ -151,7 +176,7 @@ class CheckpointReader:
             raise self._in_part(key)
         try:
             segments = [
-                Segment(self._mapped(file), entry_name(key, start))
+                Segment(self._mapped[file], entry_name(key, start))
                 for start, _, file in sorted(self.commit.tensors[key].chunks)
             ]
             return MappedRows(name, dim, segments)
@@ -160,24 +185,63 @@ class CheckpointReader:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The folder of one step: `path` itself, or the newest under a run folder or its checkpoints folder.
+    """The folder of one step: `path` itself, or the newest under a run folder or its checkpoints folder. The contents
+    of its files are not checked.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    return first_sound(path, Commit.read)[0]
+
+
+def first_sound(path: Path, read: Callable[[Path], Result]) -> tuple[Path, Result]:
+    """The folder of one step, and what `read` gives for it: of `path` itself, or of the newest folder under a run
+    folder or its checkpoints folder for which `read` raises no CheckpointError. Newer ones are logged.
 
     Raises:
         CheckpointError: there is none.
     """
     if (path / COMMIT_FILE).is_file():
-        return path
+        return path, read(path)
     for root in (path / "checkpoints", path):
         damaged = None
-        for step in reversed(committed_steps(root)):
+        for step in reversed(saved_steps(root)):
+            folder = step_folder(root, step)
             try:
-                Commit.read(step_folder(root, step))
+                return folder, read(folder)
             except CheckpointError as error:
                 log.warning("checkpoint passed over: %s", error)
                 damaged = error
-                continue
-            return step_folder(root, step)
         if damaged is not None:
             raise damaged
     exported = " (it is an exported Hugging Face folder)" if (path / "config.json").is_file() else ""
     raise CheckpointError(f"{path}: no complete checkpoint here{exported}; name a run folder or the folder of one step")
+
+
+def _opened_files(folder: Path, verify: bool) -> tuple[Commit, dict[str, Any], dict[str, SafetensorsFile]]:
+    """(the commit; each file, opened; each file, mapped)"""
+    commit = Commit.read(folder)
+    try:
+        opened = {file: safe_open(folder / file, framework="pt") for file in commit.files}
+        mapped = {file: SafetensorsFile(folder / file) for file in commit.files}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: a file is not readable: {error}") from None
+    if verify:
+        _verify_once(folder, commit)
+    return commit, opened, mapped
+
+
+def _verify_once(folder: Path, commit: Commit) -> None:
+    try:
+        found = [(folder / file).stat() for file in commit.files]
+        states = tuple((state.st_size, state.st_mtime_ns) for state in found)
+        key = folder.resolve(), file_digest(folder / COMMIT_FILE), states
+    except OSError as error:  # deleted by the run
+        raise CheckpointError(f"{folder}: not readable: {error}") from None
+    if key in _VERIFIED:
+        return
+    total = sum(file.bytes for file in commit.files.values())
+    with ExitStack() as stack:
+        shown = stack.enter_context(Progress(f"verifying {folder}", total)) if total > _SHOWN_BYTES else None
+        commit.verify(folder, advance=(lambda size: None) if shown is None else shown.advance)
+    _VERIFIED.add(key)

@@ -67,7 +67,9 @@ class CheckpointStore:
             if (final / COMMIT_FILE).is_file():
                 _set_aside(final)
             for leftover in (unfinished, final):
-                if leftover.exists():
+                if leftover.is_symlink():
+                    leftover.unlink()
+                elif leftover.exists():
                     shutil.rmtree(leftover)
             unfinished.mkdir(parents=True)
 
@@ -196,10 +198,13 @@ class CheckpointStore:
             for step in [step for step in kept if step <= saved][: -self.keep_last]:
                 if self.keep_every is None or step % self.keep_every:
                     folder = step_folder(self.root, step)
+                    if folder.is_symlink():  # somebody else's checkpoint
+                        continue
                     (folder / COMMIT_FILE).unlink()  # first, so that a purge cut short leaves no half checkpoint
                     shutil.rmtree(folder)
             for leftover in unfinished_folders(self.root):
-                shutil.rmtree(leftover)
+                if not leftover.is_symlink():
+                    shutil.rmtree(leftover)
         except OSError as error:  # no reason to lose the run
             log.warning("an old checkpoint could not be deleted: %s", error)
 

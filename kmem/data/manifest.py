@@ -1,12 +1,14 @@
 """The manifest of a prepared folder. `kmem data prepare` writes it last: a folder with a manifest is complete."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kmem.config import UserError
+from kmem.data.verified_files import verify_files
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -91,10 +93,11 @@ class Manifest(_Record):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a prepared folder, after a check that every file is there in full size.
+    """The manifest of a prepared folder, after a check that every file is there and matches its digest. Of the ranks on
+    a machine, the first one compares digests.
 
     Raises:
-        UserError: the folder is missing, unfinished or of an unknown format, or a file is missing or truncated.
+        UserError: the folder is missing, unfinished or of an unknown format, or a file is missing or damaged.
     """
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
@@ -127,4 +130,6 @@ def read_manifest(folder: Path) -> Manifest:
             raise UserError(
                 f"{file}: {actual}, expected {record.bytes:,} bytes; copy it again or prepare the folder anew"
             )
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        verify_files(folder, manifest.files)
     return manifest

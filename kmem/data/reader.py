@@ -189,6 +189,7 @@ class SequenceReader:
 
         Raises:
             IndexError: a validation sample past the end, or a negative number.
+            UserError: a token id is beyond the tokenizer's; names the file.
         """
         numbers = np.asarray(samples, dtype=np.int64)
         if self._blend is None:
@@ -263,6 +264,7 @@ class _Source:
                 f"{folder / split}.idx: {counted(len(lengths), 'document')} of {lengths.sum():,} tokens, but "
                 f"manifest.json says {record.documents:,} of {record.tokens:,}; prepare the folder anew"
             )
+        self._file, self._ids = folder / f"{split}.bin", manifest.tokenizer.size
         self._length = config.sequence_length
         self._padding = manifest.tokenizer.eos_token_id
         # The pieces that are joined into a stream: documents, or units of one leaf.
@@ -331,6 +333,11 @@ class _Source:
         tokens = np.full((len(here), width), self._padding, dtype=np.int64)
         stored = np.repeat(stored_p, length_p) + within
         tokens[row, column] = self.indexed.take(stored)
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < self._ids:
+            raise UserError(
+                f"{self._file}: token id {int(tokens.max())} is none of the tokenizer's {self._ids}: the file was "
+                "damaged since it was opened; copy it again or prepare the folder anew"
+            )
         documents = np.repeat(count_n, width).reshape(-1, width)  # padding is one more document
         documents[row, column] = np.repeat(nth_p, length_p)
         place = np.arange(width) - real_n[:, None]

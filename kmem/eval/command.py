@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kmem.checkpoint.actions import open_verified
+from kmem.checkpoint.actions import add_checkpoint_argument, open_checkpoint
 from kmem.checkpoint.bank.options import add_bank_arguments, bank_options
 from kmem.checkpoint.controls import (
     Choices,
@@ -27,7 +27,7 @@ Figures = dict[str, dict[str, float]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="PATH", help="run folder or one of its steps")
+    add_checkpoint_argument(parser, "PATH", "run folder or one of its steps")
     parser.add_argument(
         "--data", nargs="+", metavar="FOLDER", help="prepared folders (default: the folders the run was trained on)"
     )
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     controls = parse_controls(arguments.control, "--control")
     from kmem.eval.checkpoint import held_out_figures  # imports torch, which `--help` does not need
 
-    reader = open_verified(arguments.checkpoint)
+    reader = open_checkpoint(arguments)
     shape, trained_on = reader.config.model.shape, reader.config.data
     check_controls(controls, shape, "--control")
     bank = bank_options(arguments.bank_levels, arguments.blocked, arguments.tree, controls.get("bank"))

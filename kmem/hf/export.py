@@ -17,6 +17,7 @@ from kmem.data.tokenizer import load_tokenizer
 from kmem.files import atomic_folder, check_replaceable
 from kmem.hf.architectures import KMEM, Choice, choose, to_fields
 from kmem.hf.custom_code import AUTO_MAP, register
+from kmem.hf.digests import write_digests
 from kmem.hf.key_map import (
     Piece,
     TableParts,
@@ -103,6 +104,7 @@ def export(
         for memory in memories.values():
             if memory.write is not None:
                 memory.write(partial)
+        write_digests(partial)
     say(f"exported to {out}: {total / 1e6:,.1f} MB in {counted(len(shards), 'weight file')}")
     for memory in memories.values():
         for note in memory.notes:

@@ -5,14 +5,12 @@ from pathlib import Path
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from kmem.checkpoint.actions import open_verified
+from kmem.checkpoint.actions import add_checkpoint_argument, open_checkpoint
 from kmem.config import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint", required=True, type=Path, metavar="RUN", help="run folder, or RUN/checkpoints/step-N"
-    )
+    add_checkpoint_argument(parser, "RUN", "run folder, or RUN/checkpoints/step-N")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to make")
     parser.add_argument(
         "--custom-code", action="store_true", help="ship kmem's own code even where a native architecture fits"
@@ -33,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     size = parse_size(arguments.max_shard_size)
     from kmem.hf.export import export
 
-    reader = open_verified(arguments.checkpoint)
+    reader = open_checkpoint(arguments)
     reader.check_whole()
     print(f"checkpoint: {reader.folder}, step {reader.step}")
     export(

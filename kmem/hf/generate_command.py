@@ -1,9 +1,10 @@
 """`kmem generate`: continue a prompt with a trained model."""
 
 import argparse
-from pathlib import Path
+import sys
 from typing import Any
 
+from kmem.checkpoint.actions import add_checkpoint_argument
 from kmem.checkpoint.bank.options import add_bank_arguments, bank_options
 from kmem.checkpoint.controls import add_control_arguments, parse_controls
 from kmem.config import UserError
@@ -11,9 +12,7 @@ from kmem.wording import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint", required=True, type=Path, metavar="PATH", help="run, one step of a run, or Hugging Face folder"
-    )
+    add_checkpoint_argument(parser, "PATH", "run, one step of a run, or Hugging Face folder")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="default: 100")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (default: 0.8)")
@@ -34,7 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     controls = parse_controls(arguments.control, "--control")
     bank = bank_options(arguments.bank_levels, arguments.blocked, arguments.tree, controls.get("bank"))
-    model, tokenizer = load(arguments.checkpoint, controls, bank)
+    model, tokenizer = load(arguments.checkpoint, controls, bank, verify=not arguments.no_verify)
+    if arguments.no_verify:
+        print(f"{arguments.checkpoint}: not verified", file=sys.stderr)
     print(
         continue_text(
             model,

@@ -13,6 +13,7 @@ from kmem.config import UserError
 from kmem.data.tokenizer import load_tokenizer
 from kmem.hf.architectures import KMEM
 from kmem.hf.custom_code import register
+from kmem.hf.digests import verify_export
 from kmem.hf.folder import ModelFolder
 from kmem.hf.key_map import check_own_tensors
 from kmem.hf.memory_folders import folder_of
@@ -22,7 +23,9 @@ from kmem.model.memory_kinds import kinds_of
 from kmem.model.shape import Shape
 
 
-def load(path: Path, controls: Mapping[str, str] | None = None, bank: BankOptions | None = None) -> tuple[Any, Any]:
+def load(
+    path: Path, controls: Mapping[str, str] | None = None, bank: BankOptions | None = None, verify: bool = True
+) -> tuple[Any, Any]:
     """(Transformers causal language model in evaluation mode, tokenizer), on the CPU; tables stay in mapped files.
 
     Args:
@@ -30,6 +33,7 @@ def load(path: Path, controls: Mapping[str, str] | None = None, bank: BankOption
             folder is run: the class for kmem's own architecture is the installed kmem's.
         controls: kind of memory -> control, which replaces what the memory reads.
         bank: how the bank is used.
+        verify: compare the files with their digests, if the folder has them.
 
     Raises:
         UserError: `path` is neither of these or is damaged, there is no tokenizer, or an option is for a memory that
@@ -39,9 +43,11 @@ def load(path: Path, controls: Mapping[str, str] | None = None, bank: BankOption
     if (path / "config.json").is_file():
         if bank.tree is not None:
             raise UserError(f"--tree {bank.tree}: a Hugging Face folder has its own tree; leave it out")
+        if verify:
+            verify_export(path)
         model, tokenizer = _load_folder(path)
     else:
-        reader = CheckpointReader(path)
+        reader = CheckpointReader(path, verify)
         model, tokenizer = _load_checkpoint(reader, bank.tree), load_tokenizer(reader.tokenizer_path)
     _set_controls(model, controls, bank)
     return model, tokenizer

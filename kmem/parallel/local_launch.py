@@ -16,6 +16,10 @@ INTERRUPTED = os.EX_TEMPFAIL
 """Exit code (75) of a run that was asked to stop and has saved its state: the same command continues it."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """Signals that ask a run to stop. Slurm sends SIGUSR1 ahead of the end of a job, if asked to (`--signal`)."""
+_REASONS = {
+    signal.SIGBUS: ": a file that is mapped into memory was cut short, or its disk is full",
+    signal.SIGKILL: ": the machine may have run out of memory",
+}
 _GRACE_SECONDS = 10.0
 """How long ranks may take to end after another rank failed."""
 
@@ -90,7 +94,8 @@ def _wait(processes: list[subprocess.Popen]) -> int:
             code = codes[failed]
             assert code is not None
             if code < 0:
-                print(f"rank {failed} was ended by {signal.Signals(-code).name}", file=sys.stderr)
+                ended_by = signal.Signals(-code)
+                print(f"rank {failed} was ended by {ended_by.name}{_REASONS.get(ended_by, '')}", file=sys.stderr)
                 return 128 - code
             return code
         if None not in codes:

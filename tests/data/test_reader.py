@@ -1,4 +1,6 @@
+import hashlib
 import json
+import os
 import pickle
 import shutil
 import time
@@ -243,6 +245,34 @@ def _garble_index(folder: Path) -> None:
     path.write_bytes(b"x" * path.stat().st_size)
 
 
+def _digested(damage):
+    """Damage with the digests that it would have had from the beginning."""
+
+    def damage_and_digest(folder: Path) -> None:
+        damage(folder)
+        path = folder / "manifest.json"
+        manifest = json.loads(path.read_text())
+        for name, record in manifest["files"].items():
+            record["sha256"] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        path.write_text(json.dumps(manifest))
+
+    return damage_and_digest
+
+
+def _flip(name: str, place: int = -1):
+    def damage(folder: Path) -> None:
+        raw = bytearray((folder / name).read_bytes())
+        raw[place] ^= 1
+        (folder / name).write_bytes(raw)
+
+    return damage
+
+
+def _zero(folder: Path) -> None:
+    path = folder / "train.bin"
+    path.write_bytes(bytes(path.stat().st_size))
+
+
 def _other_tokenizer(folder: Path) -> None:
     path = folder / "tokenizer" / "tokenizer.json"
     tree = json.loads(path.read_text())
@@ -259,8 +289,12 @@ def _other_tokenizer(folder: Path) -> None:
         (_cut("train.idx"), {}, r"train\.idx: .*expected .*bytes"),
         (_cut("validation.bin"), {}, r"validation\.bin: .*expected .*bytes"),
         (lambda folder: (folder / "validation.idx").unlink(), {}, r"validation\.idx: missing"),
-        (_garble_index, {}, r"train\.bin, .*train\.idx: .*Megatron"),
-        (_swap_splits, {}, r"train\.idx: .*documents.*manifest\.json"),
+        (_digested(_garble_index), {}, r"train\.bin, .*train\.idx: .*Megatron"),
+        (_digested(_swap_splits), {}, r"train\.idx: .*documents.*manifest\.json"),
+        (_zero, {}, r"train\.bin: damaged"),
+        (_flip("train.bin", 6), {}, r"train\.bin: damaged"),
+        (_flip("train.idx"), {}, r"train\.idx: damaged"),
+        (_flip("validation.bin"), {}, r"validation\.bin: damaged"),
         (_edit_manifest(version=99), {}, r"manifest\.json: .*version 99\b"),
         (_edit_manifest(splits={"train": {}}), {}, r"manifest\.json: .*\bsplits\.train\b"),
         (lambda folder: (folder / "manifest.json").write_text("{"), {}, r"manifest\.json: .*\bprepared data\b"),
@@ -275,6 +309,42 @@ def test_unusable_data_is_one_clear_error(make_corpus, tmp_path, damage, fields,
     damage(folder)
     with pytest.raises(UserError, match=says):
         open_data(config_of(folder, **fields), BYTES_AND_EOS)
+
+
+def test_a_token_id_beyond_the_vocabulary_names_the_file(make_corpus, tmp_path):
+    folder = shutil.copytree(make_corpus(FIRST), tmp_path / "corpus")
+    reader = open_data(config_of(folder), BYTES_AND_EOS).training
+    with open(folder / "train.bin", "r+b") as file:  # under the eyes of a run
+        file.write(b"\xff" * 2000)
+    with pytest.raises(UserError, match=r"train\.bin: token id \d+\b.*\b257\b"):
+        reader.read(range(len(reader)))
+
+
+def test_data_is_compared_once_and_after_every_change(make_corpus, tmp_path, monkeypatch):
+    from kmem.data import verified_files
+
+    folder, read = shutil.copytree(make_corpus(FIRST), tmp_path / "corpus"), []
+    digest = verified_files.file_digest
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(verified_files, "file_digest", lambda path: read.append(path.name) or digest(path))
+
+    def compared():
+        verified_files._verified.clear()  # as in another process
+        read.clear()
+        read_manifest(folder)
+        return sorted(read)
+
+    assert compared() == ["train.bin", "train.idx", "validation.bin", "validation.idx"]
+    assert compared() == []
+    path = folder / "train.bin"
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    assert compared() == ["train.bin"]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    os.utime(path, ns=(0, 0))
+    assert compared() == []
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    (tmp_path / "cache" / "kmem" / "verified.json").write_text("[[1]]")
+    assert len(compared()) == 4
 
 
 def test_a_model_smaller_than_the_tokenizer_is_refused(make_corpus):

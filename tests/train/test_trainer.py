@@ -268,6 +268,24 @@ def test_purging_never_deletes_what_was_just_saved(ranks, run_config):
     assert [entry.name for entry in checkpoints(tree).iterdir()] == ["step-00000003"], "leftovers are cleaned up"
 
 
+def test_purging_does_not_follow_links(ranks, run_config, tmp_path):
+    tree, _ = run_config(train__steps=2, checkpoint={"every": 2, "keep_last": 1})
+    ranks.run(1, trainer_case, tree)
+    kept, linked = tmp_path / "kept", step_folder(checkpoints(tree), 2)
+    shutil.move(linked, kept)
+    linked.symlink_to(kept)
+    unfinished = step_folder(checkpoints(tree), 1)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("mine")
+    unfinished.symlink_to(tmp_path / "other")
+    tree["train"]["steps"] = 6
+    (answer,) = ranks.run(1, trainer_case, tree)
+    assert answer["started_at"] == 2
+    assert committed_steps(checkpoints(tree)) == [2, 6]
+    assert (kept / COMMIT_FILE).is_file()
+    assert (tmp_path / "other" / "file").read_text() == "mine"
+
+
 def test_unfinished_save_is_never_picked(ranks, run_config):
     """What a killed save leaves: a folder of another name, or one without its commit file."""
     tree, _ = run_config(train__steps=4)

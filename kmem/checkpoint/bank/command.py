@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kmem.checkpoint.actions import add_action, open_verified
+from kmem.checkpoint.actions import add_action, open_checkpoint
 from kmem.config import UserError
 from kmem.wording import counted, print_table
 
@@ -58,9 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _list(arguments: argparse.Namespace) -> int:
     from kmem.checkpoint.bank.layout import bank_layout
     from kmem.checkpoint.bank.rows import figures
-    from kmem.checkpoint.reader import CheckpointReader
 
-    reader = CheckpointReader(arguments.checkpoint)
+    reader = open_checkpoint(arguments)
     layout = bank_layout(reader)
     levels, clusters = figures(reader, layout, arguments.paths)
     if arguments.json:
@@ -109,25 +108,27 @@ def _list(arguments: argparse.Namespace) -> int:
 def _erase(arguments: argparse.Namespace) -> int:
     from kmem.checkpoint.bank.editing import erase
 
-    _report(erase(open_verified(arguments.checkpoint), arguments.out, arguments.paths, arguments.subtree), "erased")
+    _report(erase(open_checkpoint(arguments), arguments.out, arguments.paths, arguments.subtree), "erased")
     return 0
 
 
 def _replace(arguments: argparse.Namespace) -> int:
     from kmem.checkpoint.bank.editing import replace_blocks
+    from kmem.checkpoint.reader import CheckpointReader
 
-    reader, other = open_verified(arguments.checkpoint), open_verified(arguments.source)
+    reader, other = open_checkpoint(arguments), CheckpointReader(arguments.source)
     _report(replace_blocks(reader, arguments.out, arguments.paths, arguments.subtree, other), "replaced")
     return 0
 
 
 def _merge(arguments: argparse.Namespace) -> int:
     from kmem.checkpoint.bank.editing import Source, merge
+    from kmem.checkpoint.reader import CheckpointReader
 
     if len(arguments.sources) < 2:
         raise UserError("--from: name at least two runs, each with its own option --from")
-    sources = [Source(open_verified(Path(run)), tuple(paths)) for run, *paths in arguments.sources]
-    start = None if arguments.start is None else open_verified(arguments.start)
+    sources = [Source(CheckpointReader(Path(run)), tuple(paths)) for run, *paths in arguments.sources]
+    start = None if arguments.start is None else CheckpointReader(arguments.start)
     edited, remarks = merge(sources, arguments.out, start)
     for remark in remarks:
         print(remark)

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from kmem.checkpoint.actions import add_action, open_verified
+from kmem.checkpoint.actions import add_action, open_checkpoint
 from kmem.config import UserError
 from kmem.wording import counted, print_table
 
@@ -31,9 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _list(arguments: argparse.Namespace) -> int:
     from kmem.checkpoint.engram.rows import checkpoint_addresses, table_figures
-    from kmem.checkpoint.reader import CheckpointReader
 
-    reader = CheckpointReader(arguments.checkpoint)
+    reader = open_checkpoint(arguments)
     addressing = checkpoint_addresses(reader).addressing
     figures = list(table_figures(reader, addressing.layers))
     orders, heads = addressing.orders, addressing.heads
@@ -65,9 +64,8 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from kmem.checkpoint.engram.rows import checkpoint_addresses, text_ngrams
-    from kmem.checkpoint.reader import CheckpointReader
 
-    reader = CheckpointReader(arguments.checkpoint)
+    reader = open_checkpoint(arguments)
     layers = checkpoint_addresses(reader).layers
     if arguments.layer is not None:
         if arguments.layer not in layers:
@@ -104,7 +102,7 @@ def _erase(arguments: argparse.Namespace) -> int:
     from kmem.model.engram_reader import table_name
 
     texts = _texts(arguments)
-    reader = open_verified(arguments.checkpoint)
+    reader = open_checkpoint(arguments)
     checkpoint, erased = erase(reader, arguments.out, texts)
     for layer, count in erased.items():
         print(f"layer {layer}: {count:,} of {counted(reader.tensors[table_name(layer)].shape[0], 'row')} erased")
