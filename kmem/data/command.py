@@ -75,6 +75,12 @@ def _report(manifest: Manifest, arguments: argparse.Namespace) -> None:
         f", fewer than --vocab-size {wanted}: the text is small" if wanted and manifest.tokenizer.size < wanted else ""
     )
     print(f"tokenizer: {manifest.tokenizer.size:,} tokens{short}, EOS {manifest.tokenizer.eos_token}")
+    if manifest.tokenizer.before_ids:
+        print(f"every document begins with {counted(len(manifest.tokenizer.before_ids), 'token')} of the template")
+    unknown = sum(split.unknown for split in manifest.splits.values())
+    if unknown:
+        share = unknown / sum(split.tokens for split in manifest.splits.values())
+        print(f"unknown: {share:.2%} of the tokens stand for text that the vocabulary lacks")
     if manifest.skipped.count:
         reasons = ", ".join(f"{count:,} {kind}" for kind, count in manifest.skipped.reasons.items())
         print(f"skipped {counted(manifest.skipped.count, 'record')}: {reasons}; the first:")

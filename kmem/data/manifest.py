@@ -31,7 +31,9 @@ class SplitRecord(_Record):
     documents: int
     """Number of documents."""
     tokens: int
-    """Number of tokens, with one EOS per document."""
+    """Number of tokens, with one EOS per document, and what the tokenizer puts before each."""
+    unknown: int = 0
+    """Number of tokens that stand for text that the vocabulary lacks."""
     bytes: int
     """UTF-8 bytes of the documents' text; an EOS counts as 0."""
 
@@ -45,6 +47,8 @@ class TokenizerRecord(_Record):
     """Largest token id plus one."""
     eos_token: str
     eos_token_id: int
+    before_ids: tuple[int, ...] = ()
+    """Ids at the beginning of every document and prompt, such as BOS."""
     origin: str
     """`trained on the corpus`, or the file or folder it was taken from."""
 

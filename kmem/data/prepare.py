@@ -205,10 +205,17 @@ def _documents(path: Path, reading: Reading) -> Iterator[str]:
 
 def encode_batch(
     texts: list[str], tokenizer: Path, eos_token_id: int, dtype: str
-) -> list[tuple[NDArray[np.integer], int]]:
-    """(token ids, UTF-8 bytes) of each document of a batch; runs in a worker."""
-    encoded = _encoder(tokenizer, eos_token_id).encode(texts)
-    return [(np.array(ids, dtype=dtype), len(text.encode("utf-8"))) for ids, text in zip(encoded, texts, strict=True)]
+) -> list[tuple[NDArray[np.integer], int, int]]:
+    """(token ids, UTF-8 bytes, number of unknown tokens) of each document of a batch; runs in a worker."""
+    encoder = _encoder(tokenizer, eos_token_id)
+    return [
+        (
+            np.array(ids, dtype=dtype),
+            len(text.encode("utf-8")),
+            ids.count(encoder.unknown_id),
+        )
+        for ids, text in zip(encoder.encode(texts), texts, strict=True)
+    ]
 
 
 _encoder = lru_cache(maxsize=1)(Encoder)  # one for each worker
@@ -230,29 +237,29 @@ def _tokenize(
     dtype = megatron.DType.optimal_dtype(tokenizer.size)
     dtype_name = np.dtype(dtype).name
     builders = {split: megatron.IndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype) for split in _SPLITS}
-    counts = {split: [0, 0, 0] for split in _SPLITS}
+    counts = {split: [0, 0, 0, 0] for split in _SPLITS}
     encode = partial(
         encode_batch, tokenizer=folder / "tokenizer", eos_token_id=tokenizer.eos_token_id, dtype=dtype_name
     )
     number = 0
     with Progress("tokenizing", sum(survey.text_bytes for survey in surveys)) as progress:
         for encoded in workers.in_order(encode, _batches(surveys, options)):
-            for ids, text_bytes in encoded:
+            for ids, text_bytes, unknown in encoded:
                 if number == len(held_out):
                     raise _changed(surveys)
                 split = "validation" if held_out[number] else "train"
                 builders[split].add_document(ids, [len(ids)])
-                for place, amount in enumerate((1, len(ids), text_bytes)):
+                for place, amount in enumerate((1, len(ids), text_bytes, unknown)):
                     counts[split][place] += amount
                 number += 1
-            progress.advance(sum(text_bytes for _, text_bytes in encoded))
+            progress.advance(sum(text_bytes for _, text_bytes, _ in encoded))
     if number != len(held_out):
         raise _changed(surveys)
     for split, builder in builders.items():
         builder.finalize(str(folder / f"{split}.idx"))
     records = {
-        split: SplitRecord(documents=documents, tokens=tokens, bytes=text_bytes)
-        for split, (documents, tokens, text_bytes) in counts.items()
+        split: SplitRecord(documents=documents, tokens=tokens, bytes=text_bytes, unknown=unknown)
+        for split, (documents, tokens, text_bytes, unknown) in counts.items()
     }
     return dtype_name, records
 

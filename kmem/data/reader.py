@@ -42,8 +42,8 @@ class PreparedData:
     tokenizer_fingerprint: str
     eos_token_id: int
     bytes_per_token_validation: float
-    """UTF-8 bytes per token of the validation documents; an EOS counts as a token. Bits per byte are
-    loss / ln 2 / this, where loss is the mean per token in nats."""
+    """UTF-8 bytes per token of the validation documents. An EOS counts as a token; a BOS does not, since it is never
+    predicted. Bits per byte are loss / ln 2 / this, where loss is the mean per token in nats."""
     fingerprint: str
     """Identity of the training sequences and their order: with equal fingerprints and selections, every sample is
     equal."""
@@ -83,7 +83,8 @@ def open_data(config: DataConfig, model_vocab_size: int) -> PreparedData:
         tokenizer_path=_folder(config.sources[0].path) / "tokenizer",
         tokenizer_fingerprint=tokenizer.fingerprint,
         eos_token_id=tokenizer.eos_token_id,
-        bytes_per_token_validation=sum(split.bytes for split in held_out) / sum(split.tokens for split in held_out),
+        bytes_per_token_validation=sum(split.bytes for split in held_out)
+        / sum(split.tokens - split.documents * len(tokenizer.before_ids) for split in held_out),
         fingerprint=_fingerprint(config, manifests, addresses, training.address_digests),
         sequences_fingerprint=_fingerprint(
             config, manifests, addresses if _by_leaf(config) else None, training.address_digests

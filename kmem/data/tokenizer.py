@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,9 @@ def adopt_tokenizer(path: Path, eos_token: str | None, folder: Path) -> Tokenize
             raise UserError(f"--tokenizer {path}: it has no tokenizer.json, and none can be made")
         eos_token = _eos(loaded.backend_tokenizer, eos_token or loaded.eos_token, path)
         loaded.eos_token = eos_token
-        loaded.backend_tokenizer.no_truncation()
-        loaded.backend_tokenizer.no_padding()
+        if getattr(loaded, "add_eos_token", False):
+            loaded.add_eos_token = False
+        _make_trainable(loaded.backend_tokenizer, path)
         loaded.save_pretrained(str(folder))
         saved = _describe(folder, eos_token, str(path))
     else:
@@ -74,8 +76,7 @@ def adopt_tokenizer(path: Path, eos_token: str | None, folder: Path) -> Tokenize
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"--tokenizer {path}: not a Hugging Face tokenizer.json: {error}") from None
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+        _make_trainable(tokenizer, path)
         saved = _save(tokenizer, _eos(tokenizer, eos_token, path), folder, str(path))
     _check_loads_alike(folder, saved.eos_token_id, path)
     return saved
@@ -84,7 +85,7 @@ def adopt_tokenizer(path: Path, eos_token: str | None, folder: Path) -> Tokenize
 def tokenizer_fingerprint(folder: Path) -> str:
     """Identity of a tokenizer: the SHA-256 hash of everything in tokenizer.json that decides a text's ids.
 
-    Layout, truncation, padding and template settings do not change it.
+    Layout, truncation and padding do not change it, nor what a template puts after a text.
 
     Raises:
         UserError: tokenizer.json is missing or damaged.
@@ -100,6 +101,9 @@ def tokenizer_fingerprint(folder: Path) -> str:
     merges = kept["model"].get("merges")
     if merges:  # "a b" in older files, ["a", "b"] in newer ones
         kept["model"]["merges"] = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in merges]
+    before, _ = template_ids(tree)
+    if before:  # left out otherwise, so tokenizers without a beginning keep their identity
+        kept["before"] = before
     canonical = json.dumps(kept, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -149,8 +153,54 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder}: no tokenizer that transformers.AutoTokenizer loads: {error}") from error
 
 
+def template_ids(tree: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer puts before and after a text, such as BOS and EOS, from what tokenizer.json holds."""
+    processor = tree.get("post_processor") or {}
+    before: list[int] = []
+    after: list[int] = []
+    if processor.get("type") == "Sequence":
+        for step in processor["processors"]:
+            outer = template_ids({"post_processor": step})
+            before, after = [*outer[0], *before], [*after, *outer[1]]
+    elif processor.get("type") == "TemplateProcessing":
+        side = before
+        for piece in processor["single"]:
+            if "Sequence" in piece:
+                side = after
+            else:
+                side += processor["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+    elif processor.get("type") in ("BertProcessing", "RobertaProcessing"):
+        before, after = [processor["cls"][1]], [processor["sep"][1]]
+    return before, after
+
+
+def _make_trainable(tokenizer: Any, path: Path) -> None:
+    """Let training and prompts have the same tokens: no truncation or padding, nothing after a text (kmem ends
+    documents itself, and a prompt must not end one), and the same ids for the same text each time."""
+    from tokenizers import processors
+
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tree = json.loads(tokenizer.to_str())
+    before, after = template_ids(tree)
+    if after:
+        marks = [tokenizer.id_to_token(number) for number in before]
+        tokenizer.post_processor = (
+            processors.TemplateProcessing(
+                single=[*marks, "$A"], pair=[*marks, "$A", "$B"], special_tokens=list(zip(marks, before, strict=True))
+            )
+            if before
+            else processors.ByteLevel(trim_offsets=False)  # which adds no tokens
+        )
+        names = " ".join(str(tokenizer.id_to_token(number)) for number in after)
+        print(f"{path}: {names} is no longer put after every text: a prompt would end the document", file=sys.stderr)
+    if tree["model"].get("dropout"):
+        tokenizer.model.dropout = None
+        print(f"{path}: BPE dropout, which encodes at random, is switched off", file=sys.stderr)
+
+
 class Encoder:
-    """Encodes text as token ids, with one EOS after each document. Used inside worker processes."""
+    """Encodes text as prompts are encoded, with one EOS after each document. Used inside worker processes."""
 
     def __init__(self, folder: Path, eos_token_id: int):
         from tokenizers import Tokenizer
@@ -159,16 +209,24 @@ class Encoder:
         # In a document the text `<|endoftext|>` is ordinary characters, not the end of the document.
         self._tokenizer.encode_special_tokens = True
         self._eos_token_id = eos_token_id
+        tree = json.loads(self._tokenizer.to_str())
+        self._before, _ = template_ids(tree)
+        model = tree["model"]
+        unknown = (
+            model.get("unk_id") if "unk_id" in model else self._tokenizer.token_to_id(model.get("unk_token") or "")
+        )
+        self.unknown_id: int = -1 if unknown is None else unknown
+        """Stands for text that the vocabulary lacks; -1 if there is no such token."""
         self._cut = _PIECE_CHARACTERS if _splits_at_newlines(self._tokenizer) else None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each document, with its EOS."""
+        """Token ids of each document, with what the tokenizer's template puts before a text, and its EOS."""
         pieces = [pieces_of(text, self._cut) for text in texts]
         flat = [piece for document in pieces for piece in document]
         encoded = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
         documents = []
         for document in pieces:
-            ids: list[int] = []
+            ids = list(self._before)
             for _ in document:
                 ids += next(encoded).ids
             documents.append([*ids, self._eos_token_id])
@@ -237,6 +295,7 @@ def _describe(folder: Path, eos_token: str, origin: str) -> TokenizerRecord:
         size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
         eos_token=eos_token,
         eos_token_id=eos_token_id,
+        before_ids=tuple(template_ids(json.loads(tokenizer.to_str()))[0]),
         origin=origin,
     )
 
@@ -266,7 +325,7 @@ def _check_loads_alike(folder: Path, eos_token_id: int, path: Path) -> None:
         loaded = load_tokenizer(folder)
     except UserError as error:
         raise UserError(f"--tokenizer {path}: its copy cannot be used: {error}") from None
-    through_transformers = loaded.encode(probe, add_special_tokens=False)
+    through_transformers = loaded(probe)["input_ids"]
     direct = Encoder(folder, eos_token_id).encode([probe])[0][:-1]
     if through_transformers != direct or loaded.eos_token_id != eos_token_id:
         raise UserError(

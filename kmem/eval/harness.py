@@ -69,6 +69,8 @@ class KmemLM(HFLM):
             controls.get("bank"),
         )
         model, tokenizer = load(Path(checkpoint), controls, options_of_bank)
+        if tokenizer("")["input_ids"]:  # as documents began in training
+            options.setdefault("add_bos_token", True)
         if dtype not in (None, "auto"):
             model = model.to(getattr(torch, str(dtype)))
         if not torch.cuda.is_available() and (device or "cuda").startswith("cuda"):

@@ -76,7 +76,7 @@ class ContextRouter:
         if isinstance(context, str):
             if self._tokenizer is None:
                 raise ValueError("contexts given as text need the model's tokenizer; give token ids instead")
-            context = self._tokenizer(context, add_special_tokens=False)["input_ids"]
+            context = self._tokenizer(context)["input_ids"]
         return torch.as_tensor(context, dtype=torch.int64).cpu()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ContextRouter":

@@ -152,6 +152,76 @@ def test_truncation_saved_in_a_tokenizer_does_not_shorten_documents(home, traine
     assert Encoder(tmp_path / "adopted", 0).encode([text]) == Encoder(home, 0).encode([text])
 
 
+def templated(home, folder, style):
+    """The trained tokenizer with "!" as BOS and "?" as a further mark, in the forms in which models publish them."""
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer.from_file(str(home / "tokenizer.json"))
+    bos, other = tokenizer.token_to_id("!"), tokenizer.token_to_id("?")
+
+    def template(single, **marks):
+        return processors.TemplateProcessing(single=single, pair=f"{single} $B", special_tokens=list(marks.values()))
+
+    bytes_first = processors.ByteLevel(trim_offsets=False)
+    tokenizer.post_processor = {
+        "bos": lambda: template("! $A", bos=("!", bos)),
+        "llama-3": lambda: processors.Sequence([bytes_first, template("! $A", bos=("!", bos))]),
+        "eos appended": lambda: template(f"$A {END_OF_TEXT}", eos=(END_OF_TEXT, 0)),
+        "bos and eos": lambda: template(f"! $A {END_OF_TEXT}", bos=("!", bos), eos=(END_OF_TEXT, 0)),
+        "bert": lambda: processors.BertProcessing(("?", other), ("!", bos)),
+        "roberta": lambda: processors.RobertaProcessing(("?", other), ("!", bos)),
+        "nothing": lambda: bytes_first,
+    }[style]()
+    expected = [] if style in ("eos appended", "nothing") else [bos]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT).save_pretrained(str(folder))
+    return expected
+
+
+STARTS = ("bos", "llama-3", "bos and eos")
+
+
+@pytest.mark.parametrize("file", [False, True])
+@pytest.mark.parametrize("style", [*STARTS, "eos appended", "bert", "roberta", "nothing"])
+def test_documents_begin_as_prompts_do_and_no_prompt_ends_one(home, trained, tmp_path, style, file):
+    before = templated(home, tmp_path / "given", style)
+    given = tmp_path / "given" / "tokenizer.json" if file else tmp_path / "given"
+    adopted = adopt_tokenizer(given, END_OF_TEXT, tmp_path / "adopted")
+    loaded = auto(tmp_path / "adopted")
+    (document,) = Encoder(tmp_path / "adopted", 0).encode(["now we stop"])
+    assert document == [*before, *loaded.encode("now we stop", add_special_tokens=False), 0]
+    assert loaded("now we stop")["input_ids"] == document[:-1]
+    assert loaded("")["input_ids"] == before == list(adopted.before_ids)
+    assert (adopted.fingerprint == trained.fingerprint) == (not before)
+    again = adopt_tokenizer(tmp_path / "adopted", None, tmp_path / "again")
+    assert again.fingerprint == adopted.fingerprint
+
+
+def test_deepseek_style_tokenizers_give_documents_what_they_give_prompts(home, trained, tmp_path):
+    """Their class sets the template from `add_bos_token`, which versions of Transformers read differently."""
+    given = tmp_path / "given"
+    given.mkdir()
+    (given / "tokenizer.json").write_bytes((home / "tokenizer.json").read_bytes())
+    config = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "!", "eos_token": END_OF_TEXT, "legacy": True}
+    (given / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": True, "add_eos_token": True}))
+    adopted = adopt_tokenizer(given, None, tmp_path / "adopted")
+    loaded = auto(tmp_path / "adopted")
+    (document,) = Encoder(tmp_path / "adopted", 0).encode(["now we stop"])
+    assert loaded("now we stop")["input_ids"] == document[:-1]
+    assert list(adopted.before_ids) == loaded("")["input_ids"]
+
+
+def test_dropout_is_switched_off(home, trained, tmp_path, capsys):
+    tree = json.loads((home / "tokenizer.json").read_text())
+    tree["model"]["dropout"] = 0.3
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    adopted = adopt_tokenizer(tmp_path / "tokenizer.json", None, tmp_path / "adopted")
+    assert "dropout" in capsys.readouterr().err
+    assert adopted.fingerprint == trained.fingerprint
+    encoder = Encoder(tmp_path / "adopted", 0)
+    assert len({str(encoder.encode(["now we stop"])) for _ in range(20)}) == 1
+
+
 def test_a_tokenizer_must_say_how_documents_end(home, trained, tmp_path):
     tree = json.loads((home / "tokenizer.json").read_text())
     tree["added_tokens"] = []
