@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from kmem.data.documents import SUPPORTED
 from kmem.data.manifest import Manifest
 from kmem.data.workers import available_cores
 from kmem.wording import counted
@@ -10,8 +11,7 @@ from kmem.wording import counted
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Tokenize text (.txt, .md), JSON lines (.jsonl, .ndjson, .json), each plain, .gz or .zst, and Parquet into "
-        "Megatron indexed datasets with a tokenizer and a manifest."
+        f"Tokenize documents into Megatron indexed datasets with a tokenizer and a manifest. Input: {SUPPORTED}."
     )
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="files, or folders searched for files")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")

@@ -89,6 +89,13 @@ def test_long_texts_are_cut_without_changing_ids(home, trained):
         assert encoder.encode([text])[0][:-1] == whole
 
 
+def test_no_piece_is_long_whatever_the_text():
+    for text in ("a" * (5 << 20), "a1" * (2 << 20), "word " * (1 << 20), "東京。" * (1 << 20)):
+        pieces = pieces_of(text, 1 << 18)
+        assert "".join(pieces) == text
+        assert max(map(len, pieces)) <= 1 << 20
+
+
 def test_other_tokenizers_are_not_given_cut_texts(home, trained, tmp_path):
     assert Encoder(home, 0)._cut is not None
     tree = json.loads((home / "tokenizer.json").read_text())
