@@ -37,6 +37,7 @@ EXTRAS = {
         "types-PyYAML",
         "triton>=3.6",
         "zstandard>=0.22,<1",  # writes the compressed corpora of tests
+        "hypothesis>=6.100,<7",
         "accelerate>=0.26",  # moves weights between memory and disk in tests of exports
         "liger-kernel>=0.8.5,<0.9",  # its experts run in Triton's interpreter
     ],

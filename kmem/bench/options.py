@@ -52,4 +52,4 @@ def print_profile(contestant: Contestant) -> None:
 def write_record(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
     """Write a measurement to the file of `--json`, if there is one."""
     if arguments.json:
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -113,7 +113,7 @@ class Commit:
         """
         path = folder / COMMIT_FILE
         try:
-            body = json.loads(path.read_text())
+            body = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(
                 f"{folder}: no {COMMIT_FILE}: not a checkpoint, or one whose save did not finish"

@@ -68,7 +68,7 @@ class EngramConfig(MemorySection):
     """Decoder layers that have an engram, counted from 0 (the paper's 2 and 15 are 1 and 14)."""
     orders: Annotated[tuple[Annotated[int, Field(ge=2)], ...], Field(min_length=1)] | None = None
     """Lengths of the n-grams, ascending."""
-    heads: PositiveInt | None = None
+    heads: Annotated[int, Field(gt=0, le=10_000)] | None = None
     """Hash heads per order; each has its own rows."""
     rows_per_head: PositiveInt | Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
     """Rows of a head: one number, or one number per order. Sizes are rounded up to primes, which differ between all

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: names the file or the path of the field, and the remedy.
     """
-    tree = _read(find_config(path), seen=())
+    tree = _read(find_config(path), (), {})
     for override in overrides:
         field, equals, value = override.partition("=")
         if not (field and equals):
@@ -69,11 +69,11 @@ def find_config(path: str | Path) -> Path:
         ConfigError: neither exists; suggests similar names.
     """
     direct = Path(path)
-    if direct.is_file():
+    if _is_file(direct):
         return direct
     for folder in config_folders():
         for candidate in (folder / direct, folder / f"{path}.yaml"):
-            if candidate.is_file():
+            if _is_file(candidate):
                 return candidate
     near = _near(direct)
     raise ConfigError(
@@ -111,12 +111,22 @@ def packaged_configs() -> list[str]:
     return sorted(names)
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> Any:
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or that holds a zero byte
+        return False
+
+
+def _read(path: Path, seen: tuple[Path, ...], known: dict[Path, Any]) -> Any:
+    """The tree of a file with what it includes; `known` holds the trees of files that were read before."""
     path = path.resolve()
     if path in seen:
         raise ConfigError(
             f"{path}: include goes in a circle through {' -> '.join(file.name for file in (*seen, path))}"
         )
+    if path in known:
+        return known[path]
     try:
         tree = OmegaConf.load(path)
     except UnicodeDecodeError as error:
@@ -128,11 +138,21 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Any:
     if path.name in SAVED and (path.parent / "checkpoints").is_dir():
         tree = OmegaConf.create(saved_config(OmegaConf.to_container(tree)))
     base = tree.pop("include", None)
-    if base is None:
-        return tree
-    bases: Iterable[str] = [base] if isinstance(base, str) else base
+    base = OmegaConf.to_container(base) if OmegaConf.is_config(base) else base
+    bases: list[Any] = base if isinstance(base, list) else [] if base is None else [base]
+    if not all(isinstance(name, str) for name in bases):
+        raise ConfigError(f"{path}: include: expected the name of a config, or a list of names (got {base!r})")
     merged: Any = OmegaConf.create()
     for name in bases:
         beside = path.parent / os.path.expanduser(name)
-        merged = OmegaConf.merge(merged, _read(beside if beside.is_file() else find_config(name), (*seen, path)))
-    return OmegaConf.merge(merged, tree)
+        included = _read(beside if _is_file(beside) else find_config(name), (*seen, path), known)
+        merged = _merged(path, merged, included)
+    known[path] = _merged(path, merged, tree)
+    return known[path]
+
+
+def _merged(path: Path, under: Any, over: Any) -> Any:
+    try:
+        return OmegaConf.merge(under, over)
+    except Exception as error:  # of several kinds; for example a section in one file, and a number in the other
+        raise ConfigError(f"{path}: does not go with what it includes: {str(error).splitlines()[0]}") from None

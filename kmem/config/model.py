@@ -75,7 +75,7 @@ class ChainOfExperts(Section):
     defaults are h <- h + F_t(n_t(h)), repeated; with one iteration that is the MoE layer.
     """
 
-    iterations: PositiveInt
+    iterations: Annotated[int, Field(gt=0, le=1_000)]
     """Passes of a token through the experts of a layer (C in eq. 5). Each chooses `moe.top_k` experts, so fair
     comparisons keep C * (top_k + shared experts) equal."""
     gates: Literal["independent", "shared", "frozen"] = "independent"
@@ -118,7 +118,7 @@ class ChainOfExperts(Section):
 class MixtureOfExperts(Section):
     """Routed and shared experts in place of the feed-forward of every layer from `first_dense_layers` on."""
 
-    num_experts: PositiveInt
+    num_experts: Annotated[int, Field(gt=0, le=100_000)]
     """Routed experts of a layer."""
     top_k: PositiveInt
     """Routed experts chosen for each token."""
@@ -175,7 +175,7 @@ class MixtureOfExperts(Section):
 class HyperConnectionsConfig(Section):
     """A residual stream of several branches with learned mixing around every sublayer (mHC, arXiv 2512.24880)."""
 
-    branches: PositiveInt = 4
+    branches: Annotated[int, Field(gt=0, le=1_000)] = 4
     """Branches of the residual stream; 1 is the plain residual."""
     sinkhorn_iterations: PositiveInt = 20
     """Passes that make the mixing of branches doubly stochastic."""
@@ -216,7 +216,7 @@ class ModelConfig(Section):
     """Rows of the embedding and the head; at least the tokenizer's size."""
     hidden_size: PositiveInt
     """Width of the residual stream."""
-    num_layers: PositiveInt
+    num_layers: Annotated[int, Field(gt=0, le=10_000)]
     """Decoder layers."""
     intermediate_size: PositiveInt | None = None
     """Hidden width of the dense SwiGLU feed-forward; needed wherever a layer has no experts."""

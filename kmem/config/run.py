@@ -25,7 +25,7 @@ class ParallelConfig(Section):
     """Tensor parallelism; not built yet, so only 1 is accepted."""
     zero_stage: Literal[0, 1] = 1
     """DeepSpeed ZeRO: 1 shards optimizer state over the data-parallel ranks, 0 replicates it."""
-    timeout_seconds: PositiveInt = 600
+    timeout_seconds: Annotated[int, Field(gt=0, le=10_000_000)] = 600
     """How long a rank waits for the others before it gives up."""
 
     @field_validator("tensor")
@@ -87,7 +87,7 @@ class TrackingConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
     """Name of the run; its folder is `<folder>/<name>`."""
     folder: str = "runs"
     """Folder that holds the runs."""

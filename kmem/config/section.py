@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+LARGEST = 2**63 - 1
 _WORDS: dict[type, str] = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
 
@@ -21,6 +22,8 @@ class Section(BaseModel):
     def _as_written(cls, values: Any) -> Any:
         """Refuse flags as numbers, and text as either: pydantic would read `steps: true` as 1 and `'7'` as 7."""
         for name, value in values.items() if isinstance(values, dict) else ():
+            if type(value) is int and abs(value) > LARGEST:
+                raise ValueError(f"{name}: {value} does not fit in 64 bits")
             allowed = _scalars(cls.model_fields[name].annotation) if name in cls.model_fields else set()
             lenient = type(value) in (bool, str) and type(value) not in allowed
             if allowed and (lenient or (allowed == {bool} and type(value) in (int, float))):

@@ -27,6 +27,7 @@ _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 LONGEST_DOCUMENT = 64 << 20
 """Bytes of the longest document, and of the longest line of JSON. It bounds the memory of preparation: a worker holds a
 few documents, and tokenizing needs about 200 bytes for each byte of a piece of at most a million characters."""
+_NO_COLUMN = "missing column"
 _Fault = tuple[str, str]
 """`kind` and `detail` of a Problem."""
 _Record = tuple[int, str | _Fault]
@@ -63,6 +64,11 @@ class Problem:
     kind: str
     """Short name under which such records are counted."""
     detail: str
+
+    @property
+    def whole_file(self) -> bool:
+        """Whether no record of the file can be read."""
+        return self.kind in (_NO_COLUMN, "empty") and self.line == 1
 
     def __str__(self) -> str:
         unit = "row" if _form(Path(self.path)) == "table" else "line"
@@ -301,16 +307,16 @@ def _table(path: Path, reading: Reading) -> Iterator[_Record]:
             if not found:
                 yield (
                     1,
-                    ("missing field", f"no {column}; choose one with --field (there are: {', '.join(schema.names)})"),
+                    (_NO_COLUMN, f"no {column}; choose one with --field (there are: {', '.join(schema.names)})"),
                 )
                 return
             if len(found) > 1:
-                yield 1, ("missing field", f"{len(found)} columns are named {reading.field!r}; rename all but one")
+                yield 1, (_NO_COLUMN, f"{len(found)} columns are named {reading.field!r}; rename all but one")
                 return
             kind = schema.field(found[0]).type
             values = kind.value_type if types.is_dictionary(kind) else kind
             if not (types.is_string(values) or types.is_large_string(values) or types.is_string_view(values)):
-                yield 1, ("missing field", f"{column} holds {kind}, expected a string")
+                yield 1, (_NO_COLUMN, f"{column} holds {kind}, expected a string")
                 return
             for batch in batches:
                 for value in batch.column(batch.schema.get_field_index(reading.field)):

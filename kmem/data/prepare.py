@@ -124,7 +124,8 @@ def survey_file(path: Path, reading: Reading, on_error: OnError) -> Survey:
     for item in read_documents(path, reading):
         if isinstance(item, Problem):
             if on_error == "fail":
-                raise UserError(f"{item}; --on-error skip leaves out unreadable records")
+                remedy = "" if item.whole_file else "; --on-error skip leaves out unreadable records"
+                raise UserError(f"{item}{remedy}")
             problems[item.kind] += 1
             if len(examples) < _EXAMPLES:
                 examples.append(str(item))

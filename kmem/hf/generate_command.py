@@ -25,8 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: at least 1")
-    if arguments.temperature < 0:
-        raise UserError(f"--temperature {arguments.temperature}: 0 or more")
+    if arguments.temperature and not 1e-3 <= arguments.temperature <= 1e3:
+        raise UserError(f"--temperature {arguments.temperature}: 0, or from 0.001 to 1000")
+    if not 0 <= arguments.seed < 1 << 63:
+        raise UserError(f"--seed {arguments.seed}: from 0 to 2^63 - 1")
     if not 0 < arguments.top_p <= 1:
         raise UserError(f"--top-p {arguments.top_p}: above 0 and at most 1")
     from kmem.hf.loading import load

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from kmem.config import Config, UserError, dump_config
-from kmem.files import atomic_folder
+from kmem.files import atomic_folder, has_format
 
 METRICS, LOCK = "metrics.jsonl", "lock"
 SECONDS_TO_LEAVE = 20.0
@@ -38,6 +38,8 @@ class RunFolder:
         Args:
             seconds: how long to wait for another process to end.
         """
+        if has_format(self.path / "manifest.json", "kmem-data"):
+            return f"folder: {self.path} is a folder of prepared data; give the run another name or folder"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / LOCK, "a+")  # noqa: SIM115 (held until release)
@@ -83,7 +85,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.yaml").write_text(dump_config(config))
+            (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
             shutil.copytree(tokenizer, self.path / "tokenizer", dirs_exist_ok=True)
             for name, source in folders.items():
                 # Replaced as a whole: exports would otherwise carry files of an earlier source.

@@ -268,6 +268,14 @@ def test_purging_never_deletes_what_was_just_saved(ranks, run_config):
     assert [entry.name for entry in checkpoints(tree).iterdir()] == ["step-00000003"], "leftovers are cleaned up"
 
 
+def test_a_run_does_not_write_into_its_data(ranks, run_config, corpus):
+    tree, _ = run_config(folder=str(corpus.parent), name=corpus.name)
+    before = {path.name for path in corpus.iterdir()}
+    for answer in ranks.run(2, trainer_case, tree):
+        assert re.search(r"^folder: .*prepared data\b", answer["error"])
+    assert {path.name for path in corpus.iterdir()} == before
+
+
 def test_purging_does_not_follow_links(ranks, run_config, tmp_path):
     tree, _ = run_config(train__steps=2, checkpoint={"every": 2, "keep_last": 1})
     ranks.run(1, trainer_case, tree)
