@@ -72,6 +72,11 @@ def test_bad_input(tmp_path, capsys):
     for option, value in [
         ("--max-new-tokens", "0"),
         ("--temperature", "-1"),
+        ("--temperature", "nan"),
+        ("--temperature", "inf"),
+        ("--temperature", "1e-300"),
+        ("--top-p", "nan"),
+        ("--seed", str(2**64)),
         ("--top-p", "0"),
         ("--max-new-tokens", "9999"),
     ]:
