@@ -18,7 +18,7 @@ from kmem.checkpoint.storage import entry_name
 from kmem.config import Config, parse_config
 from kmem.data.progress import Progress
 from kmem.data.safetensors_file import TORCH_DTYPES
-from kmem.data.tokenizer import tokenizer_fingerprint
+from kmem.data.tokenizer import tokenizer_record
 from kmem.model.file_digest import file_digest
 from kmem.model.mapped_rows import MappedRows, SafetensorsFile, Segment
 
@@ -79,14 +79,23 @@ class CheckpointReader:
         Raises:
             CheckpointError: it is not the one that the checkpoint was trained with.
         """
-        path = self.run_folder / "tokenizer"
-        trained = self.commit.progress.data.get("tokenizer")
-        if self._verified and trained is not None and path.is_dir() and tokenizer_fingerprint(path) != trained:
-            raise CheckpointError(
-                f"{path / 'tokenizer.json'}: not the tokenizer that {self.folder} was trained with; restore it, for "
-                "example from the folder of the prepared data"
-            )
+        path, recorded = self.run_folder / "tokenizer", self.commit.progress.data
+        if not (self._verified and path.is_dir()):
+            return path
+        found = tokenizer_record(path)
+        for name, digest in recorded.get("tokenizer_files", {"tokenizer_config.json": None}).items():
+            there = found["tokenizer_files"].get(name)
+            if there is None or digest not in (None, there):
+                raise self._other_tokenizer(path / name)
+        if recorded.get("tokenizer", found["tokenizer"]) != found["tokenizer"]:
+            raise self._other_tokenizer(path / "tokenizer.json")
         return path
+
+    def _other_tokenizer(self, file: Path) -> CheckpointError:
+        return CheckpointError(
+            f"{file}: missing, or not that of the tokenizer that {self.folder} was trained with; restore it, for "
+            "example from the folder of the prepared data"
+        )
 
     @property
     def addressing(self) -> dict[str, Any] | None:

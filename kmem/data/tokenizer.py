@@ -10,6 +10,7 @@ from typing import Any
 
 from kmem.config import UserError
 from kmem.data.manifest import Manifest, TokenizerRecord
+from kmem.model.file_digest import file_digest
 
 END_OF_TEXT = "<|endoftext|>"
 """The EOS token of tokenizers trained by kmem."""
@@ -107,6 +108,16 @@ def tokenizer_fingerprint(folder: Path) -> str:
         kept["before"] = before
     canonical = json.dumps(kept, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def tokenizer_record(folder: Path) -> dict[str, Any]:
+    """What a checkpoint keeps of its tokenizer: `tokenizer`, its fingerprint, and `tokenizer_files`, name -> digest.
+
+    Raises:
+        UserError: tokenizer.json is missing or damaged.
+    """
+    files = {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.suffix == ".json"}
+    return {"tokenizer": tokenizer_fingerprint(folder), "tokenizer_files": files}
 
 
 def check_tokenizer(folder: Path, manifest: Manifest) -> None:

@@ -10,8 +10,9 @@ from kmem.model.file_digest import file_digest
 DIGESTS_FILE = "digests.json"
 FORMAT = "kmem-export-digests"
 _EDITABLE = ("README.md", DIGESTS_FILE)
-_DECIDING = (".safetensors", "tokenizer.json")
-"""Ends of the names of files that decide what a model computes and that nobody edits."""
+_DECIDING = (".safetensors", "tokenizer.json", "tokenizer_config.json", "config.json", ".index.json")
+"""Ends of the names of files that decide what a model computes. Who edits one on purpose reads with `--no-verify`."""
+_GENERATION = "generation_config.json"
 
 
 def write_digests(folder: Path) -> None:
@@ -43,7 +44,7 @@ def verify_export(folder: Path, every: bool = False) -> int:
         raise UserError(f"{path}: not the digests of an export; export the model again")
     compared = 0
     for name, digest in files.items():
-        if not (every or name.endswith(_DECIDING)):
+        if not every and (name == _GENERATION or not name.endswith(_DECIDING)):
             continue
         compared += 1
         try:

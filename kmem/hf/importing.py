@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -14,7 +15,7 @@ from kmem.checkpoint.commit import Progress as RunProgress
 from kmem.checkpoint.writer import write_weights
 from kmem.config import Config, LatentAttention, ModelConfig, UserError, dump_config, parse_config
 from kmem.data.progress import Progress
-from kmem.data.tokenizer import adopt_tokenizer
+from kmem.data.tokenizer import adopt_tokenizer, tokenizer_record
 from kmem.files import atomic_folder
 from kmem.hf.architectures import KMEM
 from kmem.hf.folder import ModelFolder
@@ -209,9 +210,10 @@ def _left_out(folder: ModelFolder, model: ModelConfig, architecture: Architectur
     return left_out
 
 
-def _bring_tokenizer(source: Path, target: Path, say: Callable[[str], None]) -> dict[str, str]:
-    """Copy the tokenizer and return the fingerprint that a run compares with its data's tokenizer."""
+def _bring_tokenizer(source: Path, target: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Copy the tokenizer and return its `tokenizer_record`, which a run compares with its data's tokenizer."""
     if any((source / name).is_file() for name in TOKENIZER_FILES):
-        return {"tokenizer": adopt_tokenizer(source, None, target).fingerprint}
+        adopt_tokenizer(source, None, target)
+        return tokenizer_record(target)
     say(f"no tokenizer in {source}; before an export, put one into the run folder as `tokenizer`")
     return {}

@@ -21,6 +21,7 @@ from kmem.model.bank_embedder import without_progress_bars
 from kmem.model.bank_tree import format_path
 from kmem.model.memory_kinds import kinds_of
 from kmem.model.shape import Shape
+from kmem.wording import counted
 
 
 def load(
@@ -81,11 +82,21 @@ def _load_folder(path: Path) -> tuple[Any, Any]:
     kept = {"tables": "mmap"} if folder.config.get("model_type") == KMEM.model_type else {}
     try:
         with without_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                str(path), local_files_only=True, use_safetensors=True, trust_remote_code=False, **kept
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(path),
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **kept,
             )
     except Exception as error:  # Transformers raises many kinds
         raise UserError(f"{path}: not loadable by transformers.AutoModelForCausalLM: {error}") from error
+    if info["missing_keys"]:  # Transformers would draw them at random
+        raise UserError(
+            f"{path}: config.json describes a model with {counted(len(info['missing_keys']), 'tensor')} that the "
+            f"weights lack, such as {min(info['missing_keys'])}; fetch or export the folder again"
+        )
     return model.eval(), load_tokenizer(path)
 
 

@@ -19,6 +19,7 @@ from kmem.checkpoint.pieces import NotFiniteError
 from kmem.checkpoint.store import CheckpointStore
 from kmem.config import Config, ConfigError, UserError
 from kmem.data.reader import PreparedData
+from kmem.data.tokenizer import tokenizer_record
 from kmem.eval.held_out import EvaluationRecord
 from kmem.model.matmul import BF16_IS_ONEDNN
 from kmem.model.parameter_counts import count_parameters
@@ -101,6 +102,7 @@ class Trainer:
         self._begun: deque[BegunStep] = deque()
         """Steps whose rows are being fetched, the next one first."""
         self._saved_at = -1
+        self._tokenizer = tokenizer_record(data.tokenizer_path)
         self._failed: set[int] = set()
         """Places of the callbacks that have failed."""
         self.origins = self._origins(resume_point)
@@ -266,7 +268,7 @@ class Trainer:
             consumed_samples=self.consumed_samples,
             tokens=self.tokens,
             optimizer_steps=optimizer_steps(self.pipeline),
-            data={"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer_fingerprint},
+            data={"fingerprint": self.data.fingerprint, **self._tokenizer},
             tracking=self.tracking,
             facts={
                 **self.facts,

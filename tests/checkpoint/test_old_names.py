@@ -95,6 +95,7 @@ def test_a_checkpoint_goes_on_and_is_used_as_before(run, tmp_path, capsys):
     before = [printed(capsys, *found) for found in words]
     described["model"]["memory_bank"] = described["model"].pop("bank")
     (out / "config.json").write_text(json.dumps(described))
+    (out / "digests.json").unlink()  # exports of that time have none
     assert [printed(capsys, *found) for found in words] == before
     printed(capsys, "import", "--from", out, "--out", back)
     half_reader, back_reader = CheckpointReader(half), CheckpointReader(back)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kmem.checkpoint.commit import Commit
-from kmem.checkpoint.manifest import TREE_REASONS
+from kmem.checkpoint.manifest import REASONS
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.checkpoint.store import CheckpointStore, step_folder
@@ -102,7 +102,7 @@ REFUSED = [
     ({"model__bank": None}, TREE, r"/step-\d+ .*\bmodel\.bank\b.*null"),
     ({"bank__optimizer__name": "lazy_adam"}, TREE, r"^bank\.optimizer\.name: 'lazy_adam' .*'adam_catchup'"),
     ({"bank__dtype": "bf16"}, TREE, r"^bank\.dtype: 'bf16' .*'fp32'"),
-    ({}, OTHER_TREE, rf"^data\.addresses\.tree: .*\bembedder .*'minilm'.*{TREE_REASONS['embedder']}"),
+    ({}, OTHER_TREE, rf"^data\.addresses\.tree: .*\bembedder .*'minilm'.*{REASONS['embedder']}"),
 ]
 
 

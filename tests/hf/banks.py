@@ -19,7 +19,7 @@ from kmem.checkpoint.writer import write_weights
 from kmem.clustering.tree_folder import write_tree
 from kmem.config import ModelConfig
 from kmem.data.engram_addresses import model_addresses
-from kmem.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from kmem.data.tokenizer import load_tokenizer, tokenizer_fingerprint, tokenizer_record
 from kmem.hf.importing import starting_config
 from kmem.model.bank_embedder import EMBEDDER_FILE, EMBEDDER_FORMAT, EMBEDDER_VERSION, TFIDF_FILE, load_embedder
 from kmem.model.bank_fetched import without_blocks
@@ -167,7 +167,7 @@ def write_bank_run(
 ) -> CheckpointReader:
     """A run folder with a checkpoint of these weights, a tokenizer and the tree, `own` if given."""
     weights = (decoder or random_bank(config)).weights()
-    data = {"tokenizer": tokenizer_fingerprint(tokenizer())}
+    data = tokenizer_record(tokenizer())
     start = starting_config(run, config)
     start = start.model_copy(update={"data": start.data.model_copy(update={"sequence_length": 24})})
     engram = {"engram": model_addresses(config, tokenizer()).addressing.to_manifest()} if config.engram else {}

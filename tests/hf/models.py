@@ -14,7 +14,7 @@ from kmem.checkpoint.reader import CheckpointReader
 from kmem.checkpoint.writer import write_weights
 from kmem.config import ModelConfig
 from kmem.data.engram_addresses import model_addresses
-from kmem.data.tokenizer import train_tokenizer
+from kmem.data.tokenizer import tokenizer_record, train_tokenizer
 from kmem.hf.importing import starting_config
 from kmem.model.decoder import Decoder
 from kmem.model.engram import EngramInput
@@ -178,7 +178,14 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Remembering:
 def write_run(run: Path, config: ModelConfig, decoder: Remembering | None = None) -> CheckpointReader:
     """A run folder with a checkpoint of these weights and a tokenizer."""
     weights = (decoder or random_weights(config)).weights()
-    progress = Progress(step=7, consumed_samples=56, tokens=896, optimizer_steps=7, facts={"loss": 2.5})
+    progress = Progress(
+        step=7,
+        consumed_samples=56,
+        tokens=896,
+        optimizer_steps=7,
+        data=tokenizer_record(tokenizer()),
+        facts={"loss": 2.5},
+    )
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     write_weights(
         run / "checkpoints",

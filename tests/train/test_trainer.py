@@ -198,7 +198,7 @@ def test_damaged_lines_of_metrics_do_not_keep_a_run_from_going_on(ranks, run_con
 
 
 def test_a_signal_after_the_save_changes_nothing():
-    interruption = Interruption()
+    interruption, before = Interruption(), signal.getsignal(signal.SIGINT)
     interruption.listen()
     try:
         interruption.saved = True
@@ -208,7 +208,7 @@ def test_a_signal_after_the_save_changes_nothing():
     finally:
         interruption.close()
     assert interruption.received is None
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "half commit"])
