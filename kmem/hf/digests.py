@@ -5,6 +5,7 @@ from pathlib import Path
 
 from kmem.config import UserError
 from kmem.files import read_json
+from kmem.hf.folder import GENERATION_FILE
 from kmem.model.file_digest import file_digest
 
 DIGESTS_FILE = "digests.json"
@@ -12,7 +13,6 @@ FORMAT = "kmem-export-digests"
 _EDITABLE = ("README.md", DIGESTS_FILE)
 _DECIDING = (".safetensors", "tokenizer.json", "tokenizer_config.json", "config.json", ".index.json")
 """Ends of the names of files that decide what a model computes. Who edits one on purpose reads with `--no-verify`."""
-_GENERATION = "generation_config.json"
 
 
 def write_digests(folder: Path) -> None:
@@ -44,7 +44,7 @@ def verify_export(folder: Path, every: bool = False) -> int:
         raise UserError(f"{path}: not the digests of an export; export the model again")
     compared = 0
     for name, digest in files.items():
-        if not every and (name == _GENERATION or not name.endswith(_DECIDING)):
+        if not every and (name == GENERATION_FILE or not name.endswith(_DECIDING)):
             continue
         compared += 1
         try:

@@ -14,10 +14,11 @@ from kmem.config import Config, UserError
 from kmem.data.progress import Progress
 from kmem.data.safetensors_file import SafetensorsWriter, in_files
 from kmem.data.tokenizer import load_tokenizer
-from kmem.files import atomic_folder, check_replaceable
+from kmem.files import atomic_folder, check_replaceable, read_json
 from kmem.hf.architectures import KMEM, Choice, choose, to_fields
 from kmem.hf.custom_code import AUTO_MAP, register
 from kmem.hf.digests import write_digests
+from kmem.hf.folder import GENERATION_FILE
 from kmem.hf.key_map import (
     Piece,
     TableParts,
@@ -30,7 +31,7 @@ from kmem.hf.key_map import (
 )
 from kmem.hf.memory_folders import FolderParts, folder_of
 from kmem.hf.model_card import model_card
-from kmem.hf.native import Architecture
+from kmem.hf.native import QWEN3_MOE, Architecture
 from kmem.model.export_tables import INDEX_FILE, WEIGHTS_FILE
 from kmem.model.memory_kinds import kinds_of
 from kmem.model.parameter_counts import tensor_shapes
@@ -231,8 +232,9 @@ def _write_descriptions(
     from kmem.model.modeling_kmem import KmemForCausalLM
 
     config.save_pretrained(folder)
+    _add_older_names(folder / "config.json")
     padding = {"pad_token_id": tokens["eos_token_id"]} if "eos_token_id" in tokens else {}
-    GenerationConfig(**{**padding, **tokens}).save_pretrained(folder)
+    GenerationConfig(**{**padding, **tokens, **_imported_generation(trained)}).save_pretrained(folder)
     for file in sorted(trained.tokenizer_path.iterdir()):
         if file.suffix in TOKENIZER_SUFFIXES and not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
@@ -241,6 +243,29 @@ def _write_descriptions(
         custom_object_save(KmemForCausalLM, str(folder))  # with all files that it imports relatively
     card = model_card(trained.config, trained.facts, choice, dtype, memories)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _add_older_names(path: Path) -> None:
+    """Add the names that Transformers 4 has for fields of config.json: it reads no others, and would take its defaults
+    instead, such as rope_theta=10000. Transformers 5 reads both."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    older: dict[str, Any] = {"torch_dtype": fields["dtype"]} if "dtype" in fields else {}
+    rope = dict(fields.get("rope_parameters") or {})
+    if rope:
+        older |= {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+        older["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    if fields["model_type"] == QWEN3_MOE.model_type:
+        older["num_experts"] = fields["num_local_experts"]
+    path.write_text(json.dumps({**fields, **older}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _imported_generation(trained: CheckpointReader) -> dict[str, Any]:
+    """How the model generates by default, such as temperature and all end tokens, as the imported folder had it."""
+    path = trained.run_folder / GENERATION_FILE
+    if not path.is_file():
+        return {}
+    written_by = ("transformers_version", "_from_model_config")
+    return {name: value for name, value in read_json(path, dict).items() if name not in written_by}
 
 
 def _pad_left(path: Path) -> None:

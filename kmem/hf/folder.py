@@ -15,6 +15,8 @@ from kmem.files import read_json
 from kmem.model.export_tables import INDEX_FILE, WEIGHTS_FILE
 from kmem.wording import counted
 
+GENERATION_FILE = "generation_config.json"
+
 
 @dataclass(frozen=True)
 class FolderTensor:

@@ -2,6 +2,7 @@
 state."""
 
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from pathlib import Path
@@ -18,7 +19,7 @@ from kmem.data.progress import Progress
 from kmem.data.tokenizer import adopt_tokenizer, tokenizer_record
 from kmem.files import atomic_folder
 from kmem.hf.architectures import KMEM
-from kmem.hf.folder import ModelFolder
+from kmem.hf.folder import GENERATION_FILE, ModelFolder
 from kmem.hf.foreign_config import MTP_FIELD, ignored_fields, read_architecture, read_config, read_model
 from kmem.hf.key_map import Piece, check_tensor_sets, folder_pieces, half_split_rows, row_slices
 from kmem.hf.memory_folders import folder_of
@@ -105,6 +106,8 @@ def import_folder(
     facts = {"imported_from": folder.path.resolve().name, "imported_as": architecture.name, "kmem": kmem.__version__}
     with atomic_folder(out) as partial:
         tokenizer = _bring_tokenizer(folder.path, partial / "tokenizer", say)
+        if (folder.path / GENERATION_FILE).is_file():  # exports of this run have it again
+            shutil.copyfile(folder.path / GENERATION_FILE, partial / GENERATION_FILE)
         manifests = {}
         for kind in kinds:
             manifest = folder_of(kind).imported(folder.path, memories[kind.name], target, partial)
