@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Installs what is missing and runs the checks: style, types, tests. --full adds the long cases.
 #
-#   bash launch/test.sh [--full] [pytest arguments]
+#   bash launch/test.sh [--full] [--minutes N] [pytest arguments]
 #
+# --minutes N: the most telling tests first, none is started after N minutes, and what was left out is listed.
 # One pytest process per core, at most four. A test file is never split, so its fixtures are built once.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -1,6 +1,8 @@
 import os
 import subprocess
 import sys
+import time
+from collections import Counter
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,6 +27,46 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run the long cases")
+    parser.addoption(
+        "--minutes", type=float, metavar="N", help="start no test after N minutes; say which were left out"
+    )
+
+
+_UNTIL = "KMEM_TESTS_UNTIL"
+"""Environment variable: the time, in seconds since 1970, after which no test starts. Worker processes inherit it."""
+_LEFT_OUT = "no time left (--minutes)"
+_TELLING_FOLDERS = (
+    "model",
+    "parallel",
+    "tables",
+    "checkpoint",
+    "train",
+    "distributed",
+    "memories",
+    "data",
+    "hf",
+    "eval",
+)
+"""Begun first if there may not be time for all."""
+
+
+def pytest_configure(config):
+    if config.getoption("--minutes") is not None:
+        os.environ.setdefault(_UNTIL, str(time.time() + 60 * config.getoption("--minutes")))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    if time.time() > float(os.environ.get(_UNTIL, "inf")):
+        pytest.skip(_LEFT_OUT)
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = terminalreporter.stats.get("skipped", ())
+    left_out = Counter(report.nodeid.split("::")[0] for report in skipped if _LEFT_OUT in str(report.longrepr))
+    if left_out:
+        files = ", ".join(f"{file} ({count})" for file, count in sorted(left_out.items()))
+        terminalreporter.write_line(f"left out for want of time: {left_out.total()} tests of {files}")
 
 
 _LONG_FOLDERS = ("train", "distributed", "tables", "eval", "bench", "hf", "kernels")
@@ -32,7 +74,8 @@ _LONG_FOLDERS = ("train", "distributed", "tables", "eval", "bench", "hf", "kerne
 
 
 def pytest_collection_modifyitems(config, items):
-    folders = dict(zip(_LONG_FOLDERS, range(len(_LONG_FOLDERS)), strict=True))
+    first = _LONG_FOLDERS if config.getoption("--minutes") is None else _TELLING_FOLDERS
+    folders = dict(zip(first, range(len(first)), strict=True))
     items.sort(key=lambda item: folders.get(item.path.parent.name, len(folders)))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
