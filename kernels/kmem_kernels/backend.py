@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 if find_spec("triton") is None:
-    raise ImportError("kmem_kernels needs Triton: pip install 'kmem[kernels]'")
+    raise ImportError("kmem_kernels needs Triton: pip install 'triton>=3.6'")
 
 Backend = Literal["triton", "torch"]
 

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     options.check_positive(arguments, "seeds")
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("matplotlib is not installed, but the report has a plot; install kmem[report]")
+        raise UserError("matplotlib is not installed, but the report has a plot; pip install 'matplotlib>=3.8,<4'")
     folders = find_comparisons(arguments.comparison)
     if len(folders) > 1 and arguments.out is not None:
         raise ConfigError(f"--out: {arguments.comparison} holds {len(folders)} comparisons; name one of them")

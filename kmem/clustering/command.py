@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--workers {arguments.workers}: must be at least 1")
     missing = [name for name in ("sklearn", "scipy") if importlib.util.find_spec(name) is None]
     if missing and arguments.out is not None:
-        raise UserError("kmem data cluster --out needs scikit-learn: pip install 'kmem[cluster]'")
+        raise UserError("kmem data cluster --out needs scikit-learn: pip install 'scikit-learn>=1.5,<2'")
     from kmem.clustering.report import print_tree
 
     try:

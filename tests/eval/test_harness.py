@@ -83,8 +83,8 @@ def test_windows_are_preceded_by_what_was_read():
 @pytest.fixture
 def harness():
     """`KmemLM`, and how to ask it: ask(kind, arguments)."""
-    pytest.importorskip("lm_eval", reason="pip install 'kmem[eval]'")
-    pytest.importorskip("accelerate", reason="pip install 'kmem[eval]'")
+    pytest.importorskip("lm_eval", reason="pip install 'lm-eval>=0.4.9,<0.5' accelerate")
+    pytest.importorskip("accelerate", reason="pip install 'lm-eval>=0.4.9,<0.5' accelerate")
     from kmem.eval.harness import KmemLM
 
     def ask(model, kind, some):

@@ -29,7 +29,9 @@ def load():
 
     def find(name):
         if name == "liger":
-            pytest.importorskip("liger_kernel", reason="liger-kernel is an extra: pip install 'kmem[liger]'")
+            pytest.importorskip(
+                "liger_kernel", reason="liger-kernel is an extra: pip install 'liger-kernel>=0.8.5,<0.9'"
+            )
         if name == "deepspeed":
             pytest.importorskip("triton")
             switch = importlib.import_module("deepspeed.ops.triton_ops._triton")
@@ -87,7 +89,7 @@ def test_grouped_mm_equals_the_loop(kind, hidden_size, width):
 def test_backends_on_a_gpu_equal_the_loop_in_fp32(name, kind, hidden_size, width):
     device = torch.device("cuda")
     if name == "liger":
-        pytest.importorskip("liger_kernel", reason="liger-kernel is an extra: pip install 'kmem[liger]'")
+        pytest.importorskip("liger_kernel", reason="liger-kernel is an extra: pip install 'liger-kernel>=0.8.5,<0.9'")
     assert problem(name, device, torch.bfloat16) is None
     found = results(find_backend(name), COUNTS[kind], hidden_size, width, device, torch.bfloat16)
     again = results(find_backend(name), COUNTS[kind], hidden_size, width, device, torch.bfloat16)
@@ -114,11 +116,13 @@ def test_what_runs_on_a_cpu(monkeypatch):
 
 def test_a_backend_that_is_not_installed_names_its_remedy(monkeypatch):
     monkeypatch.setattr(expert_backends, "_interpreted", lambda: True)
-    monkeypatch.setitem(expert_backends._PACKAGES, "liger", ("no_such_package.ops", "pip install 'kmem[liger]'"))
+    monkeypatch.setitem(
+        expert_backends._PACKAGES, "liger", ("no_such_package.ops", "pip install 'liger-kernel>=0.8.5,<0.9'")
+    )
     refusal = problem("liger", CPU, torch.float32)
     assert refusal is not None
     assert "no_such_package" in refusal
-    assert refusal.endswith("pip install 'kmem[liger]'")
+    assert refusal.endswith("pip install 'liger-kernel>=0.8.5,<0.9'")
 
 
 def test_old_gpus_and_other_types_are_refused(monkeypatch):

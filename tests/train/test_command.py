@@ -362,3 +362,22 @@ def test_time_is_spent_in_training_not_in_starting(run_config):
     answer = run([*KMEM, "train", "--config", str(path)])
     assert answer.returncode == 0, answer.stderr
     assert time.monotonic() - began < 30
+
+
+def test_hints_name_packages_that_an_index_has():
+    """kmem itself is on none, so `pip install kmem[...]` would find something else or nothing."""
+    declared = (ROOT / "setup.py").read_text()
+    for path in (
+        *ROOT.glob("kmem/**/*.py"),
+        *ROOT.glob("kernels/**/*.py"),
+        *ROOT.glob("docs/*.md"),
+        ROOT / "README.md",
+    ):
+        text = path.read_text()
+        assert not re.search(r"pip install '?kmem", text), path
+        for requirement in re.findall(r"pip install '([^']+)'", text):
+            assert f'"{requirement}"' in declared, f"{path}: {requirement}"
+
+
+def test_it_runs_as_a_module():
+    assert run([sys.executable, "-m", "kmem", "--version"]).stdout.startswith("kmem ")

@@ -34,7 +34,7 @@ def test_a_gpu_without_kernels_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "kmem_kernels.permute.op", None)
     refusal = expert_problem(config)
     assert re.match(r"model\.moe: .*kernels .*kmem_kernels\.permute\.op", refusal)
-    assert refusal.endswith("pip install 'kmem[kernels]'")
+    assert refusal.endswith("pip install 'triton>=3.6'")
 
 
 def test_a_backend_that_does_not_run_here_is_refused_on_every_rank(ranks, run_config):
