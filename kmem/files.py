@@ -90,22 +90,15 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     path = Path(os.path.abspath(path))
     partial, old = (path.with_name(path.name + ending) for ending in (PARTIAL, REPLACED))
     try:
-        if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path}: exists and is not an empty folder; choose a new name")
-        partial.mkdir(parents=True, exist_ok=True)
-        with open(partial / _LOCK, "w") as lock:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(partial, path):
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{path}: another process is writing it ({partial})") from None
-            except OSError:
-                pass  # a file system without locks
-            try:
+                if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
+                    raise UserError(f"{path}: exists and is not an empty folder; choose a new name")
                 _clear(partial)
                 yield partial
                 for entry in [*partial.rglob("*"), partial]:
                     sync_path(entry)  # everything is on the disk before the folder gets its name
-                (partial / _LOCK).unlink()
                 if replace and path.exists():
                     shutil.rmtree(old, ignore_errors=True)
                     os.rename(path, old)
@@ -113,11 +106,41 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
+            (path / _LOCK).unlink()  # only now: another process may take a folder whose lock is gone
         sync_path(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         remedy = "; make room or choose another disk" if error.errno in FULL_DISK else ""
         raise UserError(f"{path}: cannot be written: {error}{remedy}") from error
+
+
+@contextmanager
+def _locked(partial: Path, path: Path) -> Iterator[None]:
+    """Make a folder and hold its lock.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    while True:
+        partial.mkdir(exist_ok=True)
+        try:
+            lock = open(partial / _LOCK, "w")  # noqa: SIM115 - closed below
+        except FileNotFoundError:  # its writer has just given the folder its name
+            continue
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{path}: another process is writing it ({partial})") from None
+            except OSError:
+                pass  # a file system without locks
+            # The lock of a folder that has been renamed or removed since it was opened protects nothing.
+            current = None
+            with suppress(FileNotFoundError):
+                current = os.stat(partial / _LOCK)
+            if current is not None and os.path.samestat(os.fstat(lock.fileno()), current):
+                yield
+                return
 
 
 def check_replaceable(out: Path, what: str, is_one: bool, force: bool, instead: str = "choose another folder") -> None:

@@ -1,5 +1,8 @@
 import errno
 import os
+import random
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -98,3 +101,34 @@ def test_modes_are_those_of_the_umask(tmp_path, mask):
         os.umask(before)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o777 & ~mask
     assert (tmp_path / "a" / "x").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_of_writers_at_once_none_gets_a_half_folder(tmp_path, replace):
+    """Each either writes all its files or is refused."""
+    wrong = []
+
+    def write(path, writer):
+        draw = random.Random(writer)
+        for _ in range(5):
+            try:
+                with atomic_folder(path, replace) as partial:
+                    for number in range(4):
+                        (partial / str(number)).write_text(str(writer))
+                        time.sleep(draw.random() / 500)
+            except UserError as error:
+                if "another process" not in str(error) and "not an empty folder" not in str(error):
+                    wrong.append(error)
+
+    for attempt in range(6):
+        path = tmp_path / str(attempt)
+        writers = [threading.Thread(target=write, args=(path, writer)) for writer in range(6)]
+        for thread in writers:
+            thread.start()
+        for thread in writers:
+            thread.join()
+        found = content(path)
+        assert found.keys() == {"0", "1", "2", "3"}
+        assert len(set(found.values())) == 1
+        assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(f"{attempt}.")] == []
+    assert not wrong
