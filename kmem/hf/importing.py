@@ -105,7 +105,7 @@ def import_folder(
     elements = sum(map(prod, shapes.values()))
     facts = {"imported_from": folder.path.resolve().name, "imported_as": architecture.name, "kmem": kmem.__version__}
     with atomic_folder(out) as partial:
-        tokenizer = _bring_tokenizer(folder.path, partial / "tokenizer", say)
+        tokenizer = _bring_tokenizer(folder.path, partial / "tokenizer", target.vocab_size, say)
         if (folder.path / GENERATION_FILE).is_file():  # exports of this run have it again
             shutil.copyfile(folder.path / GENERATION_FILE, partial / GENERATION_FILE)
         manifests = {}
@@ -213,10 +213,20 @@ def _left_out(folder: ModelFolder, model: ModelConfig, architecture: Architectur
     return left_out
 
 
-def _bring_tokenizer(source: Path, target: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Copy the tokenizer and return its `tokenizer_record`, which a run compares with its data's tokenizer."""
+def _bring_tokenizer(source: Path, target: Path, vocab_size: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Copy the tokenizer and return its `tokenizer_record`, which a run compares with its data's tokenizer.
+
+    Raises:
+        UserError: it has ids that the model has no embedding for.
+    """
     if any((source / name).is_file() for name in TOKENIZER_FILES):
-        adopt_tokenizer(source, None, target)
+        size = adopt_tokenizer(source, None, target).size
+        if size > vocab_size:
+            raise UserError(
+                f"{source}: its tokenizer has ids up to {size - 1}, and its config.json vocab_size={vocab_size}, so "
+                f"texts could have ids without an embedding; enlarge the embedding with resize_token_embeddings({size}) of "
+                "Transformers, and save the folder again"
+            )
         return tokenizer_record(target)
     say(f"no tokenizer in {source}; before an export, put one into the run folder as `tokenizer`")
     return {}

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import UserError, load_config
@@ -307,6 +307,17 @@ def test_a_damaged_folder_is_refused(message, tmp_path):
     with pytest.raises(UserError, match=message):
         import_folder(tmp_path / "from", tmp_path / "run", say=str)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_is_refused(tmp_path):
+    """At once: such a run would train, and its export would be refused."""
+    export(write_run(tmp_path / "run", NATIVE["llama"]), tmp_path / "out", say=str)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer.add_tokens([f"<new{number}>" for number in range(VOCABULARY)])
+    tokenizer.save_pretrained(tmp_path / "out")
+    with pytest.raises(UserError, match=rf"/out: .*\bvocab_size={VOCABULARY}\b"):
+        import_folder(tmp_path / "out", tmp_path / "back", say=str)
+    assert not (tmp_path / "back").exists()
 
 
 def test_an_occupied_run_folder_is_refused(tmp_path):
