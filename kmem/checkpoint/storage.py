@@ -38,14 +38,12 @@ def write_entries(path: Path, sizes: Mapping[str, tuple[int, torch.dtype]], valu
     order = sorted(sizes, key=lambda name: -sizes[name][1].itemsize)
     with SafetensorsWriter(path, {name: ((sizes[name][0],), sizes[name][1]) for name in order}) as writer:
         for name in order:
-            entry = values(name)
-            check_finite(name, entry)
-            writer.write(name, entry)
+            writer.write(name, finite(name, values(name)))
     return StoredFile(writer.size, writer.sha256)
 
 
-def check_finite(name: str, values: Tensor) -> None:
-    """Refuse to store values that are NaN or infinite. One pass over the values, on their device.
+def finite(name: str, values: Tensor) -> Tensor:
+    """The same values, unless one is NaN or infinite: such states are not stored. One pass, on their device.
 
     Raises:
         NotFiniteError: names the tensor.
@@ -55,6 +53,7 @@ def check_finite(name: str, values: Tensor) -> None:
         raise NotFiniteError(
             f"{name}: {bad:,} of {values.numel():,} values are not finite (NaN or infinite), so they are not stored"
         )
+    return values
 
 
 class _Stateless:

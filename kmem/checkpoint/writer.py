@@ -15,7 +15,7 @@ from torch import Tensor
 from kmem.checkpoint.commit import Commit, Progress, StoredFile, StoredTensor, step_folder
 from kmem.checkpoint.pieces import CHUNK_ELEMENTS
 from kmem.checkpoint.reader import WEIGHT
-from kmem.checkpoint.storage import check_finite, entry_name
+from kmem.checkpoint.storage import entry_name, finite
 from kmem.config import Config
 from kmem.data.safetensors_file import DTYPE_NAMES, SafetensorsWriter, in_files
 from kmem.files import atomic_folder
@@ -81,8 +81,7 @@ def _append(writer: SafetensorsWriter, tensor: str, size: int, parts: Iterable[T
             break
         while len(flat):
             start = done - done % CHUNK_ELEMENTS
-            values = flat[: start + CHUNK_ELEMENTS - done]
-            check_finite(tensor, values)
+            values = finite(tensor, flat[: start + CHUNK_ELEMENTS - done])
             writer.write_values(entry_name(tensor, start), values)
             flat, done = flat[len(values) :], done + len(values)
     if more or done != size:

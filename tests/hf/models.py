@@ -175,15 +175,17 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Remembering:
     return decoder
 
 
-def write_run(run: Path, config: ModelConfig, decoder: Remembering | None = None) -> CheckpointReader:
-    """A run folder with a checkpoint of these weights and a tokenizer."""
+def write_run(
+    run: Path, config: ModelConfig, decoder: Remembering | None = None, recorded: bool = True
+) -> CheckpointReader:
+    """A run folder with a checkpoint of these weights and a tokenizer, which the checkpoint records if `recorded`."""
     weights = (decoder or random_weights(config)).weights()
     progress = Progress(
         step=7,
         consumed_samples=56,
         tokens=896,
         optimizer_steps=7,
-        data=tokenizer_record(tokenizer()),
+        data=tokenizer_record(tokenizer()) if recorded else {},
         facts={"loss": 2.5},
     )
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}

@@ -305,7 +305,7 @@ def folder_of(case: MemoryCase, folder: Path, config: ModelConfig, size: int = 3
         for name, table in KINDS[case.kind].tables(config.shape).items()
     }
     held: Any = SimpleNamespace(weights=lambda: {**decoder.state_dict(), **tables})
-    run = write_run(folder / "run", config, held)
+    run = write_run(folder / "run", config, held, recorded=False)  # it is evaluated on text of another tokenizer
     export(run, folder / "out", max_shard_bytes=size, say=str)
     register()
     return Folder(case, decoder, tables, run, folder / "out")
