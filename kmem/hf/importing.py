@@ -223,9 +223,9 @@ def _bring_tokenizer(source: Path, target: Path, vocab_size: int, say: Callable[
         size = adopt_tokenizer(source, None, target).size
         if size > vocab_size:
             raise UserError(
-                f"{source}: its tokenizer has ids to {size - 1}, and config.json vocab_size={vocab_size}: texts "
-                f"could have ids without an embedding; enlarge it with resize_token_embeddings({size}) of Transformers, "
-                "and save the folder again"
+                f"{source}: its tokenizer has ids up to {size - 1}, and config.json vocab_size={vocab_size}: "
+                "texts could have ids without an embedding; enlarge it with Transformers, by "
+                f"resize_token_embeddings({size}), and save the folder again"
             )
         return tokenizer_record(target)
     say(f"no tokenizer in {source}; before an export, put one into the run folder as `tokenizer`")
