@@ -205,6 +205,8 @@ def plan(
                     f"{folder / file}: data.sources: {', '.join(read)}, but the comparison is on "
                     f"{', '.join(comparison.data.sources)} (data of {COMPARISON_FILE})"
                 )
+            if config.train.minutes is not None:
+                raise ConfigError(f"{folder / file}: train.minutes: models are compared at equal steps; leave it out")
             every = config.evaluation.every
             for step in comparison.horizons:
                 if step > config.train.steps or (step != config.train.steps and (every is None or step % every)):

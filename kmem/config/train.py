@@ -48,7 +48,10 @@ class TrainConfig(Section):
     """Length, batch and numerics of a run."""
 
     steps: PositiveInt
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run; with `minutes`, the most."""
+    minutes: PositiveFloat | None = None
+    """Time for the steps and evaluations of the run. The first ten steps are measured; then the number of steps, and
+    with it the schedule, is chosen once, and kept when the run is resumed. Null: the run has `steps` steps."""
     global_batch_size: PositiveInt
     """Sequences per optimizer step over all ranks."""
     micro_batch_size: PositiveInt
@@ -75,6 +78,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} is not divisible by "
                 f"micro_batch_size={self.micro_batch_size}"
+            )
+        if self.minutes is not None and self.schedule.kind != "constant" and self.schedule.warmup_steps < 10:
+            raise ValueError(
+                f"minutes={self.minutes} needs schedule.warmup_steps of at least 10: the learning rate of the ten "
+                "measured steps must not depend on the number of steps"
             )
         warmup, decay = self.schedule.warmup_steps, self.schedule.decay_steps
         if warmup > self.steps:

@@ -27,6 +27,9 @@ class Callback:
     def on_step(self, record: StepRecord) -> None:
         """An optimizer step is done."""
 
+    def on_steps_chosen(self, steps: int, seconds: float) -> None:
+        """The run has `train.minutes`, and its number of steps was chosen. `seconds`: duration of the last step."""
+
     def before_checkpoint(self, trainer: Trainer) -> None:
         """An optimizer step is done and recorded, and the run was not interrupted. What it adds to `trainer.facts` is
         part of the checkpoint, if one follows."""

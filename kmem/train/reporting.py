@@ -102,6 +102,12 @@ class ProgressReport(Callback):
                 f"lr {record.lr:.2e}  {self._speed:,.0f} tokens/s  left {int(left) // 60}:{int(left) % 60:02d}"
             )
 
+    def on_steps_chosen(self, steps: int, seconds: float) -> None:
+        self._total = steps
+        if not self._bar.disable:
+            self._bar.update(self._task, total=steps)
+        self._say(f"train.minutes: {counted(steps, 'step')} of about {seconds:.2f} s fit; the schedule ends there")
+
     def _training(self, record: StepRecord) -> str:
         """The gradient norm of the weights. A frozen anchor has none, so it is the number of blocks that the step
         trained: the norm of the blocks' gradients is not known here, since only clipping sums it over ranks."""

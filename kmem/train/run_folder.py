@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from kmem.config import Config, UserError, dump_config
-from kmem.files import atomic_folder, has_format
+from kmem.files import atomic_folder, atomic_write, has_format
 
 METRICS, LOCK = "metrics.jsonl", "lock"
 SECONDS_TO_LEAVE = 20.0
@@ -77,6 +77,14 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
+    def write_config(self, config: Config) -> None:
+        """Write the resolved configuration.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        atomic_write(self.path / "config.yaml", dump_config(config))
+
     def prepare(self, config: Config, tokenizer: Path, folders: Mapping[str, Path]) -> str | None:
         """Create the folder, write the resolved configuration and keep copies for exports; returns a problem, or None.
 
@@ -85,7 +93,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+            self.write_config(config)
             shutil.copytree(tokenizer, self.path / "tokenizer", dirs_exist_ok=True)
             for name, source in folders.items():
                 # Replaced as a whole: exports would otherwise carry files of an earlier source.

@@ -39,6 +39,7 @@ from kmem.train.resume_point import ResumePoint, find_resume_point
 from kmem.train.run_folder import RunFolder
 from kmem.train.saving import load_training, save_training
 from kmem.train.schedule import learning_rate
+from kmem.train.time_plan import PLANNED, TimePlan
 from kmem.wording import counted
 
 log = logging.getLogger(__name__)
@@ -103,12 +104,16 @@ class Trainer:
         """Steps whose rows are being fetched, the next one first."""
         self._saved_at = -1
         self._tokenizer = tokenizer_record(data.tokenizer_path)
+        self._time_plan: TimePlan | None = None
+        """While the number of steps is not chosen yet."""
         self._failed: set[int] = set()
         """Places of the callbacks that have failed."""
         self.origins = self._origins(resume_point)
         try:
             if resume_point is not None and plan is not None:
                 self._begin_with(resume_point, plan)
+                if config.train.minutes is not None and PLANNED in self.facts:
+                    self._set_steps(self.facts[PLANNED])
         except BaseException as error:
             self.pipeline.close(error)
             raise
@@ -123,8 +128,8 @@ class Trainer:
             TrainingError: a step was not finite, or another rank is gone.
             CheckpointError: a checkpoint could not be written.
         """
-        config, end = self.config, "done"
-        finished = self.step >= config.train.steps  # nothing to do: the folder stays as it is
+        end = "done"
+        finished = self.step >= self.config.train.steps  # nothing to do: the folder stays as it is
         with contextlib.ExitStack() as stack:
             if interruption is None:
                 interruption = Interruption()
@@ -132,19 +137,21 @@ class Trainer:
             interruption.listen()
             try:
                 self._prepare_folder(finished)
+                if self.config.train.minutes is not None and PLANNED not in self.facts:
+                    self._time_plan = TimePlan(self.config, self.step)
                 self._notify("on_start", self)
                 if finished:
                     self._notify("on_end", "finished")
                     self.pipeline.close()
                     return "done"
-                while self.step < config.train.steps and end == "done":
+                while self.step < self.config.train.steps and end == "done":
                     self._train_one_step()
-                    last = self.step == config.train.steps
+                    last = self.step == self.config.train.steps
                     if self._asked_to_stop(interruption) and not last:
                         end = "interrupted"  # saved at once: an evaluation may outlast the grace of a scheduler
                     else:
                         self._notify("before_checkpoint", self)
-                    if due(self.step, config.checkpoint.every) or last or end == "interrupted":
+                    if due(self.step, self.config.checkpoint.every) or last or end == "interrupted":
                         self._save()
                 self.store.wait()
                 self._asked_to_stop(interruption)
@@ -191,7 +198,8 @@ class Trainer:
         return (
             f"{self.config.name}: {counts.total / 1e6:.2f}M parameters, {counts.active / 1e6:.2f}M active per token; "
             f"mesh {self.mesh}; {train.precision} on {self.pipeline.device.type}\n"
-            f"{counted(train.steps, 'step')} of {train.global_batch_size} x {self.config.data.sequence_length} tokens, "
+            f"{'at most ' if self._time_plan else ''}{counted(train.steps, 'step')} of {train.global_batch_size} x "
+            f"{self.config.data.sequence_length} tokens, "
             + (f"from step {self.step}" if self.step else "from the start")
             + f"; run folder {self.folder.path}"
             + self._selected_text()
@@ -237,9 +245,24 @@ class Trainer:
         self.positions[self.data.selection] += train.global_batch_size
         self.tokens += result.tokens
         self.facts["loss"] = result.loss
-        record = step_record(self, result, lr, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        record = step_record(self, result, lr, seconds)
         record.phases = {"data": read, **self.pipeline.engine.phase_seconds}
         self._notify("on_step", record)
+        chosen = None if self._time_plan is None else self._time_plan.steps(self.step, seconds)
+        if chosen is not None:
+            self._time_plan = None
+            self.facts[PLANNED] = chosen
+            self._set_steps(chosen)
+            self._notify("on_steps_chosen", chosen, seconds)
+
+    def _set_steps(self, steps: int) -> None:
+        """Give the run another number of steps: in the schedule, in later checkpoints and in the run folder."""
+        train = self.config.train.model_copy(update={"steps": steps})
+        self.config = self.pipeline.config = self.config.model_copy(update={"train": train})
+        if self.mesh.rank == 0:
+            with contextlib.suppress(OSError):  # a full disk; checkpoints have it, too
+                self.folder.write_config(self.config)
 
     def _begin(self, step: int) -> BegunStep:
         """Read this rank's micro-batches of a later step and start fetching their rows."""
@@ -345,6 +368,8 @@ class Trainer:
         """An evaluation is done: keep its figures for the checkpoint and tell the callbacks; on every rank."""
         figures = {name: getattr(record, name) for name in ("step", "loss", "bits_per_byte", "tokens")}
         self.facts["held_out"] = figures
+        if self._time_plan is not None:
+            self._time_plan.note_evaluation(record.seconds)
         if self.step == 0:
             self.facts["held_out_at_start"] = figures
         self._notify("on_evaluation", record)
