@@ -13,6 +13,11 @@ from kmem.hf.custom_code import register
 from kmem.hf.native import GLM4_MOE, QWEN3_MOE, Architecture
 
 MTP_FIELD = "num_nextn_predict_layers"
+_REFUSED = {
+    "gpt_oss": "its attention has sinks, its experts are clamped and have biases, and its weights are stored in mxfp4; "
+    "kmem's models have none of these",
+}
+"""`model_type` of known models that kmem cannot compute -> what it lacks."""
 
 _HARMLESS = {
     # tokens, versions and settings of training or serving: the model computes the same function
@@ -32,6 +37,8 @@ def read_architecture(fields: Mapping[str, Any], path: Path) -> Architecture:
         UserError: kmem does not import it.
     """
     kind = fields.get("model_type")
+    if kind in _REFUSED:
+        raise UserError(f"{path}: kmem does not import model_type={kind!r}: {_REFUSED[kind]}")
     if kind not in BY_MODEL_TYPE:
         known = ", ".join(sorted(BY_MODEL_TYPE))
         raise UserError(f"{path}: kmem does not import model_type={kind!r}; it imports {known}")

@@ -198,6 +198,7 @@ REFUSED = {
     "quantization_config": ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}),
     "partial_rotary_factor": ("qwen3", {"partial_rotary_factor": 0.5}),
     "model_type": ("llama", {"model_type": "gpt2"}),
+    "gpt_oss.*sinks.*clamped.*mxfp4": ("llama", {"model_type": "gpt_oss"}),
     "num_experts": ("qwen3_moe", {"num_experts_per_tok": 9}),
 }
 
