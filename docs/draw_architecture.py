@@ -83,9 +83,11 @@ class Module:
 
 
 def room_of(module: str) -> str:
-    """`kmem.tables.stores` is in `tables`, `kmem_kernels.route.op` in `kmem_kernels`, `kmem` itself in no room."""
+    """`kmem.tables.stores` is in `tables`, `kmem_kernels.route.op` in `kmem_kernels`, `kmem` itself in no room. What
+    `python -m kmem` runs belongs to the command line."""
     package, _, rest = module.partition(".")
-    return package if package != "kmem" else rest.partition(".")[0]
+    room = package if package != "kmem" else rest.partition(".")[0]
+    return "cli" if room == "__main__" else room
 
 
 def read_modules(repository: Path = REPOSITORY) -> dict[str, Module]:
