@@ -2,9 +2,11 @@
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -88,30 +90,55 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         UserError: `path` has files, another process is writing it, or the block raised an OSError.
     """
     path = Path(os.path.abspath(path))
-    partial, old = (path.with_name(path.name + ending) for ending in (PARTIAL, REPLACED))
+    partial = path.with_name(path.name + PARTIAL)
+    # Of this writer alone: another one may make `partial` again as soon as it is renamed.
+    complete, old = (path.with_name(f"{path.name}.{_writer()}{ending}") for ending in (PARTIAL, REPLACED))
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         with _locked(partial, path):
+            mine = partial
             try:
                 if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
                     raise UserError(f"{path}: exists and is not an empty folder; choose a new name")
                 _clear(partial)
+                _remove_abandoned(path)
                 yield partial
                 for entry in [*partial.rglob("*"), partial]:
                     sync_path(entry)  # everything is on the disk before the folder gets its name
+                os.rename(partial, complete)
+                mine = complete
+                (complete / _LOCK).unlink()
                 if replace and path.exists():
-                    shutil.rmtree(old, ignore_errors=True)
                     os.rename(path, old)
-                os.rename(partial, path)  # an empty folder of that name is replaced
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
+                os.rename(complete, path)  # an empty folder of that name is replaced
+            except BaseException as error:
+                shutil.rmtree(mine, ignore_errors=True)
+                if old.exists():
+                    if path.exists():
+                        shutil.rmtree(old, ignore_errors=True)
+                    else:
+                        os.rename(old, path)
+                if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise UserError(f"{path}: another process has written it meanwhile") from None
                 raise
-            (path / _LOCK).unlink()  # only now: another process may take a folder whose lock is gone
         sync_path(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         remedy = "; make room or choose another disk" if error.errno in FULL_DISK else ""
         raise UserError(f"{path}: cannot be written: {error}{remedy}") from error
+
+
+def _writer() -> str:
+    return f"{os.getpid()}-{threading.get_ident()}"
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what writers left behind that were killed while they renamed."""
+    for ending in (PARTIAL, REPLACED):
+        for leftover in path.parent.glob(f"{glob.escape(path.name)}.*{ending}"):
+            writer = leftover.name.removeprefix(f"{path.name}.").removesuffix(ending).partition("-")[0]
+            if writer.isdecimal() and not Path(f"/proc/{writer}").exists():
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager
