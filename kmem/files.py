@@ -149,10 +149,12 @@ def _locked(partial: Path, path: Path) -> Iterator[None]:
         UserError: another process holds it.
     """
     while True:
-        partial.mkdir(exist_ok=True)
         try:
+            partial.mkdir(exist_ok=True)
             lock = open(partial / _LOCK, "w")  # noqa: SIM115 - closed below
-        except FileNotFoundError:  # its writer has just given the folder its name
+        except (FileNotFoundError, FileExistsError):  # its writer has just renamed or removed the folder
+            if partial.exists() and not partial.is_dir():
+                raise
             continue
         with lock:
             try:

@@ -1,5 +1,6 @@
 """Storage of `torch.distributed.checkpoint` on safetensors files and one JSON commit file: nothing is pickled."""
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,14 @@ def finite(name: str, values: Tensor) -> Tensor:
     Raises:
         NotFiniteError: names the tensor.
     """
-    if values.is_floating_point() and values.numel() and not all(map(torch.isfinite, values.aminmax())):
+    if not values.is_floating_point() or not values.numel():
+        return values
+    if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
+        array = values.detach().numpy()  # numpy makes no tensors between those of the chunks, which would cut up memory
+        ends = [float(array.min()), float(array.max())]
+    else:
+        ends = [float(end) for end in values.aminmax()]
+    if not all(map(math.isfinite, ends)):
         bad = values.numel() - int(torch.isfinite(values).sum())
         raise NotFiniteError(
             f"{name}: {bad:,} of {values.numel():,} values are not finite (NaN or infinite), so they are not stored"
