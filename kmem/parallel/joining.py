@@ -149,7 +149,7 @@ def _start_process_group(seconds: int, rank: int, world: int) -> None:
         )
     except (RuntimeError, OSError) as error:
         raise open_files_problem(error) or ConfigError(
-            f"rank {rank} of {world} could not connect to the other ranks ({first_line(error)}). On several machines, "
+            f"rank {rank} of {world} could not connect to the other ranks ({_first_line(error)}). On several machines, "
             "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the network interface to use"
         ) from error
 
@@ -185,7 +185,7 @@ def _meet(seconds: int, rank: int, world: int) -> dist.Store:
             socket.create_server(("", port)).close()
         elif not listens:
             _await_listener(address, port, until)
-        store = dist.TCPStore(
+        store: dist.Store = dist.TCPStore(
             address,
             port,
             is_master=listens,
@@ -193,15 +193,17 @@ def _meet(seconds: int, rank: int, world: int) -> dist.Store:
             wait_for_workers=False,
             multi_tenant=listens,
         )
+        # torchrun's store may outlive the processes that it starts again.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         _await_all(dist.PrefixStore("joining", store), place, within, until, rank, world, listens)
         return store
     except (dist.DistError, OSError, OverflowError, ValueError) as error:
         told = (
-            f"rank 0 cannot listen at {place} ({first_line(error)}); give all ranks another MASTER_PORT, or end the "
+            f"rank 0 cannot listen at {place} ({_first_line(error)}); give all ranks another MASTER_PORT, or end the "
             "process that uses it"
             if listens
-            else f"rank {rank} of {world} found no rank 0 at {place} {within} ({first_line(error)}); check that rank 0 "
-            "runs, and that all ranks have the MASTER_ADDR and MASTER_PORT of its machine"
+            else f"rank {rank} of {world} found no rank 0 at {place} {within} ({_first_line(error)}); check that rank "
+            "0 runs, and that all ranks have the MASTER_ADDR and MASTER_PORT of its machine"
         )
         raise ConfigError(f"MASTER_PORT: {told}") from error
 
@@ -254,6 +256,6 @@ def _await_all(
         pause = min(1.0, 2 * pause)
 
 
-def first_line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     """The first line of an error's message. torch appends traces of C++."""
     return str(error).strip().split("\n")[0]

@@ -196,6 +196,27 @@ def test_torchrun_starts_the_same_run(run_config):
 
 
 @pytest.mark.full
+def test_processes_that_torchrun_starts_again_form_a_run(run_config, tmp_path):
+    """The store at which ranks meet may be the same one."""
+    tree, path = run_config(train__steps=2, parallel={"pipeline": 2, "timeout_seconds": 30})
+    (tmp_path / "rank.py").write_text(
+        "import os, sys\n"
+        "from kmem.config import load_config\n"
+        "from kmem.parallel.joining import join_mesh\n"
+        "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "    join_mesh(load_config(sys.argv[-1]))\n"
+        "    os._exit(1)\n"
+        "from kmem.cli import main\n"
+        "sys.exit(main(['train', *sys.argv[1:]]))\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    torchrun += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    answer = run([*torchrun, tmp_path / "rank.py", "--config", path])
+    assert answer.returncode == 0, answer.stderr
+    assert committed_steps(checkpoints(tree)) == [2]
+
+
+@pytest.mark.full
 def test_two_torchrun_agents_form_one_run(run_config):
     """Two nodes on one machine."""
     tree, path = run_config(train__steps=2, parallel={"pipeline": 2, "expert": 2})
