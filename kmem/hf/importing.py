@@ -19,6 +19,7 @@ from kmem.data.progress import Progress
 from kmem.data.tokenizer import adopt_tokenizer, tokenizer_record
 from kmem.files import atomic_folder
 from kmem.hf.architectures import KMEM
+from kmem.hf.digests import verify_export
 from kmem.hf.folder import GENERATION_FILE, ModelFolder
 from kmem.hf.foreign_config import MTP_FIELD, ignored_fields, read_architecture, read_config, read_model
 from kmem.hf.key_map import Piece, check_tensor_sets, folder_pieces, half_split_rows, row_slices
@@ -62,6 +63,7 @@ def import_folder(
         UserError: names the field of config.json that kmem cannot express, or the tensors that do not fit.
     """
     out = out.resolve()
+    verify_export(Path(source))
     folder = ModelFolder(source)
     described = folder.path / "config.json"
     architecture = read_architecture(folder.config, described)

@@ -171,6 +171,15 @@ def test_verify_names_the_damaged_file(copied, corpus, tmp_path, capsys):
     assert "no digests here" in capsys.readouterr().err
 
 
+def test_a_damaged_export_is_not_imported(copied, tmp_path, capsys):
+    folder = copied("export")
+    weights = next(folder.glob("*.safetensors"))
+    flip(weights, weights.stat().st_size // 2)
+    assert main(["import", "--from", str(folder), "--out", str(tmp_path / "run")]) == 2
+    assert str(weights) in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_users_edit_in_an_export_is_theirs(copied):
     folder = copied("export")
     (folder / "generation_config.json").write_text('{"temperature": 0.5}')
