@@ -29,6 +29,8 @@ from kmem.data.tokenizer import check_one_tokenizer, check_tokenizer
 from kmem.wording import counted
 
 _SEQUENCES_AT_A_TIME = 256
+_SLOWEST_DISK = 50e6
+"""Bytes per second."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class PreparedData:
     equal."""
     sequences_fingerprint: str
     """The same without the addresses that sequences carry, unless addresses decide how sequences are composed."""
+    held_out_fingerprint: str = ""
+    """Identity of the held-out documents."""
     selection: str = ""
     """The subtrees whose sequences are read, such as `0,3.7`; empty: all text. Each selection has an order of its own.
     """
@@ -89,8 +93,15 @@ def open_data(config: DataConfig, model_vocab_size: int) -> PreparedData:
         sequences_fingerprint=_fingerprint(
             config, manifests, addresses if _by_leaf(config) else None, training.address_digests
         ),
+        held_out_fingerprint="/".join(_content_digest(manifest, "validation") for manifest in manifests),
         selection="" if addresses is None else ",".join(addresses.subtrees or ()),
     )
+
+
+def comparing_seconds(config: DataConfig) -> float:
+    """A generous time for comparing the files of all corpora with their digests."""
+    files = [file for source in config.sources for file in _folder(source.path).glob("*.bin")]
+    return sum(file.stat().st_size for file in files) / _SLOWEST_DISK
 
 
 class SequenceReader:
@@ -374,9 +385,9 @@ def _folder(path: str) -> Path:
     return Path(path).expanduser()
 
 
-def _content_digest(manifest: Manifest) -> str:
-    """Identity of a corpus's training tokens and documents."""
-    return f"{manifest.files['train.bin'].sha256}/{manifest.files['train.idx'].sha256}"
+def _content_digest(manifest: Manifest, split: str = "train") -> str:
+    """Identity of a corpus's tokens and documents in a split."""
+    return f"{manifest.files[f'{split}.bin'].sha256}/{manifest.files[f'{split}.idx'].sha256}"
 
 
 def _fingerprint(

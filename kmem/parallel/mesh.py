@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from kmem.config import Config, UserError
+from kmem.config import UserError
 from kmem.tables.exchange import ExchangeError
 
 Result = TypeVar("Result")
@@ -64,12 +64,12 @@ class Mesh:
         return f"pipeline {self.pipeline} x data {self.data} (expert {self.expert})"
 
 
-def limit_waiting(config: Config) -> None:
-    """Set the timeout of every process group to `parallel.timeout_seconds`, including DeepSpeed's groups."""
+def limit_waiting(seconds: float) -> None:
+    """Set the timeout of every process group, including DeepSpeed's groups."""
     from torch.distributed import distributed_c10d
 
     for group in list(distributed_c10d._world.pg_map):
-        distributed_c10d._set_pg_timeout(timedelta(seconds=config.parallel.timeout_seconds), group)
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def any_rank(flags: Sequence[bool]) -> list[bool]:

@@ -279,7 +279,7 @@ class Pipeline:
         if self.frozen:
             # Only now: while it builds, DeepSpeed looks for trainable parameters and keeps masters of bf16 weights.
             self.module.requires_grad_(False)
-        limit_waiting(self.config)
+        limit_waiting(self.config.parallel.timeout_seconds)
         norm = GradientNorm(self.module, engine.optimizer, self.mesh)
         return StepEngine.adopt(engine, self.context, norm, train.optimizer.clip_norm)
 

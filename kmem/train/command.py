@@ -93,18 +93,22 @@ def _train(config: Config, opened: "PreparedData | None") -> int:
         opened: the data; None for ranks of a launcher. They join before they open the data, so that a machine without
             it is an error on all ranks and no rank waits.
     """
-    from kmem.data.reader import open_data
+    from kmem.data.reader import comparing_seconds, open_data
     from kmem.parallel.joining import join_mesh, leave_mesh
     from kmem.parallel.local_launch import INTERRUPTED
-    from kmem.parallel.mesh import lost_peer, run_on_all_ranks
+    from kmem.parallel.mesh import limit_waiting, lost_peer, run_on_all_ranks
     from kmem.train.interruption import Interruption
     from kmem.train.reporting import MetricsFile, ProgressReport
     from kmem.train.tracking import WandbTracking
     from kmem.train.trainer import Trainer
 
     try:
-        mesh = join_mesh(config)
-        data = run_on_all_ranks(lambda: open_data(config.data, config.model.vocab_size)) if opened is None else opened
+        mesh, data = join_mesh(config), opened
+        if data is None:
+            # The first rank of each machine may have to compare the data with its digests; the others wait for it.
+            limit_waiting(config.parallel.timeout_seconds + comparing_seconds(config.data))
+            data = run_on_all_ranks(lambda: open_data(config.data, config.model.vocab_size))
+            limit_waiting(config.parallel.timeout_seconds)
         callbacks = [MetricsFile(), WandbTracking(), ProgressReport(config.tracking.log_every)]
         trainer = Trainer(config, mesh, data, callbacks)
     except Exception as error:

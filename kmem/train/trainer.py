@@ -86,6 +86,7 @@ class Trainer:
         check_agreement(
             {
                 "data.sources": data.fingerprint,
+                "data.sources (held out)": data.held_out_fingerprint,
                 "data.sources (tokenizer)": data.tokenizer_fingerprint,
                 "checkpoint": None if resume_point is None else resume_point.identity,
             }

@@ -181,6 +181,33 @@ def test_other_text_behind_the_same_path(ranks, corpus, tmp_path):
     assert re.match(r"data\.sources: .* on rank 0, .* on rank 1\b", told)
 
 
+def slow_comparison_case(tree):
+    """Train as the ranks of a launcher do; the first needs longer for its data than ranks wait for each other."""
+    from kmem.data import reader, verified_files
+    from kmem.train.command import _train
+
+    digest = verified_files.file_digest
+
+    def slowly(path):
+        time.sleep(1.5)
+        return digest(path)
+
+    verified_files._verified, remembered = {("", 0, 0, "")}, verified_files._verified
+    reader._SLOWEST_DISK, speed = 100.0, reader._SLOWEST_DISK  # bytes per second
+    if os.environ["RANK"] == "0":
+        verified_files.file_digest = slowly
+    try:
+        return _train(parse_config(tree), None)
+    finally:
+        verified_files.file_digest, verified_files._verified, reader._SLOWEST_DISK = digest, remembered, speed
+
+
+@pytest.mark.full
+def test_ranks_wait_while_the_first_compares_the_data(ranks, run_config):
+    tree, _ = run_config(train__steps=1, parallel__timeout_seconds=4)
+    assert ranks.run(2, slow_comparison_case, tree) == [0, 0]
+
+
 def test_fields_have_dotted_names():
     fields = fields_of(parse_config(small_config()))
     assert fields["train.optimizer.lr"] == 0.01
