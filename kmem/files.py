@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -129,15 +130,15 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def _writer() -> str:
-    return f"{os.getpid()}-{threading.get_ident()}"
+    return f"{os.getpid()}-{threading.get_ident()}-{socket.gethostname()}"
 
 
 def _remove_abandoned(path: Path) -> None:
     """Remove what writers left behind that were killed while they renamed."""
     for ending in (PARTIAL, REPLACED):
-        for leftover in path.parent.glob(f"{glob.escape(path.name)}.*{ending}"):
-            writer = leftover.name.removeprefix(f"{path.name}.").removesuffix(ending).partition("-")[0]
-            if writer.isdecimal() and not Path(f"/proc/{writer}").exists():
+        for leftover in path.parent.glob(f"{glob.escape(path.name)}.*-*-*{ending}"):
+            process, _, host = leftover.name.removeprefix(f"{path.name}.").removesuffix(ending).split("-", 2)
+            if host == socket.gethostname() and not Path(f"/proc/{process}").exists():
                 shutil.rmtree(leftover, ignore_errors=True)
 
 

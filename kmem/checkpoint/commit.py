@@ -25,6 +25,8 @@ from kmem.model.file_digest import file_digest
 FORMAT = "kmem-checkpoint"
 VERSION = 1
 COMMIT_FILE = "checkpoint.json"
+WEIGHT = "weight/"
+"""Prefix of model tensors; optimizer moments have prefixes of their own."""
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
@@ -165,7 +167,7 @@ class Commit:
             if absent:
                 raise ValueError(f"tensors: {name} lies in {min(absent)!r}, which is not listed")
         for name, shape in self.shapes.items():
-            stored = self.tensors.get(f"weight/{name}")
+            stored = self.tensors.get(WEIGHT + name)
             if stored is None or min(shape, default=0) < 0 or prod(shape) != stored.size:
                 raise ValueError(f"shapes: {name} has {shape}, and its tensor {stored and stored.size} elements")
 

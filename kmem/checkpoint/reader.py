@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kmem.checkpoint.commit import COMMIT_FILE, Commit, saved_steps, step_folder
+from kmem.checkpoint.commit import COMMIT_FILE, WEIGHT, Commit, saved_steps, step_folder
 from kmem.checkpoint.pieces import CheckpointError
 from kmem.checkpoint.storage import entry_name
 from kmem.config import Config, parse_config
@@ -31,9 +31,6 @@ _SHOWN_BYTES = 1 << 30
 _VERIFIED: set[tuple[Path, str, tuple[tuple[int, int], ...]]] = set()
 """(folder, digest of its commit file, sizes and times of change of its files) of the checkpoints that this process has
 verified."""
-
-WEIGHT = "weight/"
-"""Prefix of model tensors; optimizer moments have prefixes of their own."""
 
 
 class CheckpointReader:

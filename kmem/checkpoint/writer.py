@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kmem.checkpoint.commit import Commit, Progress, StoredFile, StoredTensor, step_folder
+from kmem.checkpoint.commit import WEIGHT, Commit, Progress, StoredFile, StoredTensor, step_folder
 from kmem.checkpoint.pieces import CHUNK_ELEMENTS
-from kmem.checkpoint.reader import WEIGHT
 from kmem.checkpoint.storage import entry_name, finite
 from kmem.config import Config
 from kmem.data.safetensors_file import DTYPE_NAMES, SafetensorsWriter, in_files

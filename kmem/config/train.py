@@ -6,6 +6,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from kmem.config.section import Section
 
+MEASURED_STEPS = 10
+"""Steps that `train.minutes` measures before it chooses the number of steps."""
+
 
 class OptimizerConfig(Section):
     """The optimizer, with decoupled weight decay on matrices only."""
@@ -79,12 +82,12 @@ class TrainConfig(Section):
                 f"global_batch_size={self.global_batch_size} is not divisible by "
                 f"micro_batch_size={self.micro_batch_size}"
             )
-        if self.minutes is not None and self.schedule.kind != "constant" and self.schedule.warmup_steps < 10:
-            raise ValueError(
-                f"minutes={self.minutes} needs schedule.warmup_steps of at least 10: the learning rate of the ten "
-                "measured steps must not depend on the number of steps"
-            )
         warmup, decay = self.schedule.warmup_steps, self.schedule.decay_steps
+        if self.minutes is not None and self.schedule.kind != "constant" and warmup < MEASURED_STEPS:
+            raise ValueError(
+                f"minutes={self.minutes} needs schedule.warmup_steps of at least {MEASURED_STEPS}: the learning rate "
+                "of the measured steps must not depend on the number of steps"
+            )
         if warmup > self.steps:
             raise ValueError(f"schedule.warmup_steps={warmup} exceeds steps={self.steps}")
         if decay is not None and decay + warmup > self.steps:

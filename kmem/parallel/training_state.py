@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from deepspeed.moe.utils import is_moe_param
 
+from kmem.checkpoint.commit import WEIGHT
 from kmem.checkpoint.pieces import Pieces
-from kmem.checkpoint.reader import WEIGHT
 from kmem.parallel.gradients import is_tied_copy
 from kmem.parallel.optimizers import BACKBONE_OPTIMIZERS
 from kmem.parallel.pipeline import Pipeline

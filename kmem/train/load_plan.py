@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kmem.checkpoint.commit import Commit
+from kmem.checkpoint.commit import WEIGHT, Commit
 from kmem.checkpoint.manifest import ANOTHER_RUN
 from kmem.checkpoint.pieces import CheckpointError
-from kmem.checkpoint.reader import WEIGHT
 from kmem.config import ROW_OPTIMIZER_TRAITS, Config
 from kmem.model.memory_kinds import owner_of
 from kmem.model.parameter_counts import tensor_shapes

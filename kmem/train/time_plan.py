@@ -7,10 +7,9 @@ import torch
 import torch.distributed as dist
 
 from kmem.config import Config
+from kmem.config.train import MEASURED_STEPS
 from kmem.parallel.mesh import local_device
 
-MEASURED_STEPS = 10
-"""Steps before the choice. The first two, in which buffers are made, do not count."""
 PLANNED = "planned_steps"
 """Name of the chosen number in the facts of checkpoints: a resumed run keeps it."""
 
@@ -44,6 +43,7 @@ class TimePlan:
         self._steps.append(seconds)
         if step - self._first < MEASURED_STEPS:
             return None
+        # The first two steps do not count: buffers are made in them.
         each = statistics.mean(self._steps[2:]) + self._evaluation / (config.evaluation.every or config.train.steps)
         left = 60 * minutes - (time.monotonic() - self._began) - self._evaluation
         # At least the steps that have begun to fetch their rows.

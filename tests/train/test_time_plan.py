@@ -7,7 +7,8 @@ import yaml
 
 from kmem.checkpoint.commit import Commit, committed_steps, step_folder
 from kmem.config import ConfigError, parse_config
-from kmem.train.time_plan import MEASURED_STEPS, PLANNED
+from kmem.config.train import MEASURED_STEPS
+from kmem.train.time_plan import PLANNED
 from tests.train.test_trainer import checkpoints, curve, metrics
 from tests.train.trainer_case import trainer_case
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from kmem.checkpoint.bank.hits import FIRST, KEPT, edited_usage, stored_hits
 from kmem.checkpoint.bank.layout import bank_layout
 from kmem.checkpoint.bank.rows import Selection, cluster_path, held_mask, select, trained_rows, written_norms
-from kmem.checkpoint.commit import Progress
+from kmem.checkpoint.commit import WEIGHT, Progress
 from kmem.checkpoint.pieces import CHUNK_ELEMENTS, CheckpointError
-from kmem.checkpoint.reader import WEIGHT, CheckpointReader
+from kmem.checkpoint.reader import CheckpointReader
 from kmem.checkpoint.rewriting import rewrite_run
 from kmem.config import Config, parse_config
 from kmem.model.bank_layout import BankLayout, layer_bank_name

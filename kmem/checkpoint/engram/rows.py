@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kmem.checkpoint.commit import WEIGHT
 from kmem.checkpoint.manifest import check_addressing
 from kmem.checkpoint.pieces import CheckpointError
-from kmem.checkpoint.reader import WEIGHT, CheckpointReader
+from kmem.checkpoint.reader import CheckpointReader
 from kmem.checkpoint.rewriting import rewrite_run
 from kmem.checkpoint.storage import TORCH_DTYPES
 from kmem.config import UserError
