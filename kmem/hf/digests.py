@@ -12,7 +12,7 @@ DIGESTS_FILE = "digests.json"
 FORMAT = "kmem-export-digests"
 _EDITABLE = ("README.md", DIGESTS_FILE)
 _DECIDING = (".safetensors", "tokenizer.json", "tokenizer_config.json", "config.json", ".index.json")
-"""Ends of the names of files that decide what a model computes. Who edits one on purpose reads with `--no-verify`."""
+"""Ends of the names of files that decide what a model computes. Who edits one on purpose removes the digests."""
 
 
 def write_digests(folder: Path) -> None:
@@ -54,6 +54,6 @@ def verify_export(folder: Path, every: bool = False) -> int:
         if found != digest:
             raise UserError(
                 f"{folder / name}: damaged or edited: its content does not match its digest in {DIGESTS_FILE}; export "
-                "or fetch the folder again"
+                f"or fetch the folder again, or remove {DIGESTS_FILE} if you changed the folder on purpose"
             )
     return compared

@@ -316,6 +316,9 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_is_refused(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     tokenizer.add_tokens([f"<new{number}>" for number in range(VOCABULARY)])
     tokenizer.save_pretrained(tmp_path / "out")
+    with pytest.raises(UserError, match=r"\bremove digests\.json\b"):
+        import_folder(tmp_path / "out", tmp_path / "back", say=str)
+    (tmp_path / "out" / "digests.json").unlink()
     with pytest.raises(UserError, match=rf"/out: .*\bvocab_size={VOCABULARY}\b"):
         import_folder(tmp_path / "out", tmp_path / "back", say=str)
     assert not (tmp_path / "back").exists()
