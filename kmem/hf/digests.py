@@ -49,6 +49,10 @@ def verify_export(folder: Path, every: bool = False) -> int:
         compared += 1
         try:
             found = file_digest(folder / name)
+        except FileNotFoundError:
+            raise UserError(
+                f"{folder / name}: missing, though {DIGESTS_FILE} lists it; export or fetch the folder again"
+            ) from None
         except OSError as error:
             raise UserError(f"{folder / name}: not readable: {error}; export or fetch the folder again") from None
         if found != digest:

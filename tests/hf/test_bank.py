@@ -481,6 +481,9 @@ def test_faults_are_named(folders, tmp_path):
     with pytest.raises(UserError, match=f"--tree {tree()}: .*Hugging Face"):
         load(tmp_path / "out", bank=BankOptions(tree=tree()))
     shutil.rmtree(tmp_path / "out" / "tree")
+    with pytest.raises(UserError, match=r"out/tree/.*: missing.*digests\.json"):
+        import_folder(tmp_path / "out", tmp_path / "back", say=str)
+    (tmp_path / "out" / "digests.json").unlink()
     with pytest.raises(UserError, match=r"out/tree: missing.*\bbank\b"):
         import_folder(tmp_path / "out", tmp_path / "back", say=str)
     train_tokenizer(iter(["another text of another model"] * 8), VOCABULARY, tmp_path / "words")

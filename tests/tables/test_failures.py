@@ -1,6 +1,7 @@
 """Nothing leaks, nobody waits for ever, and what users can cause is a clear error."""
 
 import contextlib
+import ctypes
 import gc
 import re
 import time
@@ -282,7 +283,12 @@ def memory_of_training(rows, folder):
     return training, checkpoints
 
 
+M_MMAP_THRESHOLD = -3
+
+
 def small_chunks(sizes, folder):
+    # Real chunks are too large for the heap, so each gets its own pages and gives them back. So do these.
+    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, CHUNK // 4)
     with (
         mock.patch.object(stores, "CHUNK_BYTES", CHUNK),
         mock.patch.object(pieces, "CHUNK_ELEMENTS", CHUNK // 4),
