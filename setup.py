@@ -1,4 +1,7 @@
-"""Packaging of kmem: the framework (kmem), its Triton kernels (kmem_kernels) and its configs (kmem/configs)."""
+"""Packaging of kmem: the framework (kmem), its Triton kernels (kmem_kernels), its configs (kmem/configs) and templates
+for clusters (kmem/launch)."""
+
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -16,6 +19,7 @@ RUNTIME = [
     "transformers>=5.10,<6",
     "wandb>=0.19,<1",
     "pyarrow>=16",  # Parquet and compressed corpora
+    "argcomplete>=3.5,<4",  # completion in shells
 ]
 
 EXTRAS = {
@@ -47,12 +51,29 @@ setup(
     name="kmem",
     version="0.1.0",
     description="Train memory-augmented sparse language models: MoE, Chain-of-Experts, Engram tables, memory banks",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    author="The kmem developers",
+    keywords="language models, mixture of experts, memory, n-gram, embeddings, deepspeed, pipeline parallelism",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
-    # kernels/ and configs/ have no __init__.py: a top-level `kernels` would shadow the library of that name.
-    packages=[*find_packages(include=["kmem", "kmem.*"]), *find_packages("kernels"), "kmem.configs"],
-    package_dir={"kmem_kernels": "kernels/kmem_kernels", "kmem.configs": "configs"},
-    package_data={"kmem": ["py.typed", "clustering/apache-2.0.txt"], "kmem.configs": ["**/*.yaml"]},
+    # kernels/, configs/ and launch/ have no __init__.py: a top-level `kernels` would shadow the library of that name.
+    packages=[*find_packages(include=["kmem", "kmem.*"]), *find_packages("kernels"), "kmem.configs", "kmem.launch"],
+    package_dir={"kmem_kernels": "kernels/kmem_kernels", "kmem.configs": "configs", "kmem.launch": "launch"},
+    package_data={
+        "kmem": ["py.typed", "clustering/apache-2.0.txt"],
+        "kmem.configs": ["**/*.yaml"],
+        "kmem.launch": ["slurm.sh", "kubernetes.yaml", "hostfile", "constraints.txt"],
+    },
     install_requires=RUNTIME,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["kmem = kmem.cli:main"]},

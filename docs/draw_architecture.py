@@ -83,11 +83,11 @@ class Module:
 
 
 def room_of(module: str) -> str:
-    """`kmem.tables.stores` is in `tables`, `kmem_kernels.route.op` in `kmem_kernels`, `kmem` itself in no room. What
-    `python -m kmem` runs belongs to the command line."""
+    """`kmem.tables.stores` is in `tables`, `kmem_kernels.route.op` in `kmem_kernels`, `kmem` itself in no room. The
+    modules that a shell or launcher starts belong to the command line."""
     package, _, rest = module.partition(".")
     room = package if package != "kmem" else rest.partition(".")[0]
-    return "cli" if room == "__main__" else room
+    return "cli" if room in ("__main__", "completion", "pretrain") else room
 
 
 def read_modules(repository: Path = REPOSITORY) -> dict[str, Module]:

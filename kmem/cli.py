@@ -49,6 +49,10 @@ imported when its command is used."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code. A UserError is printed without a traceback and gives 2."""
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
+        from kmem.completion import complete
+
+        complete()
     words = list(sys.argv[1:] if arguments is None else arguments)
     program, purpose = "kmem", ""
     target: str | Table = COMMANDS

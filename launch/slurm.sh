@@ -23,7 +23,7 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
 srun --kill-on-bad-exit=1 .venv/bin/torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" \
     --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head:29500" \
-    launch/pretrain.py "$@" &
+    --module kmem.pretrain "$@" &
 agents=$!
 
 requeue() {

@@ -23,7 +23,8 @@ packaged config (`configs/`, for example `quickstart`).
   beside the file, then among the packaged configs.
 - `--set model.moe.top_k=4 train.steps=100` overrides single fields; values are YAML, list elements are addressed by
   number (`data.sources.0.path=...`).
-- `--dry-run` prints the resolved configuration, parameter counts and memory per rank, and exits; `--dry-run --json`
+- `--print-config` prints every field of the run as YAML, and exits.
+- `--dry-run` prints parameter counts and memory per rank, and exits; `--dry-run --json`
   prints the same as one JSON object.
 - An unknown key, a wrong type, a value out of range or an impossible combination ends the command with exit code 2 and
   one line that begins with the path of the field, before any process group starts.

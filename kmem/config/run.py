@@ -80,6 +80,14 @@ class TrackingConfig(Section):
     """Weights & Biases mode; auto is online when logged in and offline otherwise."""
     project: str = "kmem"
     """Weights & Biases project."""
+    entity: str | None = None
+    """Weights & Biases team or user that owns the project; null is the default of the login."""
+    group: str | None = None
+    """Weights & Biases group: runs of one group, such as seeds, are shown together."""
+    tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = ()
+    """Weights & Biases tags of the run."""
+    notes: str | None = None
+    """Weights & Biases notes: what the run is for, in Markdown."""
     log_every: PositiveInt = 1
     """Steps between lines of progress output when there is no terminal."""
 

@@ -7,7 +7,7 @@ import sys
 import textwrap
 from typing import TYPE_CHECKING
 
-from kmem.config import Config, ConfigError, UserError, load_config, packaged_configs
+from kmem.config import Config, ConfigError, UserError, dump_config, load_config, packaged_configs
 
 if TYPE_CHECKING:
     from kmem.data.reader import PreparedData
@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="dotted overrides",
     )
     parser.add_argument("--nproc", type=int, default=None, metavar="N", help="start N local ranks")
-    parser.add_argument("--dry-run", action="store_true", help="print config, parameter counts and memory, and exit")
+    parser.add_argument("--dry-run", action="store_true", help="print parameter counts and memory per rank, and exit")
+    parser.add_argument("--print-config", action="store_true", help="print every field of the run as YAML, and exit")
     parser.add_argument("--json", action="store_true", help="with --dry-run: one JSON object")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # given by launchers
 
@@ -44,6 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--json: only with --dry-run")
     if arguments.nproc is not None and arguments.nproc < 1:
         raise ConfigError("--nproc: at least 1")
+    if arguments.print_config:
+        print(dump_config(config), end="")
+        return 0
     if arguments.dry_run:
         from kmem.train.dry_run import print_dry_run
 

@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict, dataclass
 from math import prod
 
-from kmem.config import Config, dump_config
+from kmem.config import Config
 from kmem.model.memory_kinds import carries_embedding, replaces_feed_forward
 from kmem.model.parameter_counts import ParameterCounts, count_parameters, tensor_shapes
 from kmem.parallel.launch_environment import environment_rank
@@ -15,6 +15,10 @@ from kmem.parallel.optimizers import BACKBONE_OPTIMIZERS
 from kmem.parallel.stages import stage_bounds
 from kmem.parallel.table_bytes import TableBytes
 from kmem.wording import counted, magnitude, print_table
+
+UNITS = """A rank is one process with one device; all ranks of a stage hold as much. 1 KiB = 1,024 bytes.
+Active: the parameters that one token uses. Weights, gradients and optimizer state are exact, activations an estimate.
+Kernels, communication and the framework itself come on top. --print-config shows every field of the run."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class RankBytes:
 
 
 def print_dry_run(config: Config, ranks: int | None, *, as_json: bool) -> int:
-    """Print the resolved configuration, parameter counts and memory per rank; returns the exit code."""
+    """Print parameter counts and memory per rank, or one JSON object that has the configuration too; returns the exit
+    code."""
     world = ranks or max(environment_rank()[1], config.parallel.pipeline * config.parallel.expert)
     mesh = Mesh(0, config.parallel.pipeline, config.data_parallel_size(world), config.parallel.expert)
     counts = count_parameters(config.model.shape)
@@ -163,7 +168,6 @@ def _activation_bytes(config: Config, layer: int) -> int:
 
 
 def _print_tables(config: Config, mesh: Mesh, counts: ParameterCounts, ranks: list[RankBytes]) -> None:
-    print(dump_config(config).rstrip())
     components = {name: count for name, count in counts.components.items() if count}
     rows = {
         "total": counts.total,
@@ -203,6 +207,7 @@ def _print_tables(config: Config, mesh: Mesh, counts: ParameterCounts, ranks: li
         ]
         title = f"{kind.name} tables per rank: {settings.dtype} rows, {settings.optimizer.name}"
         print_table(title, columns, shown, 120)
+    print(UNITS)
 
 
 def _bytes(count: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import netrc
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -39,6 +40,10 @@ class WandbTracking(Callback):
         os.environ.setdefault("WANDB_SILENT", "true")
         self._run = wandb.init(
             project=config.tracking.project,
+            entity=config.tracking.entity,
+            group=config.tracking.group,
+            tags=list(config.tracking.tags),
+            notes=config.tracking.notes,
             name=config.name,
             id=self.run_id,
             resume="allow" if self.run_id else None,
@@ -47,7 +52,13 @@ class WandbTracking(Callback):
             config=config.model_dump(mode="json"),
         )
         self.run_id = self._run.id
-        print(f"Weights & Biases: {mode}, run {self.run_id}", file=sys.stderr)
+        print(f"Weights & Biases: {mode}, run {self.run_id}{self._where(mode)}", file=sys.stderr)
+
+    def _where(self, mode: str) -> str:
+        """The page of the run, or the command that sends it."""
+        if mode == "online":
+            return f", {self._run.url}"
+        return f"; send it by: wandb sync {Path(self._run.dir).parents[1]}/offline-run-*" if mode == "offline" else ""
 
     def on_step(self, record: StepRecord) -> None:
         if self._run is not None:

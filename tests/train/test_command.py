@@ -189,7 +189,7 @@ def test_a_run_killed_again_and_again_keeps_a_valid_checkpoint(run_config, start
 def test_torchrun_starts_the_same_run(run_config):
     tree, path = run_config(train__steps=2, parallel={"pipeline": 2})
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    answer = run([*torchrun, "launch/pretrain.py", "--config", str(path)])
+    answer = run([*torchrun, "-m", "kmem.pretrain", "--config", str(path)])
     assert answer.returncode == 0, answer.stderr
     assert "mesh pipeline 2 x data 1" in answer.stdout
     assert committed_steps(checkpoints(tree)) == [2]
@@ -224,7 +224,7 @@ def test_two_torchrun_agents_form_one_run(run_config):
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node),
              "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", "29517",
-             "launch/pretrain.py", "--config", str(path)],
+             "--module", "kmem.pretrain", "--config", str(path)],
             env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for node in range(2)
@@ -239,7 +239,7 @@ def test_two_torchrun_agents_form_one_run(run_config):
 def test_deepspeed_launcher_passes_local_rank(run_config):
     tree, path = run_config(train__steps=2, parallel={"pipeline": 2})
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29518"]
-    answer = run([*launcher, "launch/pretrain.py", "--config", str(path)])
+    answer = run([*launcher, "--module", "kmem.pretrain", "--config", str(path)])
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert committed_steps(checkpoints(tree)) == [2]
 
@@ -253,7 +253,8 @@ def test_deepspeed_launcher_with_a_hostfile(run_config, tmp_path):
     nodes = [
         subprocess.Popen(
             [launcher, "--hostfile", str(tmp_path / "hostfile"), "--no_ssh", "--node_rank", str(node),
-             "--master_addr", "127.0.0.1", "--master_port", "29519", "launch/pretrain.py", "--config", str(path)],
+             "--master_addr", "127.0.0.1", "--master_port", "29519", "--module", "kmem.pretrain",
+             "--config", str(path)],
             env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for node in range(2)
