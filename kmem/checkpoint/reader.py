@@ -202,7 +202,8 @@ def find_checkpoint(path: Path) -> Path:
 
 def first_sound(path: Path, read: Callable[[Path], Result]) -> tuple[Path, Result]:
     """The folder of one step, and what `read` gives for it: of `path` itself, or of the newest folder under a run
-    folder or its checkpoints folder for which `read` raises no CheckpointError. Newer ones are logged.
+    folder or its checkpoints folder for which `read` raises no CheckpointError. Newer ones are logged, unless the run
+    has deleted them meanwhile; what it has saved meanwhile is looked at too.
 
     Raises:
         CheckpointError: there is none.
@@ -210,16 +211,17 @@ def first_sound(path: Path, read: Callable[[Path], Result]) -> tuple[Path, Resul
     if (path / COMMIT_FILE).is_file():
         return path, read(path)
     for root in (path / "checkpoints", path):
-        damaged = None
-        for step in reversed(saved_steps(root)):
-            folder = step_folder(root, step)
+        failed: dict[int, CheckpointError] = {}
+        while left := [step for step in saved_steps(root) if step not in failed]:
+            folder = step_folder(root, left[-1])
             try:
                 return folder, read(folder)
             except CheckpointError as error:
-                log.warning("checkpoint passed over: %s", error)
-                damaged = error
-        if damaged is not None:
-            raise damaged
+                failed[left[-1]] = error
+                if folder.exists():
+                    log.warning("checkpoint passed over: %s", error)
+        if failed:
+            raise failed[min(failed)]
     exported = " (it is an exported Hugging Face folder)" if (path / "config.json").is_file() else ""
     raise CheckpointError(f"{path}: no complete checkpoint here{exported}; name a run folder or the folder of one step")
 
@@ -230,7 +232,7 @@ def _opened_files(folder: Path, verify: bool) -> tuple[Commit, dict[str, Any], d
     try:
         opened = {file: safe_open(folder / file, framework="pt") for file in commit.files}
         mapped = {file: SafetensorsFile(folder / file) for file in commit.files}
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: there is no such file
         raise CheckpointError(f"{folder}: a file is not readable: {error}") from None
     if verify:
         _verify_once(folder, commit)

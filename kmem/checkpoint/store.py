@@ -200,8 +200,8 @@ class CheckpointStore:
                     folder = step_folder(self.root, step)
                     if folder.is_symlink():  # somebody else's checkpoint
                         continue
-                    (folder / COMMIT_FILE).unlink()  # first, so that a purge cut short leaves no half checkpoint
-                    shutil.rmtree(folder)
+                    # Under another name, so that neither a reader nor a purge cut short sees half a checkpoint.
+                    shutil.rmtree(folder.rename(folder.with_name(folder.name + PARTIAL)))
             for leftover in unfinished_folders(self.root):
                 if not leftover.is_symlink():
                     shutil.rmtree(leftover)

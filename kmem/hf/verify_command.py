@@ -8,8 +8,8 @@ from pathlib import Path
 from kmem.config import UserError
 from kmem.wording import counted
 
-Found = tuple[str, Callable[[], str]]
-"""(what it is, a function that verifies it and says what was compared)"""
+Found = tuple[Path, Callable[[], str]]
+"""(folder, a function that verifies it and says what was compared)"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,12 +22,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Verify all folders; 2 if anything is damaged."""
     damaged = 0
     for folder in arguments.folders:
-        for what, verify in _contents(folder):
+        for found, verify in _contents(folder):
             try:
-                print(f"{what}: sound, {verify()}", flush=True)
+                print(f"{found}: sound, {verify()}", flush=True)
             except UserError as error:
-                print(f"{what}: DAMAGED: {error}", flush=True)
-                damaged += 1
+                if not found.exists():  # a run purges its checkpoints
+                    print(f"{found}: deleted meanwhile", flush=True)
+                else:
+                    print(f"{found}: DAMAGED: {error}", flush=True)
+                    damaged += 1
     return 2 if damaged else 0
 
 
@@ -40,10 +43,10 @@ def _contents(folder: Path) -> Iterator[Found]:
     roots = (folder, folder / "checkpoints")
     steps = [step_folder(root, step) for root in roots for step in saved_steps(root)]
     steps += [folder] * (folder / COMMIT_FILE).is_file()
-    yield from ((str(step), partial(_checkpoint, step)) for step in steps)
+    yield from ((step, partial(_checkpoint, step)) for step in steps)
     for name, verify in ((MANIFEST_NAME, _data), (DIGESTS_FILE, _export), (TREE_FILE, _tree)):
         if (folder / name).is_file():
-            yield str(folder), partial(verify, folder)
+            yield folder, partial(verify, folder)
             return
     if not steps:
         raise UserError(

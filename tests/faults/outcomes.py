@@ -3,16 +3,21 @@
 import contextlib
 import io
 import logging
+import os
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from kmem.cli import main
+from tests.warm_processes import WarmProcess, start_command
 
-OUTCOMES = ("clean", "fell back", "same", "traceback", "silent")
+OUTCOMES = ("clean", "fell back", "same", "traceback", "stuck", "silent")
 """clean: one error that names the place, exit code 2. fell back: another state was used, and a message said so. same:
-the result of the unharmed command. traceback: an error without words. silent: another result without a word."""
+the result of the unharmed command. traceback: an error without words. stuck: the command that was given again does not
+go on. silent: another result without a word."""
+BAD = ("traceback", "stuck", "silent")
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,23 @@ class Ran:
     out: str
     said: str
     """What it wrote to stderr and to the log."""
+
+    @classmethod
+    def of(cls, process: WarmProcess) -> "Ran":
+        """Of a process, once it has ended."""
+        out, said = process.communicate()
+        return cls(process.returncode or 0, out, said)
+
+
+def alone(words: Sequence[str], environment: Mapping[str, str] = MappingProxyType({})) -> WarmProcess:
+    """Start a `kmem` command in a process of its own, with these variables besides the present ones."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return start_command(words, {**inherited, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **environment})
+
+
+def failed(ran: Ran) -> bool:
+    """Whether it ended without words for its user."""
+    return "Traceback (most recent call last)" in ran.said or ran.code not in (0, 2)
 
 
 def run(words: Sequence[str]) -> Ran:
@@ -49,7 +71,7 @@ def judge(unharmed: Ran, attacked: Ran, named: str) -> str:
     Args:
         named: what an error or message must contain, such as the name of the damaged file or of its folder.
     """
-    if "Traceback (most recent call last)" in attacked.said or attacked.code not in (0, 2):
+    if failed(attacked):
         return "traceback"
     if attacked.code == 2:
         return "clean" if named in attacked.said + attacked.out else "traceback"

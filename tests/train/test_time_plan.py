@@ -47,22 +47,22 @@ def test_a_run_of_chosen_length_is_the_run_of_that_length(ranks, run_config, wor
     assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == steps
     commit = Commit.read(step_folder(checkpoints(tree), steps))
     assert commit.config["train"]["steps"] == commit.progress.facts[PLANNED] == steps
-    assert metrics(tree)[-1]["lr"] < metrics(tree)[10]["lr"] / 5  # the schedule has ended
 
     told = timed(run_config, name="told", train__minutes=None, train__steps=steps)
     ranks.run(world, trainer_case, told)
     assert curve(told) == curve(tree)
+    assert [record.get("lr") for record in metrics(told)] == [record.get("lr") for record in metrics(tree)]
     again = ranks.run(world, trainer_case, tree)
     assert {(answer["started_at"], answer["steps"]) for answer in again} == {(steps, steps)}
 
 
 def test_a_resumed_run_keeps_its_length(ranks, run_config):
-    tree = timed(run_config, train__minutes=0.05)
-    (answer,) = ranks.run(1, stop_case, tree, 14)
-    chosen = Commit.read(step_folder(checkpoints(tree), 14)).progress.facts[PLANNED]
-    assert (answer["steps"], committed_steps(checkpoints(tree))[-1]) == (14, 14)
+    tree, after = timed(run_config, train__minutes=0.05), MEASURED_STEPS + 1  # a slow machine chooses no more
+    (answer,) = ranks.run(1, stop_case, tree, after)
+    chosen = Commit.read(step_folder(checkpoints(tree), after)).progress.facts[PLANNED]
+    assert (answer["steps"], committed_steps(checkpoints(tree))[-1]) == (after, after)
     (answer,) = ranks.run(1, trainer_case, tree)
-    assert (answer["started_at"], answer["steps"]) == (14, chosen)
+    assert (answer["started_at"], answer["steps"]) == (after, chosen)
 
 
 def test_a_run_stopped_before_the_choice_chooses_later(ranks, run_config):
