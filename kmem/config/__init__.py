@@ -8,9 +8,10 @@ from kmem.config.model import (
     ChainOfExperts,
     GroupedQueryAttention,
     LatentAttention,
+    Llama3Scaling,
     MixtureOfExperts,
     ModelConfig,
-    RopeScaling,
+    YarnScaling,
 )
 from kmem.config.run import CheckpointConfig, Config, EvaluationConfig
 from kmem.config.tables import ROW_OPTIMIZER_TRAITS, BlockOptimizerConfig, RowOptimizerConfig, TableConfig

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from kmem.config.memory import MemorySection, check_layers
 
@@ -94,6 +94,10 @@ class EngramConfig(MemorySection):
     """Biases of the key and value projections."""
     zero_centered_norm: bool | None = None
     """Norms multiply by 1 + weight."""
+    gate_norm_eps: PositiveFloat | None = None
+    """Epsilon of the norms of the gate's query and key (the paper's demo: 1.2e-7). Default: model.norm_eps."""
+    conv_norm_eps: PositiveFloat | None = None
+    """Epsilon of the norm before the convolution (the paper's demo: 1e-5). Default: model.norm_eps."""
     conv_kernel: NonNegativeInt | None = None
     """Taps of the short causal convolution; 0 for none."""
     conv_dilation: PositiveInt | None = None

@@ -2,7 +2,15 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
 
 from kmem.config.bank import BankConfig
 from kmem.config.engram import EngramConfig
@@ -29,7 +37,7 @@ class GroupedQueryAttention(Section):
     qk_norm: bool = False
     """RMSNorm of queries and keys before the rotation."""
     qk_norm_span: Literal["head", "all_heads"] = "head"
-    """What one norm spans: each head (Qwen3), or all heads of a token together (OpenLM)."""
+    """What one norm spans: each head (Qwen3), or all heads of a token together (OpenLM, OLMoE)."""
     qkv_bias: bool = False
     """Biases in the query, key and value projections."""
     rotary_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -61,6 +69,9 @@ class LatentAttention(Section):
     """Width of the rotated part; the key's is shared by all heads. Must be even."""
     v_head_dim: PositiveInt
     """Width of one value head."""
+    latent_norm_eps: PositiveFloat | None = None
+    """Epsilon of the norms of compressed queries, keys and values (DeepSeek: 1e-6 whatever the others have). Default:
+    model.norm_eps."""
 
     def check(self) -> None:
         if self.qk_rope_head_dim % 2:
@@ -126,6 +137,10 @@ class MixtureOfExperts(Section):
     """Hidden width of one expert."""
     num_shared_experts: NonNegativeInt = 0
     """Experts that every token visits; they are one feed-forward of this many expert widths."""
+    shared_intermediate_size: PositiveInt | None = None
+    """Hidden width of one shared expert. Default: intermediate_size."""
+    shared_expert_gate: bool = False
+    """Scale the output of the shared experts for each token by a learned sigmoid (Qwen2-MoE)."""
     first_dense_layers: NonNegativeInt = 0
     """The first layers that keep a dense feed-forward."""
     score_function: Literal["softmax", "sigmoid"] = "softmax"
@@ -168,8 +183,13 @@ class MixtureOfExperts(Section):
             raise ValueError(f"top_k={self.top_k} exceeds the {counted(reachable, 'expert')} a token can reach")
         if self.num_groups > 1 and self.group_score_top_k > self.num_experts // self.num_groups:
             raise ValueError(f"group_score_top_k={self.group_score_top_k} exceeds the experts of a group")
-        if self.chain is not None and self.chain.shared_experts == "once" and not self.num_shared_experts:
-            raise ValueError("chain.shared_experts=once needs num_shared_experts of at least 1")
+        for choice, made in (
+            (f"shared_intermediate_size={self.shared_intermediate_size}", self.shared_intermediate_size),
+            ("shared_expert_gate=true", self.shared_expert_gate),
+            ("chain.shared_experts=once", self.chain is not None and self.chain.shared_experts == "once"),
+        ):
+            if made and not self.num_shared_experts:
+                raise ValueError(f"{choice} needs num_shared_experts of at least 1")
 
 
 class HyperConnectionsConfig(Section):
@@ -185,7 +205,7 @@ class HyperConnectionsConfig(Section):
     """Initial lead of a branch over the others in its own mixture."""
 
 
-class RopeScaling(Section):
+class Llama3Scaling(Section):
     """Llama 3's scaling of rotary frequencies, as in its reference code: a dimension that turns more than
     `high_freq_factor` times within `original_max_position_embeddings` tokens keeps its frequency, one that turns less
     than `low_freq_factor` times has it divided by `factor`, and in between the two are mixed linearly. The defaults are
@@ -209,6 +229,34 @@ class RopeScaling(Section):
             )
 
 
+class YarnScaling(Section):
+    """YaRN's scaling of rotary frequencies (arXiv 2309.00071), as DeepSeek has it: a dimension that turns more than
+    `beta_fast` times within `original_max_position_embeddings` tokens keeps its frequency, one that turns less than
+    `beta_slow` times has it divided by `factor`, and the dimensions between them are mixed linearly, by their number.
+    With m(x) = 1 + x ln(factor) / 10, queries and keys are multiplied by m(1), or by m(mscale) / m(mscale_all_dim) if
+    both are given, where they are rotated."""
+
+    kind: Literal["yarn"]
+    """Selects this form."""
+    factor: Annotated[float, Field(ge=1)]
+    """Divisor of low frequencies (DeepSeek-V3: 40)."""
+    original_max_position_embeddings: PositiveInt
+    """Sequence length of pretraining (DeepSeek-V3: 4096)."""
+    beta_fast: PositiveFloat = 32.0
+    """Turns above which a frequency is high."""
+    beta_slow: PositiveFloat = 1.0
+    """Turns below which a frequency is low."""
+    mscale: PositiveFloat | None = None
+    """See above (DeepSeek-V3: 1)."""
+    mscale_all_dim: PositiveFloat | None = None
+    """See above. With latent attention it also multiplies the scores of all dimensions by m(mscale_all_dim)^2
+    (DeepSeek-V3: 1)."""
+
+    def check(self) -> None:
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(f"beta_fast={self.beta_fast} must exceed beta_slow={self.beta_slow}")
+
+
 class ModelConfig(Section):
     """A decoder-only language model."""
 
@@ -226,8 +274,9 @@ class ModelConfig(Section):
     """Epsilon of every RMSNorm."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
-    rope_scaling: RopeScaling | None = None
-    """Scaling of the rotary frequencies for sequences longer than in pretraining; null: no scaling."""
+    rope_scaling: Annotated[Llama3Scaling | YarnScaling, Field(discriminator="kind")] | None = None
+    """Scaling of the rotary frequencies for sequences longer than in pretraining; null: no scaling. `kind` selects
+    llama3 (default) or yarn."""
     tie_embeddings: bool = False
     """The head is the embedding matrix."""
     init_std: PositiveFloat = 0.02
@@ -255,12 +304,15 @@ class ModelConfig(Section):
     """Blocks of weights that contexts fetch; null makes a model without them. The section `bank` describes their
     tables."""
 
-    @field_validator("attention", mode="before")
+    @field_validator("attention", "rope_scaling", mode="before")
     @classmethod
-    def _default_kind(cls, value: Any) -> Any:
-        return {"kind": "gqa", **value} if isinstance(value, dict) else value
+    def _default_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = "gqa" if info.field_name == "attention" else "llama3"
+        return {"kind": kind, **value} if isinstance(value, dict) else value
 
     def check(self) -> None:
+        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta={self.rope_theta} must exceed 1 for rope_scaling.kind=yarn")
         attention = self.attention
         if isinstance(attention, GroupedQueryAttention) and attention.head_dim is None:
             if self.hidden_size % attention.num_heads:

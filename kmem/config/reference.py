@@ -61,7 +61,7 @@ def _type(schema: dict[str, Any]) -> str:
     """The values that a JSON schema allows."""
     alternatives = schema.get("anyOf") or schema.get("oneOf")
     if alternatives:
-        return " or ".join(_type(alternative) for alternative in alternatives)
+        return " or ".join(dict.fromkeys(_type(alternative) for alternative in alternatives))
     if "$ref" in schema:
         return "section"
     if "enum" in schema or "const" in schema:

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from kmem.config import ModelConfig
-from kmem.hf.native import NATIVE, SHARED, Architecture, rope_parameters, rope_scaling, value_at
+from kmem.hf.native import IMPORTED, NATIVE, SHARED, Architecture, rope_parameters, rope_scaling, value_at
 from kmem.model.memory_kinds import kinds_of
 from kmem.wording import counted
 
 KMEM = Architecture(name="kmem's own code", model_type="kmem", class_name="KmemForCausalLM", shape="any")
-BY_MODEL_TYPE = {architecture.model_type: architecture for architecture in (*NATIVE, KMEM)}
+BY_MODEL_TYPE = {architecture.model_type: architecture for architecture in (*IMPORTED, KMEM)}
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,6 @@ def choose(model: ModelConfig, custom_code: bool = False) -> Choice:
         return Choice(KMEM, f"no native architecture has {kind.title} (model.{kind.name})")
     if model.shape.branches > 1:
         return Choice(KMEM, "no native architecture has a residual stream of branches (model.hyper_connections)")
-    if model.attention.kind == "gqa" and model.attention.qk_norm_span == "all_heads":
-        return Choice(
-            KMEM, "no native architecture normalizes queries and keys over all heads (attention.qk_norm_span)"
-        )
     for architecture in NATIVE:
         if architecture.asks(model):
             obstacles = architecture.obstacles(model)

@@ -1,5 +1,6 @@
 """Write a checkpoint as a Hugging Face folder, tensor by tensor: host memory holds a slice of one tensor at a time."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from kmem.checkpoint.reader import CheckpointReader
-from kmem.config import Config, UserError
+from kmem.config import Config, LatentAttention, UserError
 from kmem.data.progress import Progress
 from kmem.data.safetensors_file import SafetensorsWriter, in_files
 from kmem.data.tokenizer import load_tokenizer
@@ -25,7 +26,9 @@ from kmem.hf.key_map import (
     check_own_tensors,
     check_tensor_sets,
     folder_pieces,
+    interleaved_rows,
     parameters,
+    reordered,
     row_slices,
     table_parts,
 )
@@ -100,7 +103,7 @@ def export(
         if free < total:
             raise UserError(f"--out {out}: the weights need {total} bytes but {free} are free; choose another folder")
         with Progress(f"exporting {total / 1e6:,.1f} MB", total) as progress:
-            _write_weights(trained, memories, shards, partial, progress)
+            _write_weights(trained, choice.architecture, memories, shards, partial, progress)
         _write_descriptions(trained, choice, config, tokens, dtype, list(memories.values()), partial)
         for memory in memories.values():
             if memory.write is not None:
@@ -173,6 +176,7 @@ def target_parameters(config: Any, architecture: Architecture) -> dict[str, tupl
 
 def _write_weights(
     trained: CheckpointReader,
+    architecture: Architecture,
     memories: Mapping[str, FolderParts],
     shards: list[list[Piece]],
     folder: Path,
@@ -189,7 +193,7 @@ def _write_weights(
                 if not piece.tensors:
                     writer.write(piece.name, beside.get(piece.name, torch.empty(piece.shape, dtype=piece.dtype)))
                     continue
-                for values in _values(trained, piece):
+                for values in _values(trained, piece, architecture.interleaved):
                     writer.write_values(piece.name, values.to(piece.dtype))
                     progress.advance(values.numel() * piece.dtype.itemsize)
                     del values  # before the next part is read
@@ -199,18 +203,25 @@ def _write_weights(
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _values(trained: CheckpointReader, piece: Piece) -> Iterator[torch.Tensor]:
+def _values(trained: CheckpointReader, piece: Piece, interleaved: bool = False) -> Iterator[torch.Tensor]:
     """The values of a piece whose rows are those of tensors, in row-major order, a slice at a time.
 
-    A row of several tensors that is longer than a slice comes tensor by tensor.
+    A row of several tensors that is longer than a slice comes tensor by tensor. `interleaved`: rotary rows of latent
+    attention come in pairs that are rotated together.
     """
     if piece.expert is not None:
         (stack,) = piece.tensors
         yield trained.read_rows(stack, piece.expert, piece.expert + 1)[0, piece.start : piece.stop]
         return
+    order, attention = None, trained.config.model.attention
+    if interleaved:
+        assert isinstance(attention, LatentAttention)
+        order = interleaved_rows(attention, piece.tensors[0])
     copies = min(len(piece.tensors), 2)  # the tensors' rows, and joined
     for first, last in row_slices(piece.start, piece.stop, copies * prod(piece.shape[1:])):
-        parts = (trained.read_rows(tensor, first, last) for tensor in piece.tensors)
+        parts = (
+            reordered(functools.partial(trained.read_rows, tensor), order, first, last) for tensor in piece.tensors
+        )
         if copies == 1 or last - first == 1:
             yield from parts
         else:

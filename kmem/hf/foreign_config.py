@@ -1,6 +1,6 @@
 """Translate config.json of a Hugging Face folder into kmem's model section; refuse what kmem cannot express."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from kmem.config import ModelConfig, UserError
 from kmem.config.problems import explain
 from kmem.hf.architectures import BY_MODEL_TYPE, KMEM, from_fields, to_fields
 from kmem.hf.custom_code import register
-from kmem.hf.native import GLM4_MOE, QWEN3_MOE, Architecture
+from kmem.hf.native import GLM4_MOE, QWEN2_MOE, QWEN3_MOE, Architecture
 
 MTP_FIELD = "num_nextn_predict_layers"
 _REFUSED = {
@@ -18,6 +18,13 @@ _REFUSED = {
     "kmem's models have none of these",
 }
 """`model_type` of known models that kmem cannot compute -> what it lacks."""
+
+_REMEDIES = {
+    "quantization_config": "the weights are quantized; convert them to bf16 (fp8 blocks, as DeepSeek-V3 and R1 have "
+    "them, with fp8_cast_bf16.py of DeepSeek's repository) and remove the field",
+    "sliding_window": "kmem attends to all earlier tokens; if no sequence will be longer than the window, set null",
+}
+"""Field of config.json that can be made to fit -> how."""
 
 _HARMLESS = {
     # tokens, versions and settings of training or serving: the model computes the same function
@@ -59,13 +66,16 @@ def read_config(fields: Mapping[str, Any], architecture: Architecture, path: Pat
         config = transformers.AutoConfig.for_model(**{"model_type": architecture.model_type, **fields})
     except Exception as error:  # Transformers' validation has error types of its own
         raise UserError(f"{path}: Transformers refuses it: {error}") from error
+    problems = []
     for name, allowed in architecture.required.items():
         value = getattr(config, name, fields.get(name))
         if value not in allowed:
-            raise UserError(f"{path}: {name}={value!r} is not supported; kmem's models have {name}={allowed[0]!r}")
+            remedy = _REMEDIES.get(name, f"kmem's models have {name}={allowed[0]!r}")
+            problems.append(f"{name}={value!r} is not supported: {remedy}")
     if architecture is not KMEM:
-        _check_rope(config, fields, architecture, path)
-        _check_layers(config, architecture, path)
+        problems += [*_rope_problems(config, fields, architecture), *_layer_problems(config, architecture)]
+    if problems:
+        raise UserError(f"{path}: " + "\n  ".join(problems))
     return config
 
 
@@ -88,28 +98,29 @@ def ignored_fields(fields: Mapping[str, Any], model: ModelConfig, architecture: 
     return [] if architecture is KMEM else sorted(fields.keys() - read)
 
 
-def _check_rope(config: Any, fields: Mapping[str, Any], architecture: Architecture, path: Path) -> None:
+def _rope_problems(config: Any, fields: Mapping[str, Any], architecture: Architecture) -> Iterator[str]:
     rope = config.rope_parameters
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-    known = rope.get("rope_type", "default") in ("default", "llama3")
+    known = rope.get("rope_type", "default") in ("default", "llama3", "yarn")
     if not known or not isinstance(rope.get("rope_theta"), int | float):
-        raise UserError(
-            f"{path}: {name}={rope} is not supported; kmem's rotary embedding has rope_theta and either no scaling or "
-            "that of Llama 3 (rope_type llama3)"
+        yield (
+            f"{name}={rope} is not supported: kmem's rotary embedding has rope_theta and no scaling, that of Llama 3 "
+            "(rope_type llama3) or YaRN (yarn)"
         )
+    for field, default in (("attention_factor", None), ("truncate", True)):
+        if rope.get(field, default) not in (default, None):
+            yield f"{name}: {field}={rope[field]} is not supported: kmem computes YaRN with {field}={default}"
     if architecture is not GLM4_MOE and rope.get("partial_rotary_factor", 1) != 1:
-        raise UserError(
-            f"{path}: partial_rotary_factor is not supported for {architecture.name}: it rotates whole heads"
-        )
+        yield f"partial_rotary_factor is not supported for {architecture.name}: it rotates whole heads"
 
 
-def _check_layers(config: Any, architecture: Architecture, path: Path) -> None:
+def _layer_problems(config: Any, architecture: Architecture) -> Iterator[str]:
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - {"full_attention"}:
-        raise UserError(f"{path}: layer_types has {sorted(kinds)}; kmem computes full attention in every layer")
-    if architecture is QWEN3_MOE:
+        yield f"layer_types has {sorted(kinds)}; kmem computes full attention in every layer"
+    if architecture in (QWEN3_MOE, QWEN2_MOE):
         dense = sorted(config.mlp_only_layers)
         if dense != list(range(len(dense))):
-            raise UserError(f"{path}: mlp_only_layers={dense}: in kmem the dense layers must come first")
+            yield f"mlp_only_layers={dense}: in kmem the dense layers must come first"
         if not config.num_experts:
-            raise UserError(f"{path}: num_experts=0: a dense Qwen3 has model_type qwen3")
+            yield f"num_experts=0: a dense model has model_type {architecture.model_type.removesuffix('_moe')}"

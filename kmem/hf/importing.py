@@ -22,7 +22,7 @@ from kmem.hf.architectures import KMEM
 from kmem.hf.digests import verify_export
 from kmem.hf.folder import GENERATION_FILE, ModelFolder
 from kmem.hf.foreign_config import MTP_FIELD, ignored_fields, read_architecture, read_config, read_model
-from kmem.hf.key_map import Piece, check_tensor_sets, folder_pieces, half_split_rows, row_slices
+from kmem.hf.key_map import Piece, check_tensor_sets, folder_pieces, half_split_rows, reordered, row_slices
 from kmem.hf.memory_folders import folder_of
 from kmem.hf.native import DEEPSEEK_V3, Architecture
 from kmem.hf.retrofit import chained, chained_parts
@@ -48,7 +48,7 @@ def import_folder(
     """Make the run folder `out`: a checkpoint, the tokenizer, `config.yaml` to edit, `model.yaml` to include.
 
     Args:
-        source: a folder with safetensors weights of Qwen3-MoE, DeepSeek-V3, GLM-4-MoE, Qwen3, Qwen2, Llama or kmem.
+        source: a folder with safetensors weights of an architecture in `native.IMPORTED`, or of kmem.
         out: a folder that does not exist or is empty.
         drop_mtp: leave out the layers for multi-token prediction.
         chain_iterations: turn the MoE layers into chains with this many iterations, which at first compute the same as
@@ -91,18 +91,18 @@ def import_folder(
     if left_out:
         say(f"tensors left out: {len(left_out)} ({', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''})")
     kept = {name: tensor for name, tensor in folder.tensors.items() if name not in left_out}
+    beside = {name for kind in kinds for name in kind.exported_tensors(model.shape)}
+    for name, tensor in kept.items():
+        if name not in beside and tensor.dtype not in TRAINABLE:
+            raise UserError(f"{tensor.file}: {name} is {tensor.dtype}; kmem imports fp32, bf16 and fp16 weights")
     check_tensor_sets(
         str(source),
         expected={piece.name: piece.shape for piece in pieces},
         found={name: tensor.shape for name, tensor in kept.items()},
         remedy="the weights do not match its config.json",
     )
-    beside = {name for kind in kinds for name in kind.exported_tensors(model.shape)}
-    for name, tensor in kept.items():
-        if name not in beside and tensor.dtype not in TRAINABLE:
-            raise UserError(f"{tensor.file}: {name} is {tensor.dtype}; kmem imports fp32, bf16 and fp16 weights")
 
-    interleaved = architecture is DEEPSEEK_V3 and bool(config.rope_interleave)
+    interleaved = architecture.interleaved or (architecture is DEEPSEEK_V3 and bool(config.rope_interleave))
     shapes = tensor_shapes(target.shape)
     elements = sum(map(prod, shapes.values()))
     facts = {"imported_from": folder.path.resolve().name, "imported_as": architecture.name, "kmem": kmem.__version__}
@@ -177,20 +177,21 @@ def _parts(
             assert isinstance(model.attention, LatentAttention)
             order = half_split_rows(model.attention, tensor)
         for piece in holding[tensor]:  # a stack's pieces come expert by expert, gate before up
-            for part in _rows(folder, piece, tensor) if order is None else [folder.read(piece.name)[order]]:
+            for part in _rows(folder, piece, tensor, order):
                 yield part.float()
                 bar.advance(part.numel())
 
     return parts
 
 
-def _rows(folder: ModelFolder, piece: Piece, tensor: str) -> Iterator[torch.Tensor]:
-    """The rows of a piece; of a piece that holds several tensors side by side, this tensor's columns."""
+def _rows(folder: ModelFolder, piece: Piece, tensor: str, order: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+    """The rows of a piece, in `order` if given; of a piece that holds several tensors side by side, this tensor's
+    columns."""
     width = prod(piece.shape[1:]) // len(piece.tensors)
     left = piece.tensors.index(tensor) * width
     columns = [slice(left, left + width)] if len(piece.tensors) > 1 else []
     for first, last in row_slices(0, piece.shape[0], width):
-        yield folder.read(piece.name, slice(first, last), *columns)
+        yield reordered(lambda low, high: folder.read(piece.name, slice(low, high), *columns), order, first, last)
 
 
 def _left_out(folder: ModelFolder, model: ModelConfig, architecture: Architecture, drop_mtp: bool) -> list[str]:

@@ -5,7 +5,7 @@ One map serves every native architecture in both directions. On disk a folder ha
 piece is always a range of rows, so a model may be larger than host memory.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -14,7 +14,7 @@ import torch
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import LatentAttention, ModelConfig, UserError
 from kmem.hf.architectures import KMEM
-from kmem.hf.native import DEEPSEEK_V3, Architecture
+from kmem.hf.native import Architecture
 from kmem.model.memory_kind import ExportedRows
 from kmem.model.memory_kinds import kinds_of
 from kmem.model.parameter_counts import tensor_shapes
@@ -100,7 +100,7 @@ def folder_pieces(
     for tensor, size in tensors.items():
         held = torch.float32 if tensor.endswith(WIDE) else dtype
         if architecture is not KMEM:  # these have no tables
-            pieces += _native(tensor, tuple(size), held)
+            pieces += _native(tensor, tuple(size), held, architecture)
         elif tensor not in tables:
             pieces.append(Piece(tensor, tuple(size), tensor, held, (tensor,)))
     for kind in kinds:
@@ -109,7 +109,7 @@ def folder_pieces(
     for kind in kinds:
         for name, length in kind.exported_tensors(shape).items():
             pieces.append(Piece(name, (length,), name, torch.int64))
-    if architecture is DEEPSEEK_V3:
+    if architecture.empty_shared_experts:
         pieces += _empty_shared_experts(model, dtype)
     assert len({piece.name for piece in pieces}) == len(pieces)
     kept = sum(prod(piece.shape) for piece in pieces if piece.tensors)
@@ -150,6 +150,20 @@ def row_slices(start: int, stop: int, row_values: int) -> Iterator[tuple[int, in
         yield first, min(first + rows, stop)
 
 
+def reordered(
+    read: Callable[[int, int], torch.Tensor], order: torch.Tensor | None, first: int, last: int
+) -> torch.Tensor:
+    """Rows order[first:last] of a tensor, or [first, last) without an order. `read` gives a range of its rows.
+
+    The orders of rotary rows stay within a head, so hardly more is read than returned.
+    """
+    if order is None:
+        return read(first, last)
+    rows = order[first:last]
+    low = int(rows.min())
+    return read(low, int(rows.max()) + 1)[rows - low]
+
+
 def check_tensor_sets(what: str, expected: Shapes, found: Shapes, remedy: str) -> None:
     """Check that `found` has exactly the expected tensors, with the expected shapes.
 
@@ -184,7 +198,7 @@ def check_own_tensors(reader: CheckpointReader) -> None:
 
 
 def half_split_rows(attention: LatentAttention, tensor: str) -> torch.Tensor | None:
-    """Row order that turns a DeepSeek-V3 tensor with `rope_interleave` into kmem's half-split layout; int64 [rows].
+    """Row order that turns an interleaved tensor of DeepSeek into kmem's half-split layout; int64 [rows].
 
     Interleaved weights rotate the pairs of rows (0, 1), (2, 3), ... of the rotary part; half-split weights rotate the
     pairs (0, d/2), (1, d/2 + 1), .... None for tensors without rotary rows.
@@ -200,6 +214,12 @@ def half_split_rows(attention: LatentAttention, tensor: str) -> torch.Tensor | N
     return None
 
 
+def interleaved_rows(attention: LatentAttention, tensor: str) -> torch.Tensor | None:
+    """The inverse of `half_split_rows`."""
+    rows = half_split_rows(attention, tensor)
+    return None if rows is None else rows.argsort()
+
+
 def _table(table: ExportedRows, parts: Sequence[int], dtype: torch.dtype) -> list[Piece]:
     pieces, start = [], 0
     for number, rows in enumerate(parts):
@@ -209,18 +229,19 @@ def _table(table: ExportedRows, parts: Sequence[int], dtype: torch.dtype) -> lis
     return pieces
 
 
-def _native(tensor: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Piece]:
+def _native(tensor: str, shape: tuple[int, ...], dtype: torch.dtype, architecture: Architecture) -> list[Piece]:
     name = ".".join(NATIVE_NAMES.get(part, part) for part in tensor.split("."))
     if not name.startswith("lm_head."):
         name = f"model.{name}"
+    name = _replaced(name, architecture.parameter_names)
     layer, experts, stack = name.partition(".experts.")
     if not experts:
-        return [Piece(name, shape, name, dtype, (tensor,))]
+        return [Piece(_replaced(name, architecture.disk_names), shape, name, dtype, (tensor,))]
     projections = STACKED[stack]
     rows = shape[1] // len(projections)
     return [
         Piece(
-            name=f"{layer}.experts.{expert}.{projection}.weight",
+            name=_replaced(f"{layer}.experts.{expert}.{projection}.weight", architecture.disk_names),
             shape=(rows, *shape[2:]),
             parameter=name,
             dtype=dtype,
@@ -233,8 +254,14 @@ def _native(tensor: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Pie
     ]
 
 
+def _replaced(name: str, parts: Mapping[str, str]) -> str:
+    for old, new in parts.items():
+        name = name.replace(old, new)
+    return name
+
+
 def _empty_shared_experts(model: ModelConfig, dtype: torch.dtype) -> list[Piece]:
-    """Transformers' DeepSeek-V3 always has shared experts; for a model without any they are matrices of width 0."""
+    """Transformers' DeepSeek always has shared experts; for a model without any they are matrices of width 0."""
     assert model.moe
     if model.moe.num_shared_experts:
         return []

@@ -5,13 +5,13 @@ custom code.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kmem.config import GroupedQueryAttention, ModelConfig, RopeScaling
+from kmem.config import GroupedQueryAttention, Llama3Scaling, ModelConfig, YarnScaling
 from kmem.wording import counted
 
-LATENT_NORM_EPS = 1e-6  # DeepSeek-V3's norms of compressed queries and keys use it whatever rms_norm_eps says
+LATENT_NORM_EPS = 1e-6  # DeepSeek's norms of compressed queries and keys use it whatever rms_norm_eps says
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,14 @@ class Architecture:
     """A Transformers config -> path in the model section -> value that is not that of a single field."""
     required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Fields of config.json that must have one of these values for kmem to compute the same model."""
+    parameter_names: Mapping[str, str] = field(default_factory=dict)
+    """Part of a parameter's name, as `key_map.NATIVE_NAMES` gives it -> the same part of the name in the class."""
+    disk_names: Mapping[str, str] = field(default_factory=dict)
+    """Part of a parameter's name in the class -> the same part of the name of its tensors in a folder."""
+    interleaved: bool = False
+    """Whether it rotates neighbouring dimensions, while kmem rotates those that are half a head apart."""
+    empty_shared_experts: bool = False
+    """Whether it has shared experts of width 0 if a model has none."""
 
     def asks(self, model: ModelConfig) -> bool:
         """Whether a model has that shape."""
@@ -74,7 +82,7 @@ def _gqa(model: ModelConfig) -> GroupedQueryAttention:
     return model.attention
 
 
-def _group_obstacles(model: ModelConfig) -> list[str]:
+def _two_scores_obstacles(model: ModelConfig) -> list[str]:
     """Group-limited routing in DeepSeek-V3 and GLM-4-MoE: the score of a group is the sum of its two best scores."""
     assert model.moe
     groups, taken = model.moe.num_groups, model.moe.group_score_top_k
@@ -87,26 +95,43 @@ def _group_obstacles(model: ModelConfig) -> list[str]:
     ]
 
 
+def _best_score_obstacles(model: ModelConfig) -> list[str]:
+    """Group-limited routing in DeepSeek-V2: the score of a group is its best score."""
+    assert model.moe
+    if model.moe.num_groups == 1 or model.moe.group_score_top_k == 1:
+        return []
+    return [f"the score of a group is its best one (model.moe.group_score_top_k={model.moe.group_score_top_k})"]
+
+
+def _latent_obstacles(model: ModelConfig) -> list[str]:
+    eps = value_at(model, "attention.latent_norm_eps") or model.norm_eps
+    if eps == LATENT_NORM_EPS:
+        return []
+    return [f"its latent norms have epsilon {LATENT_NORM_EPS} (model.attention.latent_norm_eps={eps})"]
+
+
 def rope_parameters(model: ModelConfig) -> dict[str, Any]:
-    """The rotary embedding in Transformers' form; all its architectures support the scaling of Llama 3."""
+    """The rotary embedding in Transformers' form; all its architectures support both kinds of scaling."""
     scaling = model.rope_scaling
     parameters: dict[str, Any] = {
         "rope_type": "default" if scaling is None else scaling.kind,
         "rope_theta": model.rope_theta,
     }
-    return parameters if scaling is None else {**parameters, **scaling.model_dump(exclude={"kind"})}
+    return parameters if scaling is None else {**parameters, **scaling.model_dump(exclude={"kind"}, exclude_none=True)}
 
 
 def rope_scaling(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
     """Transformers' `rope_parameters` as `model.rope_scaling`, not yet checked."""
-    if parameters.get("rope_type", "default") == "default":
+    kind = parameters.get("rope_type", "default")
+    if kind == "default":
         return None
-    names = RopeScaling.model_fields.keys() - {"kind"}
-    return {"kind": parameters["rope_type"], **{name: parameters.get(name) for name in names}}
+    if kind == "yarn":  # 0 and null stand for a default
+        return {"kind": kind, **{name: parameters[name] for name in YarnScaling.model_fields if parameters.get(name)}}
+    return {"kind": kind, **{name: parameters.get(name) for name in Llama3Scaling.model_fields if name != "kind"}}
 
 
 def _glm4_moe_obstacles(model: ModelConfig) -> list[str]:
-    obstacles = _group_obstacles(model)
+    obstacles = _two_scores_obstacles(model)
     width = model.shape.head_dim * _gqa(model).rotary_fraction
     if int(width) != round(width):
         obstacles.append(
@@ -116,15 +141,34 @@ def _glm4_moe_obstacles(model: ModelConfig) -> list[str]:
     return obstacles
 
 
-def _llama_obstacles(model: ModelConfig) -> list[str]:
+def _head_obstacles(model: ModelConfig) -> list[str]:
     heads, hidden = model.attention.num_heads, model.hidden_size
     if hidden % heads:
         return [f"it requires that model.attention.num_heads={heads} divides model.hidden_size={hidden}"]
     return []
 
 
+def _olmoe_obstacles(model: ModelConfig) -> list[str]:
+    """It has no `head_dim`."""
+    heads, hidden, width = model.attention.num_heads, model.hidden_size, model.shape.head_dim
+    if heads * width == hidden:
+        return []
+    return [f"its heads are as wide as the hidden state together, not {heads} x model.attention.head_dim={width}"]
+
+
 WHOLE_HEADS = {"attention.rotary_fraction": (1, "it rotates whole heads")}
 ALIKE_BIASES = {"attention.qkv_bias": (False, "its attention has biases on all four projections or on none")}
+NORMED_HEADS = {"attention.qk_norm_span": ("head", "it normalizes every head alone")}
+PLAIN_SHARED_EXPERTS = {
+    "moe.shared_intermediate_size": (None, "its shared experts are as wide as the routed ones"),
+    "moe.shared_expert_gate": (False, "its shared experts have no gate"),
+}
+PLAIN_ROUTING = {
+    "moe.num_groups": (1, "it has no group-limited routing"),
+    "moe.scaling_factor": (1, "it does not scale router weights"),
+    "moe.selection_bias": (False, "its router has no bias"),
+}
+EXPERTS_EVERYWHERE = {"moe.first_dense_layers": (0, "all its layers have experts")}
 SHARED = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -138,7 +182,7 @@ SHARED = {
 }
 """The `Architecture.fields` of all architectures."""
 GQA = {"num_key_value_heads": "attention.num_kv_heads", "head_dim": "attention.head_dim"}
-BIASED_MOE = {
+DEEPSEEK_MOE = {
     "moe_intermediate_size": "moe.intermediate_size",
     "n_routed_experts": "moe.num_experts",
     "num_experts_per_tok": "moe.top_k",
@@ -149,7 +193,27 @@ BIASED_MOE = {
     "norm_topk_prob": "moe.renormalize",
     "routed_scaling_factor": "moe.scaling_factor",
 }
-"""The experts of GLM-4-MoE and DeepSeek-V3."""
+"""The experts of GLM-4-MoE and DeepSeek."""
+MLA = {
+    name: f"attention.{name}"
+    for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+}
+SOFTMAX_MOE = {"num_experts_per_tok": "moe.top_k", "router_aux_loss_coef": "moe.aux_loss"}
+"""The experts of Qwen3-MoE, Qwen2-MoE, OLMoE and Mixtral."""
+QWEN_MOE = {
+    **SOFTMAX_MOE,
+    "moe_intermediate_size": "moe.intermediate_size",
+    "num_experts": "moe.num_experts",
+    "norm_topk_prob": "moe.renormalize",
+}
+
+
+def _qwen_moe_fields(model: ModelConfig) -> dict[str, Any]:
+    return {"mlp_only_layers": list(range(value_at(model, "moe.first_dense_layers"))), "decoder_sparse_step": 1}
+
+
+def _qwen_moe_section(config: Any) -> dict[str, Any]:
+    return {"moe.first_dense_layers": len(config.mlp_only_layers)}
 
 
 def _biased_moe_section(config: Any) -> dict[str, Any]:
@@ -167,6 +231,7 @@ EVERYWHERE: dict[str, tuple[Any, ...]] = {
 }
 PLAIN_BIAS: dict[str, tuple[Any, ...]] = {"attention_bias": (False,)}  # True would put a bias on o_proj too
 FULL_ATTENTION: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False,)}
+NO_WINDOW: dict[str, tuple[Any, ...]] = {"sliding_window": (None,)}
 
 QWEN3_MOE = Architecture(
     name="Qwen3-MoE",
@@ -175,27 +240,83 @@ QWEN3_MOE = Architecture(
     shape="grouped-query attention with qk-norm, softmax routing, no shared expert",
     implied={"attention.kind": "gqa", "attention.qk_norm": True, "moe.score_function": "softmax"},
     shared_experts=False,
+    supported={**NORMED_HEADS, **ALIKE_BIASES, **WHOLE_HEADS, **PLAIN_ROUTING},
+    fields={**GQA, **QWEN_MOE},
+    further_fields=_qwen_moe_fields,
+    further_section=_qwen_moe_section,
+    required={**EVERYWHERE, **PLAIN_BIAS, **FULL_ATTENTION, "decoder_sparse_step": (1,)},
+)
+QWEN2_MOE = Architecture(
+    name="Qwen2-MoE",
+    model_type="qwen2_moe",
+    class_name="Qwen2MoeForCausalLM",
+    shape="grouped-query attention without qk-norm, softmax routing, shared experts with a gate",
+    implied={
+        "attention.kind": "gqa",
+        "attention.qk_norm": False,
+        "moe.score_function": "softmax",
+        "moe.shared_expert_gate": True,
+    },
+    shared_experts=True,
+    supported={**WHOLE_HEADS, **PLAIN_ROUTING},
+    fields={**GQA, **QWEN_MOE, "qkv_bias": "attention.qkv_bias"},
+    further_fields=lambda model: {
+        **_qwen_moe_fields(model),
+        "shared_expert_intermediate_size": model.shape.shared_width,
+    },
+    further_section=lambda config: {
+        **_qwen_moe_section(config),
+        "moe.num_shared_experts": 1,
+        "moe.shared_intermediate_size": config.shared_expert_intermediate_size,
+    },
+    required={**EVERYWHERE, **FULL_ATTENTION, "decoder_sparse_step": (1,)},
+    parameter_names={".shared_experts.output_gate.": ".shared_expert_gate.", ".shared_experts.": ".shared_expert."},
+)
+OLMOE = Architecture(
+    name="OLMoE",
+    model_type="olmoe",
+    class_name="OlmoeForCausalLM",
+    shape="grouped-query attention with qk-norm over all heads, softmax routing, no shared expert",
+    implied={
+        "attention.kind": "gqa",
+        "attention.qk_norm": True,
+        "attention.qk_norm_span": "all_heads",
+        "moe.score_function": "softmax",
+    },
+    shared_experts=False,
+    supported={**ALIKE_BIASES, **WHOLE_HEADS, **PLAIN_ROUTING, **EXPERTS_EVERYWHERE},
+    further_obstacles=_olmoe_obstacles,
+    fields={
+        **SOFTMAX_MOE,
+        "num_key_value_heads": "attention.num_kv_heads",
+        "intermediate_size": "moe.intermediate_size",
+        "num_experts": "moe.num_experts",
+        "norm_topk_prob": "moe.renormalize",
+    },
+    required={**EVERYWHERE, **PLAIN_BIAS, "clip_qkv": (None,)},
+)
+MIXTRAL = Architecture(
+    name="Mixtral",
+    model_type="mixtral",
+    class_name="MixtralForCausalLM",
+    shape="grouped-query attention without qk-norm, softmax routing, no shared expert",
+    implied={"attention.kind": "gqa", "attention.qk_norm": False, "moe.score_function": "softmax"},
+    shared_experts=False,
     supported={
-        **ALIKE_BIASES,
+        "attention.qkv_bias": (False, "its attention has no biases"),
         **WHOLE_HEADS,
-        "moe.num_groups": (1, "it has no group-limited routing"),
-        "moe.scaling_factor": (1, "it does not scale router weights"),
-        "moe.selection_bias": (False, "its router has no bias"),
+        **PLAIN_ROUTING,
+        **EXPERTS_EVERYWHERE,
+        "moe.renormalize": (True, "it divides the chosen scores by their sum"),
     },
     fields={
         **GQA,
-        "moe_intermediate_size": "moe.intermediate_size",
-        "num_experts": "moe.num_experts",
-        "num_experts_per_tok": "moe.top_k",
-        "norm_topk_prob": "moe.renormalize",
-        "router_aux_loss_coef": "moe.aux_loss",
+        **SOFTMAX_MOE,
+        "intermediate_size": "moe.intermediate_size",
+        "num_local_experts": "moe.num_experts",
     },
-    further_fields=lambda model: {
-        "mlp_only_layers": list(range(value_at(model, "moe.first_dense_layers"))),
-        "decoder_sparse_step": 1,
-    },
-    further_section=lambda config: {"moe.first_dense_layers": len(config.mlp_only_layers)},
-    required={**EVERYWHERE, **PLAIN_BIAS, **FULL_ATTENTION, "decoder_sparse_step": (1,)},
+    required={**EVERYWHERE, **NO_WINDOW, "router_jitter_noise": (0,)},
+    disk_names={".mlp.": ".block_sparse_moe.", ".gate_proj.": ".w1.", ".up_proj.": ".w3.", ".down_proj.": ".w2."},
 )
 GLM4_MOE = Architecture(
     name="GLM-4-MoE",
@@ -204,8 +325,9 @@ GLM4_MOE = Architecture(
     shape="grouped-query attention, sigmoid routing with selection bias, shared experts",
     implied={"attention.kind": "gqa", "moe.score_function": "sigmoid", "moe.selection_bias": True},
     shared_experts=True,
+    supported={**NORMED_HEADS, **PLAIN_SHARED_EXPERTS},
     further_obstacles=_glm4_moe_obstacles,
-    fields={**GQA, **BIASED_MOE, "attention_bias": "attention.qkv_bias", "use_qk_norm": "attention.qk_norm"},
+    fields={**GQA, **DEEPSEEK_MOE, "attention_bias": "attention.qkv_bias", "use_qk_norm": "attention.qk_norm"},
     further_fields=lambda model: {
         "rope_parameters": {**rope_parameters(model), "partial_rotary_factor": _gqa(model).rotary_fraction},
         "num_nextn_predict_layers": 0,
@@ -222,31 +344,61 @@ DEEPSEEK_V3 = Architecture(
     class_name="DeepseekV3ForCausalLM",
     shape="latent attention, sigmoid routing with selection bias",
     implied={"attention.kind": "mla", "moe.score_function": "sigmoid", "moe.selection_bias": True},
-    supported={"norm_eps": (LATENT_NORM_EPS, f"its latent norms have epsilon {LATENT_NORM_EPS}")},
-    further_obstacles=_group_obstacles,
-    fields={
-        **BIASED_MOE,
-        "q_lora_rank": "attention.q_lora_rank",
-        "kv_lora_rank": "attention.kv_lora_rank",
-        "qk_nope_head_dim": "attention.qk_nope_head_dim",
-        "qk_rope_head_dim": "attention.qk_rope_head_dim",
-        "v_head_dim": "attention.v_head_dim",
-    },
+    supported=PLAIN_SHARED_EXPERTS,
+    further_obstacles=lambda model: _two_scores_obstacles(model) + _latent_obstacles(model),
+    fields={**DEEPSEEK_MOE, **MLA},
     further_fields=lambda model: {
         "num_key_value_heads": model.attention.num_heads,
         "rope_interleave": False,
         "num_nextn_predict_layers": 0,
     },
-    further_section=_biased_moe_section,
+    further_section=lambda config: {**_biased_moe_section(config), "attention.latent_norm_eps": LATENT_NORM_EPS},
     required={
         **EVERYWHERE,
         **PLAIN_BIAS,
-        "rms_norm_eps": (LATENT_NORM_EPS,),
         # fields that only the original repository's code reads, not Transformers
         "moe_layer_freq": (1, None),
         "scoring_func": ("sigmoid", None),
         "topk_method": ("noaux_tc", None),
     },
+    empty_shared_experts=True,
+)
+DEEPSEEK_V2 = Architecture(
+    name="DeepSeek-V2",
+    model_type="deepseek_v2",
+    class_name="DeepseekV2ForCausalLM",
+    shape="latent attention, softmax routing",
+    implied={"attention.kind": "mla", "moe.score_function": "softmax"},
+    supported={
+        **PLAIN_SHARED_EXPERTS,
+        "moe.selection_bias": (False, "its router has no bias"),
+        "moe.renormalize": (False, "it takes the chosen scores as they are"),
+    },
+    further_obstacles=lambda model: _best_score_obstacles(model) + _latent_obstacles(model) + _head_obstacles(model),
+    fields={**DEEPSEEK_MOE, **MLA},
+    further_fields=lambda model: {
+        "num_key_value_heads": model.attention.num_heads,
+        "topk_method": "greedy" if value_at(model, "moe.num_groups") == 1 else "group_limited_greedy",
+    },
+    further_section=lambda config: {
+        "moe.num_groups": 1 if config.topk_method == "greedy" else config.n_group,
+        "moe.top_groups": 1 if config.topk_method == "greedy" else config.topk_group,
+        "moe.group_score_top_k": 1,
+        "attention.latent_norm_eps": LATENT_NORM_EPS,
+    },
+    required={
+        **EVERYWHERE,
+        **PLAIN_BIAS,
+        "mlp_bias": (False,),
+        "topk_method": ("greedy", "group_limited_greedy"),
+        # Transformers does not read these. The original code scales router weights only if it does not divide them by
+        # their sum.
+        "norm_topk_prob": (False, None),
+        "moe_layer_freq": (1, None),
+        "scoring_func": ("softmax", None),
+    },
+    interleaved=True,
+    empty_shared_experts=True,
 )
 QWEN3 = Architecture(
     name="Qwen3",
@@ -254,7 +406,7 @@ QWEN3 = Architecture(
     class_name="Qwen3ForCausalLM",
     shape="grouped-query attention with qk-norm, no experts",
     implied={"attention.kind": "gqa", "attention.qk_norm": True, "moe": None},
-    supported={**ALIKE_BIASES, **WHOLE_HEADS},
+    supported={**NORMED_HEADS, **ALIKE_BIASES, **WHOLE_HEADS},
     fields=GQA,
     required={**EVERYWHERE, **PLAIN_BIAS, **FULL_ATTENTION},
 )
@@ -275,8 +427,18 @@ LLAMA = Architecture(
     shape="grouped-query attention without qk-norm or biases, no experts",
     implied={"attention.kind": "gqa", "attention.qk_norm": False, "attention.qkv_bias": False, "moe": None},
     supported=WHOLE_HEADS,
-    further_obstacles=_llama_obstacles,
+    further_obstacles=_head_obstacles,
     fields=GQA,
     required={**EVERYWHERE, **PLAIN_BIAS, "mlp_bias": (False,)},
 )
-NATIVE = (QWEN3_MOE, GLM4_MOE, DEEPSEEK_V3, QWEN3, QWEN2, LLAMA)
+MISTRAL = replace(
+    LLAMA,
+    name="Mistral",
+    model_type="mistral",
+    class_name="MistralForCausalLM",
+    required={**EVERYWHERE, **NO_WINDOW},
+)
+NATIVE = (OLMOE, QWEN3_MOE, QWEN2_MOE, MIXTRAL, GLM4_MOE, DEEPSEEK_V3, DEEPSEEK_V2, QWEN3, QWEN2, LLAMA)
+"""Of two that fit a model, the first is chosen."""
+IMPORTED = (*NATIVE, MISTRAL)
+"""A Mistral is a Llama under another name, so it is exported as one."""

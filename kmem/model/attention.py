@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .matmul import HAS_AMX, Linear
 from .memory_kind import NO_MEMORIES, LayerMemories
 from .norm import RMSNorm
-from .rope import Rotation, rotate
+from .rope import Rotation, rotate, softmax_factor
 from .shape import Shape
 
 # Shape letters: B sequences, T tokens (queries), S tokens with keys, the cached ones included, H hidden size, D width
@@ -82,7 +82,8 @@ class LatentAttention(nn.Module):
 
     def __init__(self, shape: Shape, index: int) -> None:
         super().__init__()
-        attention, eps = shape.attention, shape.norm_eps
+        attention = shape.attention
+        eps = attention.get("latent_norm_eps") or shape.norm_eps  # models saved before lack the field
         self.index = index
         self.nope, self.rope = attention.qk_nope_head_dim, attention.qk_rope_head_dim
         self.value = attention.v_head_dim
@@ -99,6 +100,8 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = Linear(self.kv_rank, attention.num_heads * (self.nope + self.value), bias=False)
         self.o_proj = Linear(attention.num_heads * self.value, shape.hidden_size, bias=False)
         self.compressed_query = attention.q_lora_rank is not None
+        factor = softmax_factor(shape)
+        self.scale = None if factor == 1 else factor * (self.nope + self.rope) ** -0.5
 
     def forward(
         self,
@@ -122,24 +125,31 @@ class LatentAttention(nn.Module):
         key_rope = rotate(key_rope.unsqueeze(2), rotation).expand(-1, -1, key_nope.shape[2], -1)
         rotated = torch.cat((query_nope, rotate(query_rope, rotation)), dim=-1)
         key = torch.cat((key_nope, key_rope), dim=-1)
-        out = memories.attend(query, _attend(rotated, key, value, mask, cache, self.index))
+        out = memories.attend(query, _attend(rotated, key, value, mask, cache, self.index, self.scale))
         return self.o_proj(out)
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cache: KeyValueCache | None, index: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    cache: KeyValueCache | None,
+    index: int,
+    scale: float | None = None,
 ) -> Tensor:
-    """Softmax attention of heads [B, T, heads, D]; returns [B, T, heads * value width]."""
+    """Softmax attention of heads [B, T, heads, D]; returns [B, T, heads * value width]. `scale` is the factor of the
+    scores; None: the inverse root of D."""
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if cache is not None:
         key, value = cache.update(key, value, index)
     if query.dtype == torch.bfloat16 and query.device.type == "cpu" and not HAS_AMX:
         # On a CPU without matrix units, torch's bf16 attention takes twice as long as its fp32 attention.
-        return _attend_heads(query.float(), key.float(), value.float(), mask).to(query.dtype)
-    return _attend_heads(query, key, value, mask)
+        return _attend_heads(query.float(), key.float(), value.float(), mask, scale).to(query.dtype)
+    return _attend_heads(query, key, value, mask, scale)
 
 
-def _attend_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def _attend_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """As `_attend`, for heads [B, heads, T, D]; the queries are the last T of S positions."""
     queries, past = query.shape[2], key.shape[2] - query.shape[2]
     # Torch's CPU kernels compute all scores of a few hundred tokens, masked ones included. Four blocks of queries skip
@@ -159,6 +169,7 @@ def _attend_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
             value[:, :, :seen],
             attn_mask=allowed,
             is_causal=mask is None and size == seen,
+            scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         outs_BThD.append(out.transpose(1, 2))

@@ -57,6 +57,8 @@ class Engram(MemoryModule):
 
     Args:
         width: E, the number of values in all rows of a token.
+        norm_eps: epsilon of the gate's norms.
+        conv_norm_eps: epsilon of the convolution's norm; None: norm_eps.
         conv_dilation: distance between two taps, in tokens; the published models use the largest n-gram order.
         bias: whether the key and value projections have biases.
         zero_centered_norm: norms multiply by 1 + weight, with weight starting at 0, instead of by a weight starting
@@ -72,6 +74,7 @@ class Engram(MemoryModule):
         branches: int = 1,
         *,
         norm_eps: float,
+        conv_norm_eps: float | None = None,
         conv_dilation: int,
         bias: bool = False,
         zero_centered_norm: bool = False,
@@ -90,7 +93,7 @@ class Engram(MemoryModule):
         self.conv_norm: BranchNorm | None = None
         self.conv: ShortConvolution | None = None
         if conv_kernel:
-            self.conv_norm = BranchNorm(branches, hidden_size, norm_eps, zero_centered_norm)
+            self.conv_norm = BranchNorm(branches, hidden_size, conv_norm_eps or norm_eps, zero_centered_norm)
             self.conv = ShortConvolution(branches * hidden_size, conv_kernel, conv_dilation)
         self.on_gate: Callable[[GateStatistics], None] | None = None
         """If set, called in every forward pass that is not a recomputation."""

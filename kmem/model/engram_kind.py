@@ -28,7 +28,9 @@ class EngramKind(TokenRowsKind):
             shape.hidden_size,
             self.row_values(shape, layer),
             shape.branches,
-            norm_eps=shape.norm_eps,
+            # models saved before these had fields of their own lack them
+            norm_eps=engram.get("gate_norm_eps") or shape.norm_eps,
+            conv_norm_eps=engram.get("conv_norm_eps") or shape.norm_eps,
             conv_dilation=engram.conv_dilation or engram.orders[-1],
             bias=engram.bias,
             zero_centered_norm=engram.zero_centered_norm,

@@ -9,11 +9,28 @@ from .balance import RoutingStatistics, load_balancing_loss, mean_of_tokens, nor
 from .dispatcher import Dispatcher, Routes, dispatch_locally
 from .experts import Experts
 from .feed_forward import FeedForward
+from .matmul import Linear
+from .memory_kind import NO_MEMORIES, LayerMemories
 from .recomputation import recomputing
 from .router import Router, Routing, count_choices, stable_top_k
 from .shape import Shape
 
 # Shape letters: B sequences, T tokens, H hidden size, E experts, K experts per token.
+
+
+class SharedExperts(FeedForward):
+    """The experts that every token visits, as one feed-forward. With `moe.shared_expert_gate`, a learned sigmoid scales
+    their output for each token (Qwen2-MoE)."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape.hidden_size, shape.shared_width)
+        gated = shape.moe.get("shared_expert_gate", False)  # models saved before gates existed lack the field
+        self.output_gate = Linear(shape.hidden_size, 1, bias=False) if gated else None
+
+    def forward(self, hidden: Tensor, memories: LayerMemories = NO_MEMORIES) -> Tensor:
+        """hidden [.., H] -> [.., H]."""
+        out = super().forward(hidden, memories)
+        return out if self.output_gate is None else out * self.output_gate(hidden).sigmoid()
 
 
 class ExpertLayer(nn.Module):
@@ -29,8 +46,7 @@ class ExpertLayer(nn.Module):
         super().__init__()
         self.moe = shape.moe
         self.experts = Experts(shape, local_experts)
-        shared_width = self.moe.num_shared_experts * self.moe.intermediate_size
-        self.shared_experts = FeedForward(shape.hidden_size, shared_width) if shared_width else None
+        self.shared_experts = SharedExperts(shape) if self.moe.num_shared_experts else None
         self.dispatcher: Dispatcher = dispatch_locally
         self.loss_scale = 1.0
         self.on_routing: Callable[[RoutingStatistics], None] | None = None

@@ -16,7 +16,8 @@ class Rotation(NamedTuple):
     """Cosines and sines for every position, in fp32; both broadcast over heads."""
 
     cos: Tensor
-    """[B, T, 1, D]: cosines for both halves of the rotated dimensions, 1 for the rest of the head."""
+    """[B, T, 1, D]: cosines for both halves of the rotated dimensions, 1 for the rest of the head. YaRN scales cosines
+    and sines."""
     sin: Tensor
     """[B, T, 1, width/2]."""
 
@@ -28,8 +29,36 @@ def rotation(shape: Shape, position_ids: Tensor) -> Rotation:
     else:
         head, width = shape.head_dim, round(shape.head_dim * shape.attention.rotary_fraction)
     angles = position_ids[..., None, None].float() * _frequencies(shape, width, position_ids.device)
-    cos = angles.cos()
-    return Rotation(pad(torch.cat((cos, cos), dim=-1), (0, head - width), value=1.0), angles.sin())
+    cos, sin = angles.cos(), angles.sin()
+    magnitude = _magnitude(shape)
+    if magnitude != 1:
+        cos, sin = cos * magnitude, sin * magnitude
+    return Rotation(pad(torch.cat((cos, cos), dim=-1), (0, head - width), value=1.0), sin)
+
+
+def softmax_factor(shape: Shape) -> float:
+    """The factor of latent attention's scores besides the inverse root of their width."""
+    yarn = _yarn(shape)
+    return 1.0 if yarn is None or yarn.mscale_all_dim is None else _grown(yarn, yarn.mscale_all_dim) ** 2
+
+
+def _magnitude(shape: Shape) -> float:
+    """The factor of cosines and sines."""
+    yarn = _yarn(shape)
+    if yarn is None:
+        return 1.0
+    if yarn.mscale is None or yarn.mscale_all_dim is None:
+        return _grown(yarn, 1.0)
+    return _grown(yarn, yarn.mscale) / _grown(yarn, yarn.mscale_all_dim)
+
+
+def _grown(yarn: Shape, scale: float) -> float:
+    return 0.1 * scale * math.log(yarn.factor) + 1.0
+
+
+def _yarn(shape: Shape) -> Shape | None:
+    scaling = shape.get("rope_scaling")  # models saved before scaling existed lack the field
+    return scaling if scaling is not None and scaling.kind == "yarn" else None
 
 
 def _frequencies(shape: Shape, width: int, device: torch.device) -> Tensor:
@@ -37,13 +66,24 @@ def _frequencies(shape: Shape, width: int, device: torch.device) -> Tensor:
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
     # The reciprocal is taken last, as in Transformers: a different rounding of frequencies shows at long positions.
     frequencies = 1.0 / shape.rope_theta**exponents
-    scaling = shape.get("rope_scaling")  # models saved before scaling existed lack the field
+    scaling, yarn = shape.get("rope_scaling"), _yarn(shape)
     if scaling is None:
         return frequencies
+    if yarn is not None:
+        first, last = (_number_of_frequency(shape, width, turns) for turns in (yarn.beta_fast, yarn.beta_slow))
+        low, high = max(math.floor(first), 0), min(math.ceil(last), width - 1)
+        kept = 1 - ((torch.arange(width // 2, device=device) - low) / (high - low or 0.001)).clamp(0, 1)
+        return 1.0 / (yarn.factor * shape.rope_theta**exponents) * (1 - kept) + frequencies * kept
     turns = scaling.original_max_position_embeddings / (2 * math.pi / frequencies)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - kept) * frequencies / scaling.factor + kept * frequencies
+
+
+def _number_of_frequency(shape: Shape, width: int, turns: float) -> float:
+    """Which frequency turns this often within the sequence length of pretraining, counted from 0; may be in between."""
+    length = shape.rope_scaling.original_max_position_embeddings
+    return width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(shape.rope_theta))
 
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:

@@ -58,6 +58,13 @@ class Shape(Mapping[str, Any]):
         return None if self.moe is None else self.moe.get("chain")  # models saved before chains existed lack the field
 
     @property
+    def shared_width(self) -> int:
+        """Hidden width of all shared experts of a layer together; they are one feed-forward."""
+        # models saved before shared experts had a width of their own lack the field
+        width = self.moe.get("shared_intermediate_size") or self.moe.intermediate_size
+        return self.moe.num_shared_experts * width
+
+    @property
     def engram(self) -> Any:
         """The section of the engram, or None."""
         return self.get("engram")  # models saved before engrams existed lack the field

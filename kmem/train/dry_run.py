@@ -160,7 +160,7 @@ def _activation_bytes(config: Config, layer: int) -> int:
         passes = 1 if chain is None else chain.iterations
         shared = 1 if chain is None or chain.shared_experts == "once" else passes
         values += passes * model.moe.top_k * (4 * model.moe.intermediate_size + 2 * model.hidden_size)
-        values += 4 * shared * model.moe.num_shared_experts * model.moe.intermediate_size
+        values += 4 * shared * model.shape.shared_width
         values += 2 * (passes - 1) * model.hidden_size  # state and norm of the later passes
     else:
         values += 4 * (model.intermediate_size or 0)

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import yaml
 
 from kmem.config import ConfigError, parse_config
 from kmem.model.parameter_counts import count_parameters
@@ -46,9 +47,14 @@ def test_errors_name_the_field(section, message):
     assert "\n" not in str(error.value)
 
 
-def test_shared_experts_that_are_not_there_cannot_run_once():
-    with pytest.raises(ConfigError, match=r"^model\.moe\.chain\.shared_experts=once\b.*num_shared_experts"):
-        chain({"iterations": 2, "shared_experts": "once"}, model__moe__num_shared_experts=0)
+@pytest.mark.parametrize(
+    "choice", ["chain.shared_experts=once", "shared_intermediate_size=8", "shared_expert_gate=true"]
+)
+def test_choices_of_shared_experts_that_are_not_there_are_refused(choice):
+    path, _, value = choice.partition("=")
+    moe = {"num_shared_experts": 0, "chain.iterations": 1, path: yaml.safe_load(value)}
+    with pytest.raises(ConfigError, match=rf"^model\.moe\.{choice}\b.*num_shared_experts"):
+        chain({}, **{f"model__moe__{name.replace('.', '__')}": value for name, value in moe.items()})
 
 
 MATRICES = 3 * 32 * 32

@@ -27,7 +27,7 @@ def test_a_resolved_configuration_is_complete_and_stays_what_it_is():
     resolved = config({"preset": "qwen", "layers": [1, 3], "rows_per_head": [11, 13]})
     tree = resolved.model_dump(mode="json")
     undecided = {name for name, value in tree["model"]["engram"].items() if value is None}
-    assert undecided == {"pad_token_id", "seeding_ids", "conv_dilation"}
+    assert undecided == {"pad_token_id", "seeding_ids", "conv_dilation", "gate_norm_eps", "conv_norm_eps"}
     assert parse_config(tree) == resolved
     assert "rows_per_head" in dump_config(resolved)
 

@@ -56,9 +56,9 @@ def gradients_case(moe, recompute):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("shared", [0, 1])
+@pytest.mark.parametrize("shared", [{"num_shared_experts": 0}, {"shared_expert_gate": True}], ids=["none", "gated"])
 def test_two_ranks_compute_what_one_process_does(ranks, shared, recompute):
-    for pairs in ranks.run(2, gradients_case, MOE | {"num_shared_experts": shared}, recompute):
+    for pairs in ranks.run(2, gradients_case, MOE | shared, recompute):
         for found, expected in pairs.values():
             assert expected.abs().max() > 0
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

@@ -48,17 +48,21 @@ CASES = [
 ]
 
 
+def gated_config(**changes):
+    return small_config(**{"model__moe__shared_expert_gate": True, **changes})
+
+
 @pytest.mark.parametrize(("mesh", "variant"), CASES)
 def test_loss_curve_equals_plain_pytorch(ranks, mesh, variant):
     world, changes = MESHES[mesh]
-    assert_plain_curve(ranks, world, small_config, changes | VARIANTS[variant])
+    assert_plain_curve(ranks, world, gated_config, changes | VARIANTS[variant])
 
 
 def test_pipeline_depth_and_recomputation_are_bitwise(ranks):
     """At equal data parallelism nothing but the place of the work changes."""
-    (reference,) = ranks.run(1, train_case, small_config(), STEPS)
+    (reference,) = ranks.run(1, train_case, gated_config(), STEPS)
     for changes in ({}, {"train__activation_checkpointing": True}):
-        result = ranks.run(2, train_case, small_config(parallel__pipeline=2, **changes), STEPS)[0]
+        result = ranks.run(2, train_case, gated_config(parallel__pipeline=2, **changes), STEPS)[0]
         assert result["losses"] == reference["losses"]
 
 

@@ -40,6 +40,7 @@ MLA: dict[str, Any] = {
 }
 EXPERTS: dict[str, Any] = {"num_experts": 8, "top_k": 2, "intermediate_size": 16}
 SIGMOID: dict[str, Any] = {**EXPERTS, "score_function": "sigmoid", "selection_bias": True}
+AS_SCORED: dict[str, Any] = {"renormalize": False}
 GROUPS: dict[str, Any] = {"num_groups": 4, "top_groups": 2, "scaling_factor": 2.5}
 
 
@@ -49,13 +50,20 @@ def model(attention: dict[str, Any], moe: dict[str, Any] | None, **changes: Any)
 
 
 SCALED: dict[str, Any] = {"factor": 4.0, "original_max_position_embeddings": 64}
+YARN: dict[str, Any] = {
+    "kind": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 512,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.5,
+}
 """Of the tiny models' frequencies some are kept, some mixed and some divided."""
 
 
 NATIVE = {
     "qwen3_moe": model({**GQA, "qk_norm": True}, {**EXPERTS, "first_dense_layers": 1}, rope_theta=5e5),
     "qwen3_moe, tied, scores as they are": model(
-        {**GQA, "qk_norm": True}, {**EXPERTS, "renormalize": False}, tie_embeddings=True
+        {**GQA, "qk_norm": True}, {**EXPERTS, **AS_SCORED}, tie_embeddings=True
     ),
     "glm4_moe": model(
         {**GQA, "qkv_bias": True, "rotary_fraction": 0.5},
@@ -63,8 +71,33 @@ NATIVE = {
         norm_eps=1e-5,
     ),
     "glm4_moe, qk-norm": model({**GQA, "qk_norm": True}, {**SIGMOID, "num_shared_experts": 1}, tie_embeddings=True),
-    "deepseek_v3": model(MLA, {**SIGMOID, **GROUPS, "num_shared_experts": 1, "first_dense_layers": 1}),
+    "deepseek_v3": model(
+        MLA, {**SIGMOID, **GROUPS, "num_shared_experts": 1, "first_dense_layers": 1}, rope_scaling=YARN
+    ),
     "deepseek_v3, no shared expert": model({**MLA, "q_lora_rank": None}, SIGMOID),
+    "deepseek_v2": model(
+        MLA,
+        {**EXPERTS, **GROUPS, **AS_SCORED, "group_score_top_k": 1, "num_shared_experts": 2, "first_dense_layers": 1},
+    ),
+    "deepseek_v2, lite": model(
+        {**MLA, "q_lora_rank": None, "latent_norm_eps": 1e-6},
+        {**EXPERTS, **AS_SCORED},
+        norm_eps=1e-3,
+        rope_scaling={**YARN, "mscale": 0.7, "mscale_all_dim": 0.7},
+    ),
+    "mixtral": model(GQA, EXPERTS),
+    "olmoe": model({"num_heads": 4, "qk_norm": True, "qk_norm_span": "all_heads"}, {**EXPERTS, **AS_SCORED}),
+    "qwen2_moe": model(
+        {**GQA, "qkv_bias": True},
+        {
+            **EXPERTS,
+            **AS_SCORED,
+            "num_shared_experts": 1,
+            "shared_intermediate_size": 24,
+            "shared_expert_gate": True,
+            "first_dense_layers": 1,
+        },
+    ),
     "qwen3": model({**GQA, "qk_norm": True}, None),
     "qwen2": model({**GQA, "qkv_bias": True}, None, tie_embeddings=True),
     "llama": model(GQA, None, norm_eps=1e-5, tie_embeddings=True),
@@ -109,10 +142,15 @@ def memory(
 
 
 MEMORY = {
-    "deepseek": memory("deepseek", branches=4),
+    "deepseek": memory("deepseek", branches=4, gate_norm_eps=0.1, conv_norm_eps=0.2),
     "deepseek-v4.1": memory("deepseek-v4.1", MLA, {**SIGMOID, "first_dense_layers": 1}),
     "deepseek-v4.1 in branches": memory("deepseek-v4.1", branches=4, pad_token_id=7),
-    "qwen": memory("qwen", {**GQA, "qk_norm": True}, EXPERTS, conv_dilation=2),
+    "qwen": memory(
+        "qwen",
+        {**GQA, "qk_norm": True},
+        {**EXPERTS, "num_shared_experts": 1, "shared_expert_gate": True},
+        conv_dilation=2,
+    ),
     "qwen in branches": memory("qwen", layers=[1], branches=4, conv_within_documents=True),
     "deepseek in one stream": memory("deepseek", rows_per_head=[31, 61], compression=False),
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from kmem.checkpoint.reader import CheckpointReader
 from kmem.config import UserError, load_config
@@ -85,6 +85,33 @@ FOREIGN = {
         "use_qk_norm": True,
         "num_nextn_predict_layers": 0,
     },
+    "deepseek_v2": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "n_group": 4,
+        "topk_group": 2,
+        "topk_method": "group_limited_greedy",
+        "routed_scaling_factor": 4.0,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    "mixtral": {"num_local_experts": 8},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+    },
+    "mistral": {"head_dim": 16, "sliding_window": None},
     "deepseek_v3": {
         "n_routed_experts": 8,
         "num_experts_per_tok": 2,
@@ -126,6 +153,34 @@ LLAMA3 = {
 }
 
 
+YARN = {
+    "type": "yarn",
+    "factor": 40,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.8,
+    "original_max_position_embeddings": 4096,
+}
+VARIANTS = {
+    "deepseek_v3 half-split": {"rope_interleave": False},
+    "deepseek_v3 without query compression": {"q_lora_rank": None},
+    "deepseek_v3 as published": {"rope_parameters": None, "rope_scaling": YARN, "rope_theta": 1e4},
+    "deepseek_v3 as Moonlight": {"q_lora_rank": None, "n_group": 1, "rms_norm_eps": 1e-3},
+    "deepseek_v2 lite": {
+        "q_lora_rank": None,
+        "topk_method": "greedy",
+        "rope_parameters": None,
+        "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        "rope_theta": 1e4,
+    },
+    "qwen2 with YaRN": {"rope_parameters": {**YARN, "rope_type": "yarn", "rope_theta": 1e6, "mscale": None}},
+    "llama 3": {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
+    "llama 3.1": {"rope_scaling": LLAMA3, "rope_theta": 5e5},  # as written by older Transformers
+}
+"""Kind of `FOREIGN` and variant -> its fields."""
+
+
 def foreign_folder(folder, kind, **changes):
     """A folder written by Transformers itself, with random weights throughout."""
     config = AutoConfig.for_model(kind, **{**SMALL, **FOREIGN[kind], **changes})
@@ -140,17 +195,9 @@ def foreign_folder(folder, kind, **changes):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "kind", [*FOREIGN, "deepseek_v3 half-split", "deepseek_v3 without query compression", "llama 3", "llama 3.1"]
-)
+@pytest.mark.parametrize("kind", [*FOREIGN, *VARIANTS])
 def test_logits_are_those_of_transformers(kind, tmp_path):
-    changes = {
-        "deepseek_v3 half-split": {"rope_interleave": False},
-        "deepseek_v3 without query compression": {"q_lora_rank": None},
-        "llama 3": {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
-        "llama 3.1": {"rope_scaling": LLAMA3, "rope_theta": 5e5},  # as written by older Transformers
-    }.get(kind, {})
-    model = foreign_folder(tmp_path / "from", kind.split()[0], **changes)
+    model = foreign_folder(tmp_path / "from", kind.split()[0], **VARIANTS.get(kind, {}))
     shutil.copytree(tokenizer(), tmp_path / "from", dirs_exist_ok=True)
     import_folder(tmp_path / "from", tmp_path / "run", say=str)
     decoder = decoder_of(CheckpointReader(tmp_path / "run"))
@@ -160,8 +207,13 @@ def test_logits_are_those_of_transformers(kind, tmp_path):
     assert expected.std() > 0.3
     export(CheckpointReader(tmp_path / "run"), tmp_path / "out", say=str)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert type(again) is type(model)
-    assert again.config.rope_parameters == model.config.rope_parameters
+    assert type(again) is (LlamaForCausalLM if kind == "mistral" else type(model))
+    unset = ("type", "mscale")  # another name of rope_type; null
+    described = [
+        {name: value for name, value in rope.items() if name not in unset or value not in (None, "yarn")}
+        for rope in (again.config.rope_parameters, model.config.rope_parameters)
+    ]
+    assert described[0] == described[1]
     torch.testing.assert_close(again(input_ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -184,6 +236,11 @@ REFUSED = {
         "llama",
         {"rope_parameters": {**LLAMA3, "rope_theta": 1e4, "high_freq_factor": 1.0}},
     ),
+    "rope_parameters: attention_factor": (
+        "llama",
+        {"rope_parameters": {**YARN, "rope_type": "yarn", "rope_theta": 1e4, "attention_factor": 1.5}},
+    ),
+    "beta_fast": ("llama", {"rope_parameters": {**YARN, "rope_type": "yarn", "rope_theta": 1e4, "beta_fast": 1}}),
     "use_sliding_window": ("qwen3", {"use_sliding_window": True}),
     "layer_types": ("qwen3", {"layer_types": ["sliding_attention", *["full_attention"] * 2], "sliding_window": 8}),
     "attention_bias": ("qwen3", {"attention_bias": True}),
@@ -192,10 +249,24 @@ REFUSED = {
     "attention_dropout": ("llama", {"attention_dropout": 0.1}),
     "mlp_only_layers": ("qwen3_moe", {"mlp_only_layers": [1]}),
     "decoder_sparse_step": ("qwen3_moe", {"decoder_sparse_step": 2}),
-    "rms_norm_eps": ("deepseek_v3", {"rms_norm_eps": 1e-5}),
+    "clip_qkv": ("olmoe", {"clip_qkv": 8.0}),
+    "norm_topk_prob": ("deepseek_v2", {"norm_topk_prob": True}),
+    "router_jitter_noise": ("mixtral", {"router_jitter_noise": 0.1}),
+    "sliding_window=4096.*longer than the window": ("mistral", {"sliding_window": 4096}),
+    "num_experts=0: .*qwen2$": ("qwen2_moe", {"num_experts": 0}),
     "topk_method": ("deepseek_v3", {"topk_method": "greedy"}),
     "scoring_func": ("deepseek_v3", {"scoring_func": "softmax"}),
-    "quantization_config": ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}),
+    "quantization_config=.*fp8_cast_bf16": ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}),
+    r"quantization_config=(.*\n)*  rope_scaling=(.*\n)*  mlp_only_layers": (
+        "qwen3_moe",  # all at once
+        {
+            "quantization_config": {"quant_method": "fp8"},
+            "rope_parameters": None,
+            "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            "rope_theta": 1e4,
+            "mlp_only_layers": [1],
+        },
+    ),
     "partial_rotary_factor": ("qwen3", {"partial_rotary_factor": 0.5}),
     "model_type": ("llama", {"model_type": "gpt2"}),
     "gpt_oss.*sinks.*clamped.*mxfp4": ("llama", {"model_type": "gpt_oss"}),
@@ -288,7 +359,16 @@ def escaping_index(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../away.safetensors"}}))
 
 
+def in_fp8_blocks(weights):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    weights[f"{name}_scale_inv"] = torch.ones(1, 1)
+
+
 DAMAGE = {
+    r"/model\.safetensors: .*q_proj\.weight .*float8_e4m3fn.*fp32, bf16 and fp16": lambda folder: edit_weights(
+        folder, in_fp8_blocks
+    ),
     r"/pytorch_model\.bin: .*from_pretrained": pickled,
     r"/model\.safetensors: .*complete": truncated,
     r"/model\.safetensors\.index\.json: .*\.\./away\.safetensors": escaping_index,

@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kmem.config import LatentAttention, ModelConfig
 from kmem.hf.architectures import choose, to_fields
-from kmem.hf.key_map import folder_pieces, half_split_rows
+from kmem.hf.key_map import folder_pieces, half_split_rows, interleaved_rows
 from tests.model import tiny
 
 MODELS = {
@@ -26,10 +26,36 @@ MODELS = {
     "deepseek_v3, full queries": tiny.config(
         {**tiny.MLA, "q_lora_rank": None}, {**tiny.SIGMOID, "num_shared_experts": 1, "renormalize": False}
     ),
+    "deepseek_v2": tiny.config(
+        tiny.MLA,
+        {
+            **tiny.SOFTMAX,
+            **tiny.GROUPS,
+            "group_score_top_k": 1,
+            "renormalize": False,
+            "num_shared_experts": 2,
+            "first_dense_layers": 1,
+        },
+    ),
+    "olmoe": tiny.config({"num_heads": 4, "qk_norm": True, "qk_norm_span": "all_heads"}, tiny.SOFTMAX),
+    "mixtral": tiny.config(tiny.GQA, tiny.SOFTMAX),
+    "qwen2_moe": tiny.config(
+        {**tiny.GQA, "qkv_bias": True},
+        {**tiny.SOFTMAX, "num_shared_experts": 2, "shared_intermediate_size": 24, "shared_expert_gate": True},
+    ),
     "qwen3": tiny.config({**tiny.GQA, "qk_norm": True}),
     "qwen2": tiny.config({**tiny.GQA, "qkv_bias": True}, tie_embeddings=True),
     "llama": tiny.config({**tiny.GQA, "num_kv_heads": None}, tie_embeddings=True),
 }
+
+
+def rows_of(model: ModelConfig, tensor: str) -> torch.Tensor | slice:
+    """The order of a tensor's rows in Transformers' model of the same shape."""
+    rows = None
+    if choose(model).architecture.interleaved:
+        assert isinstance(model.attention, LatentAttention)
+        rows = interleaved_rows(model.attention, tensor)
+    return slice(None) if rows is None else rows
 
 
 def transformers_model(model: ModelConfig, weights: dict[str, torch.Tensor], **fields):
@@ -41,7 +67,9 @@ def transformers_model(model: ModelConfig, weights: dict[str, torch.Tensor], **f
     other = AutoModelForCausalLM.from_config(config)
     # A stack of experts has the same layout in both, so a parameter is a tensor.
     copied = {
-        piece.parameter: weights[tensor] for piece in folder_pieces(model, architecture) for tensor in piece.tensors
+        piece.parameter: weights[tensor][rows_of(model, tensor)]
+        for piece in folder_pieces(model, architecture)
+        for tensor in piece.tensors
     }
     missing, unexpected = other.load_state_dict(copied, strict=False)
     assert not unexpected
@@ -81,7 +109,7 @@ def test_interleaved_rotary_rows_are_a_permutation(q_lora_rank):
         torch.testing.assert_close(ours, other(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "llama"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "llama", "qwen2_moe", "deepseek_v2"])
 def test_loss_and_gradients_equal(name):
     model = MODELS[name]
     decoder = tiny.decoder(model)
@@ -102,19 +130,25 @@ def test_loss_and_gradients_equal(name):
     }
     for tensor, parameter in decoder.named_parameters():
         theirs = other.get_parameter(pieces[tensor])
-        torch.testing.assert_close(
-            parameter.grad, theirs.grad, atol=2e-6, rtol=1e-4, msg=lambda m, t=tensor: f"{t}: {m}"
-        )
+        ours = parameter.grad[rows_of(model, tensor)]
+        torch.testing.assert_close(ours, theirs.grad, atol=2e-6, rtol=1e-4, msg=lambda m, t=tensor: f"{t}: {m}")
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "glm4_moe", "deepseek_v3", "qwen3", "qwen2", "llama"])
-def test_scaled_rotary_frequencies_equal(name):
-    """At the end of a long sequence, too. Llama 3's scaling keeps, mixes and divides some of these frequencies each."""
-    scaling = {"factor": 4.0, "low_freq_factor": 1.5, "original_max_position_embeddings": 64}
+SCALINGS = {
+    "llama3": {"factor": 4.0, "low_freq_factor": 1.5, "original_max_position_embeddings": 64},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 512, "mscale": 1.0, "mscale_all_dim": 0.6},
+}
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+@pytest.mark.parametrize("name", [name for name in MODELS if "," not in name])
+def test_scaled_rotary_frequencies_equal(name, kind):
+    """At the end of a long sequence, too. The scalings keep, mix and divide some of these frequencies each."""
+    scaling = {"kind": kind, **SCALINGS[kind]}
     model = ModelConfig.model_validate({**MODELS[name].model_dump(), "rope_scaling": scaling})
     decoder = tiny.decoder(model)
     other = transformers_model(model, decoder.state_dict()).eval()
-    assert other.config.rope_parameters["rope_type"] == "llama3"
+    assert other.config.rope_parameters["rope_type"] == kind
     ids, positions = tiny.tokens()
     with torch.no_grad():
         for start in (0, 50_000):

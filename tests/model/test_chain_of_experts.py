@@ -18,7 +18,12 @@ from tests.model.test_moe import explicit_losses
 BASE = {**tiny.SOFTMAX, "num_shared_experts": 1}
 KINDS = {
     "softmax": tiny.SOFTMAX,
-    "sigmoid, bias, groups, shared": {**tiny.SIGMOID, **tiny.GROUPS, "num_shared_experts": 1},
+    "sigmoid, bias, groups, shared": {
+        **tiny.SIGMOID,
+        **tiny.GROUPS,
+        "num_shared_experts": 1,
+        "shared_expert_gate": True,
+    },
 }
 VARIANTS = [
     {"gates": gates, "residual": residual, "norm": norm, "stream": stream, "shared_experts": shared}

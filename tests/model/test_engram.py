@@ -9,9 +9,10 @@ from torch.utils.checkpoint import checkpoint
 
 from kmem.config.engram import PRESETS
 from kmem.model.engram import HISTOGRAM_BINS, Engram, EngramInput, ShortConvolution, branch_gate
+from kmem.model.engram_kind import EngramKind
 from kmem.model.engram_ngrams import NgramAddressing
 from kmem.model.init import initialise_
-from tests.model.tiny import shape
+from tests.model.tiny import randomise_, shape
 
 BATCH, TOKENS, HIDDEN, WIDTH = 2, 13, 16, 12
 
@@ -89,6 +90,20 @@ def test_no_gradient_through_the_gate_at_zero():
     tensors = [item.requires_grad_() for item in (hidden, keys, value[:, :, 0], weight)]
     grads = torch.autograd.grad(branch_gate(*tensors, 1e-6)[0].sum(), tensors)
     assert [bool((grad == 0).all()) for grad in grads] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("chosen", [{}, {"gate_norm_eps": 0.3, "conv_norm_eps": 0.7}], ids=["the model's", "own"])
+def test_norms_have_the_chosen_epsilons(chosen):
+    view = shape(engram={"layers": [0], "heads": 2, "rows_per_head": 31, "row_dim": 3, **chosen}, norm_eps=0.1)
+    module = randomise_(EngramKind().module(view, 0).double())
+    hidden, rows = torch.randn(2, 1, 5, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64).split(1)
+    hidden, rows = hidden[0], rows[0][..., :12]
+    weight = module.query_norm() * module.key_norm()
+    keys, value = module.key_proj(rows)[:, :, None], module.value_proj(rows)
+    gated = plain_gate(hidden[:, :, None], keys, value, weight, chosen.get("gate_norm_eps", 0.1))
+    scale = (gated.square().mean(-1, keepdim=True) + chosen.get("conv_norm_eps", 0.1)).rsqrt()
+    expected = gated + F.silu(module.conv((gated * scale * module.conv_norm.weight).flatten(2))).view_as(gated)
+    torch.testing.assert_close(module(hidden, EngramInput(rows)), expected[:, :, 0], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

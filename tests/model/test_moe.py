@@ -17,6 +17,12 @@ from tests.model import tiny
 KINDS = {
     "softmax": tiny.SOFTMAX,
     "sigmoid, bias, groups, shared": {**tiny.SIGMOID, **tiny.GROUPS, "num_shared_experts": 1},
+    "gated shared experts of their own width": {
+        **tiny.SOFTMAX,
+        "num_shared_experts": 2,
+        "shared_intermediate_size": 12,
+        "shared_expert_gate": True,
+    },
 }
 
 
@@ -33,7 +39,12 @@ def by_definition(layer: MoE, hidden: torch.Tensor) -> torch.Tensor:
             gate, up = (layer.experts.gate_up_proj[expert] @ x).chunk(2)
             out[token] += weight * (layer.experts.down_proj[expert] @ (F.silu(gate) * up))
     out = out.view_as(hidden)
-    return out if layer.shared_experts is None else out + layer.shared_experts(hidden)
+    shared = layer.shared_experts
+    if shared is None:
+        return out
+    assert shared.down_proj.weight.shape[1] == (24 if shared.output_gate else 16)
+    own = (F.silu(hidden @ shared.gate_proj.weight.T) * (hidden @ shared.up_proj.weight.T)) @ shared.down_proj.weight.T
+    return out + (own if shared.output_gate is None else torch.sigmoid(hidden @ shared.output_gate.weight.T) * own)
 
 
 @pytest.mark.parametrize("kind", KINDS)

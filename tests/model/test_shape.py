@@ -2,7 +2,9 @@ import copy
 import pickle
 
 import pytest
+import torch
 
+from kmem.model.decoder import Decoder
 from kmem.model.shape import Shape
 from tests.model import tiny
 
@@ -32,3 +34,26 @@ def test_layers_with_experts(first_dense, expected):
 
 def test_head_dim_has_a_default():
     assert tiny.shape({**tiny.GQA, "head_dim": None}).head_dim == 8
+
+
+LATER = {
+    "attention": ("latent_norm_eps",),
+    "moe": ("shared_intermediate_size", "shared_expert_gate", "chain"),
+    "engram": ("gate_norm_eps", "conv_norm_eps"),
+}
+"""Section -> fields that models saved before they existed lack."""
+
+
+def test_a_model_saved_before_a_field_existed_is_what_it_was():
+    engram = {"layers": [1], "heads": 2, "rows_per_head": 31, "row_dim": 4}
+    now = tiny.config(tiny.MLA, {**tiny.SIGMOID, "num_shared_experts": 2}, engram=engram, norm_eps=0.1).model_dump()
+    before = {
+        name: {key: value for key, value in section.items() if key not in LATER[name]} if name in LATER else section
+        for name, section in now.items()
+        if name != "rope_scaling"
+    }
+    with torch.device("meta"):
+        old, new = Decoder(Shape(before)), Decoder(Shape(now))
+    assert repr(old) == repr(new)  # widths and epsilons
+    epsilons = {module.eps for module in (*old.modules(), *new.modules()) if hasattr(module, "eps")}
+    assert epsilons == {0.1}

@@ -7,7 +7,8 @@ import pytest
 
 from kmem.cli import main
 from kmem.config import load_config
-from kmem.hf.foreign_config import read_architecture, read_config, read_model
+from kmem.hf.foreign_config import ignored_fields, read_architecture, read_config, read_model
+from kmem.model.parameter_counts import count_parameters
 
 CHAINS_OF_EXPERTS = {
     "coe/n64-l4-c1": (570_956_800, "544.51"),
@@ -177,3 +178,54 @@ def test_a_bank_fits_the_imported_model(name):
     architecture = read_architecture(fields, path)
     imported = read_model(read_config(fields, architecture, path), architecture, path)
     assert load_config(f"bank/{name}").model.model_copy(update={"bank": None}) == imported
+
+
+COUNTS = {  # config.json of published models, and their sizes as the hub counts them, without selection biases
+    "Mixtral-8x7B": (46_702_792_704, {
+        "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "sliding_window": None, "rope_theta": 1e6,
+    }),
+    "OLMoE-1B-7B": (6_919_161_856, {
+        "model_type": "olmoe", "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024,
+        "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64,
+        "num_experts_per_tok": 8, "norm_topk_prob": False, "clip_qkv": None, "rope_scaling": None,
+    }),
+    "Qwen1.5-MoE-A2.7B": (14_315_784_192, {
+        "model_type": "qwen2_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632,
+        "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4,
+        "norm_topk_prob": False, "decoder_sparse_step": 1, "use_sliding_window": False, "sliding_window": 32768,
+    }),
+    "DeepSeek-V2-Lite": (15_706_484_224, {
+        "model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944,
+        "moe_intermediate_size": 1408, "num_hidden_layers": 27, "num_attention_heads": 16, "n_routed_experts": 64,
+        "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "topk_method": "greedy",
+        "scoring_func": "softmax", "norm_topk_prob": False, "kv_lora_rank": 512, "q_lora_rank": None,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "rope_theta": 10000,
+        "rope_scaling": {
+            "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 4096,
+        },
+    }),
+    "DeepSeek-V3": (671_026_419_200 - 58 * 256, {
+        "model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
+        "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128, "n_routed_experts": 256,
+        "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 3, "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid", "norm_topk_prob": True, "kv_lora_rank": 512, "q_lora_rank": 1536, "n_group": 8,
+        "topk_group": 4, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "rope_theta": 10000,
+        "rope_scaling": {
+            "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+        },
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_an_imported_model_has_the_published_size(name):
+    size, fields = COUNTS[name]
+    path, architecture = Path(name), read_architecture(fields, Path(name))
+    model = read_model(read_config(fields, architecture, path), architecture, path)
+    assert count_parameters(model.shape).total == size
+    assert not ignored_fields(fields, model, architecture)
