@@ -24,7 +24,7 @@ from kmem.hf.folder import GENERATION_FILE, ModelFolder
 from kmem.hf.foreign_config import MTP_FIELD, ignored_fields, read_architecture, read_config, read_model
 from kmem.hf.key_map import Piece, check_tensor_sets, folder_pieces, half_split_rows, reordered, row_slices
 from kmem.hf.memory_folders import folder_of
-from kmem.hf.native import DEEPSEEK_V3, Architecture
+from kmem.hf.native import Architecture
 from kmem.hf.retrofit import chained, chained_parts
 from kmem.model.bank_export import TREE_FOLDER
 from kmem.model.exported_memory import exported_memory
@@ -102,7 +102,7 @@ def import_folder(
         remedy="the weights do not match its config.json",
     )
 
-    interleaved = architecture.interleaved or (architecture is DEEPSEEK_V3 and bool(config.rope_interleave))
+    interleaved = architecture.interleaved and getattr(config, "rope_interleave", True)
     shapes = tensor_shapes(target.shape)
     elements = sum(map(prod, shapes.values()))
     facts = {"imported_from": folder.path.resolve().name, "imported_as": architecture.name, "kmem": kmem.__version__}

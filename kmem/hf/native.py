@@ -349,7 +349,7 @@ DEEPSEEK_V3 = Architecture(
     fields={**DEEPSEEK_MOE, **MLA},
     further_fields=lambda model: {
         "num_key_value_heads": model.attention.num_heads,
-        "rope_interleave": False,
+        "rope_interleave": True,  # as published: engines other than Transformers do not read this field
         "num_nextn_predict_layers": 0,
     },
     further_section=lambda config: {**_biased_moe_section(config), "attention.latent_norm_eps": LATENT_NORM_EPS},
@@ -361,6 +361,7 @@ DEEPSEEK_V3 = Architecture(
         "scoring_func": ("sigmoid", None),
         "topk_method": ("noaux_tc", None),
     },
+    interleaved=True,
     empty_shared_experts=True,
 )
 DEEPSEEK_V2 = Architecture(

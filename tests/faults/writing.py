@@ -132,18 +132,18 @@ def _digest(path: Path, folder: Path) -> str:
 
 def writers(root: Path, quick: bool = False) -> Iterator[Writer]:
     """Every command that writes a folder, but `kmem data corpora`, which needs a package index, and `kmem bench`."""
-    run = write_run(root / "plain", NATIVE["qwen3"]).run_folder
     bank = write_bank_run(root / "bank", BANKS["ffn"]).run_folder
+    yield Writer("bank erase", ("bank", "erase", "--checkpoint", str(bank), "0", "--out", "WORK/out"))
     export(write_run(root / "moe", NATIVE["qwen3_moe"]), root / "exported", say=str)
+    yield Writer("import", ("import", "--from", str(root / "exported"), "--out", "WORK/out"))
+    if quick:
+        return
     (root / "texts.txt").write_text("\n".join(f"{text} {number}" for number, text in enumerate(TEXT * 60)))
     texts, line = str(root / "texts.txt"), ("--documents", "line")
     preparing = ("data", "prepare", texts, *line, "--vocab-size", "300", "--workers", "2", "--out", "WORK/out")
     yield Writer("prepare", preparing)
-    yield Writer("export", ("export", "--checkpoint", str(run), "--out", "WORK/out"))
-    yield Writer("import", ("import", "--from", str(root / "exported"), "--out", "WORK/out"))
-    yield Writer("bank erase", ("bank", "erase", "--checkpoint", str(bank), "0", "--out", "WORK/out"))
-    if quick:
-        return
+    write_run(root / "plain", NATIVE["qwen3"])
+    yield Writer("export", ("export", "--checkpoint", str(root / "plain"), "--out", "WORK/out"))
     write_bank_run(root / "other", BANKS["ffn"])
     replacing = ("bank", "replace", "--checkpoint", str(bank), "1", "--from", str(root / "other"))
     yield Writer("bank replace", (*replacing, "--out", "WORK/out"))

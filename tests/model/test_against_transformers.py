@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kmem.config import LatentAttention, ModelConfig
 from kmem.hf.architectures import choose, to_fields
-from kmem.hf.key_map import folder_pieces, half_split_rows, interleaved_rows
+from kmem.hf.key_map import folder_pieces, interleaved_rows
 from tests.model import tiny
 
 MODELS = {
@@ -89,24 +89,6 @@ def test_logits_equal(name):
         theirs = other(input_ids=ids).logits
     assert theirs.std() > 0.1
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("q_lora_rank", [16, None])
-def test_interleaved_rotary_rows_are_a_permutation(q_lora_rank):
-    """DeepSeek-V3 as published rotates neighbouring rows; sorting even rows before odd ones gives kmem's weights."""
-    model = tiny.config({**tiny.MLA, "q_lora_rank": q_lora_rank}, {**tiny.SIGMOID, "num_shared_experts": 1})
-    decoder = tiny.decoder(model)
-    other = transformers_model(model, decoder.state_dict(), rope_interleave=True).eval()
-    assert isinstance(model.attention, LatentAttention)
-    weights = decoder.state_dict()
-    for tensor, value in weights.items():
-        rows = half_split_rows(model.attention, tensor)
-        if rows is not None:
-            value.copy_(value[rows].clone())
-    ids, positions = tiny.tokens()
-    with torch.no_grad():
-        ours = decoder.logits(decoder(ids, positions))
-        torch.testing.assert_close(ours, other(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "llama", "qwen2_moe", "deepseek_v2"])
