@@ -21,6 +21,9 @@ class Callback:
     collective: ClassVar[bool] = False
     """Whether it is called on every rank, and so may issue collectives; all ranks must then issue the same."""
 
+    def on_preparing(self, what: str) -> None:
+        """Something that may take long begins, before training does, such as `building the model`."""
+
     def on_start(self, trainer: Trainer) -> None:
         """The pipeline is built and loaded; training begins at `trainer.step`."""
 

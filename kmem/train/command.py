@@ -1,6 +1,7 @@
 """`kmem train`: a dry run, one process, local ranks, or a rank of a launcher."""
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
@@ -97,6 +98,9 @@ def _train(config: Config, opened: "PreparedData | None") -> int:
         opened: the data; None for ranks of a launcher. They join before they open the data, so that a machine without
             it is an error on all ranks and no rank waits.
     """
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):  # a console without a reader stops no run
+            print("importing torch and DeepSpeed ..", flush=True)
     from kmem.data.reader import comparing_seconds, open_data
     from kmem.parallel.joining import join_mesh, leave_mesh
     from kmem.parallel.local_launch import INTERRUPTED

@@ -77,6 +77,9 @@ class ProgressReport(Callback):
         )
         self._speed = 0.0
 
+    def on_preparing(self, what: str) -> None:
+        self._say(f"{what} ..")
+
     def on_start(self, trainer: Trainer) -> None:
         self._total, self._first, self._began = trainer.config.train.steps, trainer.step, 0.0
         self._bank_alone = trainer.config.model.frozen_anchor

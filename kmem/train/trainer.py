@@ -73,6 +73,8 @@ class Trainer:
         self.positions = {data.selection: 0}
         """Selection of the text -> sequences consumed from it."""
         self.tokens = 0
+        self._failed: set[int] = set()
+        """Places of the callbacks that have failed."""
         self.tracking: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
         self.counts = count_parameters(config.model.shape)
@@ -100,6 +102,7 @@ class Trainer:
                 "model.bank.anchor: frozen, but the run begins without a checkpoint, so the anchor would stay random: "
                 "name a run with a trained anchor in checkpoint.start, or train it (anchor: train)"
             )
+        self._notify("on_preparing", "building the model and its tables")
         self.pipeline = Pipeline(config, mesh, self.prepared, initialise_rows=resume_point is None)
         self._begun: deque[BegunStep] = deque()
         """Steps whose rows are being fetched, the next one first."""
@@ -107,11 +110,10 @@ class Trainer:
         self._tokenizer = tokenizer_record(data.tokenizer_path)
         self._time_plan: TimePlan | None = None
         """While the number of steps is not chosen yet."""
-        self._failed: set[int] = set()
-        """Places of the callbacks that have failed."""
         self.origins = self._origins(resume_point)
         try:
             if resume_point is not None and plan is not None:
+                self._notify("on_preparing", f"reading {resume_point.folder}")
                 self._begin_with(resume_point, plan)
                 if config.train.minutes is not None and PLANNED in self.facts:
                     self._set_steps(self.facts[PLANNED])
