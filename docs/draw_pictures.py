@@ -28,8 +28,14 @@ class Picture:
         """A box whose centre is (x, y)."""
         self.axes.add_patch(
             FancyBboxPatch(
-                (x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0,rounding_size=0.06",
-                facecolor=colours[0], edgecolor=colours[1], linewidth=1.3, zorder=2,
+                (x - width / 2, y - height / 2),
+                width,
+                height,
+                boxstyle="round,pad=0,rounding_size=0.06",
+                facecolor=colours[0],
+                edgecolor=colours[1],
+                linewidth=1.3,
+                zorder=2,
             )  # fmt: skip
         )
         self.text(x, y, text, zorder=3, **style)
@@ -66,8 +72,13 @@ def lookup() -> None:
                 picked = column == (3, 7, 10)[row] if x < 3 else column == (1, 5, 9)[row]
                 picture.axes.add_patch(
                     FancyBboxPatch(
-                        (x - 1.14 + 0.19 * column, 2.6 - 0.25 * row), 0.16, 0.2, boxstyle="square,pad=0",
-                        facecolor=GOLD[1] if picked else GOLD[0], edgecolor=GOLD[1], linewidth=0.7,
+                        (x - 1.14 + 0.19 * column, 2.6 - 0.25 * row),
+                        0.16,
+                        0.2,
+                        boxstyle="square,pad=0",
+                        facecolor=GOLD[1] if picked else GOLD[0],
+                        edgecolor=GOLD[1],
+                        linewidth=0.7,
                     )  # fmt: skip
                 )
     words = "tables: millions of rows in GPU memory,\nhost memory or mapped files; the rows of\na step are fetched during the one before"
@@ -103,10 +114,14 @@ def tree() -> None:
     for name, (x, y) in places.items():
         words = "all documents" if not name else ".".join(name)
         picture.box(x, y, 1.7 if not name else 0.84, 0.46, words, GREEN if name in path else BLUE)
-    picture.text(0.15, 4.1, "a context, embedded,\ndescends to the nearest\ncluster of each level", ha="left", color=QUIET)
+    picture.text(
+        0.15, 4.1, "a context, embedded,\ndescends to the nearest\ncluster of each level", ha="left", color=QUIET
+    )
     picture.text(10.8, 4.1, "one block of weights\nfor every cluster", ha="right", color=QUIET)
     beside = places["1"][0] - 0.5  # between the clusters below
-    picture.axes.plot([places["1"][0] - 0.42, beside, beside], [heights[1], heights[1], 0.9], color=GOLD[1], linestyle="--")
+    picture.axes.plot(
+        [places["1"][0] - 0.42, beside, beside], [heights[1], heights[1], 0.9], color=GOLD[1], linestyle="--"
+    )
     picture.arrow((beside, 0.9), (beside, 0.7), color=GOLD[1])
     picture.arrow((places["12"][0], heights[2] - 0.25), (places["12"][0] + 0.25, 0.72), color=GOLD[1], linestyle="--")
     for name, x in (("1", beside), ("12", places["12"][0] + 0.25)):

@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from kmem.eval.request_contexts import fetches, preceding, score_by_leaf
 from kmem.hf.loading import load
@@ -164,3 +166,22 @@ def test_a_path_that_was_read_as_a_number_is_refused(run, harness):
 
     with pytest.raises(UserError, match=r"^blocked=2\.1: .*;$"):
         harness[0](str(run[1]), blocked=2.1)
+
+
+@torch.no_grad()
+def test_a_text_begins_in_the_harness_as_documents_do(harness, tmp_path):
+    open_model, ask = harness
+    decoder = random_weights(NATIVE["qwen3"])
+    folder = write_run(tmp_path / "run", NATIVE["qwen3"], decoder, recorded=False).run_folder
+    path = folder / "tokenizer" / "tokenizer.json"
+    encoder = Tokenizer.from_file(str(path))
+    plain = {text: encoder.encode(text).ids for pair in PAIRS[1:] for text in (pair[0], "".join(pair))}
+    first = max(encoder.get_added_tokens_decoder())
+    token = str(encoder.id_to_token(first))
+    encoder.post_processor = TemplateProcessing(single=f"{token} $A", special_tokens=[(token, first)])
+    encoder.save(str(path))
+    model = open_model(str(folder), batch_size=2)
+    for (score, greedy), (before, after) in zip(ask(model, "loglikelihood", PAIRS[1:]), PAIRS[1:], strict=True):
+        ids = [first, *plain[before + after]]
+        want = log_likelihood(logits(decoder, torch.tensor([ids])), ids, 1 + len(plain[before]))
+        assert (score, greedy) == (pytest.approx(want[0], abs=1e-4), want[1])
