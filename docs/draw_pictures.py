@@ -36,7 +36,7 @@ class Picture:
                 edgecolor=colours[1],
                 linewidth=1.3,
                 zorder=2,
-            )  # fmt: skip
+            )
         )
         self.text(x, y, text, zorder=3, **style)
 
@@ -79,9 +79,12 @@ def lookup() -> None:
                         facecolor=GOLD[1] if picked else GOLD[0],
                         edgecolor=GOLD[1],
                         linewidth=0.7,
-                    )  # fmt: skip
+                    )
                 )
-    words = "tables: millions of rows in GPU memory,\nhost memory or mapped files; the rows of\na step are fetched during the one before"
+    words = (
+        "tables: millions of rows in GPU memory,\nhost memory or mapped files; the rows of\n"
+        "a step are fetched during the one before"
+    )
     picture.text(7.35, 2.35, words, ha="left", color=QUIET)
     picture.arrow((2.6, 1.98), (3.5, 1.48))
     picture.arrow((5.3, 1.98), (4.4, 1.48))
@@ -108,9 +111,11 @@ def tree() -> None:
             up_x, up_y = places[name[:-1]]
             on_path = name in path
             picture.arrow(
-                (up_x, up_y - 0.24), (x, y + 0.24), color=GREEN[1] if on_path else "#b5c0ca",
+                (up_x, up_y - 0.24),
+                (x, y + 0.24),
+                color=GREEN[1] if on_path else "#b5c0ca",
                 linewidth=2.4 if on_path else 1.0,
-            )  # fmt: skip
+            )
     for name, (x, y) in places.items():
         words = "all documents" if not name else ".".join(name)
         picture.box(x, y, 1.7 if not name else 0.84, 0.46, words, GREEN if name in path else BLUE)
