@@ -15,6 +15,7 @@ Table = Mapping[str, tuple["str | Table", str]]
 _DATA: Table = {
     "corpora": ("kmem.corpora.command", "write clean English text from installable packages as JSON lines"),
     "prepare": ("kmem.data.command", "tokenize text into a folder that training reads"),
+    "adopt": ("kmem.data.adopt_command", "train on Megatron .bin/.idx files where they lie"),
     "cluster": ("kmem.clustering.command", "cluster documents into the tree that addresses a memory bank"),
 }
 _BENCH: Table = {
@@ -29,7 +30,7 @@ _BENCH: Table = {
     "tables": ("kmem.bench.tables_command", "a training step with large tables against one with small tables"),
 }
 COMMANDS: Table = {
-    "data": (_DATA, "fetch, prepare and cluster text"),
+    "data": (_DATA, "fetch, prepare, adopt and cluster text"),
     "train": ("kmem.train.command", "train a model"),
     "eval": ("kmem.eval.command", "held-out loss of a checkpoint"),
     "generate": ("kmem.hf.generate_command", "continue a prompt"),

@@ -105,7 +105,8 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
                 _remove_abandoned(path)
                 yield partial
                 for entry in [*partial.rglob("*"), partial]:
-                    sync_path(entry)  # everything is on the disk before the folder gets its name
+                    if not entry.is_symlink():  # to someone else's file
+                        sync_path(entry)  # everything is on the disk before the folder gets its name
                 os.rename(partial, complete)
                 mine = complete
                 (complete / _LOCK).unlink()

@@ -5,8 +5,6 @@ import os
 
 import torch
 
-from kmem.data.indexed import megatron_indexed_dataset
-
 for name in (
     "deepspeed.module_inject",
     "deepspeed.moe.layer",
@@ -26,6 +24,5 @@ for name in (
     "kmem.train.trainer",
 ):
     importlib.import_module(name)
-megatron_indexed_dataset()
 torch.set_num_threads(1)
 assert len(os.listdir("/proc/self/task")) == 1, "a fork has no other threads, and what they had locked stays locked"

@@ -205,6 +205,11 @@ def plan(
                     f"{folder / file}: data.sources: {', '.join(read)}, but the comparison is on "
                     f"{', '.join(comparison.data.sources)} (data of {COMPARISON_FILE})"
                 )
+            if config.model.vocab_size is None:
+                raise ConfigError(
+                    f"{folder / file}: model.vocab_size: contestants are counted before their text is prepared; set it "
+                    f"to {comparison.data.vocab_size}, the size of the tokenizer"
+                )
             if config.train.minutes is not None:
                 raise ConfigError(f"{folder / file}: train.minutes: models are compared at equal steps; leave it out")
             every = config.evaluation.every

@@ -28,7 +28,7 @@ def zipf_tokens(config: Config, step: int) -> Tensor:
     """Tokens of a step, int64 [global batch, T + 1]. They are drawn independently, the n-th most frequent one with
     probability proportional to 1 / n: words repeat as in text, but phrases do not."""
     generator = torch.Generator().manual_seed(step)
-    shares = 1 / torch.arange(1, config.model.vocab_size + 1, dtype=torch.float64)
+    shares = 1 / torch.arange(1, config.model.shape.vocab_size + 1, dtype=torch.float64)
     rows, columns = config.train.global_batch_size, config.data.sequence_length + 1
     return torch.multinomial(shares, rows * columns, replacement=True, generator=generator).view(rows, columns)
 

@@ -42,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from kmem.bench.tables import table_runner
-    from kmem.data.reader import open_data
+    from kmem.data.reader import open_data, resolve_vocab_size
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = resolve_vocab_size(load_config(arguments.config, arguments.overrides))
     options.check_positive(arguments, "rounds", "steps", "warmup", "threads")
     if config.model.engram is None or config.parallel.pipeline != 1:
         raise ConfigError("kmem bench tables: needs one process and a model with model.engram")

@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    config = load_config(arguments.config, arguments.overrides)
+    from kmem.data.reader import resolve_vocab_size
+
+    config = resolve_vocab_size(load_config(arguments.config, arguments.overrides))
     options.check_positive(arguments, "rounds", "steps", "threads")
     train = config.train
     if train.global_batch_size != train.micro_batch_size or config.parallel.pipeline != 1:

@@ -21,7 +21,7 @@ def random_tokens(config: Config, step: int) -> Tensor:
     """Tokens of a step, int64 [global batch, T + 1]; equal for all contestants."""
     generator = torch.Generator().manual_seed(step)
     size = (config.train.global_batch_size, config.data.sequence_length + 1)
-    return torch.randint(config.model.vocab_size, size, generator=generator)
+    return torch.randint(config.model.shape.vocab_size, size, generator=generator)
 
 
 def kmem_runner(tree: dict[str, Any]) -> Runner:

@@ -131,7 +131,7 @@ def _stored_leaves(corpus: Corpus, tree_folder: Path) -> dict[str, Leaves] | Non
     """The addresses of both splits, int32 [units]; None unless they are undamaged and belong to this tree and data."""
     leaves = {}
     for split in SPLITS:
-        indexed = IndexedTokens(corpus.folder / split)
+        indexed = IndexedTokens.of_split(corpus.folder, corpus.manifest, split)
         try:
             leaves[split] = read_addresses(
                 corpus.folder, corpus.manifest, split, indexed.starts, indexed.lengths, tree_folder

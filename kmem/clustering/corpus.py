@@ -13,7 +13,7 @@ from torch import Tensor
 from kmem.config import UserError
 from kmem.data.bank_addresses import data_fingerprint
 from kmem.data.indexed import IndexedTokens
-from kmem.data.manifest import Manifest, read_manifest
+from kmem.data.manifest import Manifest, parse_manifest, read_manifest
 from kmem.data.tokenizer import check_tokenizer
 from kmem.data.units import Unit, UnitMap
 
@@ -103,5 +103,5 @@ def read_units(folder: Path, content: str, split: str, unit: Unit, numbers: NDAr
 
 @lru_cache(maxsize=4)
 def _opened(folder: Path, content: str, split: str, unit: Unit) -> tuple[IndexedTokens, UnitMap]:
-    indexed = IndexedTokens(folder / split)
+    indexed = IndexedTokens.of_split(folder, parse_manifest(folder), split)
     return indexed, UnitMap(indexed.starts, indexed.lengths, unit)

@@ -3,7 +3,7 @@
 
 from kmem.config.data import AddressesConfig, DataConfig, Source
 from kmem.config.errors import ConfigError, UserError
-from kmem.config.load import dump_config, load_config, packaged_configs, parse_config
+from kmem.config.load import dump_config, load_config, packaged_configs, parse_config, with_vocab_size
 from kmem.config.model import (
     ChainOfExperts,
     GroupedQueryAttention,

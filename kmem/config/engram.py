@@ -136,7 +136,7 @@ class EngramConfig(MemorySection):
 
     def check_model(self, model: "ModelConfig") -> None:
         check_layers("engram.layers", self.layers, model)
-        if (self.pad_token_id or 0) >= model.vocab_size:
+        if model.vocab_size is not None and (self.pad_token_id or 0) >= model.vocab_size:
             raise ValueError(f"engram.pad_token_id={self.pad_token_id} is no id of vocab_size={model.vocab_size}")
 
     def check_run(self, config: "Config") -> None:

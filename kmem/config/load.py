@@ -57,6 +57,18 @@ def parse_config(tree: Any) -> Config:
         raise ConfigError("\n".join(explain(error.errors(), Config))) from None
 
 
+def with_vocab_size(config: Config, size: int) -> Config:
+    """The configuration with `model.vocab_size` as a number: `size`, unless it has one.
+
+    Raises:
+        ConfigError: the size does not go with another field.
+    """
+    if config.model.vocab_size is not None:
+        return config
+    tree = config.model_dump(mode="json")
+    return parse_config({**tree, "model": {**tree["model"], "vocab_size": size}})
+
+
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; loading it gives an equal Config."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))

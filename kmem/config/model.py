@@ -14,6 +14,7 @@ from pydantic import (
 
 from kmem.config.bank import BankConfig
 from kmem.config.engram import EngramConfig
+from kmem.config.errors import ConfigError
 from kmem.config.memory import MemorySection
 from kmem.config.over_encoding import OverEncodingConfig
 from kmem.config.per_layer_embeddings import PerLayerEmbeddingsConfig
@@ -260,8 +261,9 @@ class YarnScaling(Section):
 class ModelConfig(Section):
     """A decoder-only language model."""
 
-    vocab_size: PositiveInt
-    """Rows of the embedding and the head; at least the tokenizer's size."""
+    vocab_size: PositiveInt | None = None
+    """Rows of the embedding and the head; at least the tokenizer's size. Null: the tokenizer's size, taken from the
+    prepared data once, before anything is built; the saved configuration has the number."""
     hidden_size: PositiveInt
     """Width of the residual stream."""
     num_layers: Annotated[int, Field(gt=0, le=10_000)]
@@ -349,7 +351,7 @@ class ModelConfig(Section):
                     raise ValueError(f"{name} and {replaced[layer]} both replace the feed-forward of layer {layer}")
                 replaced[layer] = name
         if self.bank is not None and self.bank.kind in ("ffn", "lora_ffn"):
-            for layer in sorted(replaced.keys() & set(self.shape.bank_layers)):
+            for layer in sorted(replaced.keys() & set(Shape(self.model_dump()).bank_layers)):
                 raise ValueError(
                     f"bank.kind={self.bank.kind} adds to the feed-forward of layer {layer}, which {replaced[layer]} "
                     "replaces; choose other layers, or another kind"
@@ -362,7 +364,16 @@ class ModelConfig(Section):
 
     @property
     def shape(self) -> Shape:
-        """The description of the model from which the modules of `kmem.model` are built."""
+        """The description of the model from which the modules of `kmem.model` are built.
+
+        Raises:
+            ConfigError: `vocab_size` has not been taken from the data.
+        """
+        if self.vocab_size is None:
+            raise ConfigError(
+                "model.vocab_size: null takes the size of the tokenizer from prepared data, which is not read here; "
+                "set it to a number, for example --set model.vocab_size=4096"
+            )
         return Shape(self.model_dump())
 
     @property

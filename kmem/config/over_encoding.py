@@ -39,5 +39,5 @@ class OverEncodingConfig(MemorySection):
                 f"over_encoding: {tables} tables ((max_order - 1) * tables_per_order) do not divide "
                 f"hidden_size={model.hidden_size}; change one of them"
             )
-        if (self.rows + 2 * tables) * model.vocab_size >= 2**62:
+        if model.vocab_size is not None and (self.rows + 2 * tables) * model.vocab_size >= 2**62:
             raise ValueError(f"over_encoding.rows={self.rows}: products of ids and rows must fit in 62 bits")

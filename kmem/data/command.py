@@ -59,18 +59,18 @@ def run(arguments: argparse.Namespace) -> int:
     reading = Reading(options.pop("field"), options.pop("documents"))
     sample = options.pop("tokenizer_sample") * 1_000_000
     manifest = prepare(Preparation(**options, reading=reading, tokenizer_sample=sample))
-    _report(manifest, arguments)
+    report(manifest, arguments.out, arguments.vocab_size)
     return 0
 
 
-def _report(manifest: Manifest, arguments: argparse.Namespace) -> None:
+def report(manifest: Manifest, out: Path, wanted: int | None = None) -> None:
+    """Print what a folder of data holds. wanted: the size that the tokenizer was to have."""
     for name, split in manifest.splits.items():
         per_token = split.bytes / split.tokens
         print(
             f"{name}: {counted(split.documents, 'document')}, {counted(split.tokens, 'token')}, "
             f"{split.bytes / 1e6:.2f} MB ({per_token:.2f} bytes per token)"
         )
-    wanted = arguments.vocab_size
     short = (
         f", fewer than --vocab-size {wanted}: the text is small" if wanted and manifest.tokenizer.size < wanted else ""
     )
@@ -86,4 +86,4 @@ def _report(manifest: Manifest, arguments: argparse.Namespace) -> None:
         print(f"skipped {counted(manifest.skipped.count, 'record')}: {reasons}; the first:")
         for example in manifest.skipped.examples:
             print(f"  {example}")
-    print(f"wrote {arguments.out}")
+    print(f"wrote {out}")

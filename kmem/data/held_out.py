@@ -22,10 +22,14 @@ def choose_held_out(documents: int, share: float, seed: int) -> NDArray[np.bool_
 
 
 def source_of_documents(manifest: Manifest) -> dict[str, NDArray[np.int32]]:
-    """Split of a prepared folder -> int32 [documents], the input file of each document (its place in the manifest)."""
+    """Split of a folder of data -> int32 [documents], the input of each document (its place in the manifest)."""
     counts = [source.documents for source in manifest.sources]
-    held_out = choose_held_out(sum(counts), manifest.options["validation_share"], manifest.options["seed"])
     source = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    by_split = {"train": source[~held_out], "validation": source[held_out]}
+    if manifest.options["validation_share"] is None:  # adopted data with inputs of its own for each split
+        trained_on = manifest.splits["train"].documents
+        by_split = {"train": source[:trained_on], "validation": source[trained_on:]}
+    else:
+        held_out = choose_held_out(len(source), manifest.options["validation_share"], manifest.options["seed"])
+        by_split = {"train": source[~held_out], "validation": source[held_out]}
     assert all(len(by_split[split]) == record.documents for split, record in manifest.splits.items())
     return by_split

@@ -1,17 +1,19 @@
-"""The manifest of a prepared folder. `kmem data prepare` writes it last: a folder with a manifest is complete."""
+"""The manifest of a folder of data, which `kmem data prepare` and `kmem data adopt` write last: then it is complete."""
 
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from kmem.config import UserError
-from kmem.data.verified_files import verify_files
+from kmem.data.verified_files import remedy, verify_files
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
+HELD_OUT_NAME = "held_out.npy"
+"""File of adopted data whose splits are chosen among the same documents: bool [documents], whether one is held out."""
 
 
 class _Record(BaseModel):
@@ -19,7 +21,7 @@ class _Record(BaseModel):
 
 
 class FileRecord(_Record):
-    """A file of the prepared folder."""
+    """A file of the folder, or an adopted file that a link in the folder names."""
 
     bytes: int
     sha256: str
@@ -36,6 +38,8 @@ class SplitRecord(_Record):
     """Number of tokens that stand for text that the vocabulary lacks."""
     bytes: int
     """UTF-8 bytes of the documents' text; an EOS counts as 0."""
+    parts: tuple[str, ...] = ()
+    """Names of the indexed datasets that are joined, without .bin and .idx; empty: the one named after the split."""
 
 
 class TokenizerRecord(_Record):
@@ -85,11 +89,29 @@ class Manifest(_Record):
     tokenizer: TokenizerRecord
     splits: dict[Literal["train", "validation"], SplitRecord]
     files: dict[str, FileRecord]
-    """The .bin and .idx files."""
+    """The .bin and .idx files, and the choice of held-out documents of adopted data."""
     sources: tuple[SourceRecord, ...]
     skipped: SkipRecord
     options: dict[str, Any]
     """The options that decide the content: field, documents, validation share, seed, tokenizer size."""
+
+    @model_validator(mode="after")
+    def _has_its_files(self) -> Self:
+        for split in self.splits:
+            for part in self.parts(split):
+                if not {f"{part}.bin", f"{part}.idx"} <= self.files.keys():
+                    raise ValueError(f"files has no {part}.bin and {part}.idx")
+        return self
+
+    def parts(self, split: str) -> tuple[str, ...]:
+        """Names of the indexed datasets of a split, in order, without .bin and .idx."""
+        return self.splits["train" if split == "train" else "validation"].parts or (split,)
+
+    def content_digest(self, split: str) -> str:
+        """Identity of a split's tokens and documents, wherever its files lie."""
+        names = [f"{part}.{ending}" for part in self.parts(split) for ending in ("bin", "idx")]
+        chosen = [self.files[HELD_OUT_NAME].sha256, split] if HELD_OUT_NAME in self.files else []
+        return "/".join([*(self.files[name].sha256 for name in names), *chosen])
 
     def write(self, folder: Path) -> None:
         """Write it into a folder."""
@@ -97,11 +119,29 @@ class Manifest(_Record):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a prepared folder, after a check that every file is there and matches its digest. Of the ranks on
+    """The manifest of a folder of data, after a check that every file is there and matches its digest. Of the ranks on
     a machine, the first one compares digests.
 
     Raises:
         UserError: the folder is missing, unfinished or of an unknown format, or a file is missing or damaged.
+    """
+    manifest = parse_manifest(folder)
+    for name, record in manifest.files.items():
+        file = folder / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != record.bytes:
+            actual = "missing" if size is None else f"{size:,} bytes"
+            raise UserError(f"{file}: {actual}, expected {record.bytes:,} bytes; {remedy(file)}")
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        verify_files(folder, manifest.files)
+    return manifest
+
+
+def parse_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder of data, without a look at its files.
+
+    Raises:
+        UserError: the folder is missing, unfinished or of an unknown format.
     """
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
@@ -121,19 +161,8 @@ def read_manifest(folder: Path) -> Manifest:
             f"the kmem that wrote it ({tree.get('kmem_version', 'unknown')})"
         )
     try:
-        manifest = Manifest.model_validate(tree)
+        return Manifest.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path}: damaged at {where} ({first['msg']}); prepare the folder anew") from None
-    for name, record in manifest.files.items():
-        file = folder / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != record.bytes:
-            actual = "missing" if size is None else f"{size:,} bytes"
-            raise UserError(
-                f"{file}: {actual}, expected {record.bytes:,} bytes; copy it again or prepare the folder anew"
-            )
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        verify_files(folder, manifest.files)
-    return manifest

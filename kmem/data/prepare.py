@@ -19,6 +19,7 @@ import kmem
 from kmem.config import UserError
 from kmem.data.documents import PROVENANCE_NAME, Problem, Reading, find_files, read_documents
 from kmem.data.held_out import choose_held_out
+from kmem.data.indexed import IndexedWriter, token_dtype
 from kmem.data.manifest import (
     MANIFEST_NAME,
     FileRecord,
@@ -231,17 +232,11 @@ def _tokenize(
     workers: Workers,
 ) -> tuple[str, dict[str, SplitRecord]]:
     """Second pass: write train.bin/.idx and validation.bin/.idx; return the tokens' dtype and each split's counts."""
-    from kmem.data.indexed import megatron_indexed_dataset
-
     _encoder.cache_clear()  # a folder of the same name may have held another tokenizer
-    megatron = megatron_indexed_dataset()
-    dtype = megatron.DType.optimal_dtype(tokenizer.size)
-    dtype_name = np.dtype(dtype).name
-    builders = {split: megatron.IndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype) for split in _SPLITS}
+    dtype = token_dtype(tokenizer.size)
+    writers = {split: IndexedWriter(folder / split, dtype) for split in _SPLITS}
     counts = {split: [0, 0, 0, 0] for split in _SPLITS}
-    encode = partial(
-        encode_batch, tokenizer=folder / "tokenizer", eos_token_id=tokenizer.eos_token_id, dtype=dtype_name
-    )
+    encode = partial(encode_batch, tokenizer=folder / "tokenizer", eos_token_id=tokenizer.eos_token_id, dtype=dtype)
     number = 0
     with Progress("tokenizing", sum(survey.text_bytes for survey in surveys)) as progress:
         for encoded in workers.in_order(encode, _batches(surveys, options)):
@@ -249,20 +244,20 @@ def _tokenize(
                 if number == len(held_out):
                     raise _changed(surveys)
                 split = "validation" if held_out[number] else "train"
-                builders[split].add_document(ids, [len(ids)])
+                writers[split].add(ids)
                 for place, amount in enumerate((1, len(ids), text_bytes, unknown)):
                     counts[split][place] += amount
                 number += 1
             progress.advance(sum(text_bytes for _, text_bytes, _ in encoded))
     if number != len(held_out):
         raise _changed(surveys)
-    for split, builder in builders.items():
-        builder.finalize(str(folder / f"{split}.idx"))
+    for writer in writers.values():
+        writer.close()
     records = {
         split: SplitRecord(documents=documents, tokens=tokens, bytes=text_bytes, unknown=unknown)
         for split, (documents, tokens, text_bytes, unknown) in counts.items()
     }
-    return dtype_name, records
+    return dtype, records
 
 
 _SPLITS = ("train", "validation")

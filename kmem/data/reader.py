@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kmem.config import AddressesConfig, DataConfig, UserError
+from kmem.config import AddressesConfig, Config, DataConfig, UserError, with_vocab_size
 from kmem.data.bank_addresses import (
     SplitAddresses,
     chosen_leaves,
@@ -23,7 +23,7 @@ from kmem.data.batch import IGNORED_LABEL, SequenceBatch
 from kmem.data.blend import Blend
 from kmem.data.indexed import IndexedTokens
 from kmem.data.leaf_order import LeafOrder
-from kmem.data.manifest import Manifest, read_manifest
+from kmem.data.manifest import Manifest, parse_manifest, read_manifest
 from kmem.data.order import ORDER_VERSION, CorpusOrder, Epoch, natural_order, offsets_of
 from kmem.data.tokenizer import check_one_tokenizer, check_tokenizer
 from kmem.wording import counted
@@ -42,6 +42,8 @@ class PreparedData:
     tokenizer_path: Path
     """Folder that AutoTokenizer.from_pretrained loads."""
     tokenizer_fingerprint: str
+    tokenizer_size: int
+    """Largest token id plus one."""
     eos_token_id: int
     bytes_per_token_validation: float
     """UTF-8 bytes per token of the validation documents. An EOS counts as a token; a BOS does not, since it is never
@@ -62,8 +64,11 @@ class PreparedData:
         return loss / math.log(2) / self.bytes_per_token_validation
 
 
-def open_data(config: DataConfig, model_vocab_size: int) -> PreparedData:
+def open_data(config: DataConfig, model_vocab_size: int | None) -> PreparedData:
     """Open the prepared corpora of a run. With `data.addresses`, sequences carry bank addresses.
+
+    Args:
+        model_vocab_size: `model.vocab_size`; None takes the tokenizer's size.
 
     Raises:
         UserError: a corpus is missing, unfinished, damaged or shorter than a sequence; the corpora do not share one
@@ -74,10 +79,11 @@ def open_data(config: DataConfig, model_vocab_size: int) -> PreparedData:
         check_tokenizer(_folder(source.path), manifest)
     check_one_tokenizer("data.sources", [source.path for source in config.sources], manifests)
     tokenizer = manifests[0].tokenizer
-    if tokenizer.size > model_vocab_size:
+    if model_vocab_size is not None and tokenizer.size > model_vocab_size:
         raise UserError(
             f"model.vocab_size: {model_vocab_size} is less than the {tokenizer.size} tokens of "
-            f"{config.sources[0].path}/tokenizer; set it to at least {tokenizer.size}"
+            f"{config.sources[0].path}/tokenizer; give --set model.vocab_size={tokenizer.size} or more, or "
+            "model.vocab_size=null, which takes the tokenizer's size"
         )
     held_out = [manifest.splits["validation"] for manifest in manifests]
     addresses, training = config.addresses, SequenceReader(config, "train")
@@ -86,6 +92,7 @@ def open_data(config: DataConfig, model_vocab_size: int) -> PreparedData:
         validation=SequenceReader(config, "validation"),
         tokenizer_path=_folder(config.sources[0].path) / "tokenizer",
         tokenizer_fingerprint=tokenizer.fingerprint,
+        tokenizer_size=tokenizer.size,
         eos_token_id=tokenizer.eos_token_id,
         bytes_per_token_validation=sum(split.bytes for split in held_out)
         / sum(split.tokens - split.documents * len(tokenizer.before_ids) for split in held_out),
@@ -93,9 +100,27 @@ def open_data(config: DataConfig, model_vocab_size: int) -> PreparedData:
         sequences_fingerprint=_fingerprint(
             config, manifests, addresses if _by_leaf(config) else None, training.address_digests
         ),
-        held_out_fingerprint="/".join(_content_digest(manifest, "validation") for manifest in manifests),
+        held_out_fingerprint="/".join(manifest.content_digest("validation") for manifest in manifests),
         selection="" if addresses is None else ",".join(addresses.subtrees or ()),
     )
+
+
+def resolve_vocab_size(config: Config) -> Config:
+    """The configuration with `model.vocab_size` as a number, without a look at the tokens of the data.
+
+    Raises:
+        UserError: it is null, and the data is not prepared.
+    """
+    if config.model.vocab_size is not None:
+        return config
+    try:
+        manifest = parse_manifest(_folder(config.data.sources[0].path))
+    except UserError as error:
+        raise UserError(
+            f"model.vocab_size: null takes the size of the tokenizer from data.sources, but {error}; or set the size, "
+            "for example --set model.vocab_size=4096"
+        ) from None
+    return with_vocab_size(config, manifest.tokenizer.size)
 
 
 def comparing_seconds(config: DataConfig) -> float:
@@ -268,7 +293,7 @@ class _Source:
     """One corpus of the blend."""
 
     def __init__(self, folder: Path, manifest: Manifest, split: str, config: DataConfig):
-        self.indexed = IndexedTokens(folder / split)
+        self.indexed = IndexedTokens.of_split(folder, manifest, split)
         record = manifest.splits["train" if split == "train" else "validation"]
         lengths = self.indexed.lengths
         if (len(lengths), int(lengths.sum())) != (record.documents, record.tokens):
@@ -276,7 +301,8 @@ class _Source:
                 f"{folder / split}.idx: {counted(len(lengths), 'document')} of {lengths.sum():,} tokens, but "
                 f"manifest.json says {record.documents:,} of {record.tokens:,}; prepare the folder anew"
             )
-        self._file, self._ids = folder / f"{split}.bin", manifest.tokenizer.size
+        self._files = ", ".join(f"{folder / part}.bin" for part in manifest.parts(split))
+        self._ids = manifest.tokenizer.size
         self._length = config.sequence_length
         self._padding = manifest.tokenizer.eos_token_id
         # The pieces that are joined into a stream: documents, or units of one leaf.
@@ -293,14 +319,14 @@ class _Source:
             assert self.addresses is not None
             assert config.addresses is not None
             self._starts, self._lengths = self.addresses.units.starts, self.addresses.units.lengths
-            digest = f"{_content_digest(manifest)}/{self.addresses.digest}" if split == "train" else None
+            digest = f"{manifest.content_digest('train')}/{self.addresses.digest}" if split == "train" else None
             subtrees = config.addresses.subtrees
             chosen = chosen_leaves(tree_record(tree), subtrees) if subtrees else None
             order = LeafOrder(self._lengths, self.addresses.leaves, self._length, config.seed, digest, chosen)
             self.padding, self.spans, self._epoch = order.padding, order.spans_per_epoch, order.epoch
             self.share = order.spans_per_epoch / max(order.all_spans, 1)
         elif split == "train":
-            whole = CorpusOrder(lengths, self._length, config.seed, _content_digest(manifest))
+            whole = CorpusOrder(lengths, self._length, config.seed, manifest.content_digest("train"))
             self.spans, self._epoch = whole.spans_per_epoch, whole.epoch
             if self.spans == 0:
                 raise UserError(
@@ -347,7 +373,7 @@ class _Source:
         tokens[row, column] = self.indexed.take(stored)
         if not 0 <= int(tokens.min()) <= int(tokens.max()) < self._ids:
             raise UserError(
-                f"{self._file}: token id {int(tokens.max())} is none of the tokenizer's {self._ids}: the file was "
+                f"{self._files}: token id {int(tokens.max())} is none of the tokenizer's {self._ids}: the file was "
                 "damaged since it was opened; copy it again or prepare the folder anew"
             )
         documents = np.repeat(count_n, width).reshape(-1, width)  # padding is one more document
@@ -385,11 +411,6 @@ def _folder(path: str) -> Path:
     return Path(path).expanduser()
 
 
-def _content_digest(manifest: Manifest, split: str = "train") -> str:
-    """Identity of a corpus's tokens and documents in a split."""
-    return f"{manifest.files[f'{split}.bin'].sha256}/{manifest.files[f'{split}.idx'].sha256}"
-
-
 def _fingerprint(
     config: DataConfig, manifests: Sequence[Manifest], addresses: AddressesConfig | None, digests: Sequence[str]
 ) -> str:
@@ -397,7 +418,7 @@ def _fingerprint(
     tree = {
         "order": ORDER_VERSION,
         "sources": [
-            [_content_digest(manifest), source.weight]
+            [manifest.content_digest("train"), source.weight]
             for source, manifest in zip(config.sources, manifests, strict=True)
         ],
         "tokenizer": manifests[0].tokenizer.fingerprint,

@@ -157,12 +157,25 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         UserError: there is none, or Transformers cannot load it.
     """
-    from transformers import AutoTokenizer
+    import transformers
 
+    # AutoTokenizer imports PyTorch and the code of models (2 s of CPU time), and ends at the same class.
+    loader = transformers.PreTrainedTokenizerFast if _names_no_model(folder) else transformers.AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # Transformers raises many kinds
         raise UserError(f"{folder}: no tokenizer that transformers.AutoTokenizer loads: {error}") from error
+
+
+def _names_no_model(folder: Path) -> bool:
+    """Whether a folder is a tokenizer.json of the general class, as kmem writes it, which no model's class rebuilds."""
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        general = config["tokenizer_class"] in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    complete = (folder / "tokenizer.json").is_file() and not (folder / "config.json").exists()
+    return general and complete and "auto_map" not in config
 
 
 def template_ids(tree: dict[str, Any]) -> tuple[list[int], list[int]]:
@@ -184,6 +197,24 @@ def template_ids(tree: dict[str, Any]) -> tuple[list[int], list[int]]:
     elif processor.get("type") in ("BertProcessing", "RobertaProcessing"):
         before, after = [processor["cls"][1]], [processor["sep"][1]]
     return before, after
+
+
+def unknown_id(tokenizer: Any) -> int:
+    """The id, in a `tokenizers.Tokenizer`, that stands for text that the vocabulary lacks; -1 if there is none."""
+    model = json.loads(tokenizer.to_str())["model"]
+    unknown = model.get("unk_id") if "unk_id" in model else tokenizer.token_to_id(model.get("unk_token") or "")
+    return -1 if unknown is None else unknown
+
+
+def drop_beginning(folder: Path, record: TokenizerRecord) -> TokenizerRecord:
+    """Change the tokenizer in a folder so that it puts nothing before a text; its new record."""
+    from tokenizers import Tokenizer, processors
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # which adds no tokens
+    changed = _save(tokenizer, record.eos_token, folder, record.origin)
+    _check_loads_alike(folder, changed.eos_token_id, Path(record.origin))
+    return changed
 
 
 def _make_trainable(tokenizer: Any, path: Path) -> None:
@@ -221,13 +252,8 @@ class Encoder:
         # In a document the text `<|endoftext|>` is ordinary characters, not the end of the document.
         self._tokenizer.encode_special_tokens = True
         self._eos_token_id = eos_token_id
-        tree = json.loads(self._tokenizer.to_str())
-        self._before, _ = template_ids(tree)
-        model = tree["model"]
-        unknown = (
-            model.get("unk_id") if "unk_id" in model else self._tokenizer.token_to_id(model.get("unk_token") or "")
-        )
-        self.unknown_id: int = -1 if unknown is None else unknown
+        self._before, _ = template_ids(json.loads(self._tokenizer.to_str()))
+        self.unknown_id = unknown_id(self._tokenizer)
         """Stands for text that the vocabulary lacks; -1 if there is no such token."""
         self._cut = _PIECE_CHARACTERS if _splits_as_gpt2(self._tokenizer) else None
 

@@ -14,8 +14,10 @@ from kmem.model.file_digest import file_digest
 
 _SHOWN_BYTES = 1 << 30
 """Comparing more bytes than this takes long enough for a progress bar."""
-_verified: set[tuple[str, int, int, str]] = set()
-"""(path, size, time of change in ns, digest) of the files that this process has compared or remembers."""
+Compared = tuple[str, int, int, str]
+"""(path, size, time of change in ns, digest) of a file that has this digest."""
+_verified: set[Compared] = set()
+"""The files that this process has compared or remembers."""
 
 
 class Recorded(Protocol):
@@ -52,24 +54,39 @@ def verify_files(folder: Path, files: Mapping[str, Recorded], anew: bool = False
         for name in unread:
             if file_digest(folder / name) != files[name].sha256:
                 raise UserError(
-                    f"{folder / name}: damaged: its content does not match its digest in the manifest; copy it "
-                    "again or prepare the folder anew"
+                    f"{folder / name}: damaged: its content does not match its digest in the manifest; "
+                    f"{remedy(folder / name)}"
                 )
             if progress is not None:
                 progress.advance(files[name].bytes)
-    _verified.update(unread.values())
+    _remember(set(unread.values()))
+
+
+def remember_files(folder: Path, files: Mapping[str, Recorded]) -> None:
+    """Remember files whose digests were computed a moment ago, so that they are not read again."""
+    _remember({_key(folder / name, file) for name, file in files.items()})
+
+
+def remedy(path: Path) -> str:
+    """What to do about a damaged file of a folder of data."""
+    if path.is_symlink():
+        return f"restore {os.readlink(path)}, to which it is a link, or adopt the data anew"
+    return "copy it again or prepare the folder anew"
+
+
+def _remember(found: set[Compared]) -> None:
+    _verified.update(found)
     with suppress(OSError):  # where nothing can be remembered, the next process compares again
         _memory().parent.mkdir(parents=True, exist_ok=True)
-        kept = {*_remembered(), *unread.values()}
-        present = sorted(entry for entry in kept if os.path.exists(entry[0]))
+        present = sorted(entry for entry in {*_remembered(), *found} if os.path.exists(entry[0]))
         atomic_write(_memory(), json.dumps(present))
 
 
-def _key(path: Path, file: Recorded) -> tuple[str, int, int, str]:
+def _key(path: Path, file: Recorded) -> Compared:
     try:
         found = path.stat()
     except OSError as error:
-        raise UserError(f"{path}: not readable: {error}; copy it again or prepare the folder anew") from None
+        raise UserError(f"{path}: not readable: {error}; {remedy(path)}") from None
     return str(path.resolve()), found.st_size, found.st_mtime_ns, file.sha256
 
 
@@ -77,7 +94,7 @@ def _memory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kmem" / "verified.json"
 
 
-def _remembered() -> list[tuple[str, int, int, str]]:
+def _remembered() -> list[Compared]:
     with suppress(OSError, ValueError, TypeError, RuntimeError):
         entries = [tuple(entry) for entry in json.loads(_memory().read_text(encoding="utf-8"))]
         return [(path, size, time, digest) for path, size, time, digest in entries]

@@ -81,7 +81,7 @@ def export(
     say(f"architecture: {choice.architecture.name} ({choice.architecture.class_name}): {choice.reason}")
 
     check_own_tensors(trained)
-    tokens = _token_ids(trained.tokenizer_path, model.vocab_size)
+    tokens = _token_ids(trained.tokenizer_path, model.shape.vocab_size)
     folders = {kind.name: folder_of(kind) for kind in kinds_of(model.shape)}
     if tree is not None and not any(folder.takes_tree for folder in folders.values()):
         raise UserError(f"--tree {tree}: the model has no bank (model.bank)")

@@ -107,7 +107,7 @@ def import_folder(
     elements = sum(map(prod, shapes.values()))
     facts = {"imported_from": folder.path.resolve().name, "imported_as": architecture.name, "kmem": kmem.__version__}
     with atomic_folder(out) as partial:
-        tokenizer = _bring_tokenizer(folder.path, partial / "tokenizer", target.vocab_size, say)
+        tokenizer = _bring_tokenizer(folder.path, partial / "tokenizer", target.shape.vocab_size, say)
         if (folder.path / GENERATION_FILE).is_file():  # exports of this run have it again
             shutil.copyfile(folder.path / GENERATION_FILE, partial / GENERATION_FILE)
         manifests = {}

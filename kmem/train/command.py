@@ -8,7 +8,7 @@ import sys
 import textwrap
 from typing import TYPE_CHECKING
 
-from kmem.config import Config, ConfigError, UserError, dump_config, load_config, packaged_configs
+from kmem.config import Config, ConfigError, UserError, dump_config, load_config, packaged_configs, with_vocab_size
 
 if TYPE_CHECKING:
     from kmem.data.reader import PreparedData
@@ -86,6 +86,7 @@ def _checked_data(config: Config, ranks: int) -> "PreparedData":
     from kmem.parallel.memory_kinds import kinds_of
 
     data = open_data(config.data, config.model.vocab_size)
+    config = with_vocab_size(config, data.tokenizer_size)
     for kind in kinds_of(config.model.shape):
         kind.prepare(config, data.tokenizer_path)
     return data

@@ -1,4 +1,5 @@
-"""`kmem train --dry-run`: the size and memory of a configured run, without data, tokenizer or tables."""
+"""`kmem train --dry-run`: the size and memory of a configured run, without tokens or tables. Data is only needed where
+the size of the vocabulary is taken from it."""
 
 import json
 import sys
@@ -6,6 +7,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 
 from kmem.config import Config
+from kmem.data.reader import resolve_vocab_size
 from kmem.model.memory_kinds import carries_embedding, replaces_feed_forward
 from kmem.model.parameter_counts import ParameterCounts, count_parameters, tensor_shapes
 from kmem.parallel.launch_environment import environment_rank
@@ -51,6 +53,7 @@ class RankBytes:
 def print_dry_run(config: Config, ranks: int | None, *, as_json: bool) -> int:
     """Print parameter counts and memory per rank, or one JSON object that has the configuration too; returns the exit
     code."""
+    config = resolve_vocab_size(config)
     world = ranks or max(environment_rank()[1], config.parallel.pipeline * config.parallel.expert)
     mesh = Mesh(0, config.parallel.pipeline, config.data_parallel_size(world), config.parallel.expert)
     counts = count_parameters(config.model.shape)

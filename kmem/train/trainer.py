@@ -17,7 +17,7 @@ import kmem
 from kmem.checkpoint.commit import Progress
 from kmem.checkpoint.pieces import NotFiniteError
 from kmem.checkpoint.store import CheckpointStore
-from kmem.config import Config, ConfigError, UserError
+from kmem.config import Config, ConfigError, UserError, with_vocab_size
 from kmem.data.reader import PreparedData
 from kmem.data.tokenizer import tokenizer_record
 from kmem.eval.held_out import EvaluationRecord
@@ -62,7 +62,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, mesh: Mesh, data: PreparedData, callbacks: Sequence[Callback] = ()):
-        self.config = config
+        self.config = config = with_vocab_size(config, data.tokenizer_size)
         self.mesh = mesh
         self.data = data
         every_rank = [*callbacks, HeldOutEvaluation(config)]

@@ -31,7 +31,7 @@ from kmem.clustering.applying import apply_tree
 from kmem.clustering.building import TreeRequest, make_tree
 from kmem.clustering.embedders import KINDS
 from kmem.config import UserError
-from kmem.data.indexed import megatron_indexed_dataset
+from kmem.data.indexed import IndexedWriter
 from kmem.data.manifest import read_manifest
 from kmem.data.tokenizer import load_tokenizer
 from kmem.model.file_digest import file_digest
@@ -40,7 +40,7 @@ CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 
 
 def main(corpus: Path, tree: Path, folder: Path, cases: list[str]) -> None:
-    megatron_indexed_dataset(), load_tokenizer(corpus / "tokenizer")  # imported here, for all forks
+    load_tokenizer(corpus / "tokenizer")  # imported here, for all forks
     KINDS["tfidf"] = dataclasses.replace(KINDS["tfidf"], chunk_tokens=6000)
     workspace._SECONDS_BETWEEN_MARKS = 0
     found: dict[str, Any] = {}
@@ -156,14 +156,14 @@ def short_documents(corpus: Path, folder: Path, count: int) -> Path:
     """A prepared folder like `corpus`, but of documents of eight tokens each."""
     shutil.copytree(corpus, folder)
     manifest = read_manifest(folder)
-    splits, megatron = dict(manifest.splits), megatron_indexed_dataset()
+    splits = dict(manifest.splits)
     draw = np.random.default_rng(0)
     for split, documents in (("train", count), ("validation", 50)):
         ids = draw.zipf(1.2, (documents, 8)) % manifest.tokenizer.size
-        builder = megatron.IndexedDatasetBuilder(str(folder / f"{split}.bin"), np.dtype(manifest.dtype).type)
+        writer = IndexedWriter(folder / split, manifest.dtype)
         for row in ids:
-            builder.add_document(row, [8])
-        builder.finalize(str(folder / f"{split}.idx"))
+            writer.add(row)
+        writer.close()
         splits[split] = splits[split].model_copy(update={"documents": documents, "tokens": 8 * documents})
     files = {
         name: record.model_copy(update={"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)})

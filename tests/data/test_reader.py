@@ -233,10 +233,17 @@ def _edit_manifest(**changes):
 
 
 def _swap_splits(folder: Path) -> None:
-    """Files of the right size that belong to something else."""
+    for ending in ("bin", "idx"):
+        train, validation = (folder / f"{split}.{ending}" for split in ("train", "validation"))
+        content = train.read_bytes()
+        train.write_bytes(validation.read_bytes())
+        validation.write_bytes(content)
+
+
+def _lengthen_document(folder: Path) -> None:
     path = folder / "train.idx"
     raw = bytearray(path.read_bytes())
-    raw[34:38] = (1).to_bytes(4, "little")  # the first document's length
+    raw[34:38] = (10_000).to_bytes(4, "little")  # the first document's length
     path.write_bytes(bytes(raw))
 
 
@@ -246,14 +253,15 @@ def _garble_index(folder: Path) -> None:
 
 
 def _digested(damage):
-    """Damage with the digests that it would have had from the beginning."""
+    """Damage with the sizes and digests that it would have had from the beginning."""
 
     def damage_and_digest(folder: Path) -> None:
         damage(folder)
         path = folder / "manifest.json"
         manifest = json.loads(path.read_text())
         for name, record in manifest["files"].items():
-            record["sha256"] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            content = (folder / name).read_bytes()
+            record |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         path.write_text(json.dumps(manifest))
 
     return damage_and_digest
@@ -289,8 +297,9 @@ def _other_tokenizer(folder: Path) -> None:
         (_cut("train.idx"), {}, r"train\.idx: .*expected .*bytes"),
         (_cut("validation.bin"), {}, r"validation\.bin: .*expected .*bytes"),
         (lambda folder: (folder / "validation.idx").unlink(), {}, r"validation\.idx: missing"),
+        (_digested(_lengthen_document), {}, r"train\.bin, .*train\.idx: .*Megatron"),
         (_digested(_garble_index), {}, r"train\.bin, .*train\.idx: .*Megatron"),
-        (_digested(_swap_splits), {}, r"train\.idx: .*documents.*manifest\.json"),
+        (_digested(_swap_splits), {}, r"train\.idx: .*\bdocuments?\b.*manifest\.json"),
         (_zero, {}, r"train\.bin: damaged"),
         (_flip("train.bin", 6), {}, r"train\.bin: damaged"),
         (_flip("train.idx"), {}, r"train\.idx: damaged"),
@@ -303,7 +312,6 @@ def _other_tokenizer(folder: Path) -> None:
         (_damage_nothing, {"sequence_length": 10**6}, r"/corpus: .*training tokens.*data\.sequence_length=1000000\b"),
     ],
 )
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Megatron's own, of a half-made dataset
 def test_unusable_data_is_one_clear_error(make_corpus, tmp_path, damage, fields, says):
     folder = shutil.copytree(make_corpus(FIRST), tmp_path / "corpus")
     damage(folder)

@@ -360,7 +360,7 @@ def test_help_and_errors_of_a_config_import_nothing_that_takes_seconds(run_confi
         "bank": ("list", "erase", "replace", "merge"),
         **{command: tuple(found) for command, (found, _) in COMMANDS.items() if not isinstance(found, str)},
     }
-    assert below["data"] == ("corpora", "prepare", "cluster")
+    assert below["data"] == ("corpora", "prepare", "adopt", "cluster")
     commands = [["--help"], *([command, "--help"] for command in COMMANDS)]
     commands += [[command, action, "--help"] for command, actions in below.items() for action in actions]
     commands += [["train", "--config", "quikstart"], ["train", "--config", str(path), "--set", "train.stepz=3"]]
