@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kmem.config import ConfigError, dump_config, load_config, packaged_configs, parse_config
+from kmem.config import ConfigError, dump_config, load_config, packaged_configs, parse_config, with_vocab_size
 from kmem.config.reference import reference
 from tests.distributed.training_case import small_config
 
@@ -110,6 +110,17 @@ def test_errors_begin_with_the_path_of_the_field(path, override, message):
     text = str(error.value)
     assert re.match(message, text)
     assert "\n" not in text, "one problem is one line"
+
+
+def test_a_vocabulary_of_the_size_of_the_tokenizer():
+    section = {"layers": [1], "heads": 2, "rows_per_head": 50, "row_dim": 8, "pad_token_id": 300}
+    config = parse_config(small_config(model__vocab_size=None, model__engram=section))
+    with pytest.raises(ConfigError, match=r"model\.vocab_size: null"):
+        _ = config.model.shape
+    assert with_vocab_size(config, 400) == parse_config(small_config(model__vocab_size=400, model__engram=section))
+    assert with_vocab_size(with_vocab_size(config, 400), 500).model.vocab_size == 400
+    with pytest.raises(ConfigError, match=r"model\.engram\.pad_token_id=300\b.*vocab_size=300\b"):
+        with_vocab_size(config, 300)
 
 
 def test_a_missing_section_is_named(path):

@@ -16,7 +16,7 @@ from kmem.config import UserError
 from kmem.data import command
 from kmem.data import prepare as preparation
 from kmem.data.documents import Reading
-from kmem.data.indexed import IndexedTokens
+from kmem.data.indexed import IndexedTokens, IndexedWriter, token_dtype
 from kmem.data.manifest import Manifest, read_manifest
 from kmem.data.prepare import Preparation, prepare
 from tests.small_corpora import BYTES_AND_EOS, make_texts, write_jsonl
@@ -69,6 +69,25 @@ def test_megatron_reads_every_text_back(source, tmp_path):
     assert [text for text in TEXTS if text in set(train)] == train  # the order of the input
     assert len(validation) == 12
     assert read_manifest(tmp_path / "out") == manifest
+
+
+@pytest.mark.parametrize("vocabulary", [65_499, 65_500])
+def test_files_are_those_of_megatrons_own_builder(tmp_path, vocabulary):
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    dtype = DType.optimal_dtype(vocabulary)
+    assert token_dtype(vocabulary) == np.dtype(dtype).name
+    draw = np.random.default_rng(0)
+    ours = IndexedWriter(tmp_path / "ours", token_dtype(vocabulary))
+    theirs = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype)
+    for length in (3, 1, 1000):
+        ids = draw.integers(vocabulary, size=length)
+        ours.add(ids)
+        theirs.add_document(ids, [length])
+    ours.close()
+    theirs.finalize(str(tmp_path / "theirs.idx"))
+    for ending in ("bin", "idx"):
+        assert (tmp_path / f"ours.{ending}").read_bytes() == (tmp_path / f"theirs.{ending}").read_bytes()
 
 
 def test_the_manifest_counts_what_is_there(source, tmp_path):

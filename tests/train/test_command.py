@@ -18,7 +18,7 @@ import yaml
 
 from kmem.checkpoint.commit import committed_steps
 from kmem.cli import COMMANDS, main
-from kmem.config import packaged_configs
+from kmem.config import load_config, packaged_configs
 from kmem.parallel.local_launch import INTERRUPTED, free_port, launch_local
 from tests.warm_processes import start_command
 
@@ -99,6 +99,29 @@ def test_a_signal_finishes_the_step_saves_and_tells_by_the_exit_code(run_config,
     again = finish(words)
     assert again.returncode == 0, again.stderr
     assert f"from step {stopped}" in again.stdout
+
+
+def test_the_size_of_the_vocabulary_is_taken_from_the_data_once(run_config, finish):
+    tree, path = run_config(train__steps=1, model__vocab_size=None)
+    planned = finish(["train", "--config", str(path), "--dry-run", "--json"])
+    assert json.loads(planned.stdout)["config"]["model"]["vocab_size"] == 257
+    words = ["train", "--config", str(path), "--set", "evaluation.at_start=false"]
+    assert finish([*words, "--nproc", "2"]).returncode == 0
+    saved = load_config(Path(tree["folder"]) / tree["name"] / "config.yaml")
+    assert saved.model.vocab_size == 257
+    again = finish([*words, "train.steps=2"])  # resumed by one rank
+    assert again.returncode == 0, again.stderr
+    assert "from step 1" in again.stdout
+    small = finish([*words, "model.vocab_size=256"])
+    assert small.returncode == 2
+    assert re.search(r"model\.vocab_size: 256 .*--set model\.vocab_size=257", small.stderr)
+
+
+def test_a_dry_run_without_the_data_that_has_its_vocabulary_shows_what_to_set(run_config, finish):
+    _, path = run_config(model__vocab_size=None, data__sources=[{"path": "/none"}])
+    answer = finish(["train", "--config", str(path), "--dry-run"])
+    assert answer.returncode == 2
+    assert re.search(r"model\.vocab_size: .*/none: .*--set model\.vocab_size=\d+", answer.stderr)
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
@@ -368,6 +391,31 @@ def test_help_and_errors_of_a_config_import_nothing_that_takes_seconds(run_confi
     assert loaded == "set()"
     assert re.search(r"quikstart: .*\bquickstart\b", errors)
     assert re.search(r"train\.stepz: .*\bsteps\b", errors)
+
+
+def test_preparing_adopting_and_verifying_data_import_no_model_code(tmp_path):
+    (tmp_path / "text.txt").write_text("one\ntwo\nthree\n" * 20)
+    data, copy, adopted = (str(tmp_path / name) for name in ("data", "copy", "adopted"))
+    prepare = ["data", "prepare", str(tmp_path / "text.txt"), "--documents", "line", "--workers", "1", "--out"]
+    commands = [
+        [*prepare, data, "--vocab-size", "257"],
+        [*prepare, copy, "--tokenizer", f"{data}/tokenizer"],
+        ["data", "adopt", f"{data}/train", "--tokenizer", f"{data}/tokenizer", "--out", adopted],
+        ["verify", data, adopted],
+    ]
+    heavy = {
+        "torch",
+        "numba",
+        "deepspeed",
+        "megatron",
+        "wandb",
+        "transformers.modeling_utils",
+        "transformers.models.auto",
+    }
+    loaded, errors = loaded_after(commands, heavy)
+    assert loaded == "set()"
+    assert "error" not in errors
+    assert (tmp_path / "adopted" / "manifest.json").is_file()
 
 
 def test_missing_data_is_said_before_deepspeed_is_imported(run_config):
