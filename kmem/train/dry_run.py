@@ -53,7 +53,7 @@ class RankBytes:
 def print_dry_run(config: Config, ranks: int | None, *, as_json: bool) -> int:
     """Print parameter counts and memory per rank, or one JSON object that has the configuration too; returns the exit
     code."""
-    config = resolve_vocab_size(config)
+    given, config = config, resolve_vocab_size(config)
     world = ranks or max(environment_rank()[1], config.parallel.pipeline * config.parallel.expert)
     mesh = Mesh(0, config.parallel.pipeline, config.data_parallel_size(world), config.parallel.expert)
     counts = count_parameters(config.model.shape)
@@ -62,6 +62,9 @@ def print_dry_run(config: Config, ranks: int | None, *, as_json: bool) -> int:
         json.dump(to_json(config, mesh, counts, held), sys.stdout)
         print()
         return 0
+    if given.model.vocab_size is None:
+        source = config.data.sources[0].path
+        print(f"model.vocab_size: {config.model.vocab_size}, the size of the tokenizer of {source}")
     _print_tables(config, mesh, counts, held)
     return 0
 

@@ -42,7 +42,7 @@ def encoded(tokenizer: Path, texts: list[str]) -> list[list[int]]:
 
 def build(prefix: Path, documents: list[list[int]], dtype: type = np.uint16, cut: int = 10**9, **options) -> Path:
     """Write documents as Megatron-LM's preprocess_data.py does. cut: most tokens of a sequence."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    from tests.data.megatron import IndexedDatasetBuilder
 
     prefix.parent.mkdir(parents=True, exist_ok=True)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype, **options)

@@ -39,8 +39,9 @@ def prepared(out: Path, *inputs: Path, **options) -> Manifest:
 
 def stored_texts(folder: Path, split: str) -> list[str]:
     """Documents read with Megatron's own reader and the saved tokenizer."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
     from transformers import AutoTokenizer
+
+    from tests.data.megatron import IndexedDataset
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder / "tokenizer"), local_files_only=True)
     dataset = IndexedDataset(str(folder / split))
@@ -73,7 +74,7 @@ def test_megatron_reads_every_text_back(source, tmp_path):
 
 @pytest.mark.parametrize("vocabulary", [65_499, 65_500])
 def test_files_are_those_of_megatrons_own_builder(tmp_path, vocabulary):
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    from tests.data.megatron import DType, IndexedDatasetBuilder
 
     dtype = DType.optimal_dtype(vocabulary)
     assert token_dtype(vocabulary) == np.dtype(dtype).name

@@ -105,6 +105,8 @@ def test_the_size_of_the_vocabulary_is_taken_from_the_data_once(run_config, fini
     tree, path = run_config(train__steps=1, model__vocab_size=None)
     planned = finish(["train", "--config", str(path), "--dry-run", "--json"])
     assert json.loads(planned.stdout)["config"]["model"]["vocab_size"] == 257
+    printed = finish(["train", "--config", str(path), "--dry-run"]).stdout
+    assert re.search(rf"^model\.vocab_size: 257\b.*{tree['data']['sources'][0]['path']}", printed)
     words = ["train", "--config", str(path), "--set", "evaluation.at_start=false"]
     assert finish([*words, "--nproc", "2"]).returncode == 0
     saved = load_config(Path(tree["folder"]) / tree["name"] / "config.yaml")
