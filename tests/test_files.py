@@ -39,6 +39,13 @@ def test_a_file_that_the_disk_does_not_take_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_folder_may_hold_links_to_what_is_elsewhere(tmp_path):
+    """And waits for none of it: such a file may lie where nothing can be flushed."""
+    with atomic_folder(tmp_path / "a") as folder:
+        (folder / "link").symlink_to("/elsewhere/file")
+    assert os.readlink(tmp_path / "a" / "link") == "/elsewhere/file"
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "deep" / "a"
     (tmp_path / "deep" / "a.partial" / "sub").mkdir(parents=True)  # by a process that was killed

@@ -97,8 +97,10 @@ def adopt(options: Adoption) -> Manifest:
             if dataset.written != _written(dataset.prefix):
                 raise UserError(f"{dataset.prefix}: changed while it was read; retry")
         tokenizer = _agree_on_beginnings(scans, folder / "tokenizer", tokenizer, options.tokenizer)
-        _warn_of_missing_eos(scans, tokenizer)
+        _warn_of_eos(scans, tokenizer)
         manifest = _manifest(folder, training, held_out, scans, tokenizer, options)
+        if not manifest.splits["validation"].bytes:
+            raise UserError(f"{inputs[-1].prefix}: the held-out documents stand for no text; hold out others")
         manifest.write(folder)
     remember_files(options.out, manifest.files)
     return manifest
@@ -143,6 +145,8 @@ class _Scan:
     """Split -> counts of the documents that belong to it."""
     with_eos: int
     """Documents whose last token is EOS."""
+    eos: int
+    """EOS tokens."""
     with_beginning: int
     """Documents that begin as the tokenizer's template does."""
 
@@ -263,12 +267,13 @@ def _scan(
             first += documents
             bytes_d = np.zeros(documents, np.int64)
             unknown_d = np.zeros(documents, np.int64)
-            digest = hashlib.sha256()
+            digest, eos = hashlib.sha256(), 0
             for start in range(0, len(dataset.tokens), _CHUNK_TOKENS):
                 raw = dataset.tokens[start : start + _CHUNK_TOKENS]
                 digest.update(raw.data)
                 ids = raw.astype(np.int64)
                 _check_ids(dataset, start, ids, tokenizer, origin)
+                eos += int((ids == tokenizer.eos_token_id).sum())
                 # The pieces of documents in the chunk.
                 low = int(np.searchsorted(dataset.starts, start, side="right")) - 1
                 high = int(np.searchsorted(dataset.starts, start + len(ids), side="left"))
@@ -290,7 +295,7 @@ def _scan(
             for place, number in enumerate(before):
                 begins[begins] = dataset.tokens[dataset.starts[begins] + place] == number
             with_eos = int((last == tokenizer.eos_token_id).sum())
-            yield _Scan(digest.hexdigest(), splits, with_eos, int(begins.sum()))
+            yield _Scan(digest.hexdigest(), splits, with_eos, eos, int(begins.sum()))
 
 
 def _agree_on_beginnings(
@@ -313,7 +318,7 @@ def _agree_on_beginnings(
     return tokenizer
 
 
-def _warn_of_missing_eos(scans: Sequence[_Scan], tokenizer: TokenizerRecord) -> None:
+def _warn_of_eos(scans: Sequence[_Scan], tokenizer: TokenizerRecord) -> None:
     documents = sum(counts.documents for scan in scans for counts in scan.splits.values())
     lacking = documents - sum(scan.with_eos for scan in scans)
     if lacking:
@@ -321,6 +326,13 @@ def _warn_of_missing_eos(scans: Sequence[_Scan], tokenizer: TokenizerRecord) -> 
             f"warning: {lacking / documents:.1%} of the documents do not end in {tokenizer.eos_token} (id "
             f"{tokenizer.eos_token_id}): the model cannot learn from them where a text ends. Megatron's "
             "preprocess_data.py adds it with --append-eod; if the data ends in another token, name it with --eos-token",
+            file=sys.stderr,
+        )
+    inside = sum(scan.eos - scan.with_eos for scan in scans)
+    if inside:
+        print(
+            f"warning: {counted(inside, f'{tokenizer.eos_token} token')} inside of documents end none: a document "
+            "is what the index says, and tokens attend to all of it",
             file=sys.stderr,
         )
 

@@ -239,6 +239,12 @@ def test_seeds_change_weights_and_order_and_nothing_else(comparison, tmp_path):
     assert same.model_copy(update={"data": same.data.model_copy(update={"seed": 1})}) == first
 
 
+def test_contestants_name_the_size_of_their_vocabulary(comparison, tmp_path):
+    folder = comparison()
+    with pytest.raises(ConfigError, match=r"moe\.yaml: model\.vocab_size: .*\b257\b"):
+        plan(load_comparison(folder), folder, tmp_path, [1], ["model.vocab_size=null"])
+
+
 def test_runs_of_another_configuration_are_not_taken_over(comparison, tmp_path, capsys):
     folder, out = comparison(), tmp_path / "out"
     (run, *_) = plan(load_comparison(folder), folder, out, [1], ["train.steps=8"])

@@ -238,6 +238,16 @@ def test_documents_without_eos_are_counted(tokenizer, tmp_path, capsys):
     assert sum(split.bytes for split in manifest.splits.values()) == sum(len(text.encode()) for text in FIRST)
     adopted(tmp_path / "whole", tokenizer, build(tmp_path / "data" / "whole", documents))
     assert "warning" not in capsys.readouterr().err
+    packed = [documents[number] + documents[number + 1] for number in range(0, 60, 2)]
+    adopted(tmp_path / "packed", tokenizer, build(tmp_path / "data" / "packed", packed))
+    assert "30 <|endoftext|> tokens inside of documents" in capsys.readouterr().err
+
+
+def test_held_out_documents_without_text_are_refused(tokenizer, tmp_path):
+    prefix = build(tmp_path / "data" / "text", encoded(tokenizer, FIRST))
+    empty = build(tmp_path / "data" / "empty", [[EOS], [EOS]])
+    with pytest.raises(UserError, match=rf"{empty}: .*held-out"):
+        adopted(tmp_path / "out", tokenizer, prefix, validation=[empty])
 
 
 @pytest.mark.parametrize("documents_have_it", [True, False])

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from kmem.config import UserError
-from kmem.data.tokenizer import END_OF_TEXT, Encoder, adopt_tokenizer, pieces_of, tokenizer_fingerprint, train_tokenizer
+from kmem.data.tokenizer import (
+    END_OF_TEXT,
+    Encoder,
+    adopt_tokenizer,
+    load_tokenizer,
+    pieces_of,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
 from tests.small_corpora import make_texts
 
 ODD_TEXTS = [
@@ -53,6 +61,16 @@ def test_transformers_loads_it_with_the_same_ids_and_eos(home, trained):
     for text in make_texts(20, seed=9):
         assert loaded(text)["input_ids"] == Encoder(home, 0).encode([text])[0][:-1]
         assert loaded.decode(loaded(text)["input_ids"]) == text
+
+
+def test_a_tokenizer_loads_as_transformers_loads_it(home, trained):
+    from transformers import AutoTokenizer
+
+    ours, theirs = load_tokenizer(home), AutoTokenizer.from_pretrained(str(home), local_files_only=True)
+    assert type(ours) is type(theirs)
+    assert repr(ours) == repr(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.special_tokens_map == theirs.special_tokens_map
 
 
 def test_training_does_not_depend_on_threads(tmp_path):
