@@ -8,7 +8,6 @@ from setuptools import find_packages, setup
 RUNTIME = [
     "torch>=2.10,<3",  # F.grouped_mm is public and differentiable from 2.10 on; tested with 2.11 and 2.13
     "deepspeed>=0.19.8,<0.20",  # the engine subclass is written against 0.19's instruction map
-    "megatron-core>=0.16.1,<0.20",  # IndexedDataset (.bin/.idx)
     "numpy>=2.0,<3",
     "numba>=0.61,<1",  # row optimizers and gathers on the host, compiled when they are first used
     "pydantic>=2.9,<3",
@@ -42,6 +41,7 @@ EXTRAS = {
         "triton>=3.6",
         "zstandard>=0.22,<1",  # writes the compressed corpora of tests
         "hypothesis>=6.100,<7",
+        "megatron-core>=0.16.1,<0.20",  # its indexed datasets are what kmem's reader and writer are compared with
         "accelerate>=0.26",  # moves weights between memory and disk in tests of exports
         "liger-kernel>=0.8.5,<0.9",  # its experts run in Triton's interpreter
     ],
