@@ -17,7 +17,7 @@ from kmem.data.tokenizer import load_tokenizer
 from kmem.eval.memory_kinds import EvaluatedBank, EvaluatedMemory
 from kmem.eval.questions import Answers, Question, answer, read_questions, sample
 from kmem.model.decoder import Decoder
-from kmem.model.mask import document_mask
+from kmem.model.mask import Documents
 from kmem.model.memory_kinds import kinds_of
 from kmem.parallel.mesh import local_device
 
@@ -50,11 +50,13 @@ class EvaluatedModel:
     def loss(self, batch: SequenceBatch) -> Tensor:
         """Summed cross entropy of sequences of data."""
         like = self.decoder.projection_weight
-        ids, positions, labels, documents = (
-            tensor.to(like.device) for tensor in (batch.input_ids, batch.position_ids, batch.labels, batch.document_ids)
+        ids, positions, labels = (
+            tensor.to(like.device) for tensor in (batch.input_ids, batch.position_ids, batch.labels)
         )
+        documents = Documents.of(batch.document_ids)
+        attended = None if documents is None else documents.to(like.device)
         read = {kind: memory.of_batch(batch, like) for kind, memory in self.memories.items()}
-        hidden = self.decoder(ids, positions, document_mask(documents), memories=read)
+        hidden = self.decoder(ids, positions, attended, memories=read)
         return self.decoder.loss(hidden, labels)
 
     def logits(self, ids: Tensor, prompts: Sequence[Sequence[int]]) -> Tensor:

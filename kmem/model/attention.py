@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .mask import Documents
 from .matmul import HAS_AMX, Linear
 from .memory_kind import NO_MEMORIES, LayerMemories
 from .norm import RMSNorm
@@ -54,7 +55,7 @@ class GroupedQueryAttention(nn.Module):
         self,
         hidden_BTH: Tensor,
         rotation: Rotation,
-        mask: Tensor | None = None,
+        mask: Tensor | Documents | None = None,
         cache: KeyValueCache | None = None,
         memories: LayerMemories = NO_MEMORIES,
     ) -> Tensor:
@@ -107,7 +108,7 @@ class LatentAttention(nn.Module):
         self,
         hidden_BTH: Tensor,
         rotation: Rotation,
-        mask: Tensor | None = None,
+        mask: Tensor | Documents | None = None,
         cache: KeyValueCache | None = None,
         memories: LayerMemories = NO_MEMORIES,
     ) -> Tensor:
@@ -133,13 +134,16 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    mask: Tensor | Documents | None,
     cache: KeyValueCache | None,
     index: int,
     scale: float | None = None,
 ) -> Tensor:
     """Softmax attention of heads [B, T, heads, D]; returns [B, T, heads * value width]. `scale` is the factor of the
     scores; None: the inverse root of D."""
+    if isinstance(mask, Documents):
+        batches = zip(mask.pad(query), mask.pad(key), mask.pad(value), strict=True)
+        return mask.unpad([_attend(q, k, v, None, None, index, scale) for q, k, v in batches], len(query))
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if cache is not None:
         key, value = cache.update(key, value, index)
@@ -153,8 +157,9 @@ def _attend_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     """As `_attend`, for heads [B, heads, T, D]; the queries are the last T of S positions."""
     queries, past = query.shape[2], key.shape[2] - query.shape[2]
     # Torch's CPU kernels compute all scores of a few hundred tokens, masked ones included. Four blocks of queries skip
-    # most of the scores that causality masks: attention over 256 tokens takes a quarter less time.
-    in_blocks = mask is None and query.device.type == "cpu" and queries >= 256
+    # most of the scores that causality masks: attention over 256 tokens takes a quarter less time. From 768 tokens on
+    # the kernels skip them too.
+    in_blocks = mask is None and query.device.type == "cpu" and 256 <= queries < 768
     step = -(-queries // 4) if in_blocks else queries
     outs_BThD = []
     for start in range(0, queries, step):

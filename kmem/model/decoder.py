@@ -11,6 +11,7 @@ from .chain_of_experts import ChainOfExperts
 from .feed_forward import FeedForward
 from .hyper_connections import HyperConnection
 from .loss import linear_cross_entropy
+from .mask import Documents
 from .matmul import Linear, linear
 from .memory_kind import LayerMemories, MemoryModule
 from .memory_kinds import layer_kinds, replaces_feed_forward
@@ -64,16 +65,16 @@ class DecoderLayer(nn.Module):
         self,
         hidden: Tensor,
         position_ids: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | Documents | None = None,
         cache: KeyValueCache | None = None,
         rotary: Rotation | None = None,
         memories: Mapping[str, Any] = _NOTHING,
     ) -> Tensor:
         """hidden [B, T, H], [B, T, M, H] or a stream as in `open_stream`, position_ids int64 [B, T] -> the same shape.
 
-        `mask`: bool [B, 1, T, S], True where a query may attend; None means plain causal attention. `rotary`:
-        `rotation(shape, position_ids)`, if the caller computes it once for all layers. `memories`: name of each kind of
-        memory of this layer -> the input that it reads.
+        `mask`: bool [B, 1, T, S], True where a query may attend, or documents; None means plain causal attention.
+        `rotary`: `rotation(shape, position_ids)`, if the caller computes it once for all layers. `memories`: name of
+        each kind of memory of this layer -> the input that it reads.
         """
         rotated = rotation(self.shape, position_ids) if rotary is None else rotary
         read = LayerMemories(self.memories, memories)
@@ -170,7 +171,7 @@ class Decoder(Head):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | Documents | None = None,
         cache: KeyValueCache | None = None,
         memories: Mapping[str, Mapping[int, Any]] = _NOTHING,
     ) -> Tensor:

@@ -1,4 +1,7 @@
-"""Attention masks: bool [B, 1, T, S], True where a query may attend to a key. None means plain causal attention."""
+"""What attention sees: `Documents` of packed sequences, or masks, bool [B, 1, T, S], True where a query may attend to a
+key. None means plain causal attention."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -6,23 +9,97 @@ from torch import Tensor
 # Shape letters: B sequences, T tokens (queries), S tokens with keys, the cached ones included.
 
 
-def document_mask(document_ids: Tensor) -> Tensor | None:
-    """Causal attention within documents; `document_ids` [B, T] number the documents of each sequence.
+class Documents:
+    """Causal attention within the documents of packed sequences, without a mask: documents of similar length become one
+    batch, padded on the right, where causal attention needs no mask. Needs memory for the tokens, not for their pairs.
 
-    None if every sequence is one document: plain causal attention is then equal, and faster.
+    Args:
+        index: int64 [P] the token, of the B T tokens of all sequences, that each place of the padded batches holds;
+            padding repeats the last token of its document.
+        place: int64 [B T] the place of each token.
+        batches: (documents, tokens of the longest) of each batch; P is the sum of their products.
     """
-    return packed_mask(document_ids) if several_documents(document_ids) else None
+
+    def __init__(self, index: Tensor, place: Tensor, batches: Sequence[tuple[int, int]]) -> None:
+        self.index, self.place, self.batches = index, place, batches
+
+    @classmethod
+    def of(cls, document_ids: Tensor) -> "Documents | None":
+        """Of sequences whose documents `document_ids` [B, T] number, best on the host: the lengths are read there.
+
+        None if every sequence is one document: that is plain causal attention.
+        """
+        rows, length = document_ids.shape
+        begins = torch.ones(rows, length, dtype=torch.bool)
+        begins[:, 1:] = (document_ids[:, 1:] != document_ids[:, :-1]).cpu()
+        start = begins.flatten().nonzero().flatten()
+        if len(start) == rows:
+            return None
+        lengths, order = start.diff(append=start.new_tensor([rows * length])).sort(descending=True, stable=True)
+        start, sizes, indexes, held, batches = start[order], lengths.tolist(), [], [], []
+        first = 0
+        while first < len(sizes):
+            # Up to half of a batch may be padding, so that there are few: each has the fixed costs of its kernels.
+            longest = sizes[first]
+            last = first + sum(2 * size >= longest or longest <= _SHORT for size in sizes[first:])
+            within, ends = torch.arange(longest), lengths[first:last, None]
+            indexes.append((start[first:last, None] + within.minimum(ends - 1)).flatten())
+            held.append((within < ends).flatten())
+            batches.append((last - first, longest))
+            first = last
+        index, places = torch.cat(indexes), torch.cat(held).nonzero().flatten()
+        place = torch.empty_like(places)
+        place[index[places]] = places
+        return cls(index, place, batches).to(document_ids.device)
+
+    def to(self, device: torch.device) -> "Documents":
+        return Documents(self.index.to(device), self.place.to(device), self.batches)
+
+    def pad(self, heads_BTND: Tensor) -> list[Tensor]:
+        """[B, T, heads, D] -> [documents, tokens, heads, D] of each batch."""
+        padded = _Gather.apply(heads_BTND.flatten(0, 1), self.index, self.place)
+        parts = padded.split([documents * tokens for documents, tokens in self.batches])
+        return [part.unflatten(0, batch) for part, batch in zip(parts, self.batches, strict=True)]
+
+    def unpad(self, batches: Sequence[Tensor], rows: int) -> Tensor:
+        """[documents, tokens, ..] of each batch -> [B, T, ..] for B rows."""
+        padded = torch.cat([batch.flatten(0, 1) for batch in batches])
+        return _Scatter.apply(padded, self.index, self.place).unflatten(0, (rows, -1))
 
 
-def several_documents(document_ids: Tensor) -> bool:
-    """Whether any sequence of `document_ids` [B, T] holds more than one document."""
-    return bool((document_ids != document_ids[:, :1]).any())
+_SHORT = 32
+"""Documents of up to so many tokens are one batch."""
 
 
-def packed_mask(document_ids: Tensor) -> Tensor:
-    """Causal attention within documents of `document_ids` [B, T]; always returns a mask."""
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-    return same.tril()
+class _Gather(torch.autograd.Function):
+    """Rows [N, ..] -> [P, ..] at their places. Padding has no gradient: no output comes from it."""
+
+    @staticmethod
+    def forward(context, rows: Tensor, index: Tensor, place: Tensor) -> Tensor:
+        context.save_for_backward(place)
+        return rows[index]
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (place,) = context.saved_tensors
+        return gradient[place], None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """Rows [P, ..] -> [N, ..], without the padding, whose gradient is 0."""
+
+    @staticmethod
+    def forward(context, rows: Tensor, index: Tensor, place: Tensor) -> Tensor:
+        context.save_for_backward(place)
+        context.size = len(index)
+        return rows[place]
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (place,) = context.saved_tensors
+        padded = gradient.new_zeros(context.size, *gradient.shape[1:])
+        padded[place] = gradient
+        return padded, None, None
 
 
 def padding_mask(attention_mask: Tensor, queries: int) -> Tensor | None:

@@ -22,7 +22,7 @@ from .decoder import Decoder, Embedding
 from .export_tables import RowTable
 from .exported_memory import ExportedMemory, ForwardTokens, exported_memory, modules_of
 from .init import initialise_
-from .mask import packed_mask, padded_positions, padding_mask
+from .mask import Documents, padded_positions, padding_mask
 from .memory_kinds import kinds_of
 from .pretrained_folder import PretrainedFolder
 from .rope import rotation
@@ -199,7 +199,7 @@ class KmemModel(BankContexts, PreTrainedModel):
             position_ids = _positions(hidden, cached, attention_mask)
 
         rotary = rotation(self.shape, position_ids)
-        mask = _mask(attention_mask, queries, cached) if document_ids is None else packed_mask(document_ids)
+        mask = _mask(attention_mask, queries, cached) if document_ids is None else Documents.of(document_ids)
         if token_mask is None and attention_mask is not None and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -queries:]
         read = self._read(hidden, input_ids, token_mask, document_ids, addresses, past_key_values)

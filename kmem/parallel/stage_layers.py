@@ -50,7 +50,7 @@ class TransformerLayer(StageLayer):
         micro = self.context.micro_batch()
         memories = self.context.read(self.index)
         return self.module(
-            hidden, micro.sequences.position_ids, self.context.mask(), rotary=micro.rotary, memories=memories
+            hidden, micro.sequences.position_ids, micro.documents, rotary=micro.rotary, memories=memories
         )
 
 

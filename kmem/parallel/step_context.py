@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kmem.data.batch import SequenceBatch
-from kmem.model.mask import packed_mask, several_documents
+from kmem.model.mask import Documents
 from kmem.model.memory_kind import OFF
 from kmem.model.rope import Rotation, rotation
 from kmem.model.shape import Shape
@@ -26,8 +26,8 @@ class MicroBatch:
     """One micro-batch on the device of this rank. B sequences of T tokens."""
 
     sequences: SequenceBatch
-    packed: bool
-    """Whether attention needs a mask of document boundaries."""
+    documents: Documents | None
+    """What attention sees; None: each sequence is one document."""
     rotary: Rotation
     """The rotary table of these positions, shared by all layers."""
     beside: dict[str, Any] = field(default_factory=dict)
@@ -37,12 +37,13 @@ class MicroBatch:
     def on_device(
         cls, sequences: SequenceBatch, shape: Shape, device: torch.device, beside: Mapping[str, Any]
     ) -> "MicroBatch":
-        packed = several_documents(sequences.document_ids)  # on the host, where it waits for no kernel
+        documents = Documents.of(sequences.document_ids)  # on the host, where it waits for no kernel
         # Addresses stay on the host: `beside` holds what follows from them.
         present = {name: value for name, value in vars(sequences).items() if value is not None and name != "addresses"}
         moved = SequenceBatch(**{name: value.to(device) for name, value in present.items()})
         there = {kind: value.to(device) for kind, value in beside.items()}
-        return cls(moved, packed, rotation(shape, moved.position_ids), there)
+        on_device = None if documents is None else documents.to(device)
+        return cls(moved, on_device, rotation(shape, moved.position_ids), there)
 
 
 @dataclass
@@ -66,7 +67,6 @@ class StepContext:
     """Memories of this stage."""
     controls: Mapping[str, str] = field(default_factory=dict)
     """Kind of memory -> control that replaces what training reads."""
-    _mask: tuple[int, Tensor] | None = None
 
     @property
     def running(self) -> int:
@@ -76,16 +76,6 @@ class StepContext:
 
     def micro_batch(self) -> MicroBatch:
         return self.micro_batches[self.running]
-
-    def mask(self) -> Tensor | None:
-        """Attention mask of the running micro-batch, [B, 1, T, T] bool, True where attention is allowed; None if
-        plain causal attention suffices. Only one mask exists at a time: it is T times as large as the micro-batch."""
-        micro = self.micro_batch()
-        if not micro.packed:
-            return None
-        if self._mask is None or self._mask[0] != self.running:
-            self._mask = self.running, packed_mask(micro.sequences.document_ids)
-        return self._mask[1]
 
     def padding(self) -> Tensor | None:
         """[B, T] bool, True where the running micro-batch is padded; None if it has no padding."""
@@ -110,7 +100,7 @@ class StepContext:
 
     def load(self, micro_batches: list[MicroBatch], looked_up: LookedUp) -> None:
         """Set the micro-batches of the running step and their look-ups."""
-        self.micro_batches, self._mask = micro_batches, None
+        self.micro_batches = micro_batches
         self.working_sets, self.controls = looked_up.working_sets, looked_up.controls
 
     def unload(self) -> None:

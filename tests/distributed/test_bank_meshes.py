@@ -11,12 +11,12 @@ from kmem.data.batch import SequenceBatch
 from kmem.model.bank_layout import GENERIC, MISSING, BankLayout, layer_bank_name
 from kmem.model.decoder import Decoder
 from kmem.model.init import initialise_
-from kmem.model.mask import document_mask
 from kmem.parallel.bank_step import rows_of
 from kmem.parallel.bank_usage import BankUsage
 from tests.distributed.bank_case import addressed, bank_config
 from tests.distributed.training_case import synthetic_sequences, train_case
 from tests.model.bank_parameters import BankParameters
+from tests.model.dense_mask import document_mask
 
 STEPS = 6
 MESHES = {

@@ -8,10 +8,10 @@ from kmem.config import parse_config
 from kmem.model.decoder import Decoder
 from kmem.model.engram_reader import table_name, table_rows
 from kmem.model.init import initialise_
-from kmem.model.mask import document_mask
 from kmem.tables import counter_random
 from tests.distributed.training_case import small_config, synthetic_addresses, train_case, train_plainly
 from tests.hf.models import read_engram
+from tests.model.dense_mask import document_mask
 
 STEPS = 6
 EXPERTS = {"num_experts": 4, "top_k": 2, "intermediate_size": 32, "first_dense_layers": 1}

@@ -7,9 +7,9 @@ from kmem.config import parse_config
 from kmem.model.balance import updated_selection_bias
 from kmem.model.decoder import Decoder
 from kmem.model.init import initialise_
-from kmem.model.mask import document_mask
 from kmem.model.moe import ExpertLayer
 from tests.distributed.training_case import small_config, synthetic_sequences, train_case
+from tests.model.dense_mask import document_mask
 
 STEPS = 6
 

@@ -23,11 +23,11 @@ from kmem.model.bank_fetched import without_blocks
 from kmem.model.bank_router import descend_elsewhere
 from kmem.model.bank_tree import ClusterTree, path_of
 from kmem.model.decoder import Decoder
-from kmem.model.mask import document_mask
 from tests.clustering.cluster_case import give_addresses
 from tests.hf.banks import BANKS, bank, make_tree, random_bank, router, tree, write_bank_run
 from tests.hf.models import TEXT, model, tokenizer, write_run
 from tests.model.bank_parameters import FetchedBlocks
+from tests.model.dense_mask import document_mask
 from tests.small_corpora import with_addresses, write_jsonl
 from tests.train.test_trainer import metrics
 from tests.train.trainer_case import trainer_case

@@ -29,7 +29,6 @@ from kmem.hf.export import export
 from kmem.hf.importing import import_folder
 from kmem.model.decoder import Decoder
 from kmem.model.init import initialise_
-from kmem.model.mask import document_mask
 from kmem.model.memory_kind import OFF
 from kmem.model.memory_kinds import KINDS
 from kmem.model.shape import Shape
@@ -46,6 +45,7 @@ from tests.distributed.training_case import (
 )
 from tests.hf.loaded import TOLERANCE, check_assisted_decoding, generate_both_ways, opened
 from tests.hf.models import VOCABULARY, model, random_weights, write_run
+from tests.model.dense_mask import document_mask
 
 EXPERTS = {"num_experts": 4, "top_k": 2, "intermediate_size": 32, "first_dense_layers": 1}
 SAVE, LAST = 2, 4

@@ -20,7 +20,6 @@ from kmem.data.reader import open_data
 from kmem.eval.checkpoint import held_out_figures
 from kmem.model.decoder import Decoder
 from kmem.model.init import TRUNCATION, initialise_
-from kmem.model.mask import document_mask
 from kmem.model.memory_kind import OFF
 from kmem.model.memory_kinds import KINDS
 from kmem.model.parameter_counts import count_parameters
@@ -51,6 +50,7 @@ from tests.memories.case import (
     wrong,
 )
 from tests.model import tiny
+from tests.model.dense_mask import document_mask
 from tests.train.test_trainer import metrics
 from tests.train.trainer_case import trainer_case
 

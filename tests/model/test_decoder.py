@@ -1,15 +1,21 @@
 """Attention masks, cache, recomputation and dtypes of whole models."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from kmem.model.attention import build_attention
-from kmem.model.mask import document_mask, padded_positions, padding_mask
+from kmem.model.attention import _attend, build_attention
+from kmem.model.mask import Documents, padded_positions, padding_mask
 from kmem.model.rope import rotation
 from tests.model import tiny
+from tests.model.dense_mask import document_mask
 
+ROOT = Path(__file__).resolve().parents[2]
 MODELS = {
     "gqa": tiny.config({**tiny.GQA, "qk_norm": True}, tiny.SOFTMAX),
     "gqa, biased, half rotated": tiny.config({**tiny.GQA, "qkv_bias": True, "rotary_fraction": 0.5}),
@@ -76,15 +82,82 @@ def test_cached_decoding_with_left_padding_equals_rows_alone(model):
         close(hidden[row : row + 1, width:], model(alone, torch.arange(alone.shape[1])[None]))
 
 
-def test_document_mask_equals_separate_documents(model):
+def documents_of(lengths):
+    """Numbers and positions [B, T] of documents of these lengths in each row."""
+    ids = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
+    return ids, torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+
+
+def test_packed_documents_equal_separate_ones(model):
     ids, _ = tiny.tokens()
     lengths = [[5, 1, 18], [24]]
-    document_ids = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
-    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
-    hidden = model(ids, positions, document_mask(document_ids))
+    document_ids, positions = documents_of(lengths)
+    hidden = model(ids, positions, Documents.of(document_ids))
     for row, parts in enumerate(lengths):
         for document, found in zip(ids[row].split(parts), hidden[row].split(parts), strict=True):
             close(found[None], model(document[None], torch.arange(len(document))[None]))
+
+
+@pytest.mark.parametrize("lengths", [[[1] * 300], [[300], [1, 299]], [[7, 256, 37], [33, 1, 1, 65, 200]]], ids=str)
+def test_packed_documents_equal_their_mask_in_values_and_gradients(model, lengths):
+    ids, _ = tiny.tokens(length=300, rows=len(lengths))
+    document_ids, positions = documents_of(lengths)
+    found = []
+    for mask in (Documents.of(document_ids), document_mask(document_ids)):
+        hidden = model(ids, positions, mask)
+        loss = model.loss(hidden, ids) / ids.numel()
+        found.append([hidden, *torch.autograd.grad(loss, list(model.parameters()))])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)  # after several layers
+
+
+@pytest.mark.parametrize("length", [300, 900])
+def test_attention_within_documents_and_its_gradients_are_those_of_the_mask(length):
+    """To 1e-6."""
+    query, key, value = (
+        tiny.random(2, length, heads, 16, seed=seed).requires_grad_() for seed, heads in enumerate((4, 2, 2))
+    )
+    document_ids = (torch.rand(2, length, generator=torch.Generator().manual_seed(0)) < 0.01).cumsum(1)
+    found = []
+    for mask in (Documents.of(document_ids), document_mask(document_ids)):
+        out = _attend(query, key, value, mask, None, 0)
+        found.append([out, *torch.autograd.grad((out * out.detach().cos()).mean(), (query, key, value))])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
+PACKED = """
+import resource, torch
+from kmem.model.decoder import Decoder
+from kmem.model.mask import Documents
+from tests.model import tiny
+torch.set_num_threads(1)
+model = Decoder(tiny.config({"num_heads": 2, "num_kv_heads": 1, "head_dim": 16}).shape)
+def step(length):
+    ids, _ = tiny.tokens(rows=1, length=length)
+    documents = torch.arange(length)[None] // 1024
+    hidden = model(ids, torch.arange(length)[None] % 1024, Documents.of(documents))
+    model.loss(hidden, ids).backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+print(step(8192), step(32768))
+"""
+
+
+def test_a_packed_sequence_of_32k_needs_memory_for_its_tokens():
+    """A mask would be 1 GiB, or 4 GiB as numbers that are added to scores; a layer of the model below keeps 2 KiB a
+    token."""
+    answer = subprocess.run([sys.executable, "-c", PACKED], cwd=ROOT, capture_output=True, text=True, check=True)
+    small, large = map(int, answer.stdout.split())
+    assert large - small < 400 << 20
+
+
+def test_half_of_a_batch_of_documents_is_padding_at_most():
+    generator = torch.Generator().manual_seed(0)
+    document_ids = (torch.rand(4, 5000, generator=generator) < 0.01).cumsum(1)
+    documents = Documents.of(document_ids)
+    assert sum(number * longest for number, longest in documents.batches) < 2 * 4 * 5000
+    assert len(documents.batches) < 8
+    assert torch.equal(documents.index[documents.place], torch.arange(4 * 5000))
 
 
 @pytest.mark.parametrize("length, cached", [(256, 0), (301, 0), (257, 40)])
@@ -100,8 +173,8 @@ def test_long_causal_attention_equals_its_mask(model, length, cached):
 
 
 def test_masks_that_are_plain_causal_attention_are_none():
-    assert document_mask(torch.zeros(2, 5, dtype=torch.long)) is None
-    assert document_mask(torch.tensor([[0, 0, 0], [0, 0, 1]])) is not None
+    assert Documents.of(torch.zeros(2, 5, dtype=torch.long)) is None
+    assert Documents.of(torch.tensor([[0, 0, 0], [0, 0, 1]])) is not None
     assert padding_mask(torch.ones(2, 5), 5) is None
 
 
@@ -142,7 +215,7 @@ def test_every_parameter_has_a_gradient(model):
 def test_cuda_gradients_equal_those_of_the_cpu(model):
     ids, positions = tiny.tokens()
     document_ids = (positions >= 9).long()
-    for mask in (None, document_mask(document_ids)):
+    for mask in (None, Documents.of(document_ids)):
         losses, gradients = [], []
         for device in ("cpu", "cuda"):
             model.to(device)

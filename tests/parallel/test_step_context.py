@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kmem.config import parse_config
+from kmem.model.mask import Documents
 from kmem.model.memory_kind import OFF
 from kmem.parallel.memory_kind import StageMemory
 from kmem.parallel.stage_tables import LookedUp
@@ -63,31 +64,12 @@ def test_a_layer_outside_the_schedule_is_a_bug():
         context.micro_batch()
 
 
-def test_one_mask_exists_at_a_time_and_is_that_of_the_running_micro_batch():
-    context = StepContext()
-    context.load(micro_batches(0, 3), LookedUp())
-    masks = []
-    for current in (0, 1, 0):
-        context.current = current
-        mask = context.mask()
-        documents = context.micro_batch().sequences.document_ids[0]
-        causal = torch.ones(len(documents), len(documents)).tril().bool()
-        assert torch.equal(mask[0, 0], causal & (documents[:, None] == documents))
-        assert context.mask() is mask
-        masks.append(mask)
-    assert not torch.equal(masks[0], masks[1])
-    context.current = 1
-    context.mask()
-    context.load(micro_batches(3, 0), LookedUp())  # another step, the same number
-    assert torch.equal(context.mask(), masks[0])
-
-
-def test_a_micro_batch_of_whole_documents_needs_no_mask():
-    sequences = synthetic_sequences([1])
-    sequences.document_ids.zero_()
-    context = StepContext(current=0)
-    context.load([MicroBatch.on_device(sequences, SHAPE, torch.device("cpu"), {})], LookedUp())
-    assert context.mask() is None
+def test_attention_of_a_micro_batch_sees_its_documents():
+    (first, second), whole = micro_batches(0, 3), synthetic_sequences([1])
+    assert torch.equal(first.documents.index, Documents.of(first.sequences.document_ids).index)
+    assert not torch.equal(first.documents.index, second.documents.index)
+    whole.document_ids.zero_()
+    assert MicroBatch.on_device(whole, SHAPE, torch.device("cpu"), {}).documents is None
 
 
 def test_addresses_stay_on_the_host_and_what_they_mean_is_moved():
