@@ -24,6 +24,7 @@ _BENCH: Table = {
         "kmem.bench.experts_command",
         "a layer of experts, its features and backends, against the layer of Transformers",
     ),
+    "attention": ("kmem.bench.attention_command", "attention within packed documents against its dense mask"),
     "rows": ("kmem.bench.rows_command", "row gathers and row optimizers on the host against torch's"),
     "compare": ("kmem.bench.compare_command", "models of equal budgets on the same text, over several seeds"),
     "fetch": ("kmem.bench.fetch_command", "fetching the blocks of contexts from a bank, in host memory and on disk"),

@@ -70,7 +70,7 @@ class GroupedQueryAttention(nn.Module):
         if not self.norm_all_heads:
             query, key = self.q_norm(query), self.k_norm(key)
         rotated, key = rotate(query, rotation), rotate(key, rotation)
-        out = memories.attend(query, _attend(rotated, key, value, mask, cache, self.index))
+        out = memories.attend(query, attend(rotated, key, value, mask, cache, self.index))
         return memories.project("o_proj", out, self.o_proj(out))
 
 
@@ -126,24 +126,29 @@ class LatentAttention(nn.Module):
         key_rope = rotate(key_rope.unsqueeze(2), rotation).expand(-1, -1, key_nope.shape[2], -1)
         rotated = torch.cat((query_nope, rotate(query_rope, rotation)), dim=-1)
         key = torch.cat((key_nope, key_rope), dim=-1)
-        out = memories.attend(query, _attend(rotated, key, value, mask, cache, self.index, self.scale))
+        out = memories.attend(query, attend(rotated, key, value, mask, cache, self.index, self.scale))
         return self.o_proj(out)
 
 
-def _attend(
+def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | Documents | None,
-    cache: KeyValueCache | None,
-    index: int,
+    mask: Tensor | Documents | None = None,
+    cache: KeyValueCache | None = None,
+    index: int = 0,
     scale: float | None = None,
 ) -> Tensor:
-    """Softmax attention of heads [B, T, heads, D]; returns [B, T, heads * value width]. `scale` is the factor of the
-    scores; None: the inverse root of D."""
+    """Softmax attention of heads [B, T, heads, D]; returns [B, T, heads * value width].
+
+    Args:
+        mask: as in `DecoderLayer`.
+        cache: gets the keys and values of layer `index`, and returns those of all its tokens.
+        scale: factor of the scores; None: the inverse root of D.
+    """
     if isinstance(mask, Documents):
         batches = zip(mask.pad(query), mask.pad(key), mask.pad(value), strict=True)
-        return mask.unpad([_attend(q, k, v, None, None, index, scale) for q, k, v in batches], len(query))
+        return mask.unpad([attend(q, k, v, scale=scale) for q, k, v in batches], len(query))
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if cache is not None:
         key, value = cache.update(key, value, index)
@@ -154,7 +159,7 @@ def _attend(
 
 
 def _attend_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """As `_attend`, for heads [B, heads, T, D]; the queries are the last T of S positions."""
+    """As `attend`, for heads [B, heads, T, D]; the queries are the last T of S positions."""
     queries, past = query.shape[2], key.shape[2] - query.shape[2]
     # Torch's CPU kernels compute all scores of a few hundred tokens, masked ones included. Four blocks of queries skip
     # most of the scores that causality masks: attention over 256 tokens takes a quarter less time. From 768 tokens on

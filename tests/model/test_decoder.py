@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from kmem.model.attention import _attend, build_attention
+from kmem.model.attention import attend, build_attention
 from kmem.model.mask import Documents, padded_positions, padding_mask
 from kmem.model.rope import rotation
 from tests.model import tiny
@@ -120,7 +120,7 @@ def test_attention_within_documents_and_its_gradients_are_those_of_the_mask(leng
     document_ids = (torch.rand(2, length, generator=torch.Generator().manual_seed(0)) < 0.01).cumsum(1)
     found = []
     for mask in (Documents.of(document_ids), document_mask(document_ids)):
-        out = _attend(query, key, value, mask, None, 0)
+        out = attend(query, key, value, mask)
         found.append([out, *torch.autograd.grad((out * out.detach().cos()).mean(), (query, key, value))])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
