@@ -10,20 +10,23 @@ from kmem.config import ConfigError, parse_config
 from kmem.train.tracking import WandbTracking
 from tests.run_config import small_config
 
-WHOLE = 1
+BLOCK, FIRST, LAST = 1 << 15, (1, 2), (1, 4)
 FIELDS = {"wandb": "offline", "project": "memories", "entity": "team", "group": "seeds", "tags": ["a", "b"]}
 
 
 def records(folder):
-    """The first records of a `.wandb` file, which is a log of LevelDB: (checksum, length, kind) and the record."""
+    """The records of a `.wandb` file, a log of LevelDB: blocks of parts, each with checksum, length and kind."""
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    raw, at = path.read_bytes(), 7
+    raw, at, record = path.read_bytes(), 7, b""
     while at + 7 <= len(raw):
+        if BLOCK - at % BLOCK < 7:  # no part begins so late in a block
+            at += BLOCK - at % BLOCK
+            continue
         _, length, kind = struct.unpack_from("<IHB", raw, at)
-        if kind != WHOLE:
-            return
-        yield Record.FromString(raw[at + 7 : at + 7 + length])
+        record = (b"" if kind in FIRST else record) + raw[at + 7 : at + 7 + length]
         at += 7 + length
+        if kind in LAST:
+            yield Record.FromString(record)
 
 
 def test_a_run_has_its_identity_and_says_how_to_send_it(tmp_path, monkeypatch, capfd):
@@ -33,7 +36,9 @@ def test_a_run_has_its_identity_and_says_how_to_send_it(tmp_path, monkeypatch, c
     tracking.on_start(SimpleNamespace(config=config, tracking={}, folder=SimpleNamespace(path=tmp_path)))
     tracking.on_end("finished")
     tracking.close()
-    run = next(record.run for record in records(tmp_path) if record.HasField("run"))
+    found = [record for record in records(tmp_path) if record.HasField("run")]
+    assert found, [record.WhichOneof("record_type") for record in records(tmp_path)]
+    run = found[0].run
     assert (run.project, run.entity, run.run_group, list(run.tags), run.notes) == (
         "memories", "team", "seeds", ["a", "b"], "why",
     )  # fmt: skip
