@@ -78,6 +78,8 @@ class InPlace:
 
     def __init__(self, store: Store, copy: DeviceCopy) -> None:
         self._store, self._copy = store, copy
+        if store.on_host and copy.device.type == "cuda":
+            store.pin("rows")  # moments are only read by the host
 
     def empty(self, count: int) -> Tensor:
         """An uninitialised tensor fp32 [count, D] on the device."""

@@ -8,13 +8,12 @@ rows are then spread over three times as many pages.)
 """
 
 import contextlib
-import ctypes
 import mmap
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
@@ -35,6 +34,8 @@ CHUNK_BYTES = 1 << 24
 _PAGE = 4096
 """Arrays start at a page boundary, so that direct reads and wide vectors stay possible."""
 _HUGE_PAGE = 1 << 21
+_TOUCHING_THREADS = 8
+"""Threads that write the first zeros of a host store: one thread writes some 2 GB/s, a machine many times that."""
 
 
 class StoreError(UserError):
@@ -98,7 +99,7 @@ class Store:
     """The arrays of one rank, each [rows, width]. They are views of one allocation, strided in a mapped store.
 
     Args:
-        kind: "device" (memory of `device`), "host" (pinned if CUDA is present) or "mmap" (a file).
+        kind: "device" (memory of `device`), "host" or "mmap" (a file).
         rows: number of rows of this rank.
         arrays: name -> layout.
         device: device of the kind "device".
@@ -195,6 +196,15 @@ class Store:
         """Row ranges [start, stop) of at most CHUNK_BYTES."""
         yield from chunk_ranges(self.rows, self.arrays[array].shape[1] * self.arrays[array].element_size())
 
+    def pin(self, array: str) -> None:
+        """Let the GPU read an array in host memory, until `close`."""
+        values = self.arrays[array]
+        size = _up(values.numel() * values.element_size(), _PAGE)  # arrays have pages of their own
+        if size:
+            # Registered in place: torch's allocator of pinned memory rounds sizes up to powers of two.
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(values.data_ptr(), size, 0))
+            self._registered = values
+
     def close(self) -> None:
         """Free the arrays. A mapped file is freed with them: only checkpoints are permanent."""
         self.arrays, self._records = {}, None
@@ -223,13 +233,7 @@ class Store:
                     f"table {self.name}: this rank's rows and their optimizer state need {gib(size)} of host memory, "
                     f"but {gib(int(available))} are available; use more ranks, fewer rows or the mmap store"
                 )
-            buffer = torch.zeros(size, dtype=torch.uint8)
-            _ask_for_huge_pages(buffer)
-            if torch.cuda.is_available():
-                # Registered in place: torch's allocator of pinned memory rounds sizes up to powers of two.
-                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
-                self._registered = buffer
-            return buffer
+            return _zeros_in_huge_pages(size)
         except (RuntimeError, MemoryError) as error:
             raise StoreError(
                 f"table {self.name}: {gib(size)} of {self.kind} memory for this rank's rows and their optimizer state "
@@ -286,13 +290,20 @@ def available_host_memory() -> float:
     return available
 
 
-def _ask_for_huge_pages(buffer: Tensor) -> None:
-    """Request huge pages for a buffer that has not been written yet. Access to rows is random, so with pages of 4 KiB
-    every row would also miss in the TLB. Systems without huge pages ignore the request."""
-    start = _up(buffer.data_ptr(), _HUGE_PAGE)
-    length = (buffer.data_ptr() + buffer.numel() - start) // _HUGE_PAGE * _HUGE_PAGE
-    if length > 0 and sys.platform == "linux":
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+def _zeros_in_huge_pages(size: int) -> Tensor:
+    """uint8 [size] of zeros, whose memory is taken at once. Access to rows is random, so with pages of 4 KiB every row
+    would also miss in the TLB: huge pages are asked for before anything is written, since later would be too late.
+    Systems without them ignore the request. Threads of this process touch the pages first, so the memory is near the
+    processors that the process may run on."""
+    mapping = mmap.mmap(-1, _up(size, _HUGE_PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    buffer = torch.frombuffer(mapping, dtype=torch.uint8)
+    parts = buffer.split(max(_HUGE_PAGE, _up(-(-len(buffer) // _TOUCHING_THREADS), _HUGE_PAGE)))
+    with ThreadPoolExecutor(len(parts)) as pool:
+        list(pool.map(lambda part: part.numpy().fill(0), parts))  # numpy lets other threads run meanwhile
+    return buffer[:size]
 
 
 def _no_space(path: Path, size: int, free: int, name: str) -> str:

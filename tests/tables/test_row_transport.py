@@ -1,6 +1,7 @@
 """Rows gathered in place, here by the kernels' torch backend, on a stream that lags as far as a stream may."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,8 +116,11 @@ def test_an_update_on_the_host_waits_for_gathers(copy, exact, worker, in_place):
         assert torch.equal(second.result().rows, before) == exact
 
 
-def test_the_rule_of_serving(tmp_path):
-    """In place on CUDA, where a rank is alone and the store can be read by a device; otherwise through the host."""
+def test_the_rule_of_serving(tmp_path, monkeypatch):
+    """In place on CUDA, where a rank is alone and the store can be read by a device; otherwise through the host. Only
+    what a device reads in host memory is pinned."""
+    pinned = []
+    monkeypatch.setattr(Store, "pin", lambda store, array: pinned.append((store.kind, array)))
 
     def chosen(kind, device, ranks):
         exchange = Exchange()
@@ -124,12 +128,14 @@ def test_the_rule_of_serving(tmp_path):
         copy = DeviceCopy(torch.device("cpu"))
         copy.device = torch.device(device)
         store = Store(kind, 4, {"rows": ArrayLayout(2, torch.float32)}, path=tmp_path / "rows")
+        store.arrays["rows"] = SimpleNamespace(device=torch.device("cuda" if kind == "device" else "cpu"))
         return type(make_row_transport(store, exchange, None, copy))
 
     assert chosen("host", "cuda", 1) is chosen("device", "cuda", 1) is InPlace
     assert chosen("mmap", "cuda", 1) is ThroughHost
     for kind in ("host", "device"):
         assert chosen(kind, "cuda", 2) is chosen(kind, "cpu", 1) is ThroughHost
+    assert pinned == [("host", "rows")]
 
 
 class Memory:

@@ -1,7 +1,9 @@
 import errno
 import os
+import re
 import resource
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -237,3 +239,20 @@ def test_more_host_memory_than_there_is_is_refused():
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(StoreError, match=r"/none/t .*No such file"):
         Store("mmap", 4, LAYOUT, path=tmp_path / "none" / "t")
+
+
+def test_rows_in_host_memory_have_huge_pages():
+    allowed = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not allowed.exists() or "[never]" in allowed.read_text():
+        pytest.skip("this system has no huge pages")
+    store = Store("host", 1 << 16, {"rows": ArrayLayout(256, torch.float32), "moments": ArrayLayout(2, torch.float32)})
+    assert not store["rows"].any()
+    assert store["rows"].data_ptr() % 4096 == 0
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if ends := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(ends[1], 16) <= store["rows"].data_ptr() < int(ends[2], 16)
+        elif inside and line.startswith("AnonHugePages"):
+            found += int(line.split()[1]) << 10
+    assert found > store.bytes / 2
+    store.close()
