@@ -1,6 +1,7 @@
 """Copies between the worker's host arrays and the compute device, on the worker's own stream, through pinned
 host memory, which a device can copy from and to by DMA."""
 
+import mmap
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -136,11 +137,11 @@ class DeviceCopy:
 
 
 class PinnedBuffer:
-    """Pinned host memory of exactly this size. (torch's own allocator rounds sizes up to powers of two and does not
-    give freed memory back.)"""
+    """Pinned host memory of exactly this size, in pages of its own: a page can be pinned once. (torch's own allocator
+    rounds sizes up to powers of two and does not give freed memory back.)"""
 
     def __init__(self, size: int) -> None:
-        self.bytes = torch.empty(size, dtype=torch.uint8)
+        self.bytes = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
         """uint8 [size]."""
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 0))
 

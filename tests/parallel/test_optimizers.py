@@ -9,6 +9,7 @@ from torch import nn
 from kmem.config import OptimizerConfig
 from kmem.parallel.mesh import Mesh
 from kmem.parallel.optimizers import BACKBONE_OPTIMIZERS, make_backbone_optimizer
+from tests.distributed.training_case import build, small_config
 
 MESH = Mesh(0, 1, 4, 2)
 SHAPES = {
@@ -97,3 +98,28 @@ def test_the_settings_reach_the_optimizer():
     optimizer = make_backbone_optimizer(parameters(), settings, MESH)
     for group in optimizer.param_groups:
         assert (group["lr"], tuple(group["betas"]), group["eps"]) == (0.5, (0.25, 0.75), 0.125)
+
+
+def misaligned(tree):
+    """Parameters of whole 16 bytes that do not begin at a multiple of 16 bytes."""
+    pipeline = build(tree)
+    found = [
+        name
+        for name, parameter in pipeline.named_parameters()
+        if parameter.numel() * parameter.element_size() % 16 == 0 and parameter.data_ptr() % 16
+    ]
+    count = sum(1 for _ in pipeline.named_parameters())
+    pipeline.close()
+    return count, found
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_weights_of_products_begin_where_16_bytes_can_be_loaded(ranks, precision):
+    """The scales of hyper-connections are of three values."""
+    tree = small_config(
+        model__hyper_connections={"branches": 3},
+        train__precision=precision,
+        train__optimizer={"lr": 0.01, "decay_embeddings": False},
+    )
+    ((count, found),) = ranks.run(1, misaligned, tree)
+    assert (count > 50, found) == (True, [])
