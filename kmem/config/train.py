@@ -75,6 +75,9 @@ class TrainConfig(Section):
     """Learning-rate schedule."""
     init_seed: NonNegativeInt = 0
     """Seed of the initial weights; each tensor is drawn from (seed, its name), so it does not depend on the mesh."""
+    deterministic: bool = False
+    """Ask PyTorch for deterministic kernels alone, so that two runs on GPUs are equal bit for bit; it costs time. Runs
+    on CPUs are equal without it."""
 
     def check(self) -> None:
         if self.global_batch_size % self.micro_batch_size:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import kmem
 from kmem.config import Config, ConfigError
 from kmem.parallel.launch_environment import environment_number, environment_rank
-from kmem.parallel.mesh import Mesh, local_device
+from kmem.parallel.mesh import Mesh, choose_kernels, local_device
 from kmem.wording import counted
 
 LISTED = 5
@@ -49,6 +49,7 @@ def join_mesh(config: Config) -> Mesh:
 
     versions = {"kmem": kmem.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
     check_agreement({f"version of {name}": version for name, version in versions.items()} | fields_of(config))
+    choose_kernels(config.train.deterministic)
     mesh = Mesh(rank, config.parallel.pipeline, config.data_parallel_size(world), config.parallel.expert)
     # On a CPU DeepSpeed would compile C++ now, for an all-reduce that only its inference engine uses.
     ops.__compatible_ops__["deepspeed_shm_comm"] = False

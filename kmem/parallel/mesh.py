@@ -119,6 +119,16 @@ def expert_group(mesh: Mesh) -> dist.ProcessGroup:
     return groups._get_expert_parallel_group(mesh.expert_group_name)
 
 
+def choose_kernels(deterministic: bool) -> None:
+    """Let torch choose among all kernels or deterministic ones, before the first runs on a GPU. Operations that have no
+    deterministic kernel raise then. kmem's own kernels are deterministic."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once
+        torch.backends.cuda.enable_cudnn_sdp(False)  # of attention's backward passes, torch lists this one as different
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # kmem reads no memory that it has not written
+    torch.use_deterministic_algorithms(deterministic)
+
+
 def local_device() -> torch.device:
     """The accelerator of this rank; DS_ACCELERATOR=cpu keeps a run off the GPUs."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":

@@ -198,3 +198,15 @@ def plain_training(tree):
     named = {table_name(layer): table for layer, table in tables.items()}
     losses, norms, _ = train_plainly(config, model, named, config.engram.optimizer, STEPS, loss_of)
     return losses, norms, {name: table.detach() for name, table in named.items()}
+
+
+def kernels_case(tree):
+    losses = train_case(tree, STEPS)["losses"]
+    return losses, torch.are_deterministic_algorithms_enabled()
+
+
+def test_every_operation_of_a_run_has_a_deterministic_kernel(ranks):
+    """On a CPU they are the same ones."""
+    found = {on: ranks.run(1, kernels_case, engram_config(train__deterministic=on))[0] for on in (True, False)}
+    assert [chosen for _, chosen in found.values()] == [True, False]
+    assert found[True][0] == found[False][0]
