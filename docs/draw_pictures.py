@@ -1,10 +1,9 @@
 """Draws the pictures of README.md: `python docs/draw_pictures.py`.
 
-`--screen RECORDING` draws docs/pictures/run.svg from what `script -c COMMAND RECORDING` has recorded of a terminal.
+`--screen RECORDING` draws docs/pictures/run.png from what `script -c COMMAND RECORDING` has recorded of a terminal.
 """
 
 import argparse
-import re
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -136,23 +135,43 @@ def tree() -> None:
     picture.save("tree.png")
 
 
-def screen(recording: Path) -> None:
-    """A terminal as it was at the end of a recording: progress bars have overwritten themselves."""
-    from rich.console import Console
-    from rich.text import Text
+COLOURS = {
+    "default": "#d7dde2",
+    "green": "#7fc98b",
+    "red": "#e08a8a",
+    "blue": "#84b6e3",
+    "cyan": "#7fd0d3",
+    "brown": "#dfc27f",
+    "magenta": "#d79bd1",
+    "black": "#6b7780",
+}
 
-    raw = recording.read_text(encoding="utf-8", errors="replace")
-    raw = re.sub(r"^Script started.*\n|\n*Script done.*", "", raw)
-    lines: list[str] = []
-    for line in raw.replace("\r\n", "\n").split("\n"):
-        for move in re.findall(r"\x1b\[(\d+)A", line):
-            del lines[-int(move) :]
-        last = line.split("\r")[-1]
-        lines.append(re.sub(r"\x1b\[(?:\?25[lh]|\d*[AK]|2K)", "", last))
-    console = Console(record=True, width=118, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(Text.from_ansi("\n".join(lines).strip()))
+
+def screen(recording: Path) -> None:
+    """A terminal as it was at the end of a recording; needs `pip install pyte`."""
+    import pyte
+
+    columns = 118
+    terminal = pyte.Screen(columns, 200)
+    pyte.Stream(terminal).feed(recording.read_bytes().decode(errors="replace"))
+    shown = [number for number, words in enumerate(terminal.display) if words.strip() and "Script done" not in words]
+    rows = range(next(number for number in shown if terminal.display[number].startswith("== ")), shown[-1] + 1)
+    width, height = 0.0745, 0.165  # inches of a character
+    figure = Figure(figsize=(columns * width + 0.4, len(rows) * height + 0.3), dpi=110, facecolor="#1b232a")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(-2, columns + 3), ylim=(len(rows) + 0.9, -0.9))
+    axes.axis("off")
+    for row, number in enumerate(rows):
+        for place, character in enumerate(terminal.display[number]):
+            if character != " ":
+                style = terminal.buffer[number][place]
+                colour = COLOURS.get(style.fg) or f"#{style.fg}"
+                weight = "bold" if style.bold else "normal"
+                axes.text(
+                    place, row, character, color=colour, weight=weight, family="monospace", fontsize=8, va="center"
+                )
     FOLDER.mkdir(exist_ok=True)
-    console.save_svg(str(FOLDER / "run.svg"), title="bash launch/quickstart.sh --engram")
+    figure.savefig(FOLDER / "run.png")
 
 
 def main() -> None:

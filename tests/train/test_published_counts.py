@@ -9,6 +9,8 @@ from kmem.cli import main
 from kmem.config import load_config
 from kmem.hf.foreign_config import ignored_fields, read_architecture, read_config, read_model
 from kmem.model.parameter_counts import count_parameters
+from kmem.parallel.mesh import Mesh
+from kmem.train.dry_run import rank_bytes
 
 CHAINS_OF_EXPERTS = {
     "coe/n64-l4-c1": (570_956_800, "544.51"),
@@ -229,3 +231,19 @@ def test_an_imported_model_has_the_published_size(name):
     model = read_model(read_config(fields, architecture, path), architecture, path)
     assert count_parameters(model.shape).total == size
     assert not ignored_fields(fields, model, architecture)
+
+
+RANKS = {
+    "engram-27b": (16, 32, 64),
+    "engram-40b": (16, 32, 64),
+    "moe-27b": (8, 16, 32, 64),
+    "engram-150m": (8, 16, 32, 64),
+}
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_a_config_starts_on_the_ranks_that_it_names(name):
+    for ranks in RANKS[name]:
+        config = load_config(name)
+        mesh = Mesh(0, config.parallel.pipeline, config.data_parallel_size(ranks), config.parallel.expert)
+        assert max(stage.total for stage in rank_bytes(config, mesh)) < 75e9
