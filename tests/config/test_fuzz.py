@@ -10,7 +10,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kmem.config import Config, ConfigError, load_config
+from kmem.config import Config, ConfigError, load_config, parse_config
 from tests.distributed.training_case import small_config
 
 NUMBERS = st.one_of(
@@ -27,10 +27,10 @@ VALUES = st.recursive(
 )
 EVERY = small_config(
     model__engram={"layers": [1], "preset": "deepseek", "rows_per_head": 61},
-    model__bank={"children": 2, "levels": [2]},
+    model__bank={"children": 2, "levels": [2], "kind": "kv"},
     model__over_encoding={"rows": 61},
     model__per_layer_embeddings={"width": 8},
-    model__product_key_memory={"layers": [2], "num_keys": 8, "key_dim": 16, "top_k": 2},
+    model__product_key_memory={"layers": [0], "num_keys": 8, "key_dim": 16, "top_k": 2},
     model__hyper_connections={"branches": 2},
     data={"sources": [{"path": "text"}], "sequence_length": 32, "addresses": {"tree": "tree"}},
 )
@@ -42,6 +42,15 @@ def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(place for key, value in inner for place in places(value, (*path, key)))]
 
 
+def neighbours(value: Any) -> list[Any]:
+    """Values that a user might have meant instead."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int | float):
+        return [value + 1, value * 2, value // 2, value / 2]
+    return [value, None]
+
+
 @st.composite
 def changed(draw: Any) -> Any:
     """A configuration that uses every section, with some values replaced, added or removed."""
@@ -51,8 +60,10 @@ def changed(draw: Any) -> Any:
         node = tree
         for key in path[:-1]:
             node = node[key]
-        what = draw(st.sampled_from(["replace", "replace", "remove", "add"]))
-        if what == "remove":
+        what = draw(st.sampled_from(["nudge", "nudge", "nudge", "replace", "replace", "remove", "add"]))
+        if what == "nudge":
+            node[path[-1]] = draw(st.sampled_from(neighbours(node[path[-1]])))
+        elif what == "remove":
             del node[path[-1]]
         elif what == "add" and isinstance(node, dict):
             node[draw(NAMES)] = draw(VALUES)
@@ -74,6 +85,10 @@ def check(path: Any, content: str) -> None:
 FAST = settings(
     max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
 )
+
+
+def test_the_configuration_that_is_changed_is_one():
+    assert parse_config(EVERY).model.bank is not None
 
 
 @FAST

@@ -1,6 +1,7 @@
 """Runs of Weights & Biases, offline: what they hold is read back from wandb's own file."""
 
 import struct
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -36,9 +37,10 @@ def test_a_run_has_its_identity_and_says_how_to_send_it(tmp_path, monkeypatch, c
     tracking.on_start(SimpleNamespace(config=config, tracking={}, folder=SimpleNamespace(path=tmp_path)))
     tracking.on_end("finished")
     tracking.close()
-    found = [record for record in records(tmp_path) if record.HasField("run")]
-    assert found, [record.WhichOneof("record_type") for record in records(tmp_path)]
-    run = found[0].run
+    until, found = time.monotonic() + 30, []
+    while not found and time.monotonic() < until:  # wandb writes in a process of its own, which may end later
+        found = [record.run for record in records(tmp_path) if record.HasField("run")]
+    (run,) = found
     assert (run.project, run.entity, run.run_group, list(run.tags), run.notes) == (
         "memories", "team", "seeds", ["a", "b"], "why",
     )  # fmt: skip
