@@ -38,7 +38,7 @@ class BankConfig(MemorySection):
 
     children: Annotated[int, Field(ge=2)] = 16
     """Children of each node of the tree."""
-    levels: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+    levels: Annotated[tuple[Annotated[int, Field(ge=0, le=1 << 20)], ...], Field(min_length=1)]
     """Rank of the blocks of each level, from the root's children to the leaves; 0 leaves a level without blocks."""
     kind: Literal["ffn", "lora_ffn", "lora_qk", "lora_ov", "kv"] = "ffn"
     """What a block is. ffn: hidden units that widen the SwiGLU. lora_ffn: low-rank updates of the three feed-forward

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from kmem.config.memory import MemorySection, check_layers
+from kmem.config.section import Width
 
 if TYPE_CHECKING:
     from kmem.config.model import ModelConfig
@@ -73,7 +74,7 @@ class EngramConfig(MemorySection):
     rows_per_head: PositiveInt | Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
     """Rows of a head: one number, or one number per order. Sizes are rounded up to primes, which differ between all
     heads of all layers."""
-    row_dim: PositiveInt | None = None
+    row_dim: Width | None = None
     """Values per row; a token reads orders * heads rows."""
     compression: bool | None = None
     """Address by compressed ids: tokens that differ only in case, accents and blanks share an id."""

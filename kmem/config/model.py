@@ -19,7 +19,7 @@ from kmem.config.memory import MemorySection
 from kmem.config.over_encoding import OverEncodingConfig
 from kmem.config.per_layer_embeddings import PerLayerEmbeddingsConfig
 from kmem.config.product_key_memory import ProductKeyMemoryConfig
-from kmem.config.section import Section
+from kmem.config.section import Section, Width
 from kmem.model.shape import Shape  # plain Python
 from kmem.wording import counted
 
@@ -29,11 +29,11 @@ class GroupedQueryAttention(Section):
 
     kind: Literal["gqa"] = "gqa"
     """Selects this form."""
-    num_heads: PositiveInt
+    num_heads: Width
     """Query heads."""
-    num_kv_heads: PositiveInt | None = None
+    num_kv_heads: Width | None = None
     """Key/value heads; they divide the query heads. Default: as many as query heads."""
-    head_dim: PositiveInt | None = None
+    head_dim: Width | None = None
     """Width of one head. Default: hidden_size / num_heads."""
     qk_norm: bool = False
     """RMSNorm of queries and keys before the rotation."""
@@ -58,17 +58,17 @@ class LatentAttention(Section):
 
     kind: Literal["mla"]
     """Selects this form."""
-    num_heads: PositiveInt
+    num_heads: Width
     """Heads."""
-    q_lora_rank: PositiveInt | None = None
+    q_lora_rank: Width | None = None
     """Rank of the query compression; null projects queries directly."""
-    kv_lora_rank: PositiveInt
+    kv_lora_rank: Width
     """Rank of the joint key/value compression."""
-    qk_nope_head_dim: PositiveInt
+    qk_nope_head_dim: Width
     """Width per head of the part of queries and keys that is not rotated."""
-    qk_rope_head_dim: PositiveInt
+    qk_rope_head_dim: Width
     """Width of the rotated part; the key's is shared by all heads. Must be even."""
-    v_head_dim: PositiveInt
+    v_head_dim: Width
     """Width of one value head."""
     latent_norm_eps: PositiveFloat | None = None
     """Epsilon of the norms of compressed queries, keys and values (DeepSeek: 1e-6 whatever the others have). Default:
@@ -134,11 +134,11 @@ class MixtureOfExperts(Section):
     """Routed experts of a layer."""
     top_k: PositiveInt
     """Routed experts chosen for each token."""
-    intermediate_size: PositiveInt
+    intermediate_size: Width
     """Hidden width of one expert."""
     num_shared_experts: NonNegativeInt = 0
     """Experts that every token visits; they are one feed-forward of this many expert widths."""
-    shared_intermediate_size: PositiveInt | None = None
+    shared_intermediate_size: Width | None = None
     """Hidden width of one shared expert. Default: intermediate_size."""
     shared_expert_gate: bool = False
     """Scale the output of the shared experts for each token by a learned sigmoid (Qwen2-MoE)."""
@@ -261,14 +261,14 @@ class YarnScaling(Section):
 class ModelConfig(Section):
     """A decoder-only language model."""
 
-    vocab_size: PositiveInt | None = None
+    vocab_size: Annotated[int, Field(gt=0, le=1 << 31)] | None = None
     """Rows of the embedding and the head; at least the tokenizer's size. Null: the tokenizer's size, taken from the
     prepared data once, before anything is built; the saved configuration has the number."""
-    hidden_size: PositiveInt
+    hidden_size: Width
     """Width of the residual stream."""
     num_layers: Annotated[int, Field(gt=0, le=10_000)]
     """Decoder layers."""
-    intermediate_size: PositiveInt | None = None
+    intermediate_size: Width | None = None
     """Hidden width of the dense SwiGLU feed-forward; needed wherever a layer has no experts."""
     max_position_embeddings: PositiveInt = 4096
     """Longest sequence the model is meant for (written into exports; RoPE has no table of this size)."""

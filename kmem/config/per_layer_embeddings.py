@@ -2,9 +2,10 @@
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from kmem.config.memory import MemorySection, check_layers
+from kmem.config.section import Width
 
 if TYPE_CHECKING:
     from kmem.config.model import ModelConfig
@@ -19,7 +20,7 @@ class PerLayerEmbeddingsConfig(MemorySection):
     stem: it takes the place of the up-projection in the layer's feed-forward, experts included."""
     layers: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
     """Decoder layers that have it, counted from 0. Default: all (STEM's best was half of them)."""
-    width: PositiveInt = 256
+    width: Width = 256
     """gemma3n: values of a vector. A stem vector has intermediate_size values."""
     output_scale: NonNegativeFloat = 1.0
     """gemma3n: initial weight of the norm of the update. 0 starts as an exact no-op, so that a trained model can be

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from kmem.config.memory import MemorySection, check_layers
+from kmem.config.section import Width
 from kmem.config.tables import TableConfig
 
 if TYPE_CHECKING:
@@ -20,11 +21,11 @@ class ProductKeyMemoryConfig(MemorySection):
 
     layers: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
     """Decoder layers that share the pool, counted from 0 (the paper: 4, 12 and 20 of 22)."""
-    num_keys: PositiveInt = 1024
+    num_keys: Width = 1024
     """Keys of each half of a query; the pool has num_keys^2 rows."""
-    key_dim: Annotated[int, Field(ge=2)] = 512
+    key_dim: Annotated[int, Field(ge=2, le=1 << 20)] = 512
     """Values of a query, which is cut into halves; must be even."""
-    heads: PositiveInt = 4
+    heads: Width = 4
     """Queries of a token in a layer."""
     top_k: PositiveInt = 32
     """Rows that a query takes."""

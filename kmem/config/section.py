@@ -3,9 +3,11 @@
 import types
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 LARGEST = 2**63 - 1
+Width = Annotated[int, Field(gt=0, le=1 << 20)]
+"""A number of values or heads. The bytes of a tensor of three such sizes can still be counted in 64 bits."""
 _WORDS: dict[type, str] = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
 
