@@ -7,6 +7,7 @@ import kmem
 from kmem.config import Config, dump_config
 from kmem.hf.architectures import KMEM, Choice
 from kmem.hf.memory_folders import FolderParts
+from kmem.hf.native import DEEPSEEK_V2
 from kmem.model.parameter_counts import count_parameters
 
 
@@ -45,6 +46,11 @@ def model_card(
         if own
         else ""
     )
+    if choice.architecture is DEEPSEEK_V2 and getattr(config.model.rope_scaling, "mscale_all_dim", None):
+        note += (
+            "\nNeeds transformers 5: version 4 ignores `mscale_all_dim` of the rotary scaling without a word, and computes "
+            "other logits.\n"
+        )
     note += "".join(f"\n{parts.card(counts)}\n" for parts in memories if parts.card is not None)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---

@@ -145,6 +145,7 @@ def test_the_folder_is_complete(name, tmp_path):
     assert {"config.json", "generation_config.json", "README.md", "tokenizer.json", "tokenizer_config.json"} <= files
     assert ("modeling_kmem.py" in files) == (choice.architecture.model_type == "kmem")
     card = (tmp_path / "out" / "README.md").read_text()
+    assert ("ignores `mscale_all_dim` of the rotary scaling" in card) == (name == "deepseek_v2, lite")
     assert choice.reason in card
     assert "2.5" in card
     assert "from_pretrained" in card
