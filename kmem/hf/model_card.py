@@ -48,8 +48,8 @@ def model_card(
     )
     if choice.architecture is DEEPSEEK_V2 and getattr(config.model.rope_scaling, "mscale_all_dim", None):
         note += (
-            "\nNeeds transformers 5: version 4 ignores `mscale_all_dim` of the rotary scaling without a word, and computes "
-            "other logits.\n"
+            "\nNeeds transformers 5: version 4 ignores `mscale_all_dim` of the rotary scaling without a word, so its "
+            "logits are others.\n"
         )
     note += "".join(f"\n{parts.card(counts)}\n" for parts in memories if parts.card is not None)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
