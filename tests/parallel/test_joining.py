@@ -99,7 +99,7 @@ def joined_by(path, quits):
         f"join_mesh(load_config({str(path)!r}, [])); os._exit(3)"
     )
     words = ["-c", program] if quits else ["-m", "kmem.cli", "train", "--config", str(path)]
-    limit = None if quits else lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))
+    limit = None if quits else lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (34, 34))
     return lambda environment: subprocess.Popen(
         [sys.executable, *words], env=environment, preexec_fn=limit, stderr=subprocess.PIPE, text=True
     )
