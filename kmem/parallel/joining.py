@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import constants, distributed_c10d
 
 import kmem
 from kmem.config import Config, ConfigError
@@ -62,6 +63,8 @@ def join_mesh(config: Config) -> Mesh:
 
 def leave_mesh() -> None:
     """Destroy the process groups, including the ones that DeepSpeed remembers."""
+    distributed_c10d.default_pg_timeout = constants.default_pg_timeout
+    distributed_c10d.default_pg_nccl_timeout = constants.default_pg_nccl_timeout
     if dist.is_initialized():
         from deepspeed.comm import comm
         from deepspeed.utils import groups
@@ -140,6 +143,8 @@ def _start_process_group(seconds: int, rank: int, world: int) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store = _meet(seconds, rank, world)
+    # DeepSpeed makes groups without a timeout, and torch's own would let the others wait half an hour for a lost rank.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=seconds)
     try:
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
