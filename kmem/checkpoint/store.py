@@ -35,7 +35,7 @@ class CheckpointStore:
         self.keep_last = keep_last
         self.keep_every = keep_every
         # A group of its own, so that a background save never mixes with the collectives of training.
-        self._group = dist.new_group(backend="gloo")  # `limit_waiting` sets its timeout, as of all groups
+        self._group = dist.new_group(backend="gloo")  # `join_mesh` has set its timeout
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self.last_committed: int | None = None

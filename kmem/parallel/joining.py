@@ -143,7 +143,8 @@ def _start_process_group(seconds: int, rank: int, world: int) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store = _meet(seconds, rank, world)
-    # DeepSpeed makes groups without a timeout, and torch's own would let the others wait half an hour for a lost rank.
+    # DeepSpeed makes groups without a timeout, and torch's own lets the others wait half an hour for a lost rank. So
+    # the default is changed: all groups have it from their beginning.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=seconds)
     try:
         dist.init_process_group(

@@ -124,8 +124,9 @@ def choose_kernels(deterministic: bool) -> None:
     deterministic kernel raise then. kmem's own kernels are deterministic."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once
-        torch.backends.cuda.enable_cudnn_sdp(False)  # of attention's backward passes, torch lists this one as different
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # kmem reads no memory that it has not written
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass is not deterministic
+    # Filling costs time, and kmem reads no memory that it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(deterministic)
 
 

@@ -61,7 +61,7 @@ from kmem.parallel.expert_dispatch import AllToAllDispatcher
 from kmem.parallel.gradients import GradientNorm
 from kmem.parallel.memory_kind import BegunStep, StageMemory, StageParts
 from kmem.parallel.memory_kinds import kinds_of
-from kmem.parallel.mesh import Mesh, expert_group, limit_waiting, local_device, raise_on_all_ranks
+from kmem.parallel.mesh import Mesh, expert_group, local_device, raise_on_all_ranks
 from kmem.parallel.optimizers import make_backbone_optimizer
 from kmem.parallel.routing_ledger import RoutingLedger, StepRouting
 from kmem.parallel.stage_layers import EmbeddingLayer, LossLayer, NormLayer, StageLayer, TransformerLayer, tied_loss
@@ -279,7 +279,6 @@ class Pipeline:
         if self.frozen:
             # Only now: while it builds, DeepSpeed looks for trainable parameters and keeps masters of bf16 weights.
             self.module.requires_grad_(False)
-        limit_waiting(self.config.parallel.timeout_seconds)
         norm = GradientNorm(self.module, engine.optimizer, self.mesh)
         return StepEngine.adopt(engine, self.context, norm, train.optimizer.clip_norm)
 

@@ -141,7 +141,9 @@ class PinnedBuffer:
     rounds sizes up to powers of two and does not give freed memory back.)"""
 
     def __init__(self, size: int) -> None:
-        self.bytes = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+        self.bytes = torch.frombuffer(
+            mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8
+        )
         """uint8 [size]."""
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 0))
 
