@@ -90,6 +90,11 @@ def _run(target: str, program: str, purpose: str, words: list[str]) -> int:
         return 2
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed the pipe
         return 0
+    except OSError as error:  # a file that cannot be read or written, or a full disk
+        if error.filename is None:
+            raise
+        print(f"{program}: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130

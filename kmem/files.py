@@ -32,7 +32,7 @@ class AtomicFile:
         buffering: as in `open`.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written. That of a full disk names the file, too.
     """
 
     def __init__(self, path: Path, buffering: int = -1) -> None:
@@ -47,9 +47,15 @@ class AtomicFile:
             self.stream.close()
             os.replace(self._partial, self.path)
             sync_path(self.path.parent)
-        except BaseException:
+        except BaseException as error:
+            self._name(error)
             self.discard()
             raise
+
+    def _name(self, error: BaseException | None) -> None:
+        """Writing to a stream raises errors without the name of its file."""
+        if isinstance(error, OSError) and error.errno in FULL_DISK and error.filename is None:
+            error.filename = str(self.path)
 
     def discard(self) -> None:
         """Remove the partial file; after `commit` this does nothing."""
@@ -60,10 +66,11 @@ class AtomicFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *details: object) -> None:
         if kind is None:
             self.commit()
         else:
+            self._name(error)
             self.discard()
 
 

@@ -4,7 +4,6 @@ causal attention."""
 import argparse
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from kmem.bench import options
 from kmem.bench.machine import processor, versions
@@ -50,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda; bf16 on a GPU (default: cpu)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: %(default)s here")
     parser.add_argument("--repeats", type=int, default=5, help="the best of this many counts (default: 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurement as JSON")
+    options.add_record_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

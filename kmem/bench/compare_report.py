@@ -14,6 +14,7 @@ import kmem
 from kmem.bench.compare import Comparison, Run, Size
 from kmem.bench.compare_runs import curve, evaluate
 from kmem.data.manifest import read_manifest
+from kmem.files import atomic_write
 from kmem.wording import counted, print_table
 
 BATCH = 16
@@ -35,10 +36,10 @@ def report(
 ) -> None:
     """Evaluate the runs on the whole held-out split and write report.md, report.json and report.png into `out`."""
     results = collect(comparison, runs, sizes, name, overrides)
-    (out / "report.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
+    atomic_write(out / "report.json", json.dumps(results) + "\n")
     plot(comparison, results, out / "report.png")
     tables = result_tables(comparison, results)
-    (out / "report.md").write_text(_markdown(results, tables), encoding="utf-8")
+    atomic_write(out / "report.md", _markdown(results, tables))
     notice = _notice(results)
     if notice:
         Console(width=max(Console().width, 120)).print(notice, style="bold", highlight=False)

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument(
         "--folder", type=Path, default=Path("runs"), help="folder for the blocks, on a disk (default: runs)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurement as JSON")
+    options.add_record_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

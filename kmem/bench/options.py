@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from kmem.bench.contest import Contestant, run_in_turn
 from kmem.config import ConfigError
+from kmem.files import atomic_write
 
 
 def add_contest_arguments(parser: argparse.ArgumentParser, config: str, rounds: int, steps: int, what: str) -> None:
@@ -18,7 +20,19 @@ def add_contest_arguments(parser: argparse.ArgumentParser, config: str, rounds: 
     parser.add_argument("--rounds", type=int, default=rounds, help="rounds of each side in turn (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=steps, help=f"{what} per round (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each side (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurement as JSON")
+    add_record_argument(parser)
+
+
+def add_record_argument(parser: argparse.ArgumentParser) -> None:
+    """The option of `write_record`; a file that cannot be written is refused before anything is measured."""
+    parser.add_argument("--json", type=_writable, metavar="FILE", help="also write the measurement as JSON")
+
+
+def _writable(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: give a file in a folder that exists and can be written")
+    return path
 
 
 def check_positive(arguments: argparse.Namespace, *names: str) -> None:
@@ -52,4 +66,4 @@ def print_profile(contestant: Contestant) -> None:
 def write_record(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
     """Write a measurement to the file of `--json`, if there is one."""
     if arguments.json:
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        atomic_write(arguments.json, json.dumps(record, indent=1) + "\n")

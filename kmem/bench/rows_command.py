@@ -3,7 +3,6 @@
 import argparse
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from kmem.bench import options
 from kmem.bench.machine import processor, versions
@@ -46,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optimizers", action="store_true", help="also measure the update alone, for every row optimizer"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurement as JSON")
+    options.add_record_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -40,3 +40,11 @@ def test_updates_of_all_optimizers(tmp_path):
 def test_sizes_must_be_positive(capsys):
     assert main(["bench", "rows", "--rows", "0"]) == 2
     assert "--rows" in capsys.readouterr().err
+
+
+def test_a_record_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, capsys):
+    for path in (tmp_path, tmp_path / "missing" / "rows.json", "/proc/rows/x.json"):
+        with pytest.raises(SystemExit) as error:
+            main(["bench", "rows", *TINY, "--json", str(path)])
+        assert error.value.code == 2
+        assert f"--json: {path}: give a file in a folder that exists" in capsys.readouterr().err

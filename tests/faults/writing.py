@@ -131,13 +131,16 @@ def _digest(path: Path, folder: Path) -> str:
 
 
 def writers(root: Path, quick: bool = False) -> Iterator[Writer]:
-    """Every command that writes a folder, but `kmem data corpora`, which needs a package index, and `kmem bench`."""
+    """Every command that writes. `kmem data corpora` writes what kmem makes itself; packages need an index."""
     bank = write_bank_run(root / "bank", BANKS["ffn"]).run_folder
     yield Writer("bank erase", ("bank", "erase", "--checkpoint", str(bank), "0", "--out", "WORK/out"))
     export(write_run(root / "moe", NATIVE["qwen3_moe"]), root / "exported", say=str)
     yield Writer("import", ("import", "--from", str(root / "exported"), "--out", "WORK/out"))
     if quick:
         return
+    yield Writer("corpora", ("data", "corpora", "gazetteer", "--out", "WORK/out"))
+    sizes = ("--rows", "1000", "--touched", "100", "--repeats", "1", "--threads", "1")
+    yield Writer("bench", ("bench", "rows", *sizes, "--json", "WORK/rows.json"))
     (root / "texts.txt").write_text("\n".join(f"{text} {number}" for number, text in enumerate(TEXT * 60)))
     texts, line = str(root / "texts.txt"), ("--documents", "line")
     preparing = ("data", "prepare", texts, *line, "--vocab-size", "300", "--workers", "2", "--out", "WORK/out")
