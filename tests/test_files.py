@@ -34,7 +34,7 @@ def test_a_file_is_the_old_one_until_the_new_one_is_complete(tmp_path):
 
 def test_a_file_that_the_disk_does_not_take_leaves_nothing(tmp_path):
     os.symlink("/dev/full", tmp_path / "a.partial")
-    with pytest.raises(OSError, match="No space left on device: '.*/a'"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a'"):
         atomic_write(tmp_path / "a", "x")
     assert os.listdir(tmp_path) == []
 

@@ -5,10 +5,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from kmem_kernels.hyper_connection import reference as connection_reference
+from kmem_kernels.hyper_connection.triton import (
+    hyper_connection_read,
+    hyper_connection_read_backward,
+    hyper_connection_write,
+    hyper_connection_write_backward,
+)
 from kmem_kernels.ngram_ids.op import ngram_ids
 from kmem_kernels.permute import reference
 from kmem_kernels.permute.triton import combine_backward, gather_sum, scatter, sort_by_expert
 from kmem_kernels.route import reference as route_reference
+from kmem_kernels.route.reference import Choice
 from kmem_kernels.route.triton import route, route_backward
 from kmem_kernels.segment_reduce.op import segment_reduce, segments_of
 from kmem_kernels.swiglu import reference as swiglu_reference
@@ -76,6 +84,8 @@ class Sizes:
     """Number of input sets for kernels of microseconds; together, they are larger than the L2 cache."""
     fine: Layer
     coarse: Layer
+    connection: tuple[int, int, int]
+    """Tokens, branches and hidden size of hyper-connections."""
     lookups: tuple[int, int, int]
     """Number of lookups, number of ids from which they are drawn, columns."""
     ngrams: tuple[int, int]
@@ -96,6 +106,7 @@ SIZES = {
         copies=16,
         fine=Layer(experts=128, hidden=2048, width=768, top_k=8, tokens=32_768),
         coarse=Layer(experts=8, hidden=4096, width=14_336, top_k=2, tokens=16_384),
+        connection=(4096, 4, 2560),
         lookups=(1_048_576, 4_194_304, 256),
         ngrams=(32, 4096),
         table_bytes=2**33,
@@ -109,6 +120,7 @@ SIZES = {
         copies=2,
         fine=Layer(experts=8, hidden=64, width=24, top_k=4, tokens=40),
         coarse=Layer(experts=4, hidden=64, width=48, top_k=2, tokens=24),
+        connection=(20, 4, 24),
         lookups=(600, 200, 40),
         ngrams=(2, 70),
         table_bytes=2**16,
@@ -123,6 +135,7 @@ def all_cases(device: torch.device, sizes: Sizes) -> list[Case]:
         *route_cases(device, sizes),
         *permute_cases(device, sizes.fine),
         *swiglu_cases(device, sizes.fine),
+        *connection_cases(device, *sizes.connection),
         *segment_cases(device, sizes.lookups),
         ngram_case(device, sizes),
         *layer_cases(device, "MoE layer", sizes.fine, Goal(260, "TFLOP/s"), Goal(230, "TFLOP/s")),
@@ -149,7 +162,7 @@ def route_cases(device: torch.device, sizes: Sizes) -> list[Case]:
         return [call(torch.randn(tokens, experts, device=device)) for _ in range(sizes.copies)]
 
     def backward(kind: str) -> list[Callable[[], Any]]:
-        choices = [call() for call in forward(kind)]
+        choices = [Choice(*call()) for call in forward(kind)]
         grads = [torch.randn(tokens, top_k, device=device) for _ in choices]
         return [
             lambda choice=choice, grad=grad: route_backward(
@@ -265,8 +278,7 @@ def swiglu_cases(device: torch.device, layer: Layer) -> list[Case]:
 
     def backward() -> list[Callable[[], Any]]:
         (gate, up), grad = normal(2 * width).chunk(2, dim=1), normal(width)
-        grads = torch.empty(rows, 2 * width, dtype=dtype, device=device).chunk(2, dim=1)
-        return [lambda: silu_times_backward(grad, gate, up, *grads)]
+        return [lambda: silu_times_backward(grad, gate, up)]
 
     def in_torch() -> list[Callable[[], Any]]:
         gate, up = normal(2 * width).chunk(2, dim=1)
@@ -278,6 +290,56 @@ def swiglu_cases(device: torch.device, layer: Layer) -> list[Case]:
         Case("swiglu forward (torch)", shape, "bf16", in_torch, bytes=3 * of_values),
         Case("swiglu forward", shape, "bf16", forward, bytes=3 * of_values, goal=goal),
         Case("swiglu backward", shape, "bf16", backward, bytes=5 * of_values, goal=goal),
+    ]
+
+
+def connection_cases(device: torch.device, tokens: int, branches: int, hidden: int) -> list[Case]:
+    """Hyper-connections: `bytes` counts streams as often as a kernel walks them."""
+    dtype, numbers = torch.bfloat16, branches * (branches + 2)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, dtype=dtype, device=device)
+
+    def parameters() -> tuple[Tensor, Tensor, Tensor]:
+        return normal(numbers, branches * hidden) * 0.01, normal(numbers), normal(3)
+
+    def forward(function: Callable[..., Any]) -> list[Callable[[], Any]]:
+        streams, given = normal(tokens, branches, hidden), parameters()
+        return [lambda: function(streams, *given, 1e-6, 20)]
+
+    def backward() -> list[Callable[[], Any]]:
+        streams, given = normal(tokens, branches, hidden), parameters()
+        taken, mappings, dynamic, rms = hyper_connection_read(streams, *given, 1e-6, 20)
+        grads = (taken, normal(tokens, branches, hidden), torch.randn_like(mappings))
+        return [lambda: hyper_connection_read_backward(*grads, streams, *given, mappings, dynamic, rms, 20)]
+
+    def write(name: str) -> list[Callable[[], Any]]:
+        streams, output = normal(tokens, branches, hidden), normal(tokens, hidden)
+        mappings, grad = torch.randn(tokens, branches + 2, branches, device=device), torch.randn_like(streams)
+        calls: dict[str, Callable[[], Any]] = {
+            "forward": lambda: hyper_connection_write(streams, output, mappings),
+            "backward": lambda: hyper_connection_write_backward(grad, streams, output, mappings),
+            "torch": lambda: connection_reference.write(streams, output, mappings),
+        }
+        return [calls[name]]
+
+    shape, of_row = f"N{tokens} M{branches} D{hidden}", tokens * hidden * dtype.itemsize
+    of_streams, goal = branches * of_row, Goal(60, "%")
+    reading, writing = 2 * of_streams + of_row, 2 * of_streams + of_row
+    return [
+        Case("connection read (torch)", shape, "bf16", lambda: forward(connection_reference.read), bytes=reading),
+        Case("connection read", shape, "bf16", lambda: forward(hyper_connection_read), bytes=reading, goal=goal),
+        Case("connection read backward", shape, "bf16", backward, bytes=5 * of_streams + 2 * of_row, goal=goal),
+        Case("connection write (torch)", shape, "bf16", lambda: write("torch"), bytes=writing),
+        Case("connection write", shape, "bf16", lambda: write("forward"), bytes=writing, goal=Goal(80, "%")),
+        Case(
+            "connection write backward",
+            shape,
+            "bf16",
+            lambda: write("backward"),
+            bytes=3 * of_streams + 2 * of_row,
+            goal=goal,
+        ),
     ]
 
 

@@ -1,11 +1,15 @@
-"""Chooses the implementation of an operation, and tells whether Triton compiles or interprets.
+"""Chooses the implementation of an operation, tells whether Triton compiles or interprets, and makes launches known
+to PyTorch.
 
 Every op imports this module; without Triton, the import raises ImportError.
 """
 
+from collections.abc import Callable
+from contextvars import ContextVar
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 if find_spec("triton") is None:
@@ -39,3 +43,35 @@ def interpreted() -> bool:
     from triton import knobs  # a CPU run does not need Triton
 
     return bool(knobs.runtime.interpret)
+
+
+_library = torch.library.Library("kmem_kernels", "DEF")
+_shapes_alone: ContextVar[bool] = ContextVar("shapes_alone", default=False)
+
+
+def operator(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function that allocates outputs and launches kernels an operator of PyTorch, `kmem_kernels::<its name>`.
+
+    So it is one step to whatever watches or traces operators (profilers, fake tensors, torch.compile), and is known to
+    run on a GPU or in the interpreter. For fake tensors, the function runs without launching: see `launching`. Its
+    parameters and results need the types of an operator's schema.
+    """
+    name = launch.__name__
+    _library.define(name + torch.library.infer_schema(launch, mutates_args=()))
+    for key in ("CUDA", "CPU"):
+        _library.impl(name, launch, key)
+
+    def shapes(*arguments: Any) -> Any:
+        token = _shapes_alone.set(True)
+        try:
+            return launch(*arguments)
+        finally:
+            _shapes_alone.reset(token)
+
+    torch.library.register_fake(f"kmem_kernels::{name}", shapes, lib=_library)
+    return getattr(torch.ops.kmem_kernels, name).default
+
+
+def launching(tensor: Tensor) -> bool:
+    """Whether the kernels that compute `tensor` are to be launched: it has values, and they are not imagined."""
+    return tensor.numel() > 0 and not _shapes_alone.get()

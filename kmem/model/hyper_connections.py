@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .kernels import kernels_serve, kmem_kernels
+
 # Shape letters: B sequences, T tokens, M branches, D hidden size.
+
+
+_MOST_BRANCHES = 8
+"""The kernels hold all numbers of a mixing in registers."""
 
 
 class Mixing(NamedTuple):
@@ -78,6 +84,14 @@ class HyperConnection(nn.Module):
         """Apply `sublayer`, [B, T, D] -> [B, T, D], to the streams [B, T, M, D], or [B, T, D] with one branch."""
         if self.branches == 1:
             return streams + sublayer(streams)
+        if self.branches <= _MOST_BRANCHES and kernels_serve(streams) and streams.dtype != torch.float64:
+            kernels = kmem_kernels.hyper_connection.op
+            parameters = (self.weight, self.bias, self.scale)
+            taken, flat, mappings = kernels.read(
+                streams.flatten(0, 1), *parameters, eps=self.norm_eps, iterations=self.sinkhorn_iterations
+            )
+            output = sublayer(taken.unflatten(0, streams.shape[:2]))
+            return kernels.write(flat, output.flatten(0, 1), mappings).view_as(streams)
         taken, mixing = self.read(streams)
         return self.write(streams, sublayer(taken), mixing)
 

@@ -1,15 +1,23 @@
 """Compiles every kernel for a GPU that need not be there, as the launches on a GPU would; run by test_compile.py.
 
 What the interpreter accepts the compiler may refuse. With `--all` each is compiled for one token at every size, and not
-at the smallest alone. Prints a line of JSON per kernel: its name and what its PTX holds.
+at the smallest alone. Prints a line of JSON per kernel: its name, what it needs on a GPU, and what its PTX holds.
 """
 
 import json
 import re
+import subprocess
 import sys
+import tempfile
 
 import torch
 import triton
+from kmem_kernels.hyper_connection.triton import (
+    hyper_connection_read,
+    hyper_connection_read_backward,
+    hyper_connection_write,
+    hyper_connection_write_backward,
+)
 from kmem_kernels.ngram_ids.triton import ngram_ids
 from kmem_kernels.permute.triton import combine_backward, gather_sum, scatter, sort_by_expert
 from kmem_kernels.route.triton import route, route_backward
@@ -20,6 +28,7 @@ from kmem_kernels.row_update.triton import adam_, rowwise_adagrad_, square_norms
 from kmem_kernels.segment_reduce.op import segments_of
 from kmem_kernels.segment_reduce.triton import segment_reduce
 from kmem_kernels.swiglu.triton import silu_times, silu_times_backward
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -57,9 +66,12 @@ def compile_instead(kernel, *arguments, grid, warmup, **keywords):
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = compiled.asm["ptx"]
     facts = {
         "kernel": kernel.fn.__name__,
+        "shared": compiled.metadata.shared,
+        **resources(compiled.asm["cubin"]),
         "atomics": re.findall(r"\b(?:atom|red)\.\S+", ptx),
         "wide_loads": ptx.count("ld.global.v4"),
         "wide_stores": ptx.count("st.global.v4"),
@@ -67,6 +79,17 @@ def compile_instead(kernel, *arguments, grid, warmup, **keywords):
         "inexact": re.findall(r"\b(?:fma|mad)\.\S*f\d\d|\S+\.(?:approx|full|ftz)\b\S*", ptx),
     }
     print(json.dumps(facts))
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, and the bytes of its stack, where registers that do not suffice are spilled."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        words = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        printed = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    found = dict(re.findall(r"\b(REG|STACK):(\d+)", printed))
+    return {"registers": int(found["REG"]), "stack": int(found["STACK"])}
 
 
 def main() -> None:
@@ -77,8 +100,10 @@ def main() -> None:
         few = tokens == 1 and "--all" not in sys.argv
         for kind, groups, experts in routers[:1] if few else routers:
             logits, bias = torch.zeros(tokens, experts), torch.zeros(experts)
-            choice = route(logits, bias if groups > 1 else None, 4, kind, groups, groups // 2 or 1, 2, True, 2.5)
-            route_backward(choice.scores_TE, choice.experts_TK, choice.weights_TK, logits, kind, True, 2.5)
+            experts_TK, weights, scores, _ = route(
+                logits, bias if groups > 1 else None, 4, kind, groups, groups // 2 or 1, 2, True, 2.5
+            )
+            route_backward(scores, experts_TK, weights, logits, kind, True, 2.5)
         for dtype, hidden_size in hidden_sizes[:1] if few else hidden_sizes:
             hidden, weights = torch.zeros(tokens, hidden_size, dtype=dtype), torch.zeros(tokens, 8)
             place = torch.arange(8 * tokens).view(tokens, 8)
@@ -112,7 +137,16 @@ def main() -> None:
         square_norms(gradients.values)
     for dtype, width in ((torch.bfloat16, 768), (torch.float32, 40), (torch.float32, 3)):
         gate, up = torch.zeros(9, 2 * width, dtype=dtype).chunk(2, dim=1)
-        silu_times_backward(silu_times(gate, up), gate, up, gate, up)
+        silu_times_backward(silu_times(gate, up), gate, up)
+    connections = ((torch.bfloat16, 4, 2560), (torch.float32, 3, 40), (torch.float32, 8, 1024))
+    for dtype, branches, hidden in connections if "--all" in sys.argv else connections[:1]:
+        numbers = branches * (branches + 2)
+        streams, weight = torch.zeros(9, branches, hidden, dtype=dtype), torch.zeros(numbers, branches * hidden)
+        given = (streams, weight.to(dtype), torch.zeros(numbers, dtype=dtype), torch.zeros(3, dtype=dtype))
+        taken, mappings, dynamic, rms = hyper_connection_read(*given, 1e-6, 20)
+        hyper_connection_read_backward(taken, streams, mappings, *given, mappings, dynamic, rms, 20)
+        hyper_connection_write(streams, taken, mappings)
+        hyper_connection_write_backward(streams, streams, taken, mappings)
     ids = torch.zeros(2, 130, dtype=torch.int64)
     ngram_ids(ids, ids, (2, 3), (3, 5, 7), (11, 13, 17, 19), (0, 11, 24, 41), "document", 1)
 

@@ -30,6 +30,7 @@ def test_every_case_runs(tmp_path):
         "swiglu",
         "segment_reduce",
         "ngram_ids",
+        "connection",
         "MoE",
         "coarse",
         "row_gather",

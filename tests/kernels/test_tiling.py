@@ -20,9 +20,9 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has the
 
 def routed():
     logits, bias = random(13, 96), random(96, seed=1)
-    choice = route.route(logits, bias, 3, "sigmoid", 6, 2, 2, True, 2.0)
-    grad = random(13, 3, seed=2)
-    return [*choice, route.route_backward(choice.scores_TE, choice.experts_TK, grad, logits, "softmax", True, 2.0)]
+    experts, weights, scores, counts = route.route(logits, bias, 3, "sigmoid", 6, 2, 2, True, 2.0)
+    grad = route.route_backward(scores, experts, random(13, 3, seed=2), logits, "softmax", True, 2.0)
+    return [experts, weights, scores, counts, grad]
 
 
 def permuted():

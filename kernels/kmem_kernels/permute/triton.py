@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import interpreted
+from ..backend import interpreted, launching, operator
 
 # Shape letters: T tokens, K experts per token, N >= T * K rows, H hidden size.
 
@@ -146,6 +146,7 @@ def _combine_backward(
         tl.store(grad_weights_ptr + choice, dots, mask=token_live)
 
 
+@operator
 def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """`reference.sort_by_expert`, number for number."""
     experts_TK = experts_TK.contiguous()
@@ -153,7 +154,7 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     assert choices < 2**31, f"{choices} choices"
     choice_of_row_N = torch.empty(choices, dtype=torch.int64, device=device)
     row_of_choice_TK = torch.empty_like(experts_TK)
-    if choices:
+    if launching(row_of_choice_TK):
         block = 512 if interpreted() else BLOCK_CHOICES
         blocks = triton.cdiv(choices, block)
         counts = torch.zeros(num_experts, blocks, dtype=torch.int32, device=device)
@@ -163,11 +164,12 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     return choice_of_row_N, row_of_choice_TK
 
 
+@operator
 def scatter(hidden_TH: Tensor, row_of_choice_TK: Tensor, num_rows: int) -> Tensor:
     """`reference.permute`, bit for bit: rows [N, H], each with its token; zeros for rows without a token."""
     hidden_TH, row_of_choice_TK = hidden_TH.contiguous(), row_of_choice_TK.contiguous()
     rows_NH = _rows(row_of_choice_TK, num_rows, hidden_TH)
-    if rows_NH.numel() and row_of_choice_TK.numel():
+    if launching(rows_NH) and row_of_choice_TK.numel():
         grid, tiling = _tiling(hidden_TH)
         _scatter[grid](
             hidden_TH,
@@ -181,11 +183,12 @@ def scatter(hidden_TH: Tensor, row_of_choice_TK: Tensor, num_rows: int) -> Tenso
     return rows_NH
 
 
+@operator
 def gather_sum(rows_NH: Tensor, weights_TK: Tensor | None, row_of_choice_TK: Tensor) -> Tensor:
     """`reference.combine`; without weights, the sum of each token's rows."""
     rows_NH, row_of_choice_TK = rows_NH.contiguous(), row_of_choice_TK.contiguous()
     out_TH = rows_NH.new_empty(len(row_of_choice_TK), rows_NH.shape[1])
-    if out_TH.numel():
+    if launching(out_TH):
         grid, tiling = _tiling(out_TH)
         _gather_sum[grid](
             rows_NH,
@@ -202,6 +205,7 @@ def gather_sum(rows_NH: Tensor, weights_TK: Tensor | None, row_of_choice_TK: Ten
     return out_TH
 
 
+@operator
 def combine_backward(
     grad_TH: Tensor, rows_NH: Tensor, weights_TK: Tensor, row_of_choice_TK: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -210,7 +214,7 @@ def combine_backward(
     weights_TK, row_of_choice_TK = weights_TK.contiguous(), row_of_choice_TK.contiguous()
     grad_rows_NH = _rows(row_of_choice_TK, len(rows_NH), rows_NH)
     grad_weights_TK = torch.zeros_like(weights_TK) if grad_TH.numel() == 0 else torch.empty_like(weights_TK)
-    if grad_TH.numel():
+    if launching(grad_TH):
         grid, tiling = _tiling(grad_TH)
         _combine_backward[grid](
             grad_TH,

@@ -66,7 +66,7 @@ class _Route(torch.autograd.Function):
     def forward(ctx: Any, logits_TE: Tensor, selection_bias_E: Tensor | None, selection: tuple[Any, ...]) -> Choice:
         from .triton import route as kernel
 
-        choice = kernel(logits_TE, selection_bias_E, *selection)
+        choice = Choice(*kernel(logits_TE, selection_bias_E, *selection))
         ctx.selection = selection
         ctx.mark_non_differentiable(choice.experts_TK, choice.counts_E)
         ctx.set_materialize_grads(False)  # without balance losses, the scores get no gradient

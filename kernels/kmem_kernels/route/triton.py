@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import interpreted
-from .reference import EPSILON, Choice
+from ..backend import interpreted, launching, operator
+from .reference import EPSILON
 
 # Shape letters: T tokens, E experts, K experts per token.
 
@@ -176,6 +176,7 @@ def _route_backward(
     tl.store(grad_logits_ptr + place, grad, mask=live)
 
 
+@operator
 def route(
     logits_TE: Tensor,
     selection_bias_E: Tensor | None,
@@ -186,7 +187,7 @@ def route(
     group_score_top_k: int,
     renormalize: bool,
     scaling_factor: float,
-) -> Choice:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.route` for fp32, outside autograd. Scores may differ from torch's in the last bits; the choice is the
     stable top-k of the scores that are returned."""
     logits_TE = logits_TE.contiguous()
@@ -195,7 +196,7 @@ def route(
     weights_TK = logits_TE.new_empty(tokens, top_k)
     scores_TE = torch.empty_like(logits_TE)
     counts_E = torch.zeros(experts, dtype=torch.int64, device=logits_TE.device)
-    if tokens:
+    if launching(scores_TE):
         size = experts // num_groups
         groups_block, size_block = triton.next_power_of_2(num_groups), triton.next_power_of_2(size)
         tiling = _tiling(groups_block * size_block)
@@ -223,9 +224,10 @@ def route(
             enable_fp_fusion=False,
             **tiling,
         )
-    return Choice(chosen_TK, weights_TK, scores_TE, counts_E)
+    return chosen_TK, weights_TK, scores_TE, counts_E
 
 
+@operator
 def route_backward(
     scores_TE: Tensor,
     experts_TK: Tensor,
@@ -238,7 +240,7 @@ def route_backward(
     """The gradient of the logits, fp32 [T, E]."""
     tokens, experts = scores_TE.shape
     grad_logits_TE = torch.empty_like(scores_TE)
-    if tokens:
+    if launching(scores_TE):
         experts_block = triton.next_power_of_2(experts)
         tiling = _tiling(experts_block)
         _route_backward[(triton.cdiv(tokens, tiling["BLOCK"]),)](

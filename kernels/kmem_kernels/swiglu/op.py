@@ -59,12 +59,9 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NI: Tensor) -> Tensor:
-        from .triton import silu_times_backward as kernel
+        from .triton import swiglu_backward as kernel
 
-        (gate_up,) = ctx.saved_tensors
-        grad = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
-        kernel(grad_NI, *gate_up.chunk(2, dim=1), *grad.chunk(2, dim=1))
-        return grad
+        return kernel(grad_NI, *ctx.saved_tensors)
 
 
 class _SiluTimes(torch.autograd.Function):
@@ -80,8 +77,4 @@ class _SiluTimes(torch.autograd.Function):
     def backward(ctx: Any, grad_NI: Tensor) -> tuple[Tensor, Tensor]:
         from .triton import silu_times_backward as kernel
 
-        gate_NI, up_NI = ctx.saved_tensors
-        grad_gate_NI = torch.empty_like(gate_NI, memory_format=torch.contiguous_format)
-        grad_up_NI = torch.empty_like(grad_gate_NI)
-        kernel(grad_NI, gate_NI, up_NI, grad_gate_NI, grad_up_NI)
-        return grad_gate_NI, grad_up_NI
+        return kernel(grad_NI, *ctx.saved_tensors)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import interpreted
+from ..backend import interpreted, launching, operator
 
 # Shape letters: N rows, I width.
 
@@ -69,24 +69,38 @@ def _silu_times_backward(
     tl.store(grad_up_ptr + place, (grad * gate * sigmoid).to(grad_up_ptr.dtype.element_ty), mask=live)
 
 
+@operator
 def silu_times(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
     """`reference.silu_times`."""
     gate_NI, up_NI = _with_rows(gate_NI), _with_rows(up_NI)
     out_NI = torch.empty_like(gate_NI, memory_format=torch.contiguous_format)
-    if out_NI.numel():
+    if launching(out_NI):
         grid, tiling = _tiling(out_NI)
         strides = {"GATE_STRIDE": gate_NI.stride(0), "UP_STRIDE": up_NI.stride(0)}
         _silu_times[grid](gate_NI, up_NI, out_NI, len(out_NI), **strides, **tiling)
     return out_NI
 
 
-def silu_times_backward(
-    grad_NI: Tensor, gate_NI: Tensor, up_NI: Tensor, grad_gate_NI: Tensor, grad_up_NI: Tensor
-) -> None:
-    """Write the gradients of gate and up to `grad_gate_NI` and `grad_up_NI`, which must have the same strides."""
+@operator
+def silu_times_backward(grad_NI: Tensor, gate_NI: Tensor, up_NI: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up."""
+    grad_gate_NI = torch.empty_like(gate_NI, memory_format=torch.contiguous_format)
+    grad_up_NI = torch.empty_like(grad_gate_NI)
+    _write_gradients(grad_NI, gate_NI, up_NI, grad_gate_NI, grad_up_NI)
+    return grad_gate_NI, grad_up_NI
+
+
+@operator
+def swiglu_backward(grad_NI: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient [N, 2I] of gate and up in one matrix."""
+    grad = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+    _write_gradients(grad_NI, *gate_up.chunk(2, dim=1), *grad.chunk(2, dim=1))
+    return grad
+
+
+def _write_gradients(grad_NI: Tensor, gate_NI: Tensor, up_NI: Tensor, grad_gate_NI: Tensor, grad_up_NI: Tensor) -> None:
     grad_NI, gate_NI, up_NI = grad_NI.contiguous(), _with_rows(gate_NI), _with_rows(up_NI)
-    assert grad_gate_NI.stride() == grad_up_NI.stride() == (grad_gate_NI.stride(0), 1)
-    if grad_NI.numel():
+    if launching(grad_NI):
         grid, tiling = _tiling(grad_NI)
         _silu_times_backward[grid](
             grad_NI,

@@ -1,0 +1,1 @@
+"""How a sublayer reads the branches of the residual stream, and how its output enters them."""
