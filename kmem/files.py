@@ -5,6 +5,7 @@ import fcntl
 import glob
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -95,7 +96,7 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         replace: `path` may also be a folder with files, which is removed once the new one has its name.
 
     Raises:
-        UserError: `path` has files, another process is writing it, or the block raised an OSError.
+        UserError: `path` has files, another process is writing it, or the system refused what the block does.
     """
     path = Path(os.path.abspath(path))
     partial = path.with_name(path.name + PARTIAL)
@@ -132,9 +133,21 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
                 raise
         sync_path(path.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        remedy = "; make room or choose another disk" if error.errno in FULL_DISK else ""
-        raise UserError(f"{path}: cannot be written: {error}{remedy}") from error
+    except Exception as error:
+        refused = refused_by_system(error)
+        if refused is None:
+            raise
+        remedy = "; make room or choose another disk" if refused.errno in FULL_DISK else ""
+        raise UserError(f"{path}: cannot be written: {refused}{remedy}") from error
+
+
+def refused_by_system(error: Exception) -> OSError | None:
+    """What the operating system refused, if that is the reason for `error`. Libraries written in Rust, such as
+    tokenizers, raise plain exceptions for it, whose text ends in "(os error 28)"."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"\(os error (\d+)\)$", str(error))
+    return None if number is None else OSError(int(number[1]), os.strerror(int(number[1])))
 
 
 def _writer() -> str:

@@ -98,6 +98,16 @@ def test_a_place_that_cannot_be_written_is_a_user_error():
         pass
 
 
+def test_a_full_disk_is_one_error_whoever_writes(tmp_path):
+    """Libraries written in Rust, such as tokenizers, raise no OSError."""
+    for error in (OSError(errno.ENOSPC, "No space left on device"), Exception("No space left on device (os error 28)")):
+        refusal = pytest.raises(UserError, match=r"a: cannot be written: .* No space left .*; make room")
+        with refusal, atomic_folder(tmp_path / "a"):
+            raise error
+    with pytest.raises(RuntimeError, match="another"), atomic_folder(tmp_path / "a"):
+        raise RuntimeError("another")
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_modes_are_those_of_the_umask(tmp_path, mask):
     before = os.umask(mask)

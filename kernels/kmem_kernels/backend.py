@@ -21,6 +21,8 @@ Backend = Literal["triton", "torch"]
 def chosen(backend: Backend | None, tensor: Tensor) -> Backend:
     """The given backend, or by default `triton` for CUDA tensors and otherwise `torch`, the definition.
 
+    Meta tensors may have either: for them, no kernel is launched.
+
     Raises:
         ValueError: the name is unknown.
         RuntimeError: the backend is `triton`, which cannot run on the tensor's device.
@@ -29,7 +31,7 @@ def chosen(backend: Backend | None, tensor: Tensor) -> Backend:
         return "triton" if tensor.is_cuda else "torch"
     if backend not in ("triton", "torch"):
         raise ValueError(f"backend {backend!r} is not one of 'triton', 'torch'")
-    if backend == "triton" and not tensor.is_cuda and not interpreted():
+    if backend == "triton" and not (tensor.is_cuda or tensor.is_meta or interpreted()):
         raise RuntimeError(
             f"the Triton backend needs CUDA tensors, but this one is on {tensor.device}: use backend='torch', or set "
             "TRITON_INTERPRET=1 before Triton is imported"
@@ -52,9 +54,9 @@ _shapes_alone: ContextVar[bool] = ContextVar("shapes_alone", default=False)
 def operator(launch: Callable[..., Any]) -> Callable[..., Any]:
     """Make a function that allocates outputs and launches kernels an operator of PyTorch, `kmem_kernels::<its name>`.
 
-    So it is one step to whatever watches or traces operators (profilers, fake tensors, torch.compile), and is known to
-    run on a GPU or in the interpreter. For fake tensors, the function runs without launching: see `launching`. Its
-    parameters and results need the types of an operator's schema.
+    So it is one step to whatever watches or traces operators, such as profilers and torch.compile. For meta and fake
+    tensors, the function runs without launching: see `launching`. Its parameters and results need the types of an
+    operator's schema.
     """
     name = launch.__name__
     _library.define(name + torch.library.infer_schema(launch, mutates_args=()))

@@ -21,7 +21,7 @@ from kmem.clustering.embedders import EmbedderRequest
 from kmem.config import UserError
 from kmem.data.safetensors_file import refuse_pickled
 from kmem.data.tokenizer import load_tokenizer
-from kmem.files import read_json
+from kmem.files import read_json, refused_by_system
 from kmem.model.bank_embedder import POOLINGS, SentenceEncoder
 from kmem.model.file_digest import file_digest
 
@@ -178,12 +178,16 @@ def _write_tokenizer(source: Path, path: Path) -> None:
     """Write tokenizer.json as Transformers loads it: for BERT, the settings in tokenizer_config.json override those in
     the folder's own tokenizer.json."""
     try:
-        load_tokenizer(source).backend_tokenizer.save(str(path))
+        tokenizer = load_tokenizer(source).backend_tokenizer
     except Exception as error:  # as in build
         raise UserError(
             f"{source}: its tokenizer ({TOKENIZER} or {VOCABULARY}, {_TOKENIZER_CONFIG}) cannot be read: "
             f"{_first_line(error)}"
         ) from error
+    try:
+        tokenizer.save(str(path))
+    except Exception as error:
+        raise refused_by_system(error) or error from error
 
 
 def _max_word_pieces(folder: Path, config: Mapping[str, Any], limits: Mapping[str, Any]) -> int:

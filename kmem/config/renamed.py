@@ -12,6 +12,10 @@ def _controls(value: Any) -> Any:
     return [f"bank={choice}" for choice in value] if isinstance(value, list | tuple) else value
 
 
+def _recompute(value: Any) -> Any:
+    return ("none", "full")[value] if isinstance(value, bool) else value
+
+
 @dataclass(frozen=True)
 class NewName:
     """The new name of a key."""
@@ -24,6 +28,7 @@ class NewName:
 
 RENAMED: Mapping[str, NewName] = {
     "memory": NewName("engram"),
+    "train.activation_checkpointing": NewName("recompute", _recompute),
     "evaluation.bank_controls": NewName("controls", _controls),
     **{f"model.{old}": NewName(new) for old, new in MODEL_KEYS.items()},
 }

@@ -67,8 +67,10 @@ class TrainConfig(Section):
     expert, the reference for the other backends. deepspeed: DeepSpeed's Triton kernels, for GPUs of
     capability 8.x, where PyTorch's grouped product is a loop; bf16 only. liger: the Triton kernels of liger-kernel
     (`liger-kernel`), for GPUs of capability 8.0 or more; bf16 only."""
-    activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it. selective: norms, activations, rotations, routing
+    and the mixing of branches; kept are the results of matrix products, of fused attention and of exchanges between
+    ranks. full: whole layers, of which only the inputs are kept."""
     optimizer: OptimizerConfig
     """The optimizer of everything but tables."""
     schedule: ScheduleConfig = ScheduleConfig()

@@ -86,12 +86,17 @@ class HyperConnection(nn.Module):
             return streams + sublayer(streams)
         if self.branches <= _MOST_BRANCHES and kernels_serve(streams) and streams.dtype != torch.float64:
             kernels = kmem_kernels.hyper_connection.op
-            parameters = (self.weight, self.bias, self.scale)
             taken, flat, mappings = kernels.read(
-                streams.flatten(0, 1), *parameters, eps=self.norm_eps, iterations=self.sinkhorn_iterations
+                streams.flatten(0, 1),
+                self.weight,
+                self.bias,
+                self.scale,
+                eps=self.norm_eps,
+                iterations=self.sinkhorn_iterations,
+                backend="triton",
             )
             output = sublayer(taken.unflatten(0, streams.shape[:2]))
-            return kernels.write(flat, output.flatten(0, 1), mappings).view_as(streams)
+            return kernels.write(flat, output.flatten(0, 1), mappings, backend="triton").view_as(streams)
         taken, mixing = self.read(streams)
         return self.write(streams, sublayer(taken), mixing)
 

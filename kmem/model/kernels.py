@@ -13,5 +13,6 @@ except ImportError:
 
 
 def kernels_serve(tensor: Tensor) -> bool:
-    """Whether the kernels compute with this tensor; otherwise torch computes the same."""
-    return kmem_kernels is not None and tensor.is_cuda
+    """Whether the kernels compute with this tensor; otherwise torch computes the same. Meta tensors stand for those of
+    a GPU."""
+    return kmem_kernels is not None and (tensor.is_cuda or tensor.is_meta)

@@ -47,7 +47,8 @@ class Router(nn.Module):
     def forward(self, hidden_TH: Tensor) -> Routing:
         moe = self.moe
         wide = torch.promote_types(hidden_TH.dtype, torch.float32)
-        with torch.autocast(hidden_TH.device.type, enabled=False):
+        device = "cpu" if hidden_TH.is_meta else hidden_TH.device.type  # there is no autocast of meta tensors
+        with torch.autocast(device, enabled=False):
             logits_TE = F.linear(hidden_TH.to(wide), self.weight.to(wide))
             if kernels_serve(logits_TE) and logits_TE.dtype == torch.float32:
                 return self._routed_by_kernel(logits_TE)

@@ -37,17 +37,16 @@ class AllToAllRoutes:
     def __init__(self, routing: Routing, group: dist.ProcessGroup) -> None:
         self.routing, self.group = routing, group
         sent_Re = routing.counts_E.view(dist.get_world_size(group), -1)
-        received_Re = torch.empty_like(sent_Re)
-        counting = dist.all_to_all_single(received_Re, sent_Re, group=group, async_op=True)
+        ones = [1] * len(sent_Re)
+        arriving_Re = exchange(sent_Re, ones, ones, group)
         # Sorted by global expert number, rows are grouped by destination rank as well.
         self.choice_of_row_N, self.row_of_choice_TK = sort_by_expert(routing.experts_TK, len(routing.counts_E))
-        assert counting is not None
-        counting.wait()
+        received_Re = wait(arriving_Re)
         self.send: list[int]
         """Number of rows sent to each rank."""
         self.receive: list[int]
         """Number of rows received from each rank."""
-        self.send, self.receive = torch.stack([sent_Re.sum(1), received_Re.sum(1)]).tolist()
+        self.send, self.receive = torch.stack([sent_Re.sum(1), received_Re.sum(1)]).cpu().tolist()
         # Rows arrive sorted by source rank, then expert; the grouped products need them sorted by expert.
         expert_M = torch.arange(sent_Re.shape[1], device=sent_Re.device).repeat(len(sent_Re))
         expert_M = expert_M.repeat_interleave(received_Re.flatten(), output_size=sum(self.receive))
@@ -69,52 +68,49 @@ class AllToAllRoutes:
         return out_TH if shared_TH is None else out_TH + shared_TH
 
 
+def exchange(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Start an all-to-all; returns the tensor in which the rows will arrive. Do not read it before `wait`.
+
+    Args:
+        send, receive: number of rows to and from each rank.
+    """
+    return torch.ops._c10d_functional.all_to_all_single(rows.contiguous(), receive, send, group.group_name)
+
+
+def wait(arriving: Tensor) -> Tensor:
+    """The rows of an `exchange`, once they have arrived."""
+    return torch.ops._c10d_functional.wait_tensor(arriving)
+
+
 class _Transfer:
     """One all-to-all of rows over the ranks of a group; the backward pass sends the gradients the opposite way."""
 
     def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup) -> None:
         self.send, self.receive, self.group = send, receive, group
-        self._under_way: tuple[dist.Work, Tensor, Tensor] | None = None
-
-    def begin(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Start the transfer; returns the tensor in which the rows will arrive. Do not read it before `end`."""
-        assert self._under_way is None
-        rows = rows.contiguous()
-        arriving = rows.new_empty(sum(receive), *rows.shape[1:])
-        work = dist.all_to_all_single(arriving, rows, receive, send, group=self.group, async_op=True)
-        assert work is not None
-        self._under_way = work, arriving, rows  # the rows to send must outlive the transfer
-        return arriving
-
-    def end(self) -> Tensor:
-        """Wait for the transfer; returns the received rows."""
-        assert self._under_way is not None
-        work, arrived, _ = self._under_way
-        work.wait()
-        self._under_way = None
-        return arrived
+        self.gradient: Tensor | None = None
+        """The gradient that is under way."""
 
 
 class _Begin(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, transfer: _Transfer) -> Tensor:
         ctx.transfer = transfer
-        return transfer.begin(rows, transfer.send, transfer.receive)
+        return exchange(rows, transfer.send, transfer.receive, transfer.group)
 
     @staticmethod
     def backward(ctx, _: Tensor) -> tuple[Tensor, None]:
-        return ctx.transfer.end(), None
+        arriving, ctx.transfer.gradient = ctx.transfer.gradient, None
+        return wait(arriving), None
 
 
 class _End(torch.autograd.Function):
     @staticmethod
     def forward(ctx, arriving: Tensor, transfer: _Transfer) -> Tensor:
         ctx.transfer = transfer
-        transfer.end()
-        return arriving.view_as(arriving)
+        return wait(arriving).view_as(arriving)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         transfer = ctx.transfer
-        transfer.begin(grad, transfer.receive, transfer.send)
+        transfer.gradient = exchange(grad, transfer.receive, transfer.send, transfer.group)
         return grad, None  # nothing reads this gradient: `_Begin` returns the transferred one

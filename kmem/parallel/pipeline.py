@@ -64,6 +64,7 @@ from kmem.parallel.memory_kinds import kinds_of
 from kmem.parallel.mesh import Mesh, expert_group, local_device, raise_on_all_ranks
 from kmem.parallel.optimizers import make_backbone_optimizer
 from kmem.parallel.routing_ledger import RoutingLedger, StepRouting
+from kmem.parallel.selective_recompute import checkpoint_selectively
 from kmem.parallel.stage_layers import EmbeddingLayer, LossLayer, NormLayer, StageLayer, TransformerLayer, tied_loss
 from kmem.parallel.stage_tables import LookedUp, StageTables
 from kmem.parallel.stages import stage_bounds
@@ -125,6 +126,8 @@ class Pipeline:
             initialise_(layer.module, shape, config.train.init_seed, layer.prefix)
         self.moe_layers = self._connect_experts()
         self.engine = self._initialise_engine()
+        if config.train.recompute == "selective":
+            self.module.activation_checkpoint_func = checkpoint_selectively
         self.ledger = None
         if config.model.moe is not None:
             self.ledger = RoutingLedger(self.moe_layers, shape, mesh, self.context)
@@ -324,7 +327,7 @@ def engine_config(config: Config, mesh: Mesh) -> dict[str, Any]:
         "steps_per_print": None,
         "pipeline": {
             "use_reentrant": False,  # recomputation must keep working when a layer's inputs hold no gradient
-            "activation_checkpoint_interval": 1 if train.activation_checkpointing else 0,
+            "activation_checkpoint_interval": 0 if train.recompute == "none" else 1,
         },
     }
     if bf16:

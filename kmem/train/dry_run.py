@@ -150,7 +150,7 @@ def _activation_bytes(config: Config, layer: int) -> int:
     branches = 1 if model.hyper_connections is None else model.hyper_connections.branches
     stream = branches * model.hidden_size
     carried = model.hidden_size * carries_embedding(model.shape)
-    if layer == 0 or layer > model.num_layers or train.activation_checkpointing:
+    if layer == 0 or layer > model.num_layers or train.recompute == "full":
         return tokens * (stream + carried) * width
     values = carried + 10 * model.hidden_size  # norms, projections, attention output and residuals
     if branches > 1:

@@ -21,6 +21,11 @@ OLD_KEYS = [
         "evaluation.bank_controls: is now called evaluation.controls; "
         'write evaluation.controls=["bank=generic", "bank=none"]',
     ),
+    (
+        "train.activation_checkpointing",
+        True,
+        'train.activation_checkpointing: is now called train.recompute; write train.recompute="full"',
+    ),
     ("evaluation.bank_controls", [], "evaluation.bank_controls: is now called evaluation.controls"),
 ]
 
@@ -54,6 +59,7 @@ def test_a_saved_configuration_has_the_names_of_today():
         "model": {"memory_bank": {"levels": [2]}, "moe": {"memory_bank": 1}},
         "evaluation": {"bank_controls": ["generic", "none"]},
         "data": {"sources": [{"path": "memory"}]},
+        "train": {"activation_checkpointing": False},
     }
     assert saved_config(old) == {
         "name": "memory",
@@ -61,6 +67,7 @@ def test_a_saved_configuration_has_the_names_of_today():
         "model": {"bank": {"levels": [2]}, "moe": {"memory_bank": 1}},
         "evaluation": {"controls": ["bank=generic", "bank=none"]},
         "data": {"sources": [{"path": "memory"}]},
+        "train": {"recompute": "none"},
     }
     assert saved_config(saved_config(old)) == saved_config(old)
     both = {"memory": {"store": "mmap"}, "engram": {"store": "host"}}

@@ -29,7 +29,7 @@ MESHES = {
 }
 VARIANTS = {
     "plain": {},
-    "recompute": {"train__activation_checkpointing": True},
+    "recompute": {"train__recompute": "full"},
     "micro-batch-1": {"train__micro_batch_size": 1},
 }
 KINDS = {
@@ -81,12 +81,15 @@ def test_other_banks_on_two_stages(ranks, tmp_path, kind):
 
 def test_pipeline_depth_prefetch_and_recomputation_are_bitwise(ranks):
     """At equal data parallelism nothing but the place and the time of the work changes."""
-    for data, cases in ((2, [(1, 0, False), (2, 2, True)]), (1, [(1, 0, False), (1, 3, True), (2, 2, False)])):
+    for data, cases in (
+        (2, [(1, 0, "none"), (2, 2, "full")]),
+        (1, [(1, 0, "none"), (1, 3, "selective"), (2, 2, "none")]),
+    ):
         reference = None
-        for pipeline, depth, again in cases:
+        for pipeline, depth, recompute in cases:
             changes = {
                 "bank__prefetch_depth": depth,
-                "train__activation_checkpointing": again,
+                "train__recompute": recompute,
                 # Stages add up the norm's squares in another order, and ZeRO-1 cuts partitions elsewhere, where
                 # the fused AdamW's vectors end and its last elements round otherwise.
                 "train__optimizer__clip_norm": None,

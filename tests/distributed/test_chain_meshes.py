@@ -14,7 +14,7 @@ MESHES = {
 }
 VARIANTS = {
     "zero-1": {},
-    "zero-0, recompute": {"parallel__zero_stage": 0, "train__activation_checkpointing": True},
+    "zero-0, recompute": {"parallel__zero_stage": 0, "train__recompute": "full"},
     "micro-batch-1": {"train__micro_batch_size": 1},
 }
 CHAINS = {
@@ -73,7 +73,7 @@ def test_bf16_trains_close_to_fp32(ranks):
 
 def test_pipeline_depth_and_recomputation_are_bitwise(ranks):
     (reference,) = ranks.run(1, train_case, chain_config(), STEPS)
-    for changes in ({}, {"train__activation_checkpointing": True}):
+    for changes in ({}, {"train__recompute": "full"}):
         result = ranks.run(2, train_case, chain_config(parallel__pipeline=2, **changes), STEPS)[0]
         assert result["losses"] == reference["losses"]
 
@@ -99,7 +99,7 @@ def test_observations_do_not_depend_on_the_mesh(ranks):
     assert torch.equal(pairs[1:].sum(-2)[:, 0], 2 * counts[1:, 1])
     torch.testing.assert_close(means["overlap"][1:, 1], pairs[1:, 0].diagonal(dim1=-2, dim2=-1).sum(-1) / chosen)
     assert means["update_size"][1:].gt(0).all()
-    tree = chain_config(parallel__pipeline=2, parallel__expert=2, train__activation_checkpointing=True)
+    tree = chain_config(parallel__pipeline=2, parallel__expert=2, train__recompute="full")
     for other_counts, other_means, other_pairs in ranks.run(4, observation_case, tree):
         assert torch.equal(other_counts, counts)
         assert torch.equal(other_pairs, pairs)

@@ -15,11 +15,11 @@ pytestmark = pytest.mark.gpu
     "changes",
     [
         {},
-        {"train__activation_checkpointing": True},
+        {"train__recompute": "full"},
         {"train__micro_batch_size": 8},
         {"train__expert_backend": "loop"},
         {"model__moe__chain": {"iterations": 2}, "train__init_seed": 1},
-        {"model__moe__chain": {"iterations": 2, "gates": "frozen"}, "train__activation_checkpointing": True},
+        {"model__moe__chain": {"iterations": 2, "gates": "frozen"}, "train__recompute": "full"},
     ],
     ids=["plain", "recompute", "one-micro-batch", "loop", "chain", "frozen chain, recompute"],
 )
@@ -43,8 +43,8 @@ def test_memory_on_the_gpu_equals_that_of_the_cpu(ranks, gpu_ranks, monkeypatch,
 @pytest.mark.parametrize("store", ["device", "host"])
 def test_fetching_ahead_and_recomputing_on_the_gpu_change_no_bit(gpu_ranks, store):
     results = []
-    for depth, again in ((0, False), (2, False), (1, True)):
-        changes = {"engram__prefetch_depth": depth, "train__activation_checkpointing": again}
+    for depth, recompute in ((0, "none"), (2, "selective"), (1, "full")):
+        changes = {"engram__prefetch_depth": depth, "train__recompute": recompute}
         results.append(gpu_ranks.run(1, train_case, engram_config(engram__store=store, **changes), 8))
     for result in results[1:]:
         assert result[0]["losses"] == results[0][0]["losses"]
@@ -60,7 +60,7 @@ def test_a_bank_on_the_gpu_equals_that_of_the_cpu(ranks, gpu_ranks, monkeypatch,
     assert first[0]["losses"] == pytest.approx(cpu[0]["losses"], abs=1e-3)
     for name, table in merged_blocks(first).items():
         torch.testing.assert_close(table, merged_blocks(cpu)[name], rtol=0, atol=1e-2)
-    ahead = {"bank__prefetch_depth": 2, "train__activation_checkpointing": True}
+    ahead = {"bank__prefetch_depth": 2, "train__recompute": "full"}
     again = gpu_ranks.run(1, train_case, bank_config(bank__store=store, **ahead), 6)
     assert again[0]["losses"] == first[0]["losses"]
     assert all(torch.equal(table, merged_blocks(first)[name]) for name, table in merged_blocks(again).items())

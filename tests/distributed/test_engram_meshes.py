@@ -53,7 +53,7 @@ MESHES = {
 }
 VARIANTS = {
     "plain": {},
-    "recompute": {"train__activation_checkpointing": True},
+    "recompute": {"train__recompute": "full"},
     "micro-batch-1": {"train__micro_batch_size": 1},
 }
 
@@ -90,14 +90,14 @@ def test_loss_curve_and_tables_equal_plain_pytorch(ranks, plain, mesh, variant):
         torch.testing.assert_close(table, tables[name], rtol=0, atol=1e-5)
 
 
-DEPTHS = [(1, 0, False), (1, 1, False), (1, 3, True), (2, 0, True), (2, 2, False)]
+DEPTHS = [(1, 0, "none"), (1, 1, "none"), (1, 3, "full"), (2, 0, "full"), (2, 2, "none")]
 
 
 @pytest.mark.parametrize(
     ("data", "cases"),
     [
-        (1, [(1, 0, False), (1, 3, True), (2, 2, False)]),
-        (2, [(1, 0, False), (1, 1, False), (2, 2, True)]),
+        (1, [(1, 0, "none"), (1, 3, "full"), (2, 2, "none")]),
+        (2, [(1, 0, "none"), (1, 1, "selective"), (2, 2, "full")]),
         pytest.param(1, DEPTHS, marks=pytest.mark.full),
         pytest.param(2, DEPTHS, marks=pytest.mark.full),
     ],
@@ -106,10 +106,10 @@ DEPTHS = [(1, 0, False), (1, 1, False), (1, 3, True), (2, 0, True), (2, 2, False
 def test_pipeline_depth_prefetch_and_recomputation_are_bitwise(ranks, data, cases):
     """At equal data parallelism nothing but the place and the time of the work changes."""
     reference = None
-    for pipeline, depth, again in cases:
+    for pipeline, depth, recompute in cases:
         changes = {
             "engram__prefetch_depth": depth,
-            "train__activation_checkpointing": again,
+            "train__recompute": recompute,
             # Stages add up the norm's squares in another order, and ZeRO-1 cuts partitions elsewhere, where the fused
             # AdamW's vectors end and its last elements round otherwise.
             "train__optimizer__clip_norm": None,

@@ -64,27 +64,33 @@ def test_two_ranks_compute_what_one_process_does(ranks, shared, recompute):
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+def watch(monkeypatch, events):
+    """Note every exchange of rows or counts, and every wait for one."""
+    from kmem.parallel import expert_dispatch
+
+    exchange, wait, under_way = expert_dispatch.exchange, expert_dispatch.wait, {}
+
+    def watched_exchange(sent, *arguments):
+        what = "rows" if sent.is_floating_point() else "counts"
+        events.append(f"send {what}")
+        arriving = exchange(sent, *arguments)
+        under_way[arriving.data_ptr()] = what
+        return arriving
+
+    def watched_wait(arriving):
+        events.append(f"wait for {under_way[arriving.data_ptr()]}")
+        return wait(arriving)
+
+    monkeypatch.setattr(expert_dispatch, "exchange", watched_exchange)
+    monkeypatch.setattr(expert_dispatch, "wait", watched_wait)
+
+
 def order_case():
     """The order of what happens in a forward and a backward pass."""
     dist.init_process_group("gloo")
     events = []
-    exchange = dist.all_to_all_single
-
-    class Watched:
-        def __init__(self, work, what):
-            self.work, self.what = work, what
-
-        def wait(self):
-            events.append(f"wait for {self.what}")
-            return self.work.wait()
-
-    def watched(received, sent, *arguments, **keywords):
-        what = "rows" if sent.dim() == 2 and sent.is_floating_point() else "counts"
-        events.append(f"send {what}")
-        return Watched(exchange(received, sent, *arguments, **keywords), what)
-
-    dist.all_to_all_single = watched
-    try:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        watch(monkeypatch, events)
         layer = half_layer(whole_layer(MOE), MOE)
         layer.shared_experts.register_forward_hook(lambda *_: events.append("shared experts"))
         layer.shared_experts.gate_proj.weight.register_hook(lambda *_: events.append("shared gradient"))
@@ -94,8 +100,6 @@ def order_case():
         events.clear()
         out.square().sum().backward()
         return forward, events
-    finally:
-        dist.all_to_all_single = exchange
 
 
 def test_shared_experts_run_while_rows_travel(ranks):
@@ -117,23 +121,15 @@ def counts_case(gates):
     from kmem.parallel.expert_dispatch import AllToAllDispatcher
 
     dist.init_process_group("gloo")
-    exchange, exchanged = dist.all_to_all_single, []
-
-    def watched(received, sent, *arguments, **keywords):
-        exchanged.append(sent.is_floating_point())
-        return exchange(received, sent, *arguments, **keywords)
-
     shape = tiny.shape(tiny.GQA, MOE | {"chain": {"iterations": 3, "gates": gates}})
     held = range(4) if dist.get_rank() == 0 else range(4, 8)
     layer = tiny.randomise_(DecoderLayer(shape, 0, held))
     layer.feed_forward.dispatcher = AllToAllDispatcher(dist.group.WORLD)
-    hidden = tiny.random(2, 5, 32)
-    dist.all_to_all_single = watched
-    try:
+    hidden, events = tiny.random(2, 5, 32), []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        watch(monkeypatch, events)
         layer.feed_forward(hidden, hidden).square().sum().backward()
-    finally:
-        dist.all_to_all_single = exchange
-    return exchanged.count(False), exchanged.count(True)
+    return events.count("send counts"), events.count("send rows")
 
 
 @pytest.mark.parametrize(("gates", "counts"), [("independent", 3), ("frozen", 1)])

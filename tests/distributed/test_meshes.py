@@ -25,7 +25,8 @@ MESHES = {
 VARIANTS = {
     "zero-1": {"parallel__zero_stage": 1},
     "zero-0": {"parallel__zero_stage": 0},
-    "recompute": {"train__activation_checkpointing": True},
+    "recompute": {"train__recompute": "full"},
+    "recompute-some": {"train__recompute": "selective"},
     "micro-batch-1": {"train__micro_batch_size": 1},
 }
 
@@ -36,6 +37,7 @@ SHORT = {
     ("expert", "zero-1"),
     ("pipeline-expert-data", "zero-0"),
     ("pipeline-expert-data", "recompute"),
+    ("pipeline-expert-data", "recompute-some"),
     ("pipeline-data", "micro-batch-1"),
     ("data", "zero-1"),
     ("four-stages", "zero-1"),
@@ -61,7 +63,7 @@ def test_loss_curve_equals_plain_pytorch(ranks, mesh, variant):
 def test_pipeline_depth_and_recomputation_are_bitwise(ranks):
     """At equal data parallelism nothing but the place of the work changes."""
     (reference,) = ranks.run(1, train_case, gated_config(), STEPS)
-    for changes in ({}, {"train__activation_checkpointing": True}):
+    for changes in ({}, {"train__recompute": "full"}, {"train__recompute": "selective"}):
         result = ranks.run(2, train_case, gated_config(parallel__pipeline=2, **changes), STEPS)[0]
         assert result["losses"] == reference["losses"]
 

@@ -234,7 +234,7 @@ def check_meshes(ranks: Any, case: MemoryCase, root: Path) -> None:
     one = ranks.run(1, memory_case, tree, case.kind, folder, None, SAVE)
     plain = Plain(case, parse_config(tree))
     compare(one, plain)
-    again = {"train__activation_checkpointing": True, "parallel__pipeline": 2}
+    again = {"train__recompute": "full", "parallel__pipeline": 2}
     two = ranks.run(2, memory_case, case.config(**{ahead: 2}, **again, **exact), case.kind, folder, SAVE)
     assert two[0]["checksums"] == one[0]["checksums"]
     assert two[0]["losses"] == {step: one[0]["losses"][step] for step in range(SAVE, LAST)}
@@ -260,7 +260,7 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "pipeline-expert-data": (4, {"parallel__pipeline": 2, "parallel__expert": 2}),
     "four-stages": (4, {"parallel__pipeline": 4}),
     "small-micro-batches": (2, {"parallel__pipeline": 2, "train__micro_batch_size": 1}),
-    "recomputed": (2, {"parallel__pipeline": 2, "train__activation_checkpointing": True}),
+    "recomputed": (2, {"parallel__pipeline": 2, "train__recompute": "full"}),
     "tied": (2, {"parallel__pipeline": 2, "model__tie_embeddings": True}),
     "branches": (2, {"parallel__pipeline": 2, "model__hyper_connections": {"branches": 2}}),
 }

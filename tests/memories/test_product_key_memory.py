@@ -314,7 +314,7 @@ def test_stages_and_ranks_train_as_plain_pytorch(wide, plain):
 
 
 def test_stages_and_recomputation_change_no_bit(ranks, alone):
-    two = run(ranks, 2, train__activation_checkpointing=True, **WIDE, **EXACT)
+    two = run(ranks, 2, train__recompute="full", **WIDE, **EXACT)
     assert check_copies(two) == 2
     for part in ("losses", "checksums", "held_out"):
         assert two[0][part] == alone[0][part], part
@@ -326,13 +326,18 @@ def test_stages_and_recomputation_change_no_bit(ranks, alone):
 def test_more_stages_and_stores_change_no_bit(ranks, data, top_k, tmp_path):
     kept = {f"{NAME}__folder": str(tmp_path), f"model__{NAME}__top_k": top_k, **EXACT}
     reference = run(ranks, data, **kept)
-    for stages, again, store in [(1, True, "mmap"), (2, False, "mmap"), (2, True, "host"), (4, True, "device")]:
+    for stages, recompute, store in [
+        (1, "full", "mmap"),
+        (2, "none", "mmap"),
+        (2, "selective", "host"),
+        (4, "full", "device"),
+    ]:
         if stages * data <= 4:
-            changes = {"parallel__pipeline": stages, "train__activation_checkpointing": again, f"{NAME}__store": store}
+            changes = {"parallel__pipeline": stages, "train__recompute": recompute, f"{NAME}__store": store}
             found = run(ranks, stages * data, **changes, **kept)
             assert check_copies(found) == min(stages, 2)
             for part in ("losses", "checksums", "held_out"):
-                assert found[0][part] == reference[0][part], (stages, again, store, part)
+                assert found[0][part] == reference[0][part], (stages, recompute, store, part)
 
 
 LAYERS = {"one": [2], "first-and-last": [0, 3], "one stage": [0, 1], "all": [0, 1, 2, 3]}
@@ -676,15 +681,15 @@ def sets_case(config):
     return max(held), sums, stored
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("stages", [1, 2])
-def test_a_dry_run_bounds_what_a_step_holds(ranks, stages, recomputed):
+def test_a_dry_run_bounds_what_a_step_holds(ranks, stages, recompute):
     """Every layer keeps the rows of the micro-batches in flight. (A pool of so few rows is read almost whole.)"""
     layers = [1, 3] if stages == 1 else [0, 1]
     changes = {
         f"model__{NAME}__num_keys": 5,
         f"model__{NAME}__layers": layers,
-        "train__activation_checkpointing": recomputed,
+        "train__recompute": recompute,
     }
     config = tree(**changes, parallel__pipeline=stages)
     (rows, index, number), (sums,), stored = ranks.run(stages, sets_case, config)[0]

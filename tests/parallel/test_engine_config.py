@@ -62,8 +62,8 @@ def test_a_step_has_the_micro_batches_of_the_pipeline(precision, zero_stage, dat
     assert not read.steps_per_print
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_layers_are_recomputed_one_by_one_or_not_at_all(recompute):
-    _, read = settings("fp32", 1, 4, False, train__activation_checkpointing=recompute)
-    assert read.pipeline["activation_checkpoint_interval"] == int(recompute)
+    _, read = settings("fp32", 1, 4, False, train__recompute=recompute)
+    assert read.pipeline["activation_checkpoint_interval"] == int(recompute != "none")
     assert read.pipeline["use_reentrant"] is False

@@ -148,7 +148,7 @@ def test_branches_multiply_the_activations_between_layers():
     """With recomputation nothing else is kept."""
 
     def activations(branches):
-        tree = small_config(model__hyper_connections={"branches": branches}, train__activation_checkpointing=True)
+        tree = small_config(model__hyper_connections={"branches": branches}, train__recompute="full")
         return rank_bytes(parse_config(tree), Mesh(0, 1, 1, 1))[0].activations
 
     assert activations(4) == 4 * activations(1)

@@ -16,7 +16,7 @@ def read(
     streams, flat = streams_NMD.to(wide), streams_NMD.flatten(1).to(wide)
     rms = flat.square().mean(-1, keepdim=True).add(eps).rsqrt()
     dynamic = F.linear(flat, weight.to(wide)) * rms
-    factors = scale.to(wide).repeat_interleave(torch.tensor([1, 1, branches], device=scale.device))
+    factors = torch.cat((scale[:2], scale[2:].expand(branches))).to(wide)
     logits = dynamic.unflatten(1, (branches + 2, branches)) * factors[:, None] + bias.to(wide).view(-1, branches)
     pre, post, logs = torch.sigmoid(logits[:, 0]), 2 * torch.sigmoid(logits[:, 1]), logits[:, 2:]
     for _ in range(iterations):
