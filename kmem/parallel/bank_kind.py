@@ -17,7 +17,7 @@ from kmem.checkpoint.manifest import check_tree
 from kmem.checkpoint.pieces import Pieces
 from kmem.config import Config, RowOptimizerConfig, TableConfig, UserError, parse_config
 from kmem.data.batch import SequenceBatch
-from kmem.model.bank_blocks import BankInput
+from kmem.model.bank_blocks import BankInput, TokenGroups
 from kmem.model.bank_export import TREE_FOLDER
 from kmem.model.bank_kind import BankKind
 from kmem.model.bank_layout import GENERIC, MISSING, BankLayout, bank_table_name, layer_bank_name
@@ -124,6 +124,13 @@ class BankTraining(MemoryKind):
             return set()
         layout = BankLayout.of(config.model.shape)
         return {*self.model.tables(config.model.shape), *map(bank_table_name, layout.levels)}
+
+    def imagined_read(self, config: Config, layer: int) -> BankInput:
+        """Every sequence has one leaf, as with leaf batching."""
+        layout, sequences = BankLayout.of(config.model.shape), config.train.micro_batch_size
+        counts = {level: torch.empty(sequences, dtype=torch.int64) for level in layout.levels}
+        blocks = {level: torch.empty(sequences, layout.block_values(level)).requires_grad_() for level in layout.levels}
+        return BankInput(layout, (TokenGroups(None, counts),), blocks)
 
     def table_bytes(self, config: Config, mesh: Mesh, layers: Sequence[int]) -> list[TableBytes]:
         layout, addresses = BankLayout.of(config.model.shape).of_layers(layers), config.data.addresses

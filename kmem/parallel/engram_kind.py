@@ -53,11 +53,9 @@ class EngramTraining(TokenRowsTraining):
     def check_manifest(self, folder: Path, stored: dict[str, Any], prepared: EngramAddresses, hint: str) -> None:
         check_addressing(folder, stored, prepared, hint)
 
-    def activation_values(self, config: Config, layer: int) -> int:
-        shape, wide = config.model.shape, config.train.precision == "fp32"
-        stream = shape.branches * shape.hidden_size
-        values = 2 * stream + shape.hidden_size + self.model.row_values(shape, layer)
-        return values + ((5 if wide else 12) * stream if shape.engram.conv_kernel else 0)
+    def imagined_read(self, config: Config, layer: int) -> EngramInput:
+        read = super().imagined_read(config, layer)
+        return EngramInput(read.rows.flatten(-2), document_ids=read.document_ids)
 
 
 class StageEngram(StageTokenRows):

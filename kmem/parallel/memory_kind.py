@@ -249,6 +249,7 @@ class MemoryKind:
         """Costs of its tables on the stage with these layers."""
         raise NotImplementedError
 
-    def activation_values(self, config: Config, layer: int) -> int:
-        """Estimate of the values per token that the memory of a layer keeps for the backward pass."""
-        return 0
+    def imagined_read(self, config: Config, layer: int) -> Any:
+        """The `read` argument of a layer's `MemoryModule` for a micro-batch of whole sequences, in meta tensors, from
+        which follows what the layer computes and keeps. Called on the meta device."""
+        raise NotImplementedError

@@ -19,8 +19,5 @@ class OverEncodingTraining(TokenRowsTraining):
             "model; leave it out, or train from the start"
         )
 
-    def activation_values(self, config: Config, layer: int) -> int:
-        return 3 * config.model.hidden_size
-
 
 KIND = OverEncodingTraining()

@@ -27,10 +27,5 @@ class PerLayerEmbeddingsTraining(TokenRowsTraining):
     def compared(self, section: dict[str, Any]) -> dict[str, Any]:
         return section | {"output_scale": None}  # an initial value
 
-    def activation_values(self, config: Config, layer: int) -> int:
-        width = self.model.row_values(config.model.shape, layer)
-        replaces = self.model.replaces_feed_forward(config.model.shape, layer)
-        return 3 * width if replaces else 5 * width + 3 * config.model.hidden_size
-
 
 KIND = PerLayerEmbeddingsTraining()

@@ -78,10 +78,8 @@ class ProductKeyMemoryTraining(MemoryKind):
             )
         ]
 
-    def activation_values(self, config: Config, layer: int) -> int:
-        section, hidden = config.model.shape.product_key_memory, config.model.hidden_size
-        scores = section.heads * (2 * section.num_keys + section.top_k**2 + 4 * section.top_k)
-        return scores + section.heads * section.key_dim + 4 * hidden
+    def imagined_read(self, config: Config, layer: int) -> Pool:
+        return lambda ids, weights: weights.sum((1, 2))[:, None].expand(-1, config.model.hidden_size)
 
 
 class StagePool(StageMemory):

@@ -34,6 +34,13 @@ class TokenRowsTraining(MemoryKind):
     def stage(self, parts: StageParts, prepared: Any) -> "StageTokenRows":
         return StageTokenRows(self, parts, prepared)
 
+    def imagined_read(self, config: Config, layer: int) -> Any:
+        shape, size = config.model.shape, (config.train.micro_batch_size, config.data.sequence_length)
+        (width,) = (table.width for table in self.model.tables(shape).values() if table.layer == layer)
+        values = self.model.row_values(shape, layer)
+        rows = torch.empty(*size, values // width, width).requires_grad_()
+        return TokenRows(rows, document_ids=torch.empty(size, dtype=torch.int64))
+
     def table_bytes(self, config: Config, mesh: Mesh, layers: Sequence[int]) -> list[TableBytes]:
         shape = config.model.shape
         tokens = config.train.global_batch_size // mesh.data * config.data.sequence_length

@@ -8,9 +8,9 @@ from math import prod
 
 from kmem.config import Config
 from kmem.data.reader import resolve_vocab_size
-from kmem.model.memory_kinds import carries_embedding, replaces_feed_forward
 from kmem.model.parameter_counts import ParameterCounts, count_parameters, tensor_shapes
 from kmem.parallel.launch_environment import environment_rank
+from kmem.parallel.layer_work import layer_work, loss_work
 from kmem.parallel.memory_kinds import kinds_of
 from kmem.parallel.mesh import Mesh
 from kmem.parallel.optimizers import BACKBONE_OPTIMIZERS
@@ -19,8 +19,9 @@ from kmem.parallel.table_bytes import TableBytes
 from kmem.wording import counted, magnitude, print_table
 
 UNITS = """A rank is one process with one device; all ranks of a stage hold as much. 1 KiB = 1,024 bytes.
-Active: the parameters that one token uses. Weights, gradients and optimizer state are exact, activations an estimate.
-Kernels, communication and the framework itself come on top. --print-config shows every field of the run."""
+Active: the parameters that one token uses. Weights, gradients and optimizer state are exact; activations are counted
+for a GPU, as if every expert got equally many tokens. Kernels, communication and the framework itself come on top.
+--print-config shows every field of the run."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class RankBytes:
     optimizer: int
     """Masters and moments."""
     activations: int
-    """Estimate for the micro-batches in flight on this stage."""
+    """Of the micro-batches in flight on this stage, and of one layer while it is computed; counted for a GPU."""
     tables: tuple[TableBytes, ...] = ()
     """Tables of the stage."""
 
@@ -117,9 +118,7 @@ def rank_bytes(config: Config, mesh: Mesh) -> list[RankBytes]:
             weights, gradients, optimizer = 4 * own, 4 * own, (4 + moments) * sharded
         else:
             weights, gradients, optimizer = 4 * own, 4 * own, moments * own
-        micro_batches = train.global_batch_size // (train.micro_batch_size * mesh.data)
-        in_flight = min(micro_batches, mesh.pipeline - stage)
-        activations = in_flight * sum(_activation_bytes(config, layer) for layer in layers)
+        activations = _activation_bytes(config, mesh, stage, layers)
         tables = [table for kind in kinds for table in kind.table_bytes(config, mesh, [place - 1 for place in layers])]
         stages.append(RankBytes(stage, own, weights, gradients, optimizer, activations, tuple(tables)))
     return stages
@@ -143,34 +142,14 @@ def _layer_sizes(config: Config) -> list[list[int]]:
     return sizes
 
 
-def _activation_bytes(config: Config, layer: int) -> int:
-    """Bytes that one pipeline layer keeps for the backward pass of one micro-batch: a rule of thumb, not measured."""
-    train, model = config.train, config.model
-    tokens, width = train.micro_batch_size * config.data.sequence_length, 2 if train.precision == "bf16" else 4
-    branches = 1 if model.hyper_connections is None else model.hyper_connections.branches
-    stream = branches * model.hidden_size
-    carried = model.hidden_size * carries_embedding(model.shape)
-    if layer == 0 or layer > model.num_layers or train.recompute == "full":
-        return tokens * (stream + carried) * width
-    values = carried + 10 * model.hidden_size  # norms, projections, attention output and residuals
-    if branches > 1:
-        # The streams around both sublayers, and the output of a sublayer; in bf16 also fp32 copies for mixing.
-        values += 2 * (stream + model.hidden_size if width == 4 else 5 * stream + 2 * model.hidden_size)
-    for kind in kinds_of(model.shape):
-        if layer - 1 in kind.model.layers(model.shape):
-            values += kind.activation_values(config, layer - 1)
-    if replaces_feed_forward(model.shape, layer - 1):
-        return tokens * values * width
-    if model.moe is not None and layer > model.moe.first_dense_layers:
-        chain = model.moe.chain
-        passes = 1 if chain is None else chain.iterations
-        shared = 1 if chain is None or chain.shared_experts == "once" else passes
-        values += passes * model.moe.top_k * (4 * model.moe.intermediate_size + 2 * model.hidden_size)
-        values += 4 * shared * model.shape.shared_width
-        values += 2 * (passes - 1) * model.hidden_size  # state and norm of the later passes
-    else:
-        values += 4 * (model.intermediate_size or 0)
-    return tokens * values * width
+def _activation_bytes(config: Config, mesh: Mesh, stage: int, layers: range) -> int:
+    """Bytes on a GPU: what the micro-batches in flight keep, and the most that one layer holds beside it."""
+    train, last = config.train, config.model.num_layers + 1
+    micro_batches = train.global_batch_size // (train.micro_batch_size * mesh.data)
+    works = [layer_work(config, place - 1, mesh.expert) for place in layers if 0 < place < last]
+    works += [loss_work(config)] if last in layers else []
+    in_flight = min(micro_batches, mesh.pipeline - stage)
+    return in_flight * sum(work.kept for work in works) + max((work.extra for work in works), default=0)
 
 
 def _print_tables(config: Config, mesh: Mesh, counts: ParameterCounts, ranks: list[RankBytes]) -> None:
@@ -188,7 +167,7 @@ def _print_tables(config: Config, mesh: Mesh, counts: ParameterCounts, ranks: li
         shown += [*([name, f"{count:,}"] for name, count in section.items()), []]
     print_table(f"{config.name}: {magnitude(counts.total)} parameters", ("parameters", "count"), shown, 120)
     total = "total with rows in use" if any(stage.tables for stage in ranks) else "total"
-    columns = ["stage", "parameters", "weights", "gradients", "optimizer", "activations (estimate)", total]
+    columns = ["stage", "parameters", "weights", "gradients", "optimizer", "activations", total]
     shown = []
     for stage in ranks:
         parts = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.total)

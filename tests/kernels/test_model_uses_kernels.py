@@ -51,10 +51,11 @@ def test_layer_with_kernels_equals_the_layer_in_torch(kind, device, monkeypatch)
         torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
 
 
-def test_kernels_serve_cuda_alone():
+def test_kernels_serve_no_cpu():
+    """Meta tensors stand for those of a GPU: what it will have to do is counted with them."""
     assert kernels.kmem_kernels is not None
     assert not kernels.kernels_serve(torch.zeros(2, 2))
-    assert not kernels.kernels_serve(torch.zeros(2, 2, device="meta"))
+    assert kernels.kernels_serve(torch.zeros(2, 2, device="meta"))
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ import pytest
 from kmem.config import parse_config
 from kmem.model.engram_reader import table_name
 from kmem.model.parameter_counts import count_parameters
+from kmem.parallel.layer_work import layer_work
 from kmem.parallel.mesh import Mesh
 from kmem.parallel.stages import stage_bounds
 from kmem.tables.table import Table
@@ -144,14 +145,19 @@ def test_only_tables_on_the_device_count_as_its_memory():
     assert totals["mmap"].total == totals["host"].total
 
 
-def test_branches_multiply_the_activations_between_layers():
-    """With recomputation nothing else is kept."""
+def test_recomputation_leaves_the_inputs_of_layers():
+    """Stages have as many micro-batches in flight as there are stages after them, and one layer in work."""
 
-    def activations(branches):
-        tree = small_config(model__hyper_connections={"branches": branches}, train__recompute="full")
-        return rank_bytes(parse_config(tree), Mesh(0, 1, 1, 1))[0].activations
+    def activations(recompute, **changes):
+        config = parse_config(small_config(train__recompute=recompute, parallel__pipeline=2, **changes))
+        return [stage.activations for stage in rank_bytes(config, Mesh(0, 2, 1, 1))]
 
-    assert activations(4) == 4 * activations(1)
+    none, selective, full = (activations(kind) for kind in ("none", "selective", "full"))
+    assert none[0] > selective[0] > full[0]
+    config = parse_config(small_config(train__recompute="full"))
+    works = [layer_work(config, index) for index in range(config.model.num_layers)]
+    assert {work.kept for work in works} == {2 * 16 * config.model.hidden_size * 4}
+    assert full[0] == 2 * sum(work.kept for work in works[:2]) + max(work.extra for work in works[:2])
 
 
 def test_a_table_beyond_any_machine_is_only_counted(capsys):
