@@ -17,7 +17,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 ORDER = (
-    "cli", "bench", "train", "eval", "hf", "parallel", "tables", "checkpoint", "clustering", "corpora", "data",
+    "cli", "bench", "plan", "train", "eval", "hf", "parallel", "tables", "checkpoint", "clustering", "corpora", "data",
     "files", "config", "wording", "model", "kmem_kernels",
 )  # fmt: skip
 """Rooms from top to bottom: a room may import those behind it."""
@@ -28,6 +28,7 @@ FOR_ALL = ("files", "config", "wording")
 PLACES = {
     "cli": (1, 9),
     "bench": (1, 8),
+    "plan": (1.8, 8),
     "train": (1, 7),
     "eval": (1, 6),
     "hf": (0.42, 5),
@@ -48,6 +49,7 @@ PLACES = {
 SUBJECTS = {
     "cli": "the kmem command",
     "bench": "comparisons with peers",
+    "plan": "costs on other machines",
     "train": "the loop and its start",
     "eval": "losses, questions, controls",
     "hf": "Hugging Face folders",

@@ -28,6 +28,7 @@ _BENCH: Table = {
     "rows": ("kmem.bench.rows_command", "row gathers and row optimizers on the host against torch's"),
     "compare": ("kmem.bench.compare_command", "models of equal budgets on the same text, over several seeds"),
     "fetch": ("kmem.bench.fetch_command", "fetching the blocks of contexts from a bank, in host memory and on disk"),
+    "plan": ("kmem.bench.plan_command", "what `kmem plan` predicts for a step on one core against the step"),
     "tables": ("kmem.bench.tables_command", "a training step with large tables against one with small tables"),
 }
 COMMANDS: Table = {
@@ -43,6 +44,7 @@ COMMANDS: Table = {
         "kmem.hf.verify_command",
         "compare the files of a checkpoint, data, an export or a tree with their digests",
     ),
+    "plan": ("kmem.plan.command", "predict the time of a step on GPUs, by parts"),
     "bench": (_BENCH, "compare speed and models"),
 }
 """Command -> (a module with `add_arguments` and `run`, or a table of subcommands; what the command does). A module is

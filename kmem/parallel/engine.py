@@ -166,8 +166,15 @@ class UnclippedBF16Optimizer(BF16_Optimizer):
     """DeepSpeed's bf16 optimizer without its own norm: the engine has already computed the norm and clipped.
 
     The base class computes its norm with collectives per expert group over the pipeline, which hangs when one stage has
-    no experts.
+    no experts. It also casts every gradient into memory of its own before it adds it.
     """
+
+    def _update_hp_grad(self, lp, group_idx, param_idx, clear_lp_grads):
+        assert not clear_lp_grads, "gradients of a micro-batch are dropped, not cleared"
+        total = self.fp32_groups_gradients[group_idx][param_idx]
+        total.add_(lp.grad.view(total.shape))  # widened as it is read
+        lp._hp_grad = total
+        self.fp32_groups_has_gradients[group_idx][param_idx] = True
 
     @torch.no_grad()
     def step(self, closure=None):

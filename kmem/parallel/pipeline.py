@@ -331,7 +331,8 @@ def engine_config(config: Config, mesh: Mesh) -> dict[str, Any]:
         },
     }
     if bf16:
-        settings["bf16"] = {"enabled": True}
+        # Every gradient goes into its fp32 sum as soon as it is computed, and its own memory is free again.
+        settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
 

@@ -113,7 +113,7 @@ def rank_bytes(config: Config, mesh: Mesh) -> list[RankBytes]:
         if config.model.frozen_anchor and train.precision == "fp32":
             weights, gradients, optimizer = 4 * own, 0, 0
         elif train.precision == "bf16":
-            weights, gradients, optimizer = 2 * own, (2 + 4) * own, (4 + moments) * sharded
+            weights, gradients, optimizer = 2 * own, 4 * own, (4 + moments) * sharded
         elif shards > 1:
             weights, gradients, optimizer = 4 * own, 4 * own, (4 + moments) * sharded
         else:
