@@ -26,9 +26,9 @@ FOR_ALL = ("files", "config", "wording")
 """Rooms that all those before them import, in the picture beside the others and without arrows to them."""
 
 PLACES = {
-    "cli": (1, 9),
-    "bench": (1, 8),
-    "plan": (1.8, 8),
+    "cli": (1, 10),
+    "bench": (1, 9),
+    "plan": (1, 8),
     "train": (1, 7),
     "eval": (1, 6),
     "hf": (0.42, 5),
@@ -238,9 +238,9 @@ def draw(modules: dict[str, Module], path: Path) -> None:
     from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
     width, height = 0.98, 0.64
-    figure = Figure(figsize=(10, 11), dpi=100, facecolor="white")
+    figure = Figure(figsize=(10, 12), dpi=100, facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(-0.62, 3.52), ylim=(-0.5, 9.5))
+    axes.set(xlim=(-0.62, 3.52), ylim=(-0.5, 10.5))
     axes.axis("off")
     ink, quiet = "#1d2b38", "#5d6d7c"
 
