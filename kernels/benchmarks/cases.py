@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from kmem_kernels.cross_entropy import reference as loss_reference
+from kmem_kernels.cross_entropy.triton import cross_entropy_
 from kmem_kernels.hyper_connection import reference as connection_reference
 from kmem_kernels.hyper_connection.triton import (
     hyper_connection_read,
@@ -86,6 +88,8 @@ class Sizes:
     coarse: Layer
     connection: tuple[int, int, int]
     """Tokens, branches and hidden size of hyper-connections."""
+    loss: tuple[int, int]
+    """Tokens and vocabulary."""
     lookups: tuple[int, int, int]
     """Number of lookups, number of ids from which they are drawn, columns."""
     ngrams: tuple[int, int]
@@ -107,6 +111,7 @@ SIZES = {
         fine=Layer(experts=128, hidden=2048, width=768, top_k=8, tokens=32_768),
         coarse=Layer(experts=8, hidden=4096, width=14_336, top_k=2, tokens=16_384),
         connection=(4096, 4, 2560),
+        loss=(4096, 129_280),
         lookups=(1_048_576, 4_194_304, 256),
         ngrams=(32, 4096),
         table_bytes=2**33,
@@ -121,6 +126,7 @@ SIZES = {
         fine=Layer(experts=8, hidden=64, width=24, top_k=4, tokens=40),
         coarse=Layer(experts=4, hidden=64, width=48, top_k=2, tokens=24),
         connection=(20, 4, 24),
+        loss=(20, 300),
         lookups=(600, 200, 40),
         ngrams=(2, 70),
         table_bytes=2**16,
@@ -136,6 +142,7 @@ def all_cases(device: torch.device, sizes: Sizes) -> list[Case]:
         *permute_cases(device, sizes.fine),
         *swiglu_cases(device, sizes.fine),
         *connection_cases(device, *sizes.connection),
+        *loss_cases(device, *sizes.loss),
         *segment_cases(device, sizes.lookups),
         ngram_case(device, sizes),
         *layer_cases(device, "MoE layer", sizes.fine, Goal(260, "TFLOP/s"), Goal(230, "TFLOP/s")),
@@ -340,6 +347,22 @@ def connection_cases(device: torch.device, tokens: int, branches: int, hidden: i
             bytes=3 * of_streams + 2 * of_row,
             goal=goal,
         ),
+    ]
+
+
+def loss_cases(device: torch.device, tokens: int, vocabulary: int) -> list[Case]:
+    """The loss of logits, which become its gradient: read twice, written once."""
+
+    def prepare(function: Callable[[Tensor, Tensor], Tensor]) -> list[Callable[[], Any]]:
+        logits = torch.randn(tokens, vocabulary, dtype=torch.bfloat16, device=device)
+        labels = torch.randint(vocabulary, (tokens,), device=device)
+        return [lambda: function(logits, labels)]
+
+    shape, moved = f"N{tokens} V{vocabulary}", 3 * 2 * tokens * vocabulary
+    in_torch, by_kernel = loss_reference.cross_entropy_, cross_entropy_
+    return [
+        Case("cross_entropy (torch)", shape, "bf16", lambda: prepare(in_torch), bytes=moved),
+        Case("cross_entropy", shape, "bf16", lambda: prepare(by_kernel), bytes=moved, goal=Goal(80, "%")),
     ]
 
 

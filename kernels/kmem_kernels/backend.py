@@ -4,8 +4,9 @@ to PyTorch.
 Every op imports this module; without Triton, the import raises ImportError.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -51,15 +52,17 @@ _library = torch.library.Library("kmem_kernels", "DEF")
 _shapes_alone: ContextVar[bool] = ContextVar("shapes_alone", default=False)
 
 
-def operator(launch: Callable[..., Any]) -> Callable[..., Any]:
+def operator(launch: Callable[..., Any] | None = None, *, mutates: Sequence[str] = ()) -> Callable[..., Any]:
     """Make a function that allocates outputs and launches kernels an operator of PyTorch, `kmem_kernels::<its name>`.
 
     So it is one step to whatever watches or traces operators, such as profilers and torch.compile. For meta and fake
     tensors, the function runs without launching: see `launching`. Its parameters and results need the types of an
-    operator's schema.
+    operator's schema. `mutates`: names of the parameters that it changes.
     """
+    if launch is None:
+        return partial(operator, mutates=mutates)
     name = launch.__name__
-    _library.define(name + torch.library.infer_schema(launch, mutates_args=()))
+    _library.define(name + torch.library.infer_schema(launch, mutates_args=mutates))
     for key in ("CUDA", "CPU"):
         _library.impl(name, launch, key)
 

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 try:
+    import kmem_kernels.cross_entropy.op
     import kmem_kernels.hyper_connection.op
     import kmem_kernels.ngram_ids.op
     import kmem_kernels.permute.op

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .kernels import kernels_serve, kmem_kernels
 from .matmul import times_transposed
 
 # Shape letters: N tokens, H hidden size, V vocabulary.
@@ -24,10 +25,28 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
 
 def _chunk_rows(weight: Tensor) -> int:
     """Number of tokens per chunk. On a CPU: 16 MiB of logits, which stay in its caches, but enough tokens to outweigh
-    the pass over the weight's gradient. On other devices more, since they need larger products (not tuned on a
+    the pass over the weight's gradient. On other devices 1 GiB, so that few passes add to that gradient (not tuned on a
     GPU)."""
-    elements, least = (2**22, 256) if weight.device.type == "cpu" else (2**27, 1024)
+    elements, least = (2**22, 256) if weight.device.type == "cpu" else (2**30 // weight.element_size(), 1024)
     return max(elements // weight.shape[0], least)
+
+
+def _losses(logits: Tensor, labels_N: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """The sum of the cross entropies of contiguous logits [N, V], and its gradient, which may take the logits'
+    memory."""
+    if kernels_serve(logits) and logits.dtype != torch.float64:
+        losses = kmem_kernels.cross_entropy.op.cross_entropy_(logits, labels_N, backend="triton")
+        return losses.sum(), logits
+    counted, targets = labels_N[:, None] != IGNORED, labels_N[:, None].clamp_min(0)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    target_logits, largest = wide.gather(1, targets), wide.amax(1, keepdim=True)
+    # In place and in one kernel; the largest probability is 1 / sum(exp(logits - largest)).
+    probabilities = torch.softmax(wide, 1, out=wide)
+    losses = largest - probabilities.amax(1, keepdim=True).log_() - target_logits
+    total = losses.where(counted, 0).sum()
+    if not wants_gradient:
+        return total, None
+    return total, probabilities.scatter_add_(1, targets, -torch.ones_like(losses)).to(logits.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -38,25 +57,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(rows_NH) if wants_hidden else None
-        # Transposed, because both libraries of matmul.py produce it fastest this way.
-        grad_weight_HV = weight.new_zeros(weight.shape[::-1], dtype=wide) if wants_weight else None
+        grad_weight_HV: Tensor | None = None
         step = _chunk_rows(weight)
         for chunk in (slice(start, start + step) for start in range(0, len(rows_NH), step)):
             rows, counted = rows_NH[chunk], labels_N[chunk, None] != IGNORED
-            targets = labels_N[chunk, None].clamp_min(0)
-            logits = times_transposed(rows, weight).to(wide)
-            target_logits, largest = logits.gather(1, targets), logits.amax(1, keepdim=True)
-            # In place and in one kernel; the largest probability is 1 / sum(exp(logits - largest)).
-            probabilities = torch.softmax(logits, 1, out=logits)
-            losses = largest - probabilities.amax(1, keepdim=True).log_() - target_logits
-            total += losses.where(counted, 0).sum()
-            if wants_hidden or wants_weight:
-                grads = probabilities.scatter_add_(1, targets, -torch.ones_like(losses)).to(hidden.dtype)
+            loss, grads = _losses(times_transposed(rows, weight), labels_N[chunk], wants_hidden or wants_weight)
+            total += loss
             # Positions without a target are zeroed in the narrow [N, H] operands, not in the wide gradient [N, V].
-            if grad_hidden is not None:
+            if grad_hidden is not None and grads is not None:
                 grad_hidden[chunk] = times_transposed(grads, weight.T).where(counted, 0)
-            if grad_weight_HV is not None:
-                grad_weight_HV += times_transposed(rows.where(counted, 0).T, grads.T)
+            if wants_weight and grads is not None:
+                # Transposed, because both libraries of matmul.py produce it fastest this way.
+                product_HV = times_transposed(rows.where(counted, 0).T, grads.T)
+                if grad_weight_HV is None:  # of a single chunk, it need not be widened
+                    grad_weight_HV = product_HV if len(rows) == len(rows_NH) else product_HV.to(wide)
+                else:
+                    grad_weight_HV += product_HV
+        if wants_weight and grad_weight_HV is None:
+            grad_weight_HV = weight.new_zeros(weight.shape[::-1])
         ctx.save_for_backward(grad_hidden, grad_weight_HV, weight)
         ctx.hidden_shape = hidden.shape
         return total

@@ -12,6 +12,7 @@ import tempfile
 
 import torch
 import triton
+from kmem_kernels.cross_entropy.triton import cross_entropy_
 from kmem_kernels.hyper_connection.triton import (
     hyper_connection_read,
     hyper_connection_read_backward,
@@ -147,6 +148,7 @@ def main() -> None:
         hyper_connection_read_backward(taken, streams, mappings, *given, mappings, dynamic, rms, 20)
         hyper_connection_write(streams, taken, mappings)
         hyper_connection_write_backward(streams, streams, taken, mappings)
+    cross_entropy_(torch.zeros(2, 129_280, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64))
     ids = torch.zeros(2, 130, dtype=torch.int64)
     ngram_ids(ids, ids, (2, 3), (3, 5, 7), (11, 13, 17, 19), (0, 11, 24, 41), "document", 1)
 

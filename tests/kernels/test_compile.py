@@ -26,6 +26,7 @@ KERNELS = {
     "_square_norms",
     "_silu_times",
     "_silu_times_backward",
+    "_cross_entropy",
     "_read",
     "_read_backward",
     "_weight_gradient",

@@ -1,0 +1,1 @@
+"""The loss of logits, and its gradient in their place."""
