@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from kmem_kernels.cross_entropy import reference as loss_reference
 from kmem_kernels.cross_entropy.triton import cross_entropy_
+from kmem_kernels.engram_convolution.triton import engram_convolved, engram_convolved_backward
+from kmem_kernels.engram_gate.triton import engram_gate, engram_gate_backward
 from kmem_kernels.hyper_connection import reference as connection_reference
 from kmem_kernels.hyper_connection.triton import (
     hyper_connection_read,
@@ -142,6 +144,7 @@ def all_cases(device: torch.device, sizes: Sizes) -> list[Case]:
         *permute_cases(device, sizes.fine),
         *swiglu_cases(device, sizes.fine),
         *connection_cases(device, *sizes.connection),
+        *engram_cases(device, *sizes.connection),
         *loss_cases(device, *sizes.loss),
         *segment_cases(device, sizes.lookups),
         ngram_case(device, sizes),
@@ -347,6 +350,32 @@ def connection_cases(device: torch.device, tokens: int, branches: int, hidden: i
             bytes=3 * of_streams + 2 * of_row,
             goal=goal,
         ),
+    ]
+
+
+def engram_cases(device: torch.device, tokens: int, branches: int, hidden: int) -> list[Case]:
+    """The gate and the convolution of an engram layer: `bytes` counts streams as often as they must be moved."""
+    dtype = torch.bfloat16
+    streams, keys = (torch.randn(tokens, branches, hidden, dtype=dtype, device=device) for _ in range(2))
+    value, norm = torch.randn(tokens, hidden, dtype=dtype, device=device), torch.ones(branches, hidden, device=device)
+    taps = torch.randn(4, branches, hidden, device=device)
+
+    def both(gate: bool, backward: bool) -> list[Callable[[], Any]]:
+        if gate:
+            gated, numbers = engram_gate(streams, keys, value, norm, 1e-6)
+            forward, back = (streams, keys, value, norm, 1e-6), (gated, streams, keys, value, norm, numbers)
+            return [(lambda: engram_gate_backward(*back)) if backward else (lambda: engram_gate(*forward))]
+        _, scales = engram_convolved(streams, norm, taps, None, 1e-6, 3, tokens)
+        given, back = (streams, norm, taps, None, 1e-6, 3, tokens), (keys, streams, scales, norm, taps, None, 3, tokens)
+        return [(lambda: engram_convolved_backward(*back)) if backward else (lambda: engram_convolved(*given))]
+
+    shape, moved = f"N{tokens} M{branches} D{hidden}", tokens * branches * hidden * dtype.itemsize
+    goal = Goal(60, "%")
+    return [
+        Case("engram gate", shape, "bf16", lambda: both(True, False), bytes=3 * moved, goal=goal),
+        Case("engram gate backward", shape, "bf16", lambda: both(True, True), bytes=5 * moved, goal=goal),
+        Case("engram convolution", shape, "bf16", lambda: both(False, False), bytes=3 * moved, goal=goal),
+        Case("engram convolution backward", shape, "bf16", lambda: both(False, True), bytes=7 * moved, goal=goal),
     ]
 
 

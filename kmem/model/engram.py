@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .kernels import kernels_serve, kmem_kernels
 from .matmul import Linear
 from .memory_kind import MemoryModule
 from .recomputation import recomputing
@@ -116,9 +117,20 @@ class Engram(MemoryModule):
         if self.on_gate is not None and not recomputing():
             self.on_gate(_statistics(gate, value, present))
         if self.conv is not None and self.conv_norm is not None:
+            documents = looked_up.document_ids if self.conv_within_documents else None
+            plain = present is None and looked_up.state is None
+            if plain and kernels_serve(gated) and gated.dtype != torch.float64:
+                return kmem_kernels.engram_convolution.op.convolved(
+                    gated,
+                    self.conv_norm.factor(),
+                    self.conv.weight,
+                    eps=self.conv_norm.eps,
+                    dilation=self.conv.dilation,
+                    document_ids=documents,
+                    backend="triton",
+                ).view_as(hidden)
             # A missing token stays 0 through the norm, which has no bias.
             normed = self.conv_norm(gated).flatten(2)
-            documents = looked_up.document_ids if self.conv_within_documents else None
             recent = F.silu(self.conv(normed, documents, looked_up.state)).view_as(gated)
             gated = gated + (recent if present is None else recent * present[:, :, None, None])
         return gated.view_as(hidden)
@@ -243,6 +255,11 @@ def branch_gate(hidden: Tensor, keys: Tensor, value: Tensor, weight: Tensor, eps
     the value's dtype and the gate [.., M] in at least fp32. The backward pass is in closed form; it saves the inputs
     and four numbers per token and branch. If |score| < GATE_FLOOR, no gradient passes through the gate.
     """
+    if kernels_serve(hidden) and hidden.dtype == value.dtype != torch.float64:
+        gated, gate = kmem_kernels.engram_gate.op.branch_gate(
+            hidden.flatten(0, -3), keys.flatten(0, -3), value.flatten(0, -2), weight, eps, backend="triton"
+        )
+        return gated.view_as(hidden), gate.view(hidden.shape[:-1])
     return _BranchGate.apply(hidden, keys, value, weight, eps)
 
 

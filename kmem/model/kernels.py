@@ -4,6 +4,8 @@ from torch import Tensor
 
 try:
     import kmem_kernels.cross_entropy.op
+    import kmem_kernels.engram_convolution.op
+    import kmem_kernels.engram_gate.op
     import kmem_kernels.hyper_connection.op
     import kmem_kernels.ngram_ids.op
     import kmem_kernels.permute.op

@@ -13,6 +13,8 @@ import tempfile
 import torch
 import triton
 from kmem_kernels.cross_entropy.triton import cross_entropy_
+from kmem_kernels.engram_convolution.triton import engram_convolved, engram_convolved_backward
+from kmem_kernels.engram_gate.triton import engram_gate, engram_gate_backward
 from kmem_kernels.hyper_connection.triton import (
     hyper_connection_read,
     hyper_connection_read_backward,
@@ -148,6 +150,12 @@ def main() -> None:
         hyper_connection_read_backward(taken, streams, mappings, *given, mappings, dynamic, rms, 20)
         hyper_connection_write(streams, taken, mappings)
         hyper_connection_write_backward(streams, streams, taken, mappings)
+        norm, taps = torch.zeros(branches, hidden), torch.zeros(4, branches, hidden)
+        gated, gates = engram_gate(streams, streams, taken, norm, 1e-6)
+        engram_gate_backward(streams, streams, streams, taken, norm, gates)
+        for documents in (None, torch.zeros(9, dtype=torch.int64)):
+            _, scales = engram_convolved(gated, norm, taps, documents, 1e-6, 3, 9)
+            engram_convolved_backward(streams, gated, scales, norm, taps, documents, 3, 9)
     cross_entropy_(torch.zeros(2, 129_280, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64))
     ids = torch.zeros(2, 130, dtype=torch.int64)
     ngram_ids(ids, ids, (2, 3), (3, 5, 7), (11, 13, 17, 19), (0, 11, 24, 41), "document", 1)

@@ -31,6 +31,7 @@ def test_every_case_runs(tmp_path):
         "segment_reduce",
         "ngram_ids",
         "connection",
+        "engram",
         "cross_entropy",
         "MoE",
         "coarse",

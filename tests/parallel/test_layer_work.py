@@ -15,7 +15,7 @@ from tests.distributed.training_case import small_config
 BUDGETS = {
     # layer of Engram-27B: operators of the forward and the backward pass with kernels, and of the torch code
     2: ((41, 51), (218, 580)),
-    1: ((96, 167), (273, 696)),
+    1: ((54, 69), (273, 696)),
 }
 
 

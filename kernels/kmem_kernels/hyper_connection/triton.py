@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import interpreted, launching, operator
+from ..backend import interpreted, launching, operator, row_tiling
 
 # Shape letters: N tokens, M branches, D hidden size, S blocks of tokens.
 
@@ -442,7 +442,7 @@ def hyper_connection_write(streams: Tensor, output: Tensor, mappings: Tensor) ->
     """`reference.write`."""
     out = torch.empty_like(streams)
     if launching(out):
-        tiling = _row_tiling(streams)
+        tiling = row_tiling(streams)
         programs = len(streams) * triton.cdiv(streams.shape[2], tiling["BLOCK_HIDDEN"])
         _write[(programs,)](streams, output, mappings, out, **tiling)
     return out
@@ -457,26 +457,11 @@ def hyper_connection_write_backward(
     grad_mappings = torch.empty_like(mappings)
     if launching(grad):
         products = triton.next_power_of_2(streams.shape[1]) ** 2  # sums per thread and column
-        tiling = _row_tiling(streams, most=max(1, 64 // products))
+        tiling = row_tiling(streams, most=max(1, 64 // products))
         _write_backward[(len(streams),)](
             grad, streams, output, mappings, grad_streams, grad_output, grad_mappings, **tiling
         )
     return grad_streams, grad_output, grad_mappings
-
-
-def _row_tiling(streams: Tensor, most: int = 8) -> dict[str, int]:
-    """For kernels of one token per program. Each thread holds the same values of every branch, at most 16 bytes or
-    `most` values, so that sums over branches stay within a thread."""
-    _, branches, hidden = streams.shape
-    per_warp = 32 * min(16 // streams.element_size(), most)
-    warps = 1 if interpreted() or hidden <= per_warp else 2
-    return {
-        "M": branches,
-        "HIDDEN": hidden,
-        "Q": triton.next_power_of_2(branches),
-        "BLOCK_HIDDEN": triton.next_power_of_2(hidden) if interpreted() else per_warp * warps,
-        "num_warps": warps,
-    }
 
 
 def _tiling(streams: Tensor) -> dict[str, int]:
