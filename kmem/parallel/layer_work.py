@@ -121,7 +121,7 @@ def _shorten(experts: nn.Module, number: int) -> None:
         setattr(experts, name, nn.Parameter(parameter[:number].clone()))
 
 
-def loss_work(config: Config) -> LayerWork:
+def loss_work(config: Config, with_kernels: bool = True) -> LayerWork:
     """The work of the final norm, the head and the loss for a micro-batch."""
     shape, train = config.model.shape, config.train
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
@@ -130,7 +130,7 @@ def loss_work(config: Config) -> LayerWork:
         size = (train.micro_batch_size, config.data.sequence_length)
         hidden = open_stream(torch.empty(*size, shape.hidden_size, dtype=dtype), shape)
         labels = torch.empty(size, dtype=torch.int64)
-    return _counted(lambda hidden: head.loss(hidden, labels), head, hidden, "none", True)
+    return _counted(lambda hidden: head.loss(hidden, labels), head, hidden, "none", with_kernels)
 
 
 def _counted(

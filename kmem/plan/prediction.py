@@ -61,7 +61,7 @@ def predict(config: Config, mesh: Mesh, hardware: Hardware, shares: Shares, with
     train, bounds, last = config.train, stage_bounds(config), config.model.num_layers + 1
     micro_batches = train.global_batch_size // (train.micro_batch_size * mesh.data)
     works = {place: layer_work(config, place - 1, mesh.expert, with_kernels=with_kernels) for place in range(1, last)}
-    works[last] = loss_work(config)
+    works[last] = loss_work(config, with_kernels)
     ranks = rank_bytes(config, mesh)
     stages = []
     for stage in range(mesh.pipeline):

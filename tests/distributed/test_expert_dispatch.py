@@ -1,10 +1,12 @@
 """Experts on two ranks: what one process computes, with the shared experts beside the exchange and not after it."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.model import tiny
@@ -32,6 +34,15 @@ def half_layer(whole, moe):
     return layer
 
 
+def again(layer, recompute):
+    """The layer as `train.recompute` runs it."""
+    from kmem.parallel.selective_recompute import checkpoint_selectively
+
+    if recompute == "selective":
+        return partial(checkpoint_selectively, layer)
+    return partial(checkpoint, layer, use_reentrant=False) if recompute == "full" else layer
+
+
 def gradients_case(moe, recompute):
     """This rank's output, gradient of the input, and gradients of what it holds; the whole layer's for the same."""
     dist.init_process_group("gloo")
@@ -40,7 +51,7 @@ def gradients_case(moe, recompute):
     rank = dist.get_rank()
     inputs = [tiny.random(2, 5 + 3 * source, 32, seed=source) for source in range(2)]
     mine = inputs[rank].clone().requires_grad_()
-    out = checkpoint(layer, mine, use_reentrant=False) if recompute else layer(mine)
+    out = again(layer, recompute)(mine)
     out.square().sum().backward()
     theirs = [value.clone().requires_grad_() for value in inputs]
     expected = [whole(value) for value in theirs]
@@ -55,13 +66,37 @@ def gradients_case(moe, recompute):
     return {name: [tensor.detach().clone() for tensor in pair] for name, pair in pairs.items()}
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("shared", [{"num_shared_experts": 0}, {"shared_expert_gate": True}], ids=["none", "gated"])
 def test_two_ranks_compute_what_one_process_does(ranks, shared, recompute):
     for pairs in ranks.run(2, gradients_case, MOE | shared, recompute):
         for found, expected in pairs.values():
             assert expected.abs().max() > 0
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+class Exchanges(TorchDispatchMode):
+    """Counts the exchanges that take place: what a recomputation has kept does not come here."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        self.count += operator is torch.ops._c10d_functional.all_to_all_single.default
+        return operator(*arguments, **(keywords or {}))
+
+
+def exchanges_case(recompute):
+    dist.init_process_group("gloo")
+    layer = half_layer(whole_layer(MOE), MOE)
+    with Exchanges() as exchanges:
+        again(layer, recompute)(tiny.random(2, 5, 32).requires_grad_()).square().sum().backward()
+    return exchanges.count
+
+
+@pytest.mark.parametrize(("recompute", "exchanges"), [("none", 5), ("selective", 5), ("full", 8)])
+def test_selective_recomputation_repeats_no_exchange(ranks, recompute, exchanges):
+    """Counts, rows out and home, and the gradients of both."""
+    assert ranks.run(2, exchanges_case, recompute) == [exchanges, exchanges]
 
 
 def watch(monkeypatch, events):
