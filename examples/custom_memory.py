@@ -39,6 +39,7 @@ from kmem.parallel.step_context import StepContext
 from kmem.parallel.table_bytes import TableBytes
 from kmem.tables.table import Table
 from kmem.tables.working_set import StepPlan
+from kmem.train.dry_run import rank_bytes
 
 NAME = "token_vectors"
 
@@ -152,6 +153,11 @@ class TokenVectorTraining(MemoryKind):
             if table.layer in layers
         ]  # fmt: skip
 
+    def imagined_read(self, config: Config, layer: int) -> Tensor:
+        """What `read` gives, without values, from which a dry run learns what the layer keeps."""
+        size = (config.train.micro_batch_size, config.data.sequence_length, config.model.hidden_size)
+        return torch.empty(size, requires_grad=True)
+
 
 register(TokenVectorTraining())
 
@@ -169,6 +175,8 @@ def main() -> None:
     tree["model"][NAME] = {"layers": [0, 1]}
     config = VectorConfig.model_validate(tree)
     mesh = join_mesh(config)
+    (planned,) = rank_bytes(config, mesh)
+    print(f"{planned.total / 1e6:.1f} MB on a device, {planned.activations / 1e6:.1f} MB of them activations")
     data = open_data(config.data, config.model.vocab_size)
     pipeline = Pipeline(config, mesh)
     before, read = rows_of(pipeline.stage_tables.tables), torch.zeros(config.model.vocab_size, dtype=torch.bool)
