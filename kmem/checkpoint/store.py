@@ -5,11 +5,13 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.api import CheckpointException
 
 from kmem.checkpoint.commit import COMMIT_FILE, Commit, Progress, committed_steps, step_folder, unfinished_folders
@@ -19,6 +21,10 @@ from kmem.config import UserError
 from kmem.files import PARTIAL, sync_path
 
 log = logging.getLogger(__name__)
+
+
+SAVING = timedelta(hours=1)
+"""Longest time between the first and the last rank that has written its part of a checkpoint."""
 
 
 class CheckpointStore:
@@ -34,8 +40,9 @@ class CheckpointStore:
         self.root = root
         self.keep_last = keep_last
         self.keep_every = keep_every
-        # A group of its own, so that a background save never mixes with the collectives of training.
-        self._group = dist.new_group(backend="gloo")  # `join_mesh` has set its timeout
+        # A group of its own, so that a background save never mixes with the collectives of training. Ranks that have
+        # written their part wait in it for those with hundreds of gigabytes; a rank that is gone ends the wait at once.
+        self._group = dist.new_group(backend="gloo", timeout=max(SAVING, distributed_c10d.default_pg_timeout))
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self.last_committed: int | None = None

@@ -101,7 +101,8 @@ class TableConfig(Section):
     store: Literal["device", "host", "mmap"] = "host"
     """Where a rank keeps its rows and their optimizer state: device memory, host memory, or a mapped file."""
     folder: str | None = None
-    """mmap: a folder local to the machine. Default: a folder with the memory's name in the run folder."""
+    """mmap: a folder local to the machine; needed on several machines. Default: one with the memory's name in the run
+    folder."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of the rows; optimizer state is fp32."""
     prefetch_depth: Annotated[int, Field(ge=0, le=64)] = 1
@@ -159,7 +160,7 @@ class BankTableConfig(TableConfig):
     """Tables of the model's bank: where blocks live, how far ahead they are fetched, how they are trained."""
 
     folder: str | None = None
-    """mmap: a folder local to the machine. Default: `bank` in the run folder."""
+    """mmap: a folder local to the machine; needed on several machines. Default: `bank` in the run folder."""
     hold: Literal["all", "subtrees"] = "all"
     """all: the tables hold all blocks of the bank. subtrees: tables and checkpoints hold only the blocks that the text
     of data.addresses.subtrees uses: blocks of these clusters, and of the clusters below and above them. kmem bank merge

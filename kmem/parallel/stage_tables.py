@@ -8,7 +8,7 @@ forward pass (`StageTable.in_forward`) are only kept here: their memory reads an
 import os
 import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -90,10 +90,12 @@ class StageTables:
     def _build(self, config: Config, device: torch.device) -> None:
         """Allocate all tables of the world, or none."""
         planned = [(table.spec(config), memory, table) for memory in self.memories for table in memory.tables]
-        run_on_all_ranks(lambda: _check_host_memory([(spec, table) for spec, _, table in planned], self._scale))
+        run_on_all_ranks(lambda: _check_machines([(spec, table) for spec, _, table in planned], self._scale))
         worker = self._worker
 
         def build() -> None:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # each thread has its own
             for spec, memory, table in planned:
                 assert worker is not None
                 own = worker if table.in_forward is None else InlineWorker(table.in_forward)
@@ -110,17 +112,16 @@ class StageTables:
                     settings.threads, initialise=False, norm_group=table.norm_group,
                 )  # fmt: skip
 
-        run_on_all_ranks(build)
+        with ThreadPoolExecutor(1, "allocation") as thread:  # the main thread keeps waiting ranks from their timeouts
+            job = thread.submit(build)
+            _wait_together([job])
+        run_on_all_ranks(job.result)
 
     def initialise(self, kinds: Collection[str] | None = None) -> None:
-        """Draw the initial rows of all tables, or of the tables of some kinds, however long that takes. Ranks that have
-        finished or have no tables wait in short collectives, none of which runs into its timeout."""
+        """Draw the initial rows of all tables, or of the tables of some kinds, however long that takes."""
         tables = [table for name, table in self.tables.items() if kinds is None or self._of[name][0].kind in kinds]
         jobs = [self._worker.submit(table.initialise) for table in tables if self._worker is not None]
-        waiting = True
-        while waiting:
-            done, _ = wait(jobs, timeout=1.0)
-            (waiting,) = any_rank([len(done) < len(jobs)])
+        _wait_together(jobs)
         for job in jobs:
             job.result()
 
@@ -226,8 +227,18 @@ class StageTables:
         self._worker = None
 
 
-def _check_host_memory(planned: Sequence[tuple[TableSpec, StageTable]], share: float) -> None:
-    """Refuse tables that do not fit into host memory together with the tables of the machine's other ranks.
+def _wait_together(jobs: Sequence[Future[Any]]) -> None:
+    """Wait for the jobs of all ranks, however long they take: ranks that have none, or have finished, wait in short
+    collectives, none of which runs into its timeout. Collective over the world."""
+    waiting = True
+    while waiting:
+        done, _ = wait(jobs, timeout=1.0)
+        (waiting,) = any_rank([len(done) < len(jobs)])
+
+
+def _check_machines(planned: Sequence[tuple[TableSpec, StageTable]], share: float) -> None:
+    """Refuse tables that do not fit into host memory together with the tables of the machine's other ranks, and mapped
+    files in a folder that several machines share.
 
     Args:
         share: share of a table's rows that one rank holds.
@@ -238,6 +249,15 @@ def _check_host_memory(planned: Sequence[tuple[TableSpec, StageTable]], share: f
     sections = sorted({table.section for _, table in planned})
     everyone: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
     dist.all_gather_object(everyone, (socket.gethostname(), bytes_of_rank))
+    machines = len({host for host, _ in everyone})
+    shared = sorted(
+        {table.section for _, table in planned if table.settings.store == "mmap" and not table.settings.folder}
+    )
+    if machines > 1 and shared:
+        raise StoreError(
+            f"{shared[0]}.folder: the run folder is shared by {machines} machines, and mapped tables belong on a disk "
+            "of their own machine; name a local folder"
+        )
     needed = sum(size for host, size in everyone if host == socket.gethostname())
     available = available_host_memory()
     if needed > available:

@@ -286,6 +286,26 @@ def test_tables_beyond_the_memory_of_the_machine_are_refused_before_any_is_alloc
         stage(Memory("one", "first", optimizer=None), Memory("two", "second", optimizer=None))
 
 
+def test_mapped_tables_of_several_machines_need_a_folder_of_their_own(monkeypatch):
+    """The run folder, where they lie by default, is shared."""
+
+    def gathered(machines):
+        def gather(everyone, mine):
+            everyone[:] = [mine, *((machine, 0) for machine in machines)]
+
+        monkeypatch.setattr(stage_tables.dist, "all_gather_object", gather)
+        monkeypatch.setattr(stage_tables.dist, "get_world_size", lambda: 2)
+
+    planned = [(SimpleNamespace(store="mmap"), SimpleNamespace(section="one", settings=TableConfig(store="mmap")))]
+    gathered(["other"])
+    with pytest.raises(UserError, match=r"^one\.folder: the run folder is shared by 2 machines"):
+        stage_tables._check_machines(planned, 0.5)
+    local = TableConfig(store="mmap", folder="/scratch")
+    stage_tables._check_machines([(planned[0][0], SimpleNamespace(section="one", settings=local))], 0.5)
+    gathered([])
+    stage_tables._check_machines(planned, 0.5)
+
+
 @pytest.mark.parametrize(
     ("rows", "folder", "message"),
     [
