@@ -19,6 +19,8 @@ from kmem_kernels.hyper_connection.triton import (
 from kmem_kernels.ngram_ids.op import ngram_ids
 from kmem_kernels.permute import reference
 from kmem_kernels.permute.triton import combine_backward, gather_sum, scatter, sort_by_expert
+from kmem_kernels.rotary import reference as rotary_reference
+from kmem_kernels.rotary.triton import rotary
 from kmem_kernels.route import reference as route_reference
 from kmem_kernels.route.reference import Choice
 from kmem_kernels.route.triton import route, route_backward
@@ -90,6 +92,8 @@ class Sizes:
     coarse: Layer
     connection: tuple[int, int, int]
     """Tokens, branches and hidden size of hyper-connections."""
+    rotary: tuple[int, int, int]
+    """Tokens, heads and rotated values of a head."""
     loss: tuple[int, int]
     """Tokens and vocabulary."""
     lookups: tuple[int, int, int]
@@ -113,6 +117,7 @@ SIZES = {
         fine=Layer(experts=128, hidden=2048, width=768, top_k=8, tokens=32_768),
         coarse=Layer(experts=8, hidden=4096, width=14_336, top_k=2, tokens=16_384),
         connection=(4096, 4, 2560),
+        rotary=(4096, 32, 64),
         loss=(4096, 129_280),
         lookups=(1_048_576, 4_194_304, 256),
         ngrams=(32, 4096),
@@ -128,6 +133,7 @@ SIZES = {
         fine=Layer(experts=8, hidden=64, width=24, top_k=4, tokens=40),
         coarse=Layer(experts=4, hidden=64, width=48, top_k=2, tokens=24),
         connection=(20, 4, 24),
+        rotary=(20, 4, 8),
         loss=(20, 300),
         lookups=(600, 200, 40),
         ngrams=(2, 70),
@@ -145,6 +151,7 @@ def all_cases(device: torch.device, sizes: Sizes) -> list[Case]:
         *swiglu_cases(device, sizes.fine),
         *connection_cases(device, *sizes.connection),
         *engram_cases(device, *sizes.connection),
+        *rotary_cases(device, *sizes.rotary),
         *loss_cases(device, *sizes.loss),
         *segment_cases(device, sizes.lookups),
         ngram_case(device, sizes),
@@ -376,6 +383,17 @@ def engram_cases(device: torch.device, tokens: int, branches: int, hidden: int) 
         Case("engram gate backward", shape, "bf16", lambda: both(True, True), bytes=5 * moved, goal=goal),
         Case("engram convolution", shape, "bf16", lambda: both(False, False), bytes=3 * moved, goal=goal),
         Case("engram convolution backward", shape, "bf16", lambda: both(False, True), bytes=7 * moved, goal=goal),
+    ]
+
+
+def rotary_cases(device: torch.device, tokens: int, heads: int, width: int) -> list[Case]:
+    """The rotation of queries, of whose heads a part is rotated."""
+    x = torch.randn(tokens, heads, 3 * width, dtype=torch.bfloat16, device=device)[..., 2 * width :]
+    cos, sin = torch.randn(tokens, width, device=device), torch.randn(tokens, width // 2, device=device)
+    shape, moved = f"N{tokens} h{heads} D{width}", 2 * 2 * tokens * heads * width
+    return [
+        Case("rotary (torch)", shape, "bf16", lambda: [lambda: rotary_reference.rotated(x, cos, sin, 1)], bytes=moved),
+        Case("rotary", shape, "bf16", lambda: [lambda: rotary(x, cos, sin, 1)], bytes=moved, goal=Goal(60, "%")),
     ]
 
 

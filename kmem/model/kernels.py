@@ -9,6 +9,7 @@ try:
     import kmem_kernels.hyper_connection.op
     import kmem_kernels.ngram_ids.op
     import kmem_kernels.permute.op
+    import kmem_kernels.rotary.op
     import kmem_kernels.route.op
     import kmem_kernels.swiglu.op
 except ImportError:

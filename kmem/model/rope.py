@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .kernels import kernels_serve, kmem_kernels
 from .shape import Shape
 
 # Shape letters: B sequences, T tokens, D width of a head, width number of rotated dimensions.
@@ -88,6 +89,10 @@ def _number_of_frequency(shape: Shape, width: int, turns: float) -> float:
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:
     """Rotate the heads of x [B, T, heads, D], in fp32; the result has x's dtype."""
+    if kernels_serve(x) and x.dtype != torch.float64:
+        cos, sin = (part.expand(*x.shape[:2], 1, -1).flatten(0, 2) for part in by)
+        turned = kmem_kernels.rotary.op.rotate(x.flatten(0, 1), cos, sin, backend="triton")
+        return turned.unflatten(0, x.shape[:2])
     return _Rotate.apply(x, by.cos, by.sin)
 
 

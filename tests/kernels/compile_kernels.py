@@ -23,6 +23,7 @@ from kmem_kernels.hyper_connection.triton import (
 )
 from kmem_kernels.ngram_ids.triton import ngram_ids
 from kmem_kernels.permute.triton import combine_backward, gather_sum, scatter, sort_by_expert
+from kmem_kernels.rotary.triton import rotary
 from kmem_kernels.route.triton import route, route_backward
 from kmem_kernels.row_gather.triton import row_gather
 from kmem_kernels.row_update.op import CatchUp, Gradients, OwnSteps, RandomRounding
@@ -156,6 +157,8 @@ def main() -> None:
         for documents in (None, torch.zeros(9, dtype=torch.int64)):
             _, scales = engram_convolved(gated, norm, taps, documents, 1e-6, 3, 9)
             engram_convolved_backward(streams, gated, scales, norm, taps, documents, 3, 9)
+    query, cos, sin = torch.zeros(9, 4, 192, dtype=torch.bfloat16), torch.zeros(9, 64), torch.zeros(9, 32)
+    rotary(query[..., 128:], cos, sin, 1)
     cross_entropy_(torch.zeros(2, 129_280, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64))
     ids = torch.zeros(2, 130, dtype=torch.int64)
     ngram_ids(ids, ids, (2, 3), (3, 5, 7), (11, 13, 17, 19), (0, 11, 24, 41), "document", 1)

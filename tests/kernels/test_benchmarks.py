@@ -32,6 +32,7 @@ def test_every_case_runs(tmp_path):
         "ngram_ids",
         "connection",
         "engram",
+        "rotary",
         "cross_entropy",
         "MoE",
         "coarse",

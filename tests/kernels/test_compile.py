@@ -27,6 +27,7 @@ KERNELS = {
     "_silu_times",
     "_silu_times_backward",
     "_cross_entropy",
+    "_rotate",
     "_gate",
     "_gate_scores_backward",
     "_gate_streams_backward",
