@@ -104,6 +104,12 @@ class DeviceCopy:
         self.settle()
         return pinned.numpy()
 
+    def fetch(self, work: Callable[[], Tensor]) -> Tensor:
+        """What the work computes, behind everything queued on the stream before, in host memory. The main thread's
+        stream, on which the running step is queued, has no part in it."""
+        with self._streamed():
+            return work().cpu()
+
     def settle(self) -> None:
         """Wait until the stream has finished everything queued on it."""
         if self._stream is not None:

@@ -53,8 +53,7 @@ class ThroughHost:
     def _gather(self, rows: np.ndarray) -> np.ndarray:
         table = self._store["rows"]
         if not self._store.on_host:
-            self._copy.settle()
-            return host_array(table[torch.from_numpy(rows).to(table.device)].cpu())
+            return host_array(self._copy.fetch(lambda: table[torch.from_numpy(rows).to(table.device)]))
         values, start = self._store.columns("rows")
         out = self.empty(len(rows))
         self._threads.run(len(rows), lambda part: kernels.gather(values, start, rows[part], out[part]))

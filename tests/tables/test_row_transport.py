@@ -1,8 +1,10 @@
 """Rows gathered in place, here by the kernels' torch backend, on a stream that lags as far as a stream may."""
 
 import threading
+from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,6 +42,10 @@ class Lagging(DeviceCopy):
         self.settle()
         return super().to_host(values, computed)
 
+    def fetch(self, work):
+        self.settle()
+        return super().fetch(work)
+
     def hand_over(self, working_set, arrived):
         self.settle()
         return super().hand_over(working_set, arrived)
@@ -54,6 +60,28 @@ class NeverWaiting(Lagging):
     def hand_over(self, working_set, arrived):
         Lagging.settle(self)
         return working_set
+
+
+def test_rows_on_a_device_are_gathered_on_the_workers_stream():
+    """And not behind the running step, on that of the main thread."""
+    inside = []
+
+    class Streamed(DeviceCopy):
+        @contextmanager
+        def _streamed(self):
+            inside.append(True)
+            yield
+            inside.pop()
+
+    class Table(torch.Tensor):
+        def __getitem__(self, rows):
+            assert inside, "gathered on another stream"
+            return super().__getitem__(rows)
+
+    values = torch.arange(12.0).view(6, 2)
+    store = type("Store", (), {"on_host": False, "__getitem__": lambda self, name: values.as_subclass(Table)})()
+    transport = ThroughHost(store, Exchange(), None, Streamed(torch.device("cpu")))
+    assert transport._gather(np.array([4, 1])).tolist() == [[8.0, 9.0], [2.0, 3.0]]
 
 
 @pytest.fixture
