@@ -43,6 +43,16 @@ def test_bytes_of_a_layer_are_within_their_budget():
     assert sum(moved[True]) < 0.4 * sum(moved[False])
 
 
+def test_the_loss_is_within_its_budget():
+    """Of 4,096 tokens and a vocabulary of 129,280: logits of 1 GiB, which become the gradient, and the gradient of the
+    weight in bf16. Logits in fp32 would take 2 GiB more."""
+    work, torch_code = (loss_work(load_config("engram-27b"), with_kernels) for with_kernels in (True, False))
+    assert work.forward.operators.total() + work.backward.operators.total() <= 19
+    assert work.kept + work.extra <= 1.9e9
+    assert work.forward.bytes.total() <= 6.6e9
+    assert torch_code.kept + torch_code.extra > 4e9
+
+
 def gemm(work):
     products = ("aten::mm", "aten::addmm", "kmem_meta::grouped_mm", "kmem_meta::grouped_mm_backward")
     return sum(work.flop[name] for name in products)
