@@ -18,9 +18,9 @@ class BankModule(MemoryModule):
     def attend(self, query: Tensor, read: BankInput) -> Tensor | None:
         return read.attend(query)
 
-    def feed(self, x: Tensor, out: Tensor | None, read: BankInput) -> Tensor:
-        assert out is not None, "configurations refuse a bank where another memory replaces the feed-forward"
-        return read.widen(x, out)
+    def feed(self, x: Tensor, out: Tensor | None, read: BankInput) -> Tensor | None:
+        # Configurations refuse banks of feed-forwards where another memory replaces the feed-forward.
+        return None if out is None else read.widen(x, out)
 
 
 class BankKind(ModelKind):

@@ -64,8 +64,8 @@ class _GroupedSwiGLU(torch.autograd.Function):
     first touch of their memory costs more than the arithmetic on them. The intermediate values of one group stay in the
     processor's caches. The results are the same to the last bit.
 
-    Gate and up of the neighbouring rows in a group's window are set to zero. Everything computed from them is then
-    zero, and they add nothing to the gradients of the weights.
+    What the backward pass computes from the neighbouring rows in a group's window is set to zero, so that they add
+    nothing to the gradients of the weights. (Results of products are not changed: recomputation may have kept them.)
     """
 
     @staticmethod
@@ -74,8 +74,6 @@ class _GroupedSwiGLU(torch.autograd.Function):
         out_NH, kept = torch.empty_like(rows_NH), []
         for group in rounded_groups(ends_E, len(rows_NH)):
             gate_up = times_transposed(rows_NH[group.window], gate_up_proj[group.number])
-            gate_up[: group.own.start] = 0
-            gate_up[group.own.stop :] = 0
             gate, up = gate_up.chunk(2, dim=-1)
             out = times_transposed(F.silu(gate).mul_(up), down_proj[group.number])
             out_NH[group.start : group.end] = out[group.own]
@@ -96,9 +94,12 @@ class _GroupedSwiGLU(torch.autograd.Function):
             idle.remove(group.number)
             gate, up = gate_up.chunk(2, dim=-1)
             grad, silu = grad_NH[group.window], F.silu(gate)
+            grad_hidden = times_transposed(grad, down_proj[group.number].T)
+            for values in (silu, grad_hidden):
+                values[: group.own.start] = 0
+                values[group.own.stop :] = 0
             if grad_down is not None:
                 grad_down[group.number] = times_transposed(grad.T, (silu * up).T)
-            grad_hidden = times_transposed(grad, down_proj[group.number].T)
             inner = torch.empty_like(gate_up)
             grad_gate, grad_up = inner.chunk(2, dim=-1)
             torch.mul(grad_hidden, silu, out=grad_up)

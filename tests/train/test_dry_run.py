@@ -160,6 +160,25 @@ def test_recomputation_leaves_the_inputs_of_layers():
     assert full[0] == 2 * sum(work.kept for work in works[:2]) + max(work.extra for work in works[:2])
 
 
+def test_all_memories_at_once():
+    """A bank of the attention lives in layers whose feed-forward another memory replaces."""
+    changes = {
+        "model__engram": ENGRAM,
+        "model__bank": {"children": 2, "levels": [2], "kind": "kv"},
+        "data__addresses": {"tree": "none"},
+        "model__over_encoding": {"rows": 61},
+        "model__per_layer_embeddings": {"width": 8},
+        "model__product_key_memory": {"layers": [0], "num_keys": 8, "key_dim": 16, "top_k": 2},
+        "model__hyper_connections": {"branches": 2},
+    }
+    (stage,) = rank_bytes(parse_config(small_config(**changes)), Mesh(0, 1, 1, 1))
+    assert {table.kind for table in stage.tables} == {name.removeprefix("model__") for name in changes} - {
+        "data__addresses",
+        "hyper_connections",
+    }
+    assert stage.activations > 0
+
+
 def test_a_table_beyond_any_machine_is_only_counted(capsys):
     huge = ENGRAM | {"rows_per_head": 10**12, "heads": 1, "layers": [0]}
     assert print_dry_run(parse_config(small_config(model__engram=huge)), 2, as_json=False) == 0
