@@ -142,6 +142,27 @@ def test_bf16_trains_close_to_fp32(ranks):
         assert result["losses"][-1] < result["losses"][0] - 0.2
 
 
+def deepspeeds_sums_case(tree, steps):
+    """As `train_case`, with DeepSpeed's own way to add a gradient to its sum."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    from kmem.parallel.engine import UnclippedBF16Optimizer
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(UnclippedBF16Optimizer, "_update_hp_grad", BF16_Optimizer._update_hp_grad)
+        return train_case(tree, steps)
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(4, marks=pytest.mark.full)])
+def test_gradients_are_added_as_deepspeed_adds_them(ranks, world):
+    """To the last bit, but without a copy in fp32."""
+    mesh = {} if world == 1 else {"parallel__pipeline": 2, "parallel__expert": 2}
+    tree = small_config(train__precision="bf16", train__micro_batch_size=1, **mesh)
+    ours, theirs = (ranks.run(world, case, tree, 4)[0] for case in (train_case, deepspeeds_sums_case))
+    assert ours["losses"] == theirs["losses"]
+    assert ours["norms"] == theirs["norms"]
+
+
 def plain_training(tree):
     """Autograd and AdamW on the whole model and the whole batch, written out."""
     config = parse_config(tree)
