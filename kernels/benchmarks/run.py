@@ -33,6 +33,7 @@ if not torch.cuda.is_available():
 from cases import SIZES, Case, Sizes, all_cases
 from host_copy import host_copy
 from row_cases import row_cases
+from stream_cases import stream_cases
 
 ROUNDS = 5
 LONGEST_ROUND = 0.5
@@ -150,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def every_case(device: torch.device, sizes: Sizes) -> list[Case]:
-    return [*all_cases(device, sizes), *row_cases(device, sizes)]
+    return [*all_cases(device, sizes), *stream_cases(device, sizes), *row_cases(device, sizes)]
 
 
 def measure_ceilings(device: torch.device, copy_bytes: int, gemm: int) -> Ceilings:

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import block_tiling, launching, operator, row_tiling
+from ..backend import launching, operator
+from ..tiling import block_tiling, row_tiling
 
 # Shape letters: N tokens of all sequences, M branches, D hidden size, K taps, S blocks of tokens.
 
@@ -56,6 +57,22 @@ def _normed(x_ptr, scales_ptr, token, reads, branch, at, live, M: tl.constexpr, 
 
 
 @triton.jit
+def _sum_of_taps(
+    x_ptr, scales_ptr, norm, taps_ptr, documents_ptr, token, tokens, branch, at, live,
+    DILATION: tl.constexpr, TAPS: tl.constexpr, LENGTH: tl.constexpr, BY_DOCUMENT: tl.constexpr,
+    M: tl.constexpr, HIDDEN: tl.constexpr, Q: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+):  # fmt: skip
+    """The convolution of the normed input at one token, [Q, BLOCK_HIDDEN]."""
+    total = tl.zeros((Q, BLOCK_HIDDEN), tl.float32)
+    for tap in tl.static_range(TAPS):
+        other = token - tap * DILATION + 0 * branch[:, None]
+        reads = _reads(token, other, documents_ptr, tokens, LENGTH, BY_DOCUMENT)
+        weight = tl.load(taps_ptr + tap * M * HIDDEN + at, mask=live, other=0.0)
+        total += weight * norm * _normed(x_ptr, scales_ptr, other, reads, branch, at, live, M, HIDDEN)
+    return total
+
+
+@triton.jit
 def _convolved(
     x_ptr,  # [N, M, D]
     scales_ptr,  # fp32 [N, M]
@@ -80,12 +97,10 @@ def _convolved(
     live = (branch < M)[:, None] & (place < HIDDEN)[None, :]
     at = branch[:, None] * HIDDEN + place[None, :]
     norm = tl.load(norm_ptr + at, mask=live, other=0.0)
-    total = tl.zeros((Q, BLOCK_HIDDEN), tl.float32)
-    for tap in tl.static_range(TAPS):
-        other = token - tap * DILATION + 0 * branch[:, None]
-        reads = _reads(token, other, documents_ptr, tokens, LENGTH, BY_DOCUMENT)
-        weight = tl.load(taps_ptr + tap * M * HIDDEN + at, mask=live, other=0.0)
-        total += weight * norm * _normed(x_ptr, scales_ptr, other, reads, branch, at, live, M, HIDDEN)
+    total = _sum_of_taps(
+        x_ptr, scales_ptr, norm, taps_ptr, documents_ptr, token, tokens, branch, at, live,
+        DILATION, TAPS, LENGTH, BY_DOCUMENT, M, HIDDEN, Q, BLOCK_HIDDEN,
+    )  # fmt: skip
     x = tl.load(x_ptr + token * M * HIDDEN + at, mask=live, other=0.0).to(tl.float32)
     out = x + total * tl.sigmoid(total)
     tl.store(out_ptr + token * M * HIDDEN + at, out.to(out_ptr.dtype.element_ty), mask=live)
@@ -122,12 +137,10 @@ def _sums_backward(
     parts = tl.zeros((PADDED, Q, BLOCK_HIDDEN), tl.float32)
     first = tl.program_id(1).to(tl.int64) * block_tokens
     for token in range(first, tl.minimum(first + block_tokens, tokens)):
-        total = tl.zeros((Q, BLOCK_HIDDEN), tl.float32)
-        for tap in tl.static_range(TAPS):
-            other = token - tap * DILATION + 0 * branch[:, None]
-            reads = _reads(token, other, documents_ptr, tokens, LENGTH, BY_DOCUMENT)
-            weight = tl.load(taps_ptr + tap * M * HIDDEN + at, mask=live, other=0.0)
-            total += weight * norm * _normed(x_ptr, scales_ptr, other, reads, branch, at, live, M, HIDDEN)
+        total = _sum_of_taps(
+            x_ptr, scales_ptr, norm, taps_ptr, documents_ptr, token, tokens, branch, at, live,
+            DILATION, TAPS, LENGTH, BY_DOCUMENT, M, HIDDEN, Q, BLOCK_HIDDEN,
+        )  # fmt: skip
         sigmoid = tl.sigmoid(total)
         grad = tl.load(grad_ptr + token * M * HIDDEN + at, mask=live, other=0.0).to(tl.float32)
         grad = grad * sigmoid * (1 + total * (1 - sigmoid))

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import block_tiling, launching, operator, row_tiling
+from ..backend import launching, operator
+from ..tiling import block_tiling, row_tiling
 from .reference import FLOOR
 
 # Shape letters: N tokens, M branches, D hidden size, S blocks of tokens.

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import interpreted, launching, operator, row_tiling
+from ..backend import interpreted, launching, operator
+from ..tiling import row_tiling
 
 # Shape letters: N tokens, M branches, D hidden size, S blocks of tokens.
 
