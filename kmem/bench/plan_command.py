@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from kmem.bench.training import kmem_runner
     from kmem.data.reader import resolve_vocab_size
     from kmem.parallel.mesh import Mesh
     from kmem.plan.hardware import Hardware, Shares
@@ -30,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     if config.parallel.pipeline * config.parallel.expert != 1 or config.train.precision != "fp32":
         raise ConfigError("kmem bench plan: needs one rank (parallel.pipeline=1, parallel.expert=1) and fp32")
     tree = config.model_dump(mode="json")
-    step, rates = Contestant("step", _step_runner, (tree,)), Contestant("rates", _rates_runner, (tree,))
+    step, rates = Contestant("step", kmem_runner, (tree,)), Contestant("rates", _rates_runner, (tree,))
     options.measure_in_turn([step, rates], arguments, 1)
     flop, memory = (statistics.median(measured[name] for measured in rates.rounds) for name in ("flop", "memory"))
     core = Hardware("this machine", flop, memory, 1, memory, memory, memory, memory, 0)
@@ -48,12 +49,6 @@ def run(arguments: argparse.Namespace) -> int:
     record = {"machine": processor(), "flop": flop, "memory": memory, "predicted": found.seconds, "measured": seconds}
     options.write_record(arguments, {**record, "parts": found.parts, "ratio": ratio})
     return 0
-
-
-def _step_runner(tree: dict[str, Any]) -> Runner:
-    from kmem.bench.training import kmem_runner
-
-    return kmem_runner(tree)
 
 
 def _rates_runner(tree: dict[str, Any]) -> Runner:

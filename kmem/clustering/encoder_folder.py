@@ -187,7 +187,10 @@ def _write_tokenizer(source: Path, path: Path) -> None:
     try:
         tokenizer.save(str(path))
     except Exception as error:
-        raise refused_by_system(error) or error from error
+        refused = refused_by_system(error)
+        if refused is None:
+            raise
+        raise refused from error
 
 
 def _max_word_pieces(folder: Path, config: Mapping[str, Any], limits: Mapping[str, Any]) -> int:

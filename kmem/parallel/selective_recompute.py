@@ -21,7 +21,7 @@ _KEPT = (
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_fused_attention_overrideable",
-    "kmem_meta::attention",  # and the next: where only shapes are computed (`kmem.parallel.layer_work`)
+    "kmem_meta::attention",  # and the next: where only shapes are computed (`meta_operators.py`)
     "kmem_meta::grouped_mm",
     "_c10d_functional::all_to_all_single",
     "_c10d_functional::wait_tensor",

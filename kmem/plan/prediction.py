@@ -15,6 +15,7 @@ from kmem.parallel.mesh import Mesh
 from kmem.parallel.optimizers import BACKBONE_OPTIMIZERS
 from kmem.parallel.stages import stage_bounds
 from kmem.plan.hardware import Hardware, Shares
+from kmem.tables.table_spec import DTYPES
 from kmem.train.dry_run import rank_bytes
 
 _PARTS = {
@@ -83,9 +84,7 @@ def predict(config: Config, mesh: Mesh, hardware: Hardware, shares: Shares, with
     parts["gradients between ranks"] = max(
         _reduction(config, mesh, held.parameters, hardware, shares) for held in ranks
     )
-    parts["optimizer"] = max(
-        _optimizer(config, mesh, held.optimizer, held.parameters, hardware, shares) for held in ranks
-    )
+    parts["optimizer"] = max(_optimizer(config, held.optimizer, hardware, shares) for held in ranks)
     parts |= _tables(config, mesh, hardware, shares)
     seconds = sum(parts.values())
     forward = sum(_model_flop(work.forward) for work in works.values()) - 2 / 3 * _model_flop(works[last].forward)
@@ -135,10 +134,14 @@ def _sum(parts: Iterable[dict[str, float]]) -> dict[str, float]:
     return total
 
 
+def _width(config: Config) -> int:
+    """Bytes of a value of the weights and of the stream."""
+    return DTYPES[config.train.precision].itemsize
+
+
 def _stream_bytes(config: Config) -> int:
-    shape, width = config.model.shape, 2 if config.train.precision == "bf16" else 4
-    tokens = config.train.micro_batch_size * config.data.sequence_length
-    return tokens * shape.branches * shape.hidden_size * width
+    shape, tokens = config.model.shape, config.train.micro_batch_size * config.data.sequence_length
+    return tokens * shape.branches * shape.hidden_size * _width(config)
 
 
 def _link(ranks: int, hardware: Hardware, shares: Shares) -> float:
@@ -151,23 +154,21 @@ def _exchange(config: Config, mesh: Mesh, hardware: Hardware, shares: Shares) ->
     moe = config.model.moe
     if moe is None or mesh.expert == 1:
         return 0.0
-    width = 2 if config.train.precision == "bf16" else 4
     rows = config.train.micro_batch_size * config.data.sequence_length * moe.top_k
     chain = 1 if moe.chain is None else moe.chain.iterations
     times = chain * (6 if config.train.recompute == "full" else 4)
-    sent = rows * config.model.hidden_size * width * (mesh.expert - 1) / mesh.expert
+    sent = rows * config.model.hidden_size * _width(config) * (mesh.expert - 1) / mesh.expert
     return times * sent / _link(mesh.expert, hardware, shares)
 
 
 def _reduction(config: Config, mesh: Mesh, parameters: int, hardware: Hardware, shares: Shares) -> float:
     """A ring over the data ranks: gradients in fp32, and with sharded optimizers the new weights."""
     sent = (mesh.data - 1) / mesh.data * parameters
-    new = 2 if config.train.precision == "bf16" else 4
     sharded = config.train.precision == "bf16" or config.parallel.zero_stage == 1
-    return sent * (4 + (new if sharded else 4)) / _link(mesh.data, hardware, shares)
+    return sent * (4 + (_width(config) if sharded else 4)) / _link(mesh.data, hardware, shares)
 
 
-def _optimizer(config: Config, mesh: Mesh, state: int, parameters: int, hardware: Hardware, shares: Shares) -> float:
+def _optimizer(config: Config, state: int, hardware: Hardware, shares: Shares) -> float:
     """State is read and written; gradients are read and weights written once."""
     per_parameter = 4 * (1 + len(BACKBONE_OPTIMIZERS[config.train.optimizer.name].moments))
     updated = state / per_parameter
@@ -185,8 +186,8 @@ def _tables(config: Config, mesh: Mesh, hardware: Hardware, shares: Shares) -> d
             layers = [place - 1 for place in range(bounds[stage], bounds[stage + 1])]
             for table in kind.table_bytes(config, mesh, layers):
                 values = kind.model.row_values(shape, table.number) if table.place == "layer" else 0
-                width = {"bf16": 2, "fp16": 2}.get(kind.settings(config).dtype, 4)
-                rows = min(tokens * values * width // max(table.row_bytes, 1), table.rows * mesh.data)
+                width = DTYPES[kind.settings(config).dtype].itemsize
+                rows = min(tokens * values * width // table.row_bytes, table.rows * mesh.data)
                 out, home = rows * table.row_bytes, rows * table.row_bytes // width * 4
                 away = (mesh.data - 1) / mesh.data
                 owned = min(rows, table.rows)
