@@ -193,7 +193,7 @@ class Config(Section):
         if world_size % pipeline:
             raise ConfigError(
                 f"parallel.pipeline: {pipeline} stages do not divide {counted(world_size, 'rank')}; start {pipeline} "
-                "ranks or a multiple, for example with --nproc"
+                "ranks or a multiple (--nproc; of plans, --ranks)"
             )
         data = world_size // pipeline
         if data % expert:
